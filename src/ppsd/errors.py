@@ -1,0 +1,76 @@
+"""Every error ppsd raises on purpose. Imported by all layers; imports nothing.
+
+PpsdError
+├── ConfigError            a setting is out of range (names field, value, what is allowed)
+├── ModelError             a model file is missing, corrupt or refused
+│   ├── UnsupportedModelError   the architecture or a feature of it is not supported
+│   └── HeadError               an exit head does not fit the model, split or exit layer
+├── InsufficientMemoryError     the estimate made before loading does not fit
+└── PipelineError          the running pipeline broke
+    ├── StageLostError          a stage's process or host is gone
+    ├── StageFailedError        a stage raised; carries its traceback
+    ├── PipelineTimeoutError    a wait passed its deadline
+    ├── ProtocolError           bytes that are not a message of this protocol
+    └── NonFiniteError          NaN or infinity where logits should be
+"""
+
+from __future__ import annotations
+
+
+class PpsdError(Exception):
+    """Base of all errors below; the command line prints its text and exits with 1."""
+
+
+class ConfigError(PpsdError, ValueError):
+    """A setting is out of range. The text names the field, its value and what is allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"{field} must be {allowed}, got {value!r}")
+        self.field = field
+
+
+class ModelError(PpsdError):
+    """A model file is missing, corrupt or refused."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model's architecture, or a feature of it, is not supported."""
+
+
+class HeadError(ModelError):
+    """An exit head does not fit the model, the split or the exit layer."""
+
+
+class InsufficientMemoryError(PpsdError):
+    """The memory estimate made before loading exceeds what is free."""
+
+
+class PipelineError(PpsdError):
+    """The running pipeline broke; the engine that raised this is closed."""
+
+
+class StageLostError(PipelineError):
+    """A stage's process or host is gone."""
+
+
+class StageFailedError(PipelineError):
+    """A stage raised an exception.
+
+    ``remote_traceback`` is the stage's own traceback as text.
+    """
+
+    def __init__(self, message: str, remote_traceback: str = "") -> None:
+        super().__init__(message)
+        self.remote_traceback = remote_traceback
+
+
+class PipelineTimeoutError(PipelineError):
+    """A wait passed its deadline."""
+
+
+class ProtocolError(PipelineError):
+    """Bytes arrived that are not a message of this protocol, or not one that may come now."""
+
+
+class NonFiniteError(PipelineError):
+    """NaN or infinity appeared where finite logits were expected; no token was sampled."""
