@@ -1,0 +1,74 @@
+"""Prompt files for verification and benchmarks: JSONL of several shapes, or plain text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppsd.errors import PpsdError
+
+FIELDS = ("prompt", "question", "turns", "messages")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt as chat messages, with the id and category its file gives it."""
+
+    id: str
+    category: str
+    messages: tuple[dict[str, str], ...]
+
+
+def load_tasks(path: Path, limit: int | None = None) -> list[Task]:
+    """Read tasks from a JSONL file (one object a line) or a text file (one prompt a line).
+
+    An object has ``prompt`` or ``question`` (text), ``turns`` (the first is taken) or
+    ``messages``; ``category`` or ``task`` is optional. With a ``limit``, tasks are taken evenly
+    from the whole file, so that every category has its share. Raises PpsdError naming file and
+    line for what cannot be read.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PpsdError(f"cannot read prompts from {path}: {error}") from error
+    numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise PpsdError(f"{path} holds no prompts")
+    if limit is not None and limit < len(numbered):
+        numbered = [numbered[i * len(numbered) // limit] for i in range(limit)]
+    if path.suffix != ".jsonl":
+        return [Task(str(n), "text", _user(line)) for n, line in numbered]
+    return [_task(path, n, line) for n, line in numbered]
+
+
+def _user(text: str) -> tuple[dict[str, str], ...]:
+    return ({"role": "user", "content": text},)
+
+
+def _task(path: Path, number: int, line: str) -> Task:
+    try:
+        record = json.loads(line)
+        messages = _messages(record)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise PpsdError(
+            f"{path}, line {number}: needs a JSON object with one of {', '.join(FIELDS)} ({error})"
+        ) from error
+    name = next((str(record[k]) for k in ("question_id", "task_id", "id") if k in record), None)
+    category = str(record.get("category") or record.get("task") or path.stem)
+    return Task(name or str(number), category, messages)
+
+
+def _messages(record: dict[str, Any]) -> tuple[dict[str, str], ...]:
+    if "messages" in record:
+        return tuple({"role": m["role"], "content": m["content"]} for m in record["messages"])
+    if "turns" in record:
+        return _user(_text(record["turns"][0]))
+    return _user(_text(record["prompt"] if "prompt" in record else record["question"]))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError("the prompt is not a non-empty text")
+    return value

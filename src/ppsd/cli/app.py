@@ -1,0 +1,34 @@
+"""The ``ppsd`` command: verbs, and one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ppsd.cli import chat, generate, verify
+from ppsd.cli.options import grouped
+from ppsd.errors import PpsdError, StageFailedError
+
+EXIT_FAILURE = 1
+
+app = typer.Typer(
+    help="Exact, low-latency LLM decoding over several devices (PPSD, arXiv 2509.19368).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("generate")(grouped(generate.generate))
+app.command("chat")(grouped(chat.chat))
+app.command("verify")(grouped(verify.verify))
+
+
+def main() -> int:
+    """Run a verb; exits with 0 success, 1 failure or mismatch, 2 usage, 130 interrupted."""
+    try:
+        app()
+    except PpsdError as error:
+        print(f"ppsd: {error}", file=sys.stderr)
+        if isinstance(error, StageFailedError) and error.remote_traceback:
+            print(error.remote_traceback, file=sys.stderr)
+    return EXIT_FAILURE  # typer leaves by SystemExit when all went well

@@ -1,0 +1,180 @@
+"""Options that several verbs share, as dataclasses whose fields become flags.
+
+Nothing here imports PyTorch: ``ppsd --help`` must be instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from ppsd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ppsd.types import SamplingParams
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+PIPELINE = "Pipeline"
+SAMPLING = "Sampling"
+
+
+def _flag(help_text: str, *names: str, panel: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar)
+
+
+_pipeline = functools.partial(_flag, panel=PIPELINE)
+_sampling = functools.partial(_flag, panel=SAMPLING)
+
+
+@dataclass
+class PipelineOptions:
+    """What runs where: the fields of EngineConfig as text."""
+
+    model: Annotated[
+        str | None,
+        _pipeline("Directory, .gguf file or hub id; the embedded SmolLM2-135M if left out.", "-m",
+                  "--model"),
+    ] = None  # fmt: skip
+    stages: Annotated[int, _pipeline("Number of stages.")] = 2
+    split: Annotated[
+        str | None, _pipeline("Layers at which later stages begin, such as 8,16.", metavar="L,…")
+    ] = None
+    exit_layer: Annotated[
+        int | None, _pipeline("Layer the exit head reads; the end of stage 0.")
+    ] = None
+    head: Annotated[
+        str, _pipeline("Exit head: a directory, 'untrained', or 'none'.", metavar="HEAD")
+    ] = "untrained"
+    mode: Annotated[
+        str,
+        _pipeline("autoregressive, draft-then-verify or ppsd.", metavar="MODE"),
+    ] = "ppsd"
+    block: Annotated[
+        int | None, _pipeline("Tokens that travel together (m); set by the mode.")
+    ] = None
+    in_flight: Annotated[
+        int | None, _pipeline("Blocks in the pipeline at once (w); set by the mode.")
+    ] = None
+    acceptance: Annotated[
+        str, _pipeline("coupled (same tokens as plain decoding) or rejection.", metavar="RULE")
+    ] = "coupled"
+    dtype: Annotated[
+        str, _pipeline("auto, float64, float32, bfloat16 or float16.", metavar="DTYPE")
+    ] = "auto"
+    devices: Annotated[
+        str, _pipeline("One device, or one a stage: cpu or cuda:0,cuda:1.", metavar="D,…")
+    ] = "cpu"
+    threads_per_stage: Annotated[
+        int, _pipeline("CPU threads a stage; 0 shares the cores evenly.")
+    ] = 0
+    transport: Annotated[
+        str,
+        _pipeline("auto, shared-memory, distributed or inprocess.", metavar="KIND"),
+    ] = "auto"
+    max_context: Annotated[
+        int | None, _pipeline("Positions the cache holds; the model's, at most 8192.")
+    ] = None
+    prefill_chunk: Annotated[int, _pipeline("Prompt tokens that travel together.")] = 128
+    timeout: Annotated[float, _pipeline("Seconds to wait for a stage.")] = 60.0
+    init_timeout: Annotated[float, _pipeline("Seconds to wait for loading and joining.")] = 300.0
+
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments for ``LLM``."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        split = None if self.split is None else _integers("split", self.split)
+        return fields | {"split": split, "devices": tuple(self.devices.split(","))}
+
+
+@dataclass
+class SamplingOptions:
+    """How tokens are chosen: the fields of SamplingParams as text."""
+
+    temperature: Annotated[float, _sampling("0 is greedy.", "-t", "--temperature")] = 0.0
+    top_k: Annotated[int, _sampling("Keep the k most likely tokens; 0 keeps all.")] = 0
+    top_p: Annotated[float, _sampling("Keep the smallest set of this probability.")] = 1.0
+    min_p: Annotated[float, _sampling("Drop tokens below this share of the best one's.")] = 0.0
+    repetition_penalty: Annotated[float, _sampling("Above 1 discourages repetition.")] = 1.0
+    presence_penalty: Annotated[float, _sampling("Subtracted once for a token used.")] = 0.0
+    frequency_penalty: Annotated[float, _sampling("Subtracted for every use.")] = 0.0
+    logit_bias: Annotated[
+        str | None, _sampling("Added to logits, such as 42:-100,7:2.5.", metavar="ID:BIAS,…")
+    ] = None
+    seed: Annotated[int, _sampling("Noise is a function of seed and position.")] = 0
+    stop: Annotated[
+        list[str] | None, _sampling("Text that ends the output; may be repeated.", metavar="TEXT")
+    ] = None
+    stop_token_ids: Annotated[
+        str | None, _sampling("Token ids that end the output.", metavar="ID,…")
+    ] = None
+    ignore_eos: Annotated[bool, _sampling("Go on after end-of-sequence tokens.", "--ignore-eos")] = (
+        False
+    )
+    max_tokens: Annotated[int, _sampling("At most so many new tokens.", "-n", "--max-tokens")] = 256
+    min_tokens: Annotated[int, _sampling("No end before so many new tokens.")] = 0
+
+    def params(self, samples: int = 1) -> SamplingParams:
+        """Return the checked SamplingParams; ``samples`` is their n."""
+        from ppsd.types import SamplingParams
+
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        stop_ids = _integers("stop_token_ids", self.stop_token_ids or "")
+        changed = {"stop": tuple(self.stop or ()), "stop_token_ids": stop_ids, "n": samples}
+        return SamplingParams(**fields | changed | {"logit_bias": _bias(self.logit_bias or "")})
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise ConfigError(name, text, "integers separated by commas") from None
+
+
+def _bias(text: str) -> dict[int, float]:
+    try:
+        pairs = [part.split(":") for part in text.split(",") if part]
+        return {int(token): float(value) for token, value in pairs}
+    except ValueError:
+        raise ConfigError("logit_bias", text, "id:bias pairs separated by commas") from None
+
+
+def grouped(verb: Callable[..., None]) -> Callable[..., None]:
+    """Let a verb take option dataclasses as parameters; their fields become its flags."""
+    hints = get_type_hints(verb, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    parameters = [
+        expanded
+        for name, parameter in inspect.signature(verb).parameters.items()
+        for expanded in _expand(parameter.replace(annotation=hints[name]), groups.get(name))
+    ]
+
+    @functools.wraps(verb)
+    def wrapper(**flags: Any) -> None:
+        arguments = {
+            name: group(**{f.name: flags.pop(f.name) for f in dataclasses.fields(group)})  # type: ignore[operator, arg-type]
+            for name, group in groups.items()
+        }
+        try:
+            verb(**flags, **arguments)
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
+def _expand(parameter: inspect.Parameter, group: Any) -> Sequence[inspect.Parameter]:
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    if group is None:
+        return [parameter.replace(kind=keyword)]
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name])
+        for f in dataclasses.fields(group)
+    ]

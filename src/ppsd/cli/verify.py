@@ -1,0 +1,67 @@
+"""``ppsd verify``: measure on this machine whether a mode says exactly what plain decoding says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ppsd.cli.options import PipelineOptions, SamplingOptions
+from ppsd.cli.session import open_llm
+
+if TYPE_CHECKING:
+    from ppsd.bench.verify import Comparison, Verification
+
+
+def verify(
+    pipeline: PipelineOptions,
+    sampling: SamplingOptions,
+    prompts: Annotated[Path, typer.Argument(help="JSONL or text file of prompts.")],
+    limit: Annotated[
+        int | None, typer.Option(help="Take so many prompts, evenly from the file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Decode prompts plainly and in --mode; exit with 1 unless every token is the same."""
+    from ppsd.bench import verify as measurement
+    from ppsd.bench.workload import load_tasks
+
+    tasks = load_tasks(prompts, limit)
+    params = sampling.params()
+    console = Console(highlight=False, stderr=as_json)
+
+    def done(comparison: Comparison) -> None:
+        console.print(_line(comparison))
+
+    with open_llm(pipeline) as llm:
+        result = measurement.verify(llm, tasks, params, done)
+    if as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        _conclude(console, result, llm.config.schedule.block)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def _line(c: Comparison) -> str:
+    rate = f"acceptance {c.accepted / c.judged:.0%}" if c.judged else "nothing judged"
+    if c.divergence is None:
+        bits = "logits bitwise equal" if c.bitwise else "logits differ in rounding"
+        return f"{c.id}: {c.tokens} tokens equal, {bits}, smallest margin {c.margin:.3g}, {rate}"
+    gap = "" if c.decided_by is None else f", plain logits apart by {c.decided_by:.3g}"
+    return f"{c.id}: DIFFERS at token {c.divergence}{gap}, {rate}"
+
+
+def _conclude(console: Console, result: Verification, block: int) -> None:
+    count = len(result.comparisons)
+    furthest = max(c.max_logit_difference for c in result.comparisons)
+    console.print(
+        f"\n{result.exact} of {count} prompts exactly equal, {result.bitwise} with bitwise equal "
+        f"logits; largest logit difference {furthest:.3g}"
+    )
+    if block > 1 and not result.passed:
+        console.print("Blocks of several tokens use other kernels than one token: see the margins.")
+    console.print("PASS" if result.passed else "FAIL", style="green" if result.passed else "red")

@@ -1,0 +1,150 @@
+"""How to run a model: stages, split, schedule, placement. Checked before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ppsd.errors import ConfigError
+from ppsd.speculation.policy import MODES, Schedule, schedule_for
+
+TRANSPORTS = ("auto", "shared-memory", "distributed", "inprocess")
+ACCEPTANCES = ("coupled", "rejection")
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+DEFAULT_CONTEXT = 8192
+MAX_STAGES = 64
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything about a run but the request.
+
+    ``split`` gives the layers at which later stages begin (``(8, 16)`` is three stages);
+    otherwise ``stages`` stages are balanced by weight, the first ending at ``exit_layer`` when
+    that is given. ``head`` is a head directory, ``untrained`` or ``none``. ``devices`` names
+    one device for all stages or one each. ``threads_per_stage`` 0 shares the cores evenly.
+    Times are seconds. Raises ConfigError for values that no model could make right.
+    """
+
+    model: str | None = None
+    stages: int = 2
+    split: tuple[int, ...] | None = None
+    exit_layer: int | None = None
+    head: str = "untrained"
+    mode: str = "ppsd"
+    block: int | None = None
+    in_flight: int | None = None
+    acceptance: str = "coupled"
+    dtype: str = "auto"
+    devices: tuple[str, ...] = ("cpu",)
+    threads_per_stage: int = 0
+    transport: str = "auto"
+    max_context: int | None = None
+    prefill_chunk: int = 128
+    timeout: float = 60.0
+    init_timeout: float = 300.0
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        if self.split is not None:
+            object.__setattr__(self, "split", tuple(self.split))
+            object.__setattr__(self, "stages", len(self.split) + 1)
+        _one_of("mode", self.mode, MODES)
+        _one_of("transport", self.transport, TRANSPORTS)
+        _one_of("acceptance", self.acceptance, ACCEPTANCES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _integer("stages", self.stages, 1, MAX_STAGES)
+        _integer("threads_per_stage", self.threads_per_stage, 0, 1024)
+        _integer("prefill_chunk", self.prefill_chunk, 1, 8192)
+        for name, value in (("timeout", self.timeout), ("init_timeout", self.init_timeout)):
+            if not isinstance(value, int | float) or not 0 < value < 1e6:
+                raise ConfigError(name, value, "a number of seconds in (0, 1e6)")
+        if len(self.devices) not in (1, self.stages):
+            raise ConfigError("devices", self.devices, f"one device or {self.stages}, one a stage")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.schedule.drafts and self.stages == 1:
+            allowed = "autoregressive or ppsd with one stage: drafting needs an exit inside the model"
+            raise ConfigError("mode", self.mode, allowed)
+        if self.exit_layer is not None and self.split and self.exit_layer != self.split[0]:
+            allowed = f"the end of stage 0, {self.split[0]} in this split"
+            raise ConfigError("exit_layer", self.exit_layer, allowed)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The (m, w) of the chosen mode."""
+        return schedule_for(self.mode, self.stages, self.block, self.in_flight)
+
+    def device(self, rank: int) -> str:
+        """Device of a stage."""
+        return self.devices[rank if len(self.devices) > 1 else 0]
+
+    def boundaries(self, layer_costs: Sequence[float], first_extra: float) -> tuple[int, ...]:
+        """The split [0, …, N] for a model of these layer costs; the last one may hold an LM head.
+
+        ``first_extra`` is what drafting adds to stage 0, in the same unit. Raises ConfigError when
+        the split or exit layer does not suit the number of layers.
+        """
+        layers = len(layer_costs)
+        _integer("stages", self.stages, 1, layers)
+        if self.split is not None:
+            bounds = (0, *self.split, layers)
+            if any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+                raise ConfigError("split", self.split, f"ascending layers in [1, {layers - 1}]")
+            return bounds
+        if self.exit_layer is None or self.stages == 1:
+            return balanced_split(layer_costs, self.stages, first_extra)
+        latest = layers - self.stages + 1
+        _integer("exit_layer", self.exit_layer, 1, latest)
+        rest = balanced_split(layer_costs[self.exit_layer :], self.stages - 1)
+        return (0, *(self.exit_layer + b for b in rest))
+
+    def replaced(self, **changes: object) -> EngineConfig:
+        """A checked copy with some fields changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def balanced_split(
+    costs: Sequence[float], stages: int, first_extra: float = 0.0
+) -> tuple[int, ...]:
+    """Bounds [0, …, len(costs)] of ``stages`` contiguous, non-empty runs with the least maximum.
+
+    ``first_extra`` is added to the first run. Among equals the earlier cut wins.
+    """
+    total = [0.0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+    layers = len(costs)
+    best: list[tuple[float, tuple[int, ...]]] = [
+        (total[end] + first_extra, (0, end)) for end in range(1, layers + 1)
+    ]
+    for stage in range(2, stages + 1):
+        best = [
+            min(
+                (max(best[cut - 1][0], total[end] - total[cut]), (*best[cut - 1][1], end))
+                for cut in range(stage - 1, end)
+            )
+            if end >= stage
+            else (float("inf"), ())
+            for end in range(1, layers + 1)
+        ]
+    return best[layers - 1][1]
+
+
+def available_cores() -> list[int]:
+    """CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(name, value, "one of " + ", ".join(allowed))
+
+
+def _integer(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(name, value, f"an integer in [{low}, {high}]")

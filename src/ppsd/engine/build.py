@@ -1,0 +1,335 @@
+"""Assemble a running pipeline from a configuration: check, estimate, start workers, load.
+
+Used by llm.py only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from ppsd.config import DEFAULT_CONTEXT, EngineConfig, available_cores
+from ppsd.engine.drafter import HeadDrafter
+from ppsd.engine.pipeline import Pipeline
+from ppsd.errors import ConfigError, InsufficientMemoryError
+from ppsd.model.exit_head import (
+    HeadConfig,
+    check_head,
+    load_head,
+    read_head_config,
+    untrained_head,
+)
+from ppsd.model.source import ModelFiles, describe
+from ppsd.model.spec import ModelSpec
+from ppsd.model.stage import Stage, StagePlan
+from ppsd.model.weights import TensorSource, check_shapes, fingerprint, open_source
+from ppsd.transport.base import Endpoint, Geometry
+from ppsd.transport.inprocess import InProcessHub
+from ppsd.transport.rendezvous import free_port, init_group_from_environment
+from ppsd.worker.judge import Judge
+from ppsd.worker.loop import Worker
+from ppsd.worker.messages import frame_bytes
+from ppsd.worker.process import (
+    Supervisor,
+    WorkerConfig,
+    memory_peak,
+    open_endpoint,
+    pin,
+    send_config,
+)
+
+RUNTIME_BYTES = 400 << 20  # what Python and PyTorch take in each process, measured at 0.3 GiB
+CLOSE_GRACE_S = 2.0
+
+Progress = Callable[[int, int, int], None]  # rank, tensors loaded, tensors in all
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was decided before loading: the model, its split, and how each stage is held."""
+
+    files: ModelFiles
+    spec: ModelSpec
+    fingerprint: str
+    bounds: tuple[int, ...]  # [0, …, N]
+    head: HeadConfig | None
+    dtype: torch.dtype
+    max_context: int
+    threads: int
+    pinned: bool
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return len(self.bounds) - 1
+
+    def plan(self, rank: int, device: str) -> StagePlan:
+        """How to hold the layers of one stage."""
+        return StagePlan(
+            first=self.bounds[rank],
+            last=self.bounds[rank + 1],
+            max_context=self.max_context,
+            dtype=self.dtype,
+            device=torch.device(device),
+        )
+
+    def cores(self, rank: int) -> tuple[int, ...]:
+        """CPUs that a stage stays on; empty when there are not enough for all."""
+        if not self.pinned:
+            return ()
+        return tuple(available_cores()[rank * self.threads : (rank + 1) * self.threads])
+
+
+def plan_layout(config: EngineConfig, files: ModelFiles) -> tuple[Layout, TensorSource]:
+    """Check the configuration against the model's files without loading weights."""
+    spec = describe(files)
+    source = open_source(files.path)
+    check_shapes(source, spec)
+    mark = fingerprint(spec, source)
+    head = _head_config(config, spec, mark)
+    if head is not None and head.trained and config.split is None and config.exit_layer is None:
+        config = config.replaced(exit_layer=head.exit_layer)
+    bounds = config.boundaries(_layer_costs(spec), _draft_cost(spec, head))
+    if head is not None and head.trained:
+        check_head(head, spec, mark, bounds[1], config.head)
+    cores = available_cores()
+    threads = config.threads_per_stage or max(1, len(cores) // config.stages)
+    layout = Layout(
+        files=files,
+        spec=spec,
+        fingerprint=mark,
+        bounds=bounds,
+        head=head,
+        dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
+        max_context=_context(config, spec),
+        threads=threads,
+        pinned=threads * config.stages <= len(cores),
+    )
+    return layout, source
+
+
+def _head_config(config: EngineConfig, spec: ModelSpec, mark: str) -> HeadConfig | None:
+    if config.head == "none" or config.stages == 1:
+        return None
+    if config.head == "untrained":
+        return HeadConfig("norm", 0, 0, None, spec.name, mark, trained=False)
+    return read_head_config(Path(config.head))
+
+
+def _layer_costs(spec: ModelSpec) -> list[float]:
+    """Parameters read per token by each layer, the LM head counted with the last."""
+    costs = [float(spec.layer_parameters)] * spec.num_layers
+    costs[-1] += spec.head_parameters
+    return costs
+
+
+def _draft_cost(spec: ModelSpec, head: HeadConfig | None) -> float:
+    if head is None:
+        return 0.0
+    scored = spec.vocab_size if head.draft_vocab is None else head.draft_vocab
+    return float(head.layers * spec.layer_parameters + scored * spec.hidden_size)
+
+
+def _context(config: EngineConfig, spec: ModelSpec) -> int:
+    if config.max_context is None:
+        return min(spec.max_context, DEFAULT_CONTEXT)
+    if not 2 <= config.max_context <= spec.max_context:
+        allowed = f"in [2, {spec.max_context}], what {spec.name} was made for"
+        raise ConfigError("max_context", config.max_context, allowed)
+    return config.max_context
+
+
+def stage_bytes(layout: Layout, rank: int) -> int:
+    """Estimated memory of one stage: weights, key/value cache, and the runtime of its process."""
+    spec, size = layout.spec, layout.dtype.itemsize
+    layers = layout.bounds[rank + 1] - layout.bounds[rank]
+    parameters = layers * spec.layer_parameters
+    first, last = rank == 0, rank == layout.stages - 1
+    tables = (1 if first else 0) + (1 if last else 0)
+    if first and last and spec.tie_embeddings:
+        tables = 1
+    cache = layers * spec.kv_bytes_per_position(layout.dtype) * layout.max_context
+    head = int(_draft_cost(spec, layout.head)) * size if first else 0
+    weights = (parameters + tables * spec.embedding_parameters) * size
+    return weights + cache + head + RUNTIME_BYTES
+
+
+def check_memory(layout: Layout, ranks: range) -> None:
+    """Raise InsufficientMemoryError, with the numbers, when these ranks cannot fit this host."""
+    needed = [stage_bytes(layout, rank) for rank in ranks]
+    free = psutil.virtual_memory().available
+    if sum(needed) > free:
+        each = ", ".join(f"stage {r} {n / 2**30:.2f}" for r, n in zip(ranks, needed, strict=True))
+        raise InsufficientMemoryError(
+            f"{layout.spec.name} in {layout.dtype} needs about {sum(needed) / 2**30:.2f} GiB here "
+            f"({each}), but {free / 2**30:.2f} GiB are free; use a narrower dtype, a smaller "
+            f"max_context ({layout.max_context} now) or more hosts"
+        )
+
+
+class RunningPipeline:
+    """A loaded pipeline and all it holds: processes, transport, pinning. ``close`` frees them."""
+
+    def __init__(self, config: EngineConfig, layout: Layout, source: TensorSource) -> None:
+        self.layout = layout
+        self.memory_peaks: list[int] = []
+        self._config = config
+        self._source = source
+        self._cleanup = ExitStack()
+
+    def open(self, progress: Progress) -> Pipeline:
+        """Start workers, load all stages, and return the pipeline ready for work."""
+        try:
+            return self._open(progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop workers and give back everything; may be called twice."""
+        self._cleanup.close()
+
+    def _open(self, progress: Progress) -> Pipeline:
+        config, layout = self._config, self.layout
+        self._hold_threads()
+        supervisor = Supervisor()
+        self._cleanup.callback(lambda: supervisor.close(CLOSE_GRACE_S))
+        endpoint, workers = self._connect(supervisor)
+        self._cleanup.callback(endpoint.close)
+        plan = layout.plan(0, config.device(0))
+        stage = Stage(layout.spec, plan, self._source, lambda d, t: progress(0, d, t))
+        pipeline = Pipeline(
+            stage,
+            endpoint,
+            self._drafter(stage, plan),
+            max_context=layout.max_context,
+            timeout=config.timeout,
+            judge=Judge(stage, 0, layout.max_context) if layout.stages == 1 else None,
+            check=supervisor.check,
+            trace=config.trace,
+        )
+        self._cleanup.callback(pipeline.close)
+        if not workers:
+            ready = pipeline.wait_ready(config.init_timeout, progress)
+            self.memory_peaks = [memory_peak(), *(s.fields["memory_peak"] for s in ready)]
+        return pipeline
+
+    def _drafter(self, stage: Stage, plan: StagePlan) -> HeadDrafter | None:
+        layout = self.layout
+        if layout.head is None:
+            return None
+        embedding = stage.embedding
+        if not layout.head.trained:
+            head = untrained_head(layout.spec, plan, self._source, layout.fingerprint, embedding)
+        else:
+            directory = Path(self._config.head)
+            head = load_head(
+                directory, layout.spec, plan, self._source, layout.fingerprint, embedding
+            )
+        return HeadDrafter(head)
+
+    def _hold_threads(self) -> None:
+        """Pin this thread and set PyTorch's thread count; both are put back by ``close``."""
+        self._cleanup.callback(torch.set_num_threads, torch.get_num_threads())
+        if hasattr(os, "sched_getaffinity"):
+            self._cleanup.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+        cores = self.layout.cores(0)
+        torch.set_num_threads(self.layout.threads)
+        pin(cores)
+
+    def _geometry(self) -> Geometry:
+        config, spec, dtype = self._config, self.layout.spec, self.layout.dtype
+        rows = max(config.prefill_chunk, config.schedule.block)
+        window = max(config.schedule.in_flight, self.layout.stages)
+        return Geometry(
+            size=self.layout.stages,
+            forward_bytes=frame_bytes(rows, spec.hidden_size, dtype),
+            return_bytes=frame_bytes(config.schedule.block, spec.vocab_size, dtype),
+            slots=2 * window + 4,  # a window of stale work, one of new work, and control
+        )
+
+    def _connect(self, supervisor: Supervisor) -> tuple[Endpoint, list[Worker]]:
+        """Join the transport and start what is behind it; workers only when in-process."""
+        geometry = self._geometry()
+        kind = self._config.transport
+        if self.layout.stages == 1 or kind == "inprocess":
+            return self._connect_inprocess(geometry)
+        if kind == "distributed":
+            return self._connect_distributed(geometry, supervisor), []
+        return self._connect_shared_memory(geometry, supervisor), []
+
+    def _connect_inprocess(self, geometry: Geometry) -> tuple[Endpoint, list[Worker]]:
+        hub = InProcessHub(geometry)
+        workers = [self._inprocess_worker(hub, rank) for rank in range(1, geometry.size)]
+        hub.on_idle = lambda: any([worker.step(0.0) for worker in workers])
+        self.memory_peaks = [memory_peak()]
+        return hub.endpoint(0), workers
+
+    def _inprocess_worker(self, hub: InProcessHub, rank: int) -> Worker:
+        config, layout = self._config, self.layout
+        stage = Stage(layout.spec, layout.plan(rank, config.device(rank)), self._source)
+        judge = Judge(stage, rank, layout.max_context) if stage.is_last else None
+        return Worker(
+            rank, stage, hub.endpoint(rank), judge, timeout=config.timeout, trace=config.trace
+        )
+
+    def _connect_shared_memory(self, geometry: Geometry, supervisor: Supervisor) -> Endpoint:
+        from ppsd.transport.shared_memory import SharedMemoryEndpoint, create_segment
+
+        segment = create_segment(geometry)
+        self._cleanup.callback(os.close, segment)
+        for rank in range(1, geometry.size):
+            supervisor.start(self._worker_config(rank, geometry, segment=segment))
+        return SharedMemoryEndpoint(segment, geometry, 0, self.layout.pinned)
+
+    def _connect_distributed(self, geometry: Geometry, supervisor: Supervisor) -> Endpoint:
+        from ppsd.transport.distributed import DistributedEndpoint
+
+        ranks = range(1, geometry.size)
+        if "RANK" in os.environ:  # torchrun started the other ranks
+            timeout = self._config.init_timeout
+            _, size = init_group_from_environment(timeout)
+            if size != geometry.size:
+                raise ConfigError("stages", geometry.size, f"the world size {size} of torchrun")
+            for rank in ranks:
+                send_config(self._worker_config(rank, geometry))
+            return DistributedEndpoint(geometry, 0, timeout)
+        master = ("127.0.0.1", free_port())
+        for rank in ranks:
+            supervisor.start(self._worker_config(rank, geometry, master=master))
+        return open_endpoint(self._worker_config(0, geometry, master=master))
+
+    def _worker_config(
+        self,
+        rank: int,
+        geometry: Geometry,
+        *,
+        segment: int | None = None,
+        master: tuple[str, int] | None = None,
+    ) -> WorkerConfig:
+        config, layout = self._config, self.layout
+        return WorkerConfig(
+            rank=rank,
+            model_path=str(layout.files.path),
+            spec=layout.spec.to_json(),
+            fingerprint=layout.fingerprint,
+            first=layout.bounds[rank],
+            last=layout.bounds[rank + 1],
+            max_context=layout.max_context,
+            dtype=str(layout.dtype).removeprefix("torch."),
+            device=config.device(rank),
+            threads=layout.threads,
+            cores=layout.cores(rank),
+            spin=layout.pinned,
+            timeout=config.timeout,
+            trace=config.trace,
+            geometry=asdict(geometry),
+            segment=segment,
+            master=master,
+        )

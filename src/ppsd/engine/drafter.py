@@ -1,0 +1,96 @@
+"""Where drafts come from: an exit head, or an oracle that peeks (for tests and benchmarks)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from ppsd.model.exit_head import ExitHead
+from ppsd.speculation.sampling import Sampler, Stream, uniform
+
+# A head lags behind until its next draft, when a few rows cost as much as one; prompts do not wait.
+MAX_LAG_ROWS = 8
+
+
+class Drafter(Protocol):
+    """Guesses the next token from what stage 0 has computed."""
+
+    def observe(self, position: int, hidden: torch.Tensor) -> None:
+        """Take stage 0's rows [n, C] at ``position``…; what stood there or later is void."""
+
+    def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
+        """Guess the token that follows ``history`` [L], whose last row was observed."""
+
+    def probabilities(self, position: int) -> torch.Tensor:
+        """Return the distribution [V] that the draft for ``position`` was drawn from."""
+
+
+class HeadDrafter:
+    """Drafts by an exit head, with the same sampler and noise as the target's own choice."""
+
+    def __init__(self, head: ExitHead) -> None:
+        self.head = head
+        self._rows: list[torch.Tensor] = []  # observed, not yet run through the head
+        self._next = 0  # position of the row after them
+        self._probabilities: dict[int, torch.Tensor] = {}
+
+    def observe(self, position: int, hidden: torch.Tensor) -> None:
+        """See Drafter."""
+        kept = max(0, len(self._rows) - (self._next - position))
+        del self._rows[kept:]
+        self._rows += hidden.split(1)
+        self._next = position + hidden.shape[0]
+        if len(self._rows) > MAX_LAG_ROWS:
+            self._catch_up()
+
+    def _catch_up(self) -> torch.Tensor:
+        rows, self._rows = torch.cat(self._rows), []
+        return self.head.forward(rows, self._next - rows.shape[0])
+
+    def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
+        """See Drafter."""
+        logits = self.head.logits(self._catch_up()[-1:])[0]
+        if stream is Stream.TARGET:
+            return sampler.choose(logits, history)
+        position = history.numel()
+        self._probabilities = {p: q for p, q in self._probabilities.items() if p < position}
+        self._probabilities[position] = sampler.probabilities(logits, history)
+        return sampler.draw(logits, history, stream)
+
+    def probabilities(self, position: int) -> torch.Tensor:
+        """See Drafter."""
+        return self._probabilities.pop(position)
+
+
+class OracleDrafter:
+    """Knows the plain output and is right with probability ``alpha``, decided by position.
+
+    For measuring the pipeline apart from the quality of a head; figures made with it say so.
+    ``plain`` is the whole plain sequence, prompt included.
+    """
+
+    def __init__(self, plain: Sequence[int], alpha: float, vocab_size: int, seed: int = 0) -> None:
+        self._plain = plain
+        self._alpha = alpha
+        self._vocab = vocab_size
+        self._seed = seed
+
+    def observe(self, position: int, hidden: torch.Tensor) -> None:
+        """Need nothing."""
+
+    def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
+        """See Drafter."""
+        return self._guess(history.numel())
+
+    def probabilities(self, position: int) -> torch.Tensor:
+        """See Drafter; an oracle's draft is certain, so this is a one-hot row."""
+        row = torch.zeros(self._vocab, dtype=torch.float64)
+        row[self._guess(position)] = 1.0
+        return row
+
+    def _guess(self, position: int) -> int:
+        truth = self._plain[position] if position < len(self._plain) else 0
+        right = uniform(self._seed, position, Stream.ACCEPT) < self._alpha
+        return truth if right else (truth + 1) % self._vocab

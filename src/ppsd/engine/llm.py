@@ -1,0 +1,300 @@
+"""``LLM``: a model running as a pipeline, text in and text out. The Python face of ppsd."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ppsd.config import EngineConfig
+from ppsd.engine.build import Progress, RunningPipeline, check_memory, plan_layout
+from ppsd.engine.drafter import Drafter
+from ppsd.engine.engine import Engine, LogitsSink, Request
+from ppsd.engine.sequence import Transcript
+from ppsd.engine.stats import RequestStats, stage_stats
+from ppsd.engine.trace import TraceLog
+from ppsd.errors import ConfigError, PipelineError
+from ppsd.model.source import resolve_model
+from ppsd.model.tokenizer import StreamDecoder, Tokenizer
+from ppsd.types import SamplingParams
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A step of a streamed completion: tokens now final, and the text they release.
+
+    ``accepted[i]`` says whether token i was an accepted draft; text may lag behind the tokens
+    while a character or a stop string is incomplete.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    accepted: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished completion; ``finish_reason`` is ``stop`` or ``length``."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    accepted: tuple[bool, ...]
+    finish_reason: str
+    stats: RequestStats
+
+
+class LLM:
+    """A model cut into stages and ready to decode; use as a context manager or ``close`` it.
+
+    ``LLM(model, stages=2, mode="ppsd", …)`` takes the fields of EngineConfig. ``progress`` is
+    called with (stage, tensors loaded, tensors in all) while weights load. Raises ConfigError,
+    ModelError, InsufficientMemoryError before anything runs, and PipelineError when a stage fails.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        progress: Progress = lambda rank, done, total: None,
+        drafter: Drafter | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config = EngineConfig(model=model, **settings)
+        files = resolve_model(model)
+        self.layout, source = plan_layout(self.config, files)
+        check_memory(self.layout, range(self.layout.stages))
+        self.tokenizer = Tokenizer(files)
+        self.trace = TraceLog()
+        self._running = RunningPipeline(self.config, self.layout, source)
+        self._pipeline = self._running.open(progress)
+        self._finalizer = weakref.finalize(self, self._running.close)
+        if drafter is not None:
+            self._pipeline.drafter = drafter
+        self._rows: tuple[int, ...] = ()  # tokens whose rows every stage holds
+        self._chunked = 0  # how many of them were computed in whole prompt chunks
+        self._broken: PipelineError | None = None
+        self.use(self.config.mode, self.config.block, self.config.in_flight)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the workers and free everything; may be called twice."""
+        self._finalizer()
+
+    @property
+    def memory_peaks(self) -> list[int]:
+        """Peak memory of each stage's process after loading, bytes."""
+        return self._running.memory_peaks
+
+    def use(self, mode: str, block: int | None = None, in_flight: int | None = None) -> None:
+        """Decode the next requests in another mode on the same workers."""
+        config = self.config.replaced(mode=mode, block=block, in_flight=in_flight)
+        largest = self.config.schedule
+        schedule = config.schedule
+        if schedule.block > largest.block or schedule.in_flight > max(
+            largest.in_flight, self.layout.stages
+        ):
+            allowed = f"within block {largest.block} and in-flight {largest.in_flight} set at start"
+            raise ConfigError("mode", mode, allowed)
+        if schedule.drafts and self._pipeline.drafter is None:
+            raise ConfigError("mode", mode, "autoregressive without an exit head")
+        self.config = config
+        self._engine = Engine(
+            self._pipeline,
+            schedule,
+            acceptance=config.acceptance,
+            prefill_chunk=config.prefill_chunk,
+        )
+        self._rows, self._chunked = (), 0  # the head has no rows from plain decoding
+
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, reuse: bool = False
+    ) -> list[Completion]:
+        """Return ``params.n`` completions of a text, token ids, or chat messages.
+
+        Sample i has seed ``params.seed + i``. ``reuse`` continues from all rows that the last
+        request left (a conversation) instead of those only that recomputing would repeat bit
+        for bit. ``max_tokens`` is cut to the room the context leaves.
+        """
+        params = params or SamplingParams()
+        if params.n > 1 and params.greedy:
+            raise ConfigError("n", params.n, "1 at temperature 0, where all samples are equal")
+        ids = self.encode(prompt)
+        one = [replace(params, n=1, seed=params.seed + i) for i in range(params.n)]
+        return [self.run(ids, each, reuse=reuse) for each in one]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, reuse: bool = False
+    ) -> Iterator[Chunk]:
+        """Yield one completion as it grows; the generator's return value is the Completion."""
+        return (yield from self._stream(self.encode(prompt), params or SamplingParams(), reuse))
+
+    def run(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        reuse: bool = False,
+        logits: LogitsSink | None = None,
+    ) -> Completion:
+        """Complete token ids; ``logits`` receives the target's logits (see engine.Request)."""
+        stream = self._stream(ids, params, reuse, logits)
+        while True:
+            try:
+                next(stream)
+            except StopIteration as end:
+                completion: Completion = end.value
+                return completion
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text as it is, ids checked, messages by the chat template."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        elif prompt and isinstance(prompt[0], Mapping):
+            ids = self.tokenizer.encode_chat([dict(m) for m in prompt])  # type: ignore[call-overload]
+        else:
+            ids = [self._checked_id(token) for token in prompt]
+        limit = self.layout.max_context
+        if not 0 < len(ids) < limit:
+            allowed = f"of 1 to {limit - 1} tokens (the context holds {limit})"
+            raise ConfigError("prompt", f"{len(ids)} tokens", allowed)
+        return ids
+
+    def _checked_id(self, token: object) -> int:
+        size = self.tokenizer.vocab_size
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
+            raise ConfigError("prompt token id", token, f"an integer in [0, {size - 1}]")
+        return token
+
+    def _stream(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        reuse: bool,
+        logits: LogitsSink | None = None,
+    ) -> Iterator[Chunk]:
+        if self._broken is not None:
+            raise self._broken
+        request = self._request(ids, params, reuse, logits)
+        transcript = Transcript(StreamDecoder(self.tokenizer), params.stop)
+        tokens: list[int] = []
+        accepted: list[bool] = []
+        start = first = time.monotonic()
+        try:
+            for emit in self._engine.decode(request):
+                if not tokens:
+                    first = time.monotonic()
+                chunk = _take(transcript, emit.tokens, emit.accepted)
+                tokens += chunk.token_ids
+                accepted += chunk.accepted
+                if transcript.stopped:
+                    self._engine.stop("stop")
+                yield chunk
+            end = time.monotonic()
+            if rest := transcript.finish():
+                yield Chunk(rest, (), ())
+            self._remember(request, tokens)
+            stats = self._stats(len(ids), len(tokens), (start, first, end))
+        except PipelineError as error:
+            self._broken = error
+            self.close()
+            raise
+        reason = self._engine.finish_reason
+        return Completion(transcript.text, tuple(tokens), tuple(accepted), reason, stats)
+
+    def _request(
+        self, ids: Sequence[int], params: SamplingParams, reuse: bool, logits: LogitsSink | None
+    ) -> Request:
+        """Shape a request, with rows of the last one that may be taken over."""
+        room = self.layout.max_context - len(ids)
+        limited = min(params.max_tokens, room)
+        params = replace(
+            params, max_tokens=limited, min_tokens=min(params.min_tokens, limited), n=1
+        )
+        eos = () if params.ignore_eos else self.layout.spec.eos_ids
+        cached = min(_common_prefix(self._rows, ids), len(ids) - 1)
+        if not reuse:
+            chunk = self.config.prefill_chunk
+            cached = min(cached, self._chunked) // chunk * chunk
+        self._rows = self._rows[:cached]
+        self._chunked = min(self._chunked, cached)
+        return Request(
+            prompt=tuple(ids),
+            params=params,
+            stop_ids=frozenset((*eos, *params.stop_token_ids)),
+            vocab_size=min(self.tokenizer.vocab_size, self.layout.spec.vocab_size),
+            cached=cached,
+            logits=logits,
+        )
+
+    def _remember(self, request: Request, tokens: Sequence[int]) -> None:
+        """Note which rows all stages hold now: every committed token but the last was fed."""
+        if self._chunked == request.cached:
+            self._chunked = len(request.prompt) // self.config.prefill_chunk * (
+                self.config.prefill_chunk
+            )
+        self._rows = (*request.prompt, *tokens)[: len(request.prompt) + len(tokens) - 1]
+
+    def _stats(
+        self, prompt_tokens: int, new_tokens: int, times: tuple[float, float, float]
+    ) -> RequestStats:
+        start, first, end = times
+        reports = self._pipeline.report()
+        self.trace.add(reports)
+        return RequestStats(
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            counts=self._engine.policy.counts,
+            prefill_seconds=first - start,
+            decode_seconds=end - first,
+            stages=stage_stats(reports, self.layout.bounds, end - start),
+        )
+
+    def write_trace(self, path: Path) -> None:
+        """Write the Chrome trace of all requests so far (needs ``trace=True``)."""
+        self.trace.write(path, self.layout.bounds)
+
+
+def _take(transcript: Transcript, tokens: Sequence[int], accepted: int) -> Chunk:
+    """Push tokens until a stop string is complete; what comes after it is dropped."""
+    text = ""
+    taken = 0
+    for token in tokens:
+        text += transcript.push(token)
+        taken += 1
+        if transcript.stopped:
+            break
+    flags = tuple(i < accepted for i in range(taken))
+    return Chunk(text, tuple(tokens[:taken]), flags)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length
+
+
+def collect_logits() -> tuple[LogitsSink, dict[int, torch.Tensor]]:
+    """A sink and the dictionary it fills: the final target logits by position."""
+    rows: dict[int, torch.Tensor] = {}
+    return rows.__setitem__, rows

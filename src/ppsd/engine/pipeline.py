@@ -1,0 +1,228 @@
+"""Rank 0's side of the pipeline: stage 0, the drafter, and what goes to and comes from the rest.
+
+Used by the engine only. It carries out ``Feed`` commands and turns verdicts into ``Judged``
+events; it decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ppsd.engine.drafter import Drafter
+from ppsd.errors import PipelineTimeoutError, PpsdError, ProtocolError, StageFailedError
+from ppsd.model.stage import StageModel
+from ppsd.speculation.policy import Drafted, Feed, Judged
+from ppsd.speculation.sampling import Sampler, Stream
+from ppsd.transport.base import Endpoint
+from ppsd.worker.judge import Judge, TokenHistory
+from ppsd.worker.messages import Begin, Block, Control, Message, Status, Verdict, decode, encode
+from ppsd.worker.recorder import Recorder
+
+CHECK_S = 0.05  # how often a wait looks after the worker processes
+
+
+class Pipeline:
+    """Stage 0 in this process and, through ``endpoint``, the stages behind it.
+
+    ``judge`` is given when stage 0 is also the last one. ``check`` raises when a worker process is
+    gone; ``timeout`` (seconds) bounds every wait for a stage.
+    """
+
+    def __init__(
+        self,
+        stage: StageModel,
+        endpoint: Endpoint,
+        drafter: Drafter | None,
+        *,
+        max_context: int,
+        timeout: float,
+        judge: Judge | None = None,
+        check: Callable[[], None] = lambda: None,
+        trace: bool = False,
+    ) -> None:
+        self.drafter = drafter
+        self.draft_stream = Stream.TARGET
+        self.drafting = drafter is not None  # plain decoding pays nothing for a head
+        self.size = endpoint.size
+        self.recorder = Recorder(trace)
+        self._stage = stage
+        self._endpoint = endpoint
+        self._timeout = timeout
+        self._judge = judge
+        self._check = check
+        self._history = TokenHistory(max_context)
+        self._sampler: Sampler | None = None
+        self._open: list[torch.Tensor] = []  # stage 0's rows of the block not shipped yet
+        self._verdicts: deque[Verdict] = deque()  # of a pipeline of one stage
+
+    def begin(self, begin: Begin) -> None:
+        """Tell the last stage, and the drafter's sampler, how the next request samples."""
+        self._sampler = Sampler(
+            begin.params, begin.prompt_length, frozenset(begin.stop_ids), begin.vocab_size
+        )
+        if self._judge is not None:
+            self._judge.begin(begin)
+        else:
+            self._send(begin)
+
+    def publish(self, epoch: int) -> None:
+        """Make ``epoch`` the newest valid one on every stage; overtakes all work."""
+        self._endpoint.publish(epoch)
+
+    def feed(self, feed: Feed, interrupted: Callable[[], bool]) -> Drafted | None:
+        """Run rows through stage 0, ship a complete block, then draft if asked to.
+
+        ``interrupted`` is asked between layers; once it says yes the work is dropped.
+        """
+        if feed.position == feed.block:
+            self._open.clear()
+        tokens = torch.tensor(feed.tokens, dtype=torch.int64)
+        self._history.write(feed.position, tokens)
+        start = time.monotonic_ns()
+        hidden = self._stage.forward(tokens, feed.position, interrupted)
+        kind = "cancelled" if hidden is None else "forward" if feed.judge else "prefill"
+        self.recorder.add(start, kind, feed.epoch, feed.position, len(feed.tokens))
+        if hidden is None:
+            return None
+        self._open.append(hidden)
+        if feed.ship:  # before drafting, so that a miss never pays for the draft
+            self._ship(feed)
+        if self.drafter is None or not self.drafting:
+            return None
+        self.drafter.observe(feed.position, hidden)
+        return self._draft(feed) if feed.draft and not interrupted() else None
+
+    def _ship(self, feed: Feed) -> None:
+        hidden = torch.cat(self._open) if len(self._open) > 1 else self._open[0]
+        self._open.clear()
+        end = feed.position + len(feed.tokens)
+        tokens = self._history.before(end)[feed.block :]
+        block = Block(0, feed.epoch, feed.block, feed.block - 1, feed.judge, tokens, hidden)
+        if self._judge is None:
+            self._send(block)
+            return
+        start = time.monotonic_ns()
+        self._verdicts.append(self._judge.verdict(block, hidden))
+        if feed.judge:
+            self.recorder.add(start, "verify", feed.epoch, feed.block, feed.judge)
+
+    def _draft(self, feed: Feed) -> Drafted:
+        assert self.drafter is not None
+        assert self._sampler is not None
+        start = time.monotonic_ns()
+        position = feed.position + len(feed.tokens)
+        history = self._history.before(position)
+        token = self.drafter.draft(self._sampler, history, self.draft_stream)
+        self.recorder.add(start, "draft", feed.epoch, position, 1)
+        return Drafted(feed.epoch, position, token)
+
+    def history(self, position: int) -> torch.Tensor:
+        """Return the tokens fed at positions below ``position``; a view."""
+        return self._history.before(position)
+
+    def poll(self) -> Verdict | None:
+        """Return a verdict that is already there, or None."""
+        if self._verdicts:
+            return self._verdicts.popleft()
+        message = self._receive(0.0)
+        return None if message is None else _expect_verdict(message)
+
+    def wait(self) -> Verdict:
+        """Return the next verdict; raises when a stage is lost, fails or passes the deadline."""
+        if self._verdicts:
+            return self._verdicts.popleft()
+        return _expect_verdict(self._wait_for("a verdict"))
+
+    def _wait_for(self, what: str) -> Message:
+        deadline = time.monotonic() + self._timeout
+        while (message := self._receive(CHECK_S)) is None:
+            self._check()
+            if time.monotonic() > deadline:
+                raise PipelineTimeoutError(f"no stage sent {what} for {self._timeout:g} s")
+        return message
+
+    def _receive(self, timeout: float) -> Message | None:
+        received = self._endpoint.receive(timeout)
+        if received is None:
+            return None
+        message = decode(received[1])
+        if isinstance(message, Status) and message.kind == "failed":
+            raise _remote_failure(message)
+        return message
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._endpoint.send(1, encode(message), self._timeout)
+        except PipelineTimeoutError:
+            self._check()
+            raise
+
+    def wait_ready(self, timeout: float, progress: Callable[[int, int, int], None]) -> list[Status]:
+        """Wait until every further stage is loaded; ``progress(rank, done, total)`` meanwhile."""
+        ready: dict[int, Status] = {}
+        deadline = time.monotonic() + timeout
+        while len(ready) < self.size - 1:
+            message = self._receive(CHECK_S)
+            if message is None:
+                self._check()
+                if time.monotonic() > deadline:
+                    missing = sorted(set(range(1, self.size)) - set(ready))
+                    raise PipelineTimeoutError(f"stages {missing} not ready after {timeout:g} s")
+            elif isinstance(message, Status) and message.kind == "progress":
+                progress(message.source, message.fields["done"], message.fields["total"])
+            elif isinstance(message, Status) and message.kind == "ready":
+                ready[message.source] = message
+        return [ready[rank] for rank in sorted(ready)]
+
+    def report(self) -> list[dict[str, Any]]:
+        """What every stage did since the last report, by rank (see Recorder.take)."""
+        reports = [self.recorder.take()] + [{} for _ in range(1, self.size)]
+        waiting = set(range(1, self.size))
+        if waiting:
+            self._send(Control("report"))
+        while waiting:
+            message = self._wait_for("a report")
+            if isinstance(message, Status) and message.kind == "report":
+                waiting -= _merge_report(reports[message.source], message)
+        return reports
+
+    def close(self) -> None:
+        """Tell the stages to stop and release the transport."""
+        if self._judge is None:
+            with contextlib.suppress(PpsdError):  # a broken pipeline cannot hear it
+                self._endpoint.send(1, encode(Control("stop")), CHECK_S)
+        self._endpoint.close()
+
+
+def _expect_verdict(message: Message) -> Verdict:
+    if not isinstance(message, Verdict):
+        raise ProtocolError(f"expected a verdict, got {type(message).__name__}")
+    return message
+
+
+def _remote_failure(status: Status) -> StageFailedError:
+    fields = status.fields
+    return StageFailedError(
+        f"stage {status.source} failed: {fields['error']}: {fields['message']}",
+        fields["traceback"],
+    )
+
+
+def _merge_report(into: dict[str, Any], status: Status) -> set[int]:
+    """Append a part of a stage's report; the rank when it was the last part."""
+    slices = into.setdefault("slices", [])
+    slices += status.fields["slices"]
+    into.update({k: v for k, v in status.fields.items() if k not in ("slices", "last")})
+    return {status.source} if status.fields["last"] else set()
+
+
+def judged(verdict: Verdict, tokens: tuple[int, ...]) -> Judged:
+    """The policy's event for a verdict that says ``tokens``."""
+    first = verdict.position + verdict.rows - len(tokens) + 1
+    return Judged(verdict.epoch, verdict.position, first, tokens, verdict.source)

@@ -1,0 +1,67 @@
+"""What a request cost and how its drafts fared; JSON-ready. Used by llm.py and cli/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ppsd.speculation.policy import Counts
+
+
+@dataclass(frozen=True)
+class StageStats:
+    """One stage during one request; times in seconds, ``busy_share`` of the whole request."""
+
+    layers: tuple[int, int]
+    busy_seconds: float
+    busy_share: float
+    blocks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """Counts and times of one request; ``prefill_seconds`` end with the first token."""
+
+    prompt_tokens: int
+    new_tokens: int
+    counts: Counts
+    prefill_seconds: float
+    decode_seconds: float
+    stages: tuple[StageStats, ...]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decoding speed: tokens after the first over the time after the first, or None."""
+        decoded = self.new_tokens - 1
+        return decoded / self.decode_seconds if decoded > 0 and self.decode_seconds > 0 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that ``ppsd generate --json`` prints about a request."""
+        counts = self.counts
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "counts": {
+                "judged": counts.judged,
+                "accepted": counts.accepted,
+                "discarded": counts.discarded,
+                "resyncs": counts.resyncs,
+            },
+            "acceptance_rate": counts.acceptance_rate,
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "stage_busy_share": [stage.busy_share for stage in self.stages],
+        }
+
+
+def stage_stats(
+    reports: list[dict[str, Any]], bounds: tuple[int, ...], seconds: float
+) -> tuple[StageStats, ...]:
+    """Turn the stages' reports (Recorder.take) of a request that took ``seconds`` into stats."""
+    stats = []
+    for rank, report in enumerate(reports):
+        busy = sum(report["busy_ns"].values()) / 1e9
+        share = busy / seconds if seconds > 0 else 0.0
+        stats.append(StageStats((bounds[rank], bounds[rank + 1]), busy, share, report["blocks"]))
+    return tuple(stats)

@@ -1,0 +1,218 @@
+"""Exit heads: the small modules that read an early hidden state and guess the next token.
+
+A head directory holds ``head.json`` (what it is and for which model) and ``head.safetensors``
+(its own weights; the LM head rows come from the model). Used by engine/ and train/.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ppsd.errors import HeadError
+from ppsd.model.layers import LayerWeights, Rope, causal_mask, decoder_layer, linear, rms_norm
+from ppsd.model.spec import ModelSpec
+from ppsd.model.stage import StagePlan, fuse_layer, layer_tensor_names, new_cache
+from ppsd.model.weights import TensorSource
+
+FORMAT = 1
+KINDS = ("norm", "transformer")
+CONFIG_FILE = "head.json"
+WEIGHTS_FILE = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What a head is: its kind, the exit layer it reads, and the model it belongs to.
+
+    ``layers`` is the number of decoder layers (0 for ``norm``); ``draft_vocab`` the number of
+    tokens it scores, None for all; ``trained`` says whether drafts can be expected to be accepted.
+    """
+
+    kind: str
+    exit_layer: int
+    layers: int
+    draft_vocab: int | None
+    base_model: str
+    fingerprint: str
+    trained: bool = True
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``head.json``."""
+        return {"format": FORMAT, **asdict(self)}
+
+
+def read_head_config(directory: Path) -> HeadConfig:
+    """Read and check ``head.json``; raises HeadError naming the file and what is wrong."""
+    path = directory / CONFIG_FILE
+    try:
+        record = json.loads(path.read_text())
+        if record.pop("format") != FORMAT:
+            raise HeadError(f"{path} is not of head format {FORMAT}")
+        config = HeadConfig(**record)
+        well_typed = isinstance(config.exit_layer, int) and isinstance(config.layers, int)
+    except FileNotFoundError as error:
+        raise HeadError(f"no exit head at {directory}: {CONFIG_FILE} is missing") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise HeadError(f"{path} is not a head configuration: {error}") from error
+    layers_fit = well_typed and (config.layers > 0) == (config.kind == "transformer")
+    if config.kind not in KINDS or not layers_fit:
+        raise HeadError(f"{path} names kind {config.kind!r} with {config.layers!r} layers")
+    return config
+
+
+def check_head(
+    config: HeadConfig, spec: ModelSpec, fingerprint: str, exit_layer: int, where: str
+) -> None:
+    """Raise HeadError unless the head was made for this model and exit layer."""
+    if config.fingerprint != fingerprint:
+        raise HeadError(
+            f"exit head {where} belongs to {config.base_model} "
+            f"({config.fingerprint[:12]}), not to {spec.name} ({fingerprint[:12]})"
+        )
+    if config.exit_layer != exit_layer:
+        raise HeadError(
+            f"exit head {where} reads layer {config.exit_layer}, but stage 0 ends at layer "
+            f"{exit_layer}; choose the split or the head so that both agree"
+        )
+
+
+class ExitHead:
+    """Hidden rows after layer E to draft logits; rows are addressed by position like a stage's.
+
+    ``norm``: own norm, then LM head rows. ``transformer``: decoder layers with their own
+    key/value cache first. With a draft vocabulary only ``draft_ids`` (ascending) are scored.
+    """
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        spec: ModelSpec,
+        plan: StagePlan,
+        weights: dict[str, torch.Tensor],
+        lm_head: torch.Tensor,
+    ) -> None:
+        self.config = config
+        self.spec = spec
+        weights = {
+            name: t.to(plan.device) if name == "draft_ids" else t.to(plan.device, plan.dtype)
+            for name, t in weights.items()
+        }
+        self.norm = weights.pop("norm.weight")  # [C]
+        self.draft_ids = weights.pop("draft_ids", None)  # [draft vocabulary] int64, ascending
+        self.lm_head = lm_head  # [draft vocabulary or V, C]
+        self.layers: list[LayerWeights] = [
+            fuse_layer(weights, f"model.layers.{i}.") for i in range(config.layers)
+        ]
+        self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
+        self.cache = new_cache(spec, len(self.layers), plan)
+
+    def forward(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
+        """Rows [n, C] after layer E at ``position`` to the head's own rows [n, C]."""
+        self.cache.check(position, hidden.shape[0])
+        mask = causal_mask(position, hidden.shape[0], hidden.device)
+        x = hidden
+        for weights, keys, values in zip(
+            self.layers, self.cache.keys, self.cache.values, strict=True
+        ):
+            x = decoder_layer(x, weights, self.spec, self.rope, keys, values, position, mask)
+        self.cache.advance(position, hidden.shape[0])
+        return x
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Draft logits [n, V] of ``forward``'s rows; -inf outside the draft vocabulary."""
+        normed = rms_norm(features, self.norm, self.spec.rms_norm_eps)
+        scores = linear(normed, self.lm_head)
+        if self.draft_ids is None:
+            return scores
+        full = scores.new_full((scores.shape[0], self.spec.vocab_size), float("-inf"))
+        return full.index_copy_(1, self.draft_ids, scores)
+
+
+def head_tensor_shapes(config: HeadConfig, spec: ModelSpec) -> dict[str, tuple[int, ...] | None]:
+    """Names in ``head.safetensors`` and their shapes (None: only the name is fixed)."""
+    shapes: dict[str, tuple[int, ...] | None] = {"norm.weight": (spec.hidden_size,)}
+    if config.draft_vocab is not None:
+        shapes["draft_ids"] = (config.draft_vocab,)
+    names = [name for i in range(config.layers) for name in layer_tensor_names(spec, i)]
+    return shapes | dict.fromkeys(names)
+
+
+def load_head(
+    directory: Path,
+    spec: ModelSpec,
+    plan: StagePlan,
+    source: TensorSource,
+    fingerprint: str,
+    embedding: torch.Tensor | None = None,
+) -> ExitHead:
+    """Load a head for the stage of ``plan`` (its last layer is the exit layer).
+
+    ``embedding`` [V, C], when given for a tied model, serves as LM head without a second copy.
+    Raises HeadError when the head is damaged or belongs to another model or exit layer.
+    """
+    config = read_head_config(directory)
+    check_head(config, spec, fingerprint, plan.last, str(directory))
+    path = directory / WEIGHTS_FILE
+    try:
+        weights = load_file(path)
+    except Exception as error:  # safetensors raises its own class for damage, OSError for absence
+        raise HeadError(f"cannot read {path}: {error}") from error
+    _check_tensors(weights, head_tensor_shapes(config, spec), spec, path)
+    lm_head = lm_head_rows(spec, source, plan, weights.get("draft_ids"), embedding)
+    return ExitHead(config, spec, plan, weights, lm_head)
+
+
+def _check_tensors(
+    weights: dict[str, torch.Tensor],
+    expected: dict[str, tuple[int, ...] | None],
+    spec: ModelSpec,
+    path: Path,
+) -> None:
+    if set(weights) != set(expected):
+        odd = sorted(set(weights) ^ set(expected))
+        raise HeadError(f"{path} does not hold the tensors of its configuration: {odd[:4]}")
+    for name, shape in expected.items():
+        if shape is not None and tuple(weights[name].shape) != shape:
+            raise HeadError(f"{path}: {name} is {tuple(weights[name].shape)}, not {shape}")
+    ids = weights.get("draft_ids")
+    if ids is not None and not (
+        ids[0] >= 0 and ids[-1] < spec.vocab_size and bool((ids[1:] > ids[:-1]).all())
+    ):
+        raise HeadError(f"{path}: draft_ids must ascend within [0, {spec.vocab_size})")
+
+
+def lm_head_rows(
+    spec: ModelSpec,
+    source: TensorSource,
+    plan: StagePlan,
+    draft_ids: torch.Tensor | None,
+    embedding: torch.Tensor | None,
+) -> torch.Tensor:
+    """The model's LM head rows for ``draft_ids`` (all when None), [draft vocabulary or V, C]."""
+    if embedding is None or not spec.tie_embeddings:
+        name = "model.embed_tokens.weight" if spec.tie_embeddings else "lm_head.weight"
+        embedding = source.load(name, plan.dtype).to(plan.device)
+    return embedding if draft_ids is None else embedding[draft_ids.to(embedding.device)]
+
+
+def untrained_head(
+    spec: ModelSpec,
+    plan: StagePlan,
+    source: TensorSource,
+    fingerprint: str,
+    embedding: torch.Tensor | None = None,
+) -> ExitHead:
+    """A ``norm`` head made of the model's own final norm and LM head; it is rarely right."""
+    config = HeadConfig("norm", plan.last, 0, None, spec.name, fingerprint, trained=False)
+    weights = {"norm.weight": source.load("model.norm.weight", plan.dtype)}
+    lm_head = lm_head_rows(spec, source, plan, None, embedding)
+    return ExitHead(config, spec, plan, weights, lm_head)

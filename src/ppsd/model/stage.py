@@ -1,0 +1,192 @@
+"""A stage: contiguous decoder layers with the embedding or the LM head where it owns them.
+
+Used by worker/ and engine/. A stage knows nothing of other stages or of how rows reach it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ppsd.model.cache import KVCache
+from ppsd.model.layers import (
+    LayerWeights,
+    Rope,
+    causal_mask,
+    decoder_layer,
+    linear,
+    rms_norm,
+)
+from ppsd.model.spec import ModelSpec
+from ppsd.model.weights import TensorSource
+
+Interrupted = Callable[[], bool]
+Progress = Callable[[int, int], None]
+
+
+class StageModel(Protocol):
+    """What the pipeline asks of a stage; tests put a hash in its place."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether ``logits`` may be called."""
+
+    def forward(
+        self, inputs: torch.Tensor, position: int, interrupted: Interrupted
+    ) -> torch.Tensor | None:
+        """Run token ids [n] (first stage) or hidden rows [n, C] at ``position``; give [n, C].
+
+        ``interrupted`` is asked between layers; once it says yes the result is None and the
+        rows count as not written. Raises ProtocolError when rows before ``position`` are missing.
+        """
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Target logits [n, vocabulary] of the last stage's output rows [n, C]."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Layers [first, last) of a model, and how to hold them."""
+
+    first: int
+    last: int
+    max_context: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def tensor_names(spec: ModelSpec, first: int, last: int) -> list[str]:
+    """Names of the tensors that the stage of layers [first, last) owns, in loading order."""
+    names = [name for i in range(first, last) for name in layer_tensor_names(spec, i)]
+    if first == 0 or (last == spec.num_layers and spec.tie_embeddings):
+        names.insert(0, "model.embed_tokens.weight")
+    if last == spec.num_layers:
+        names.append("model.norm.weight")
+        names += [] if spec.tie_embeddings else ["lm_head.weight"]
+    return names
+
+
+def layer_tensor_names(spec: ModelSpec, layer: int) -> list[str]:
+    """Names of one layer's tensors."""
+    prefix = f"model.layers.{layer}."
+    attention, feed_forward = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]
+    names = ["input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.o_proj.weight"]
+    names += [f"self_attn.{x}.weight" for x in attention] + [f"mlp.{x}.weight" for x in feed_forward]
+    names += [f"self_attn.{x}.bias" for x in attention] if spec.qkv_bias else []
+    names += ["self_attn.o_proj.bias"] if spec.o_bias else []
+    names += [f"mlp.{x}.bias" for x in feed_forward] if spec.mlp_bias else []
+    names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if spec.qk_norm else []
+    return [prefix + name for name in names]
+
+
+def fuse_layer(tensors: dict[str, torch.Tensor], prefix: str) -> LayerWeights:
+    """Take one layer's tensors out of ``tensors`` (names start with ``prefix``) and fuse them."""
+
+    def take(name: str) -> torch.Tensor | None:
+        return tensors.pop(prefix + name, None)
+
+    def need(name: str) -> torch.Tensor:
+        return tensors.pop(prefix + name)
+
+    def fused(names: tuple[str, ...], kind: str) -> torch.Tensor | None:
+        parts = [part for name in names if (part := take(f"{name}.{kind}")) is not None]
+        return torch.cat(parts) if parts else None
+
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    gate_up = ("mlp.gate_proj", "mlp.up_proj")
+    return LayerWeights(
+        input_norm=need("input_layernorm.weight"),
+        qkv=torch.cat([need(f"{name}.weight") for name in qkv]),
+        o=need("self_attn.o_proj.weight"),
+        post_norm=need("post_attention_layernorm.weight"),
+        gate_up=torch.cat([need(f"{name}.weight") for name in gate_up]),
+        down=need("mlp.down_proj.weight"),
+        qkv_bias=fused(qkv, "bias"),
+        o_bias=take("self_attn.o_proj.bias"),
+        gate_up_bias=fused(gate_up, "bias"),
+        down_bias=take("mlp.down_proj.bias"),
+        q_norm=take("self_attn.q_norm.weight"),
+        k_norm=take("self_attn.k_norm.weight"),
+    )
+
+
+class Stage:
+    """Layers [first, last) of a model with their key/value cache; see StageModel."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: StagePlan,
+        source: TensorSource,
+        progress: Progress = lambda done, total: None,
+    ) -> None:
+        self.spec = spec
+        self.plan = plan
+        self._names = tensor_names(spec, plan.first, plan.last)
+        self._loaded = 0
+        self._progress = progress
+        self._source = source
+        first, last = plan.first == 0, self.is_last
+        embedding = self._load("model.embed_tokens.weight") if first or self._tied_head else None
+        self.embedding = embedding if first else None  # [V, C]
+        self.layers = [self._load_layer(i) for i in range(plan.first, plan.last)]
+        self.norm = self._load("model.norm.weight") if last else None  # [C]
+        self.lm_head = embedding if self._tied_head else None  # [V, C]
+        if last and not self._tied_head:
+            self.lm_head = self._load("lm_head.weight")
+        del self._source
+        self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
+        self.cache = new_cache(spec, len(self.layers), plan)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage ends with the final norm and LM head."""
+        return self.plan.last == self.spec.num_layers
+
+    @property
+    def _tied_head(self) -> bool:
+        return self.is_last and self.spec.tie_embeddings
+
+    def _load(self, name: str) -> torch.Tensor:
+        tensor = self._source.load(name, self.plan.dtype).to(self.plan.device)
+        self._loaded += 1
+        self._progress(self._loaded, len(self._names))
+        return tensor
+
+    def _load_layer(self, layer: int) -> LayerWeights:
+        names = layer_tensor_names(self.spec, layer)
+        return fuse_layer({name: self._load(name) for name in names}, f"model.layers.{layer}.")
+
+    def forward(
+        self, inputs: torch.Tensor, position: int, interrupted: Interrupted = lambda: False
+    ) -> torch.Tensor | None:
+        """See StageModel."""
+        rows = inputs.shape[0]
+        self.cache.check(position, rows)
+        inputs = inputs.to(self.plan.device)
+        x = inputs if self.embedding is None else self.embedding[inputs]
+        mask = causal_mask(position, rows, x.device)
+        for weights, keys, values in zip(
+            self.layers, self.cache.keys, self.cache.values, strict=True
+        ):
+            if interrupted():
+                return None
+            x = decoder_layer(x, weights, self.spec, self.rope, keys, values, position, mask)
+        self.cache.advance(position, rows)
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See StageModel."""
+        assert self.norm is not None, "only the last stage has logits"
+        assert self.lm_head is not None
+        return linear(rms_norm(hidden, self.norm, self.spec.rms_norm_eps), self.lm_head)
+
+
+def new_cache(spec: ModelSpec, layers: int, plan: StagePlan) -> KVCache:
+    """A cache of ``layers`` layers for the plan's context, dtype and device."""
+    return KVCache(
+        layers, spec.num_kv_heads, plan.max_context, spec.head_dim, plan.dtype, plan.device
+    )

@@ -1,0 +1,72 @@
+"""The last stage's voice: hidden rows in, the target's own tokens out.
+
+Used by the last worker, or by rank 0 when there is one stage only.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ppsd.errors import NonFiniteError, ProtocolError
+from ppsd.model.stage import StageModel
+from ppsd.speculation.sampling import Sampler
+from ppsd.worker.messages import Begin, Block, Verdict
+
+
+class TokenHistory:
+    """The tokens fed so far, addressed by position like the key/value cache."""
+
+    def __init__(self, capacity: int) -> None:
+        self._tokens = torch.zeros(capacity, dtype=torch.int64)
+
+    def write(self, position: int, tokens: torch.Tensor) -> None:
+        """Put ``tokens`` [n] at ``position``…"""
+        self._tokens[position : position + tokens.numel()] = tokens
+
+    def before(self, position: int) -> torch.Tensor:
+        """Return the tokens at positions below ``position``; a view."""
+        return self._tokens[:position]
+
+
+class Judge:
+    """Samples the target's token for every judged row; randomness is (seed, position) alone."""
+
+    def __init__(self, stage: StageModel, rank: int, max_context: int) -> None:
+        self._stage = stage
+        self._rank = rank
+        self._history = TokenHistory(max_context)
+        self._sampler: Sampler | None = None
+        self._want_logits = False
+
+    def begin(self, begin: Begin) -> None:
+        """Sample as the request ``begin`` says from now on."""
+        self._sampler = Sampler(
+            begin.params, begin.prompt_length, frozenset(begin.stop_ids), begin.vocab_size
+        )
+        self._want_logits = begin.want_logits
+
+    def verdict(self, block: Block, hidden: torch.Tensor) -> Verdict:
+        """Judge the last ``block.judge`` of the rows ``hidden`` [n, C]."""
+        if self._sampler is None:
+            raise ProtocolError("a block arrived before any request began")
+        rows = block.tokens.numel()
+        self._history.write(block.position, block.tokens)
+        first = block.position + rows - block.judge + 1
+        logits = self._stage.logits(hidden[rows - block.judge :]) if block.judge else None
+        chosen = [] if logits is None else [self._choose(x, first + i) for i, x in enumerate(logits)]
+        return Verdict(
+            slot=block.slot,
+            epoch=block.epoch,
+            source=self._rank,
+            position=block.position,
+            rows=rows,
+            tokens=torch.tensor(chosen, dtype=torch.int64),
+            logits=logits if self._want_logits else None,
+        )
+
+    def _choose(self, logits: torch.Tensor, position: int) -> int:
+        assert self._sampler is not None
+        try:
+            return self._sampler.choose(logits, self._history.before(position))
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} (stage {self._rank}, position {position})") from error

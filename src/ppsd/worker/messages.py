@@ -1,0 +1,260 @@
+"""The whole protocol: every message that travels between ranks, and how it is laid out.
+
+A frame is a 64-byte little-endian header followed by a body. No pickle: bodies are token ids,
+rows of numbers whose dtype and shape the header states, or JSON. docs/protocol.md walks through
+it. Used by worker/ and engine/.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ppsd.errors import ProtocolError
+from ppsd.types import SamplingParams
+
+MAGIC = 0x50505344  # "PPSD"
+VERSION = 1
+# magic, version, kind, dtype, flags, slot, source, epoch, position, parent, rows, judge, width, body
+HEADER = struct.Struct("<IBBBBHHQiiiiIQ16x")
+HEADER_BYTES = HEADER.size
+TOKEN_BYTES = 8  # ids travel as int64: no conversion on either side
+CONTROL_BYTES = 1 << 16  # room for a control or status body; larger status texts are cut
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of one request on their way from a stage to the next (k → k+1).
+
+    ``tokens`` [n] int64 and ``hidden`` [n, C] stand at ``position``… and follow the token at
+    ``parent`` (position - 1 in a chain); the last stage answers the last ``judge`` rows.
+    """
+
+    slot: int
+    epoch: int
+    position: int
+    parent: int
+    judge: int
+    tokens: torch.Tensor
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The target's tokens [judge] for a block, and its logits [judge, V] when they are wanted."""
+
+    slot: int
+    epoch: int
+    source: int
+    position: int
+    rows: int
+    tokens: torch.Tensor
+    logits: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A request starts in ``slot`` (forwarded to the last stage, which samples).
+
+    ``vocab_size`` counts the real tokens (logits may be padded); ``want_logits`` asks for the
+    target's logits with every verdict.
+    """
+
+    slot: int
+    params: SamplingParams
+    prompt_length: int
+    stop_ids: tuple[int, ...]
+    vocab_size: int
+    want_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Control:
+    """``report`` (every stage answers with a Status of that kind) or ``stop``; forwarded."""
+
+    verb: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """A stage speaks of itself: ``progress``, ``ready``, ``report`` or ``failed``."""
+
+    source: int
+    kind: str
+    fields: dict[str, Any]
+
+
+Message = Block | Verdict | Begin | Control | Status
+_KINDS: dict[type, int] = {Block: 1, Verdict: 2, Begin: 3, Control: 4, Status: 5}
+
+
+def frame_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
+    """Size of the largest frame with ``rows`` rows of ``width`` numbers, or of a control frame."""
+    body = rows * (TOKEN_BYTES + width * dtype.itemsize)
+    return HEADER_BYTES + max(body, CONTROL_BYTES)
+
+
+def encode(message: Message) -> list[torch.Tensor]:
+    """Lay a message out as uint8 tensors: the header, then the parts of its body."""
+    if isinstance(message, Block):
+        return _encode_block(message)
+    if isinstance(message, Verdict):
+        return _encode_verdict(message)
+    if isinstance(message, Begin):
+        record = {
+            "params": message.params.to_json(),
+            "prompt_length": message.prompt_length,
+            "stop_ids": message.stop_ids,
+            "vocab_size": message.vocab_size,
+            "want_logits": message.want_logits,
+        }
+        return _encode_json(Begin, record, slot=message.slot)
+    if isinstance(message, Control):
+        return _encode_json(Control, {"verb": message.verb})
+    return _encode_json(
+        Status, {"kind": message.kind, "fields": message.fields}, source=message.source
+    )
+
+
+def decode(frame: torch.Tensor) -> Message:
+    """Read a message from a frame (uint8 [n]); the result does not share its memory.
+
+    Raises ProtocolError for anything that is not a message of this protocol version.
+    """
+    if frame.numel() < HEADER_BYTES:
+        raise ProtocolError(f"frame of {frame.numel()} bytes is shorter than a header")
+    header = HEADER.unpack(frame[:HEADER_BYTES].numpy().tobytes())
+    magic, version, kind, *_, body_bytes = header
+    if magic != MAGIC or version != VERSION:
+        raise ProtocolError(f"frame has magic {magic:#x} version {version}, not ours")
+    body = frame[HEADER_BYTES:]
+    if body_bytes != body.numel():
+        raise ProtocolError(f"frame announces {body_bytes} bytes of body and has {body.numel()}")
+    if kind == _KINDS[Block]:
+        return _decode_block(header, body)
+    if kind == _KINDS[Verdict]:
+        return _decode_verdict(header, body)
+    return _decode_json(header, body)
+
+
+def _header(
+    kind: type,
+    parts: list[torch.Tensor],
+    *,
+    dtype: int = 0,
+    flags: int = 0,
+    slot: int = 0,
+    source: int = 0,
+    epoch: int = 0,
+    position: int = 0,
+    parent: int = 0,
+    rows: int = 0,
+    judge: int = 0,
+    width: int = 0,
+) -> list[torch.Tensor]:
+    body = sum(part.numel() for part in parts)
+    packed = HEADER.pack(
+        MAGIC, VERSION, _KINDS[kind], dtype, flags, slot, source, epoch, position, parent, rows,
+        judge, width, body,
+    )  # fmt: skip
+    return [torch.frombuffer(bytearray(packed), dtype=torch.uint8), *parts]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def _encode_block(block: Block) -> list[torch.Tensor]:
+    return _header(
+        Block,
+        [_bytes(block.tokens), _bytes(block.hidden)],
+        dtype=DTYPES.index(block.hidden.dtype),
+        slot=block.slot,
+        epoch=block.epoch,
+        position=block.position,
+        parent=block.parent,
+        rows=block.hidden.shape[0],
+        judge=block.judge,
+        width=block.hidden.shape[1],
+    )
+
+
+def _encode_verdict(verdict: Verdict) -> list[torch.Tensor]:
+    parts = [_bytes(verdict.tokens)]
+    dtype = width = 0
+    if verdict.logits is not None:
+        parts.append(_bytes(verdict.logits))
+        dtype, width = DTYPES.index(verdict.logits.dtype), verdict.logits.shape[1]
+    return _header(
+        Verdict,
+        parts,
+        dtype=dtype,
+        slot=verdict.slot,
+        source=verdict.source,
+        epoch=verdict.epoch,
+        position=verdict.position,
+        rows=verdict.rows,
+        judge=verdict.tokens.numel(),
+        width=width,
+    )
+
+
+def _encode_json(kind: type, record: dict[str, Any], **header: int) -> list[torch.Tensor]:
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return _header(kind, [torch.frombuffer(bytearray(text), dtype=torch.uint8)], **header)
+
+
+def _split_rows(
+    body: torch.Tensor, tokens: int, rows: int, width: int, dtype: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [tokens] and numbers [rows, width] from a body that must hold just these."""
+    if not 0 <= dtype < len(DTYPES) or tokens < 0 or rows < 0:
+        raise ProtocolError(f"frame states dtype {dtype}, {tokens} tokens, {rows} rows")
+    kind = DTYPES[dtype]
+    cut = tokens * TOKEN_BYTES
+    if body.numel() != cut + rows * width * kind.itemsize:
+        raise ProtocolError(f"body of {body.numel()} bytes is not {rows} rows of {width} {kind}")
+    ids, numbers = body[:cut].clone(), body[cut:].clone()
+    return ids.view(torch.int64), numbers.view(kind).view(rows, width)
+
+
+def _decode_block(header: tuple[int, ...], body: torch.Tensor) -> Block:
+    _, _, _, dtype, _, slot, _, epoch, position, parent, rows, judge, width, _ = header
+    if not 0 <= judge <= rows or rows < 1 or position < 0:
+        raise ProtocolError(f"block of {rows} rows at {position} asks for {judge} verdicts")
+    tokens, hidden = _split_rows(body, rows, rows, width, dtype)
+    return Block(slot, epoch, position, parent, judge, tokens, hidden)
+
+
+def _decode_verdict(header: tuple[int, ...], body: torch.Tensor) -> Verdict:
+    _, _, _, dtype, _, slot, source, epoch, position, _, rows, judge, width, _ = header
+    tokens, logits = _split_rows(body, judge, judge if width else 0, width, dtype)
+    return Verdict(slot, epoch, source, position, rows, tokens, logits if width else None)
+
+
+def _decode_json(header: tuple[int, ...], body: torch.Tensor) -> Message:
+    kind, slot, source = header[2], header[5], header[6]
+    try:
+        record = json.loads(body.numpy().tobytes())
+        if kind == _KINDS[Begin]:
+            return Begin(
+                slot=slot,
+                params=SamplingParams.from_json(record["params"]),
+                prompt_length=int(record["prompt_length"]),
+                stop_ids=tuple(record["stop_ids"]),
+                vocab_size=int(record["vocab_size"]),
+                want_logits=bool(record["want_logits"]),
+            )
+        if kind == _KINDS[Control]:
+            return Control(record["verb"])
+        if kind == _KINDS[Status]:
+            return Status(source, record["kind"], record["fields"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProtocolError(f"control frame cannot be read: {error}") from error
+    raise ProtocolError(f"frame is of unknown kind {kind}")

@@ -1,0 +1,229 @@
+"""Stage workers as processes: the program a worker runs, and rank 0's hold on its children.
+
+``python -m ppsd.worker.process`` reads one JSON line from standard input (WorkerConfig) and
+serves its stage. The parent keeps that pipe open: its end of file tells a worker, whatever it is
+doing, that the parent is gone. Workers start from this module and not from the caller's script,
+so no ``if __name__ == "__main__"`` guard is needed there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ppsd.errors import PpsdError, StageLostError
+from ppsd.model.spec import ModelSpec
+from ppsd.model.stage import Stage, StagePlan
+from ppsd.model.weights import open_source
+from ppsd.transport.base import Endpoint, Geometry
+from ppsd.worker.judge import Judge
+from ppsd.worker.loop import Worker, failure_status
+from ppsd.worker.messages import Status, encode
+
+IDLE_WAIT_S = 1.0  # how long one wait for work lasts; a longer pause just waits again
+STDERR_TAIL = 2000  # characters of a dead worker's last words that an error quotes
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """All a stage needs to know; travels as JSON.
+
+    ``segment`` is the shared-memory file descriptor, ``master`` (host, port) the torch.distributed
+    rendezvous; one of them is set. ``cores`` are the CPUs to stay on, empty for any.
+    """
+
+    rank: int
+    model_path: str
+    spec: dict[str, Any]
+    first: int
+    last: int
+    max_context: int
+    dtype: str
+    device: str
+    threads: int
+    cores: tuple[int, ...]
+    spin: bool
+    timeout: float
+    trace: bool
+    geometry: dict[str, int]
+    segment: int | None = None
+    master: tuple[str, int] | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> WorkerConfig:
+        """Read what ``json.dumps(asdict(config))`` wrote."""
+        record = json.loads(text)
+        master = record["master"] and (str(record["master"][0]), int(record["master"][1]))
+        return cls(**record | {"cores": tuple(record["cores"]), "master": master})
+
+
+def memory_peak() -> int:
+    """Peak resident memory of this process in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def pin(cores: Sequence[int]) -> None:
+    """Keep the calling thread, and those it starts, on ``cores``; nothing where unsupported."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+
+
+def open_endpoint(config: WorkerConfig) -> Endpoint:
+    """Join the transport the configuration names."""
+    geometry = Geometry(**config.geometry)
+    if config.segment is not None:
+        from ppsd.transport.shared_memory import SharedMemoryEndpoint
+
+        return SharedMemoryEndpoint(config.segment, geometry, config.rank, config.spin)
+    from ppsd.transport.distributed import DistributedEndpoint, init_group
+
+    assert config.master is not None
+    init_group(config.rank, geometry.size, *config.master, config.timeout)
+    return DistributedEndpoint(geometry, config.rank, config.timeout)
+
+
+def serve(config: WorkerConfig) -> None:
+    """Load the stage, say ``ready``, and work until told to stop.
+
+    An exception is reported to rank 0 before it is raised here.
+    """
+    pin(config.cores)
+    torch.set_num_threads(config.threads)
+    endpoint = open_endpoint(config)
+
+    def say(status: Status) -> None:
+        endpoint.send(0, encode(status), config.timeout)
+
+    try:
+        worker = _load(config, endpoint, say)
+        with torch.inference_mode():
+            while not worker.stopped:
+                worker.step(IDLE_WAIT_S)
+    except Exception as error:
+        with contextlib.suppress(PpsdError):  # rank 0 may be what failed
+            say(failure_status(config.rank, error))
+        raise
+    finally:
+        endpoint.close()
+
+
+def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
+    def progress(done: int, total: int) -> None:
+        if done % 8 == 0 or done == total:
+            say(Status(config.rank, "progress", {"done": done, "total": total}))
+
+    spec = ModelSpec.from_json(config.spec)
+    plan = StagePlan(
+        config.first,
+        config.last,
+        config.max_context,
+        getattr(torch, config.dtype),
+        torch.device(config.device),
+    )
+    stage = Stage(spec, plan, open_source(Path(config.model_path)), progress)
+    judge = Judge(stage, config.rank, config.max_context) if stage.is_last else None
+    say(Status(config.rank, "ready", {"pid": os.getpid(), "memory_peak": memory_peak()}))
+    return Worker(
+        config.rank, stage, endpoint, judge, timeout=config.timeout, trace=config.trace
+    )
+
+
+def _die_with_parent() -> None:
+    """Wait for the end of standard input, then leave at once, whatever else is going on."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def main() -> int:
+    """Entry point of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to handle
+    config = WorkerConfig.from_json(sys.stdin.readline())
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        serve(config)
+    except Exception as error:
+        print(f"stage {config.rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class Supervisor:
+    """The worker processes of rank 0: started together, watched, and never left behind."""
+
+    def __init__(self) -> None:
+        self._children: dict[int, tuple[subprocess.Popen[str], IO[str]]] = {}
+
+    def start(self, config: WorkerConfig) -> None:
+        """Start the worker of ``config.rank``."""
+        stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed by close)
+        child = subprocess.Popen(
+            [sys.executable, "-m", "ppsd.worker.process"],
+            stdin=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            pass_fds=() if config.segment is None else (config.segment,),
+            env=os.environ | {"OMP_NUM_THREADS": str(config.threads)},
+        )
+        self._children[config.rank] = (child, stderr)
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(asdict(config)) + "\n")
+        child.stdin.flush()
+
+    def check(self) -> None:
+        """Raise StageLostError naming the first worker that is no longer running."""
+        for rank, (child, stderr) in self._children.items():
+            if child.poll() is not None:
+                stderr.seek(0)
+                raise StageLostError(
+                    f"stage {rank} (pid {child.pid}) {_ending(child.returncode)}"
+                    f"{_quote(stderr.read()[-STDERR_TAIL:])}"
+                )
+
+    def pids(self) -> dict[int, int]:
+        """Process ids by rank."""
+        return {rank: child.pid for rank, (child, _) in self._children.items()}
+
+    def close(self, grace: float) -> None:
+        """Let workers leave by themselves for ``grace`` seconds, then kill what is left."""
+        deadline = time.monotonic() + grace
+        for child, stderr in self._children.values():
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+            assert child.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
+            stderr.close()
+        self._children.clear()
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
+    return f"exited with code {code}"
+
+
+def _quote(text: str) -> str:
+    return f"; its last words:\n{text.strip()}" if text.strip() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

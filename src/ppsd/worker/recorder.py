@@ -1,0 +1,41 @@
+"""What a stage did and when: busy time always, slices for the trace when asked. Used by all ranks.
+
+Times are nanoseconds of the monotonic clock, which all processes of one host share.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from typing import Any
+
+MAX_SLICES = 200_000  # bounds a trace's memory; the oldest slices are dropped first
+
+Slice = tuple[int, int, str, int, int, int]  # start, end, kind, epoch, position, rows
+
+
+class Recorder:
+    """Adds up busy time by kind: ``prefill``, ``forward``, ``draft``, ``verify``, ``cancelled``."""
+
+    def __init__(self, trace: bool = False) -> None:
+        self.busy_ns: Counter[str] = Counter()
+        self.blocks: Counter[str] = Counter()
+        self.slices: deque[Slice] | None = deque(maxlen=MAX_SLICES) if trace else None
+
+    def add(self, start: int, kind: str, epoch: int, position: int, rows: int) -> None:
+        """Record work on ``rows`` rows at ``position`` from ``start`` until now."""
+        end = time.monotonic_ns()
+        self.busy_ns[kind] += end - start
+        self.blocks[kind] += 1
+        if self.slices is not None:
+            self.slices.append((start, end, kind, epoch, position, rows))
+
+    def take(self) -> dict[str, Any]:
+        """Return everything since the last ``take``, JSON-ready, and start anew."""
+        taken = {"busy_ns": dict(self.busy_ns), "blocks": dict(self.blocks)}
+        self.busy_ns.clear()
+        self.blocks.clear()
+        if self.slices is None:
+            return taken
+        slices, self.slices = list(self.slices), deque(maxlen=MAX_SLICES)
+        return taken | {"slices": slices}
