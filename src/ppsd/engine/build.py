@@ -5,6 +5,7 @@ Used by llm.py only.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -31,7 +32,6 @@ from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.weights import TensorSource, check_shapes, fingerprint, open_source
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
-from ppsd.transport.rendezvous import free_port, init_group_from_environment
 from ppsd.worker.judge import Judge
 from ppsd.worker.loop import Worker
 from ppsd.worker.messages import frame_bytes
@@ -41,7 +41,6 @@ from ppsd.worker.process import (
     memory_peak,
     open_endpoint,
     pin,
-    send_config,
 )
 
 RUNTIME_BYTES = 400 << 20  # what Python and PyTorch take in each process, measured at 0.3 GiB
@@ -81,7 +80,7 @@ class Layout:
 
     def cores(self, rank: int) -> tuple[int, ...]:
         """CPUs that a stage stays on; empty when there are not enough for all."""
-        if not self.pinned:
+        if not self.pinned or "RANK" in os.environ:  # of other hosts nothing is known
             return ()
         return tuple(available_cores()[rank * self.threads : (rank + 1) * self.threads])
 
@@ -290,6 +289,7 @@ class RunningPipeline:
 
     def _connect_distributed(self, geometry: Geometry, supervisor: Supervisor) -> Endpoint:
         from ppsd.transport.distributed import DistributedEndpoint
+        from ppsd.transport.rendezvous import free_port, init_group_from_environment, send_text
 
         ranks = range(1, geometry.size)
         if "RANK" in os.environ:  # torchrun started the other ranks
@@ -298,7 +298,7 @@ class RunningPipeline:
             if size != geometry.size:
                 raise ConfigError("stages", geometry.size, f"the world size {size} of torchrun")
             for rank in ranks:
-                send_config(self._worker_config(rank, geometry))
+                send_text(rank, json.dumps(asdict(self._worker_config(rank, geometry))))
             return DistributedEndpoint(geometry, 0, timeout)
         master = ("127.0.0.1", free_port())
         for rank in ranks:

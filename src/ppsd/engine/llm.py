@@ -71,7 +71,7 @@ class LLM:
         files = resolve_model(model)
         self.layout, source = plan_layout(self.config, files)
         check_memory(self.layout, range(self.layout.stages))
-        self.tokenizer = Tokenizer(files)
+        self.tokenizer = Tokenizer.load(files.path)
         self.trace = TraceLog()
         self._running = RunningPipeline(self.config, self.layout, source)
         self._pipeline = self._running.open(progress)
@@ -228,7 +228,7 @@ class LLM:
         params = replace(
             params, max_tokens=limited, min_tokens=min(params.min_tokens, limited), n=1
         )
-        eos = () if params.ignore_eos else self.layout.spec.eos_ids
+        eos = () if params.ignore_eos else (*self.layout.spec.eos_ids, *self.tokenizer.eos_ids)
         cached = min(_common_prefix(self._rows, ids), len(ids) - 1)
         if not reuse:
             chunk = self.config.prefill_chunk

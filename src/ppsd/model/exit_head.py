@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from ppsd.errors import HeadError
 from ppsd.model.layers import LayerWeights, Rope, causal_mask, decoder_layer, linear, rms_norm
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stage import StagePlan, fuse_layer, layer_tensor_names, new_cache
-from ppsd.model.weights import TensorSource
+from ppsd.model.stage import StagePlan, fuse_layer, new_cache
+from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSource, layer_prefix
 
 FORMAT = 1
 KINDS = ("norm", "transformer")
@@ -110,7 +110,7 @@ class ExitHead:
         self.draft_ids = weights.pop("draft_ids", None)  # [draft vocabulary] int64, ascending
         self.lm_head = lm_head  # [draft vocabulary or V, C]
         self.layers: list[LayerWeights] = [
-            fuse_layer(weights, f"model.layers.{i}.") for i in range(config.layers)
+            fuse_layer(weights, layer_prefix(i)) for i in range(config.layers)
         ]
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
         self.cache = new_cache(spec, len(self.layers), plan)
@@ -137,13 +137,14 @@ class ExitHead:
         return full.index_copy_(1, self.draft_ids, scores)
 
 
-def head_tensor_shapes(config: HeadConfig, spec: ModelSpec) -> dict[str, tuple[int, ...] | None]:
-    """Names in ``head.safetensors`` and their shapes (None: only the name is fixed)."""
-    shapes: dict[str, tuple[int, ...] | None] = {"norm.weight": (spec.hidden_size,)}
+def head_tensor_shapes(config: HeadConfig, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in ``head.safetensors``."""
+    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (spec.hidden_size,)}
     if config.draft_vocab is not None:
         shapes["draft_ids"] = (config.draft_vocab,)
-    names = [name for i in range(config.layers) for name in layer_tensor_names(spec, i)]
-    return shapes | dict.fromkeys(names)
+    for i in range(config.layers):
+        shapes |= {layer_prefix(i) + name: shape for name, shape in spec.layer_shapes().items()}
+    return shapes
 
 
 def load_head(
@@ -173,7 +174,7 @@ def load_head(
 
 def _check_tensors(
     weights: dict[str, torch.Tensor],
-    expected: dict[str, tuple[int, ...] | None],
+    expected: dict[str, tuple[int, ...]],
     spec: ModelSpec,
     path: Path,
 ) -> None:
@@ -181,7 +182,7 @@ def _check_tensors(
         odd = sorted(set(weights) ^ set(expected))
         raise HeadError(f"{path} does not hold the tensors of its configuration: {odd[:4]}")
     for name, shape in expected.items():
-        if shape is not None and tuple(weights[name].shape) != shape:
+        if tuple(weights[name].shape) != shape:
             raise HeadError(f"{path}: {name} is {tuple(weights[name].shape)}, not {shape}")
     ids = weights.get("draft_ids")
     if ids is not None and not (
@@ -199,7 +200,7 @@ def lm_head_rows(
 ) -> torch.Tensor:
     """The model's LM head rows for ``draft_ids`` (all when None), [draft vocabulary or V, C]."""
     if embedding is None or not spec.tie_embeddings:
-        name = "model.embed_tokens.weight" if spec.tie_embeddings else "lm_head.weight"
+        name = EMBEDDING if spec.tie_embeddings else LM_HEAD
         embedding = source.load(name, plan.dtype).to(plan.device)
     return embedding if draft_ids is None else embedding[draft_ids.to(embedding.device)]
 
@@ -213,6 +214,6 @@ def untrained_head(
 ) -> ExitHead:
     """A ``norm`` head made of the model's own final norm and LM head; it is rarely right."""
     config = HeadConfig("norm", plan.last, 0, None, spec.name, fingerprint, trained=False)
-    weights = {"norm.weight": source.load("model.norm.weight", plan.dtype)}
+    weights = {"norm.weight": source.load(FINAL_NORM, plan.dtype)}
     lm_head = lm_head_rows(spec, source, plan, None, embedding)
     return ExitHead(config, spec, plan, weights, lm_head)

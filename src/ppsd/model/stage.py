@@ -21,7 +21,7 @@ from ppsd.model.layers import (
     rms_norm,
 )
 from ppsd.model.spec import ModelSpec
-from ppsd.model.weights import TensorSource
+from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSource, layer_prefix
 
 Interrupted = Callable[[], bool]
 Progress = Callable[[int, int], None]
@@ -62,24 +62,16 @@ def tensor_names(spec: ModelSpec, first: int, last: int) -> list[str]:
     """Names of the tensors that the stage of layers [first, last) owns, in loading order."""
     names = [name for i in range(first, last) for name in layer_tensor_names(spec, i)]
     if first == 0 or (last == spec.num_layers and spec.tie_embeddings):
-        names.insert(0, "model.embed_tokens.weight")
+        names.insert(0, EMBEDDING)
     if last == spec.num_layers:
-        names.append("model.norm.weight")
-        names += [] if spec.tie_embeddings else ["lm_head.weight"]
+        names.append(FINAL_NORM)
+        names += [] if spec.tie_embeddings else [LM_HEAD]
     return names
 
 
 def layer_tensor_names(spec: ModelSpec, layer: int) -> list[str]:
     """Names of one layer's tensors."""
-    prefix = f"model.layers.{layer}."
-    attention, feed_forward = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]
-    names = ["input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.o_proj.weight"]
-    names += [f"self_attn.{x}.weight" for x in attention] + [f"mlp.{x}.weight" for x in feed_forward]
-    names += [f"self_attn.{x}.bias" for x in attention] if spec.qkv_bias else []
-    names += ["self_attn.o_proj.bias"] if spec.o_bias else []
-    names += [f"mlp.{x}.bias" for x in feed_forward] if spec.mlp_bias else []
-    names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if spec.qk_norm else []
-    return [prefix + name for name in names]
+    return [layer_prefix(layer) + name for name in spec.layer_shapes()]
 
 
 def fuse_layer(tensors: dict[str, torch.Tensor], prefix: str) -> LayerWeights:
@@ -130,13 +122,13 @@ class Stage:
         self._progress = progress
         self._source = source
         first, last = plan.first == 0, self.is_last
-        embedding = self._load("model.embed_tokens.weight") if first or self._tied_head else None
+        embedding = self._load(EMBEDDING) if first or self._tied_head else None
         self.embedding = embedding if first else None  # [V, C]
         self.layers = [self._load_layer(i) for i in range(plan.first, plan.last)]
-        self.norm = self._load("model.norm.weight") if last else None  # [C]
+        self.norm = self._load(FINAL_NORM) if last else None  # [C]
         self.lm_head = embedding if self._tied_head else None  # [V, C]
         if last and not self._tied_head:
-            self.lm_head = self._load("lm_head.weight")
+            self.lm_head = self._load(LM_HEAD)
         del self._source
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
         self.cache = new_cache(spec, len(self.layers), plan)
@@ -158,7 +150,7 @@ class Stage:
 
     def _load_layer(self, layer: int) -> LayerWeights:
         names = layer_tensor_names(self.spec, layer)
-        return fuse_layer({name: self._load(name) for name in names}, f"model.layers.{layer}.")
+        return fuse_layer({name: self._load(name) for name in names}, layer_prefix(layer))
 
     def forward(
         self, inputs: torch.Tensor, position: int, interrupted: Interrupted = lambda: False

@@ -8,8 +8,10 @@ in how that token is drawn. `coupled`: ``Sampler.choose``, whose noise both side
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # the policy uses ``accept`` and must not cost its users an import of PyTorch
+    from torch import Tensor
 
 
 def accept(drafts: Sequence[int], targets: Sequence[int]) -> tuple[int, int | None]:

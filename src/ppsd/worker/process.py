@@ -18,20 +18,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from ppsd.errors import PpsdError, StageLostError
+from ppsd.errors import ModelError, PpsdError, ProtocolError, StageLostError
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.weights import open_source
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.worker.judge import Judge
 from ppsd.worker.loop import Worker, failure_status
-from ppsd.worker.messages import Status, encode
+from ppsd.worker.messages import VERSION, Status, encode
 
 IDLE_WAIT_S = 1.0  # how long one wait for work lasts; a longer pause just waits again
 STDERR_TAIL = 2000  # characters of a dead worker's last words that an error quotes
@@ -48,6 +48,7 @@ class WorkerConfig:
     rank: int
     model_path: str
     spec: dict[str, Any]
+    fingerprint: str
     first: int
     last: int
     max_context: int
@@ -61,6 +62,7 @@ class WorkerConfig:
     geometry: dict[str, int]
     segment: int | None = None
     master: tuple[str, int] | None = None
+    protocol: int = VERSION
 
     @classmethod
     def from_json(cls, text: str) -> WorkerConfig:
@@ -91,11 +93,36 @@ def open_endpoint(config: WorkerConfig) -> Endpoint:
         from ppsd.transport.shared_memory import SharedMemoryEndpoint
 
         return SharedMemoryEndpoint(config.segment, geometry, config.rank, config.spin)
-    from ppsd.transport.distributed import DistributedEndpoint, init_group
+    from ppsd.transport.distributed import DistributedEndpoint
+    from ppsd.transport.rendezvous import init_group
 
-    assert config.master is not None
-    init_group(config.rank, geometry.size, *config.master, config.timeout)
+    if config.master is not None:
+        init_group(config.rank, geometry.size, *config.master, config.timeout)
     return DistributedEndpoint(geometry, config.rank, config.timeout)
+
+
+def serve_rank(model: str | None, timeout: float) -> None:
+    """Serve as a rank above 0 that torchrun started: rank 0 sends the configuration.
+
+    ``model`` is where this host keeps the model. Raises ModelError when it is another model than
+    rank 0's, ProtocolError when rank 0 speaks another protocol version.
+    """
+    from ppsd.model.source import describe, resolve_model
+    from ppsd.model.weights import fingerprint
+    from ppsd.transport.rendezvous import init_group_from_environment, receive_text
+
+    init_group_from_environment(timeout)
+    config = WorkerConfig.from_json(receive_text(0))
+    if config.protocol != VERSION:
+        raise ProtocolError(f"rank 0 speaks protocol {config.protocol}, this rank {VERSION}")
+    files = resolve_model(model)
+    mark = fingerprint(describe(files), open_source(files.path))
+    if mark != config.fingerprint:
+        raise ModelError(
+            f"rank {config.rank} has {files.name} ({mark[:12]}), rank 0 has "
+            f"{config.spec['name']} ({config.fingerprint[:12]}); all ranks need the same model"
+        )
+    serve(replace(config, model_path=str(files.path)))
 
 
 def serve(config: WorkerConfig) -> None:

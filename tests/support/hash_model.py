@@ -1,0 +1,88 @@
+"""An oracle model: logits are a hash of the whole prefix, through every stage's own rows.
+
+Each pseudo-layer keeps a running checksum per position where a real one keeps keys and values, so
+any stale, missing or extra row changes the logits for certain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from ppsd.errors import ProtocolError
+from ppsd.model.stage import Interrupted
+from ppsd.speculation.sampling import Sampler
+from ppsd.types import SamplingParams
+
+WIDTH = 4  # a 64-bit checksum travels as four 16-bit numbers, exact in float32
+
+
+def digest(*words: int) -> int:
+    data = b"".join(word.to_bytes(8, "little", signed=True) for word in words)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def pack(checksums: Sequence[int]) -> torch.Tensor:
+    rows = [[(c % 2**64) >> shift & 0xFFFF for shift in (0, 16, 32, 48)] for c in checksums]
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def unpack(rows: torch.Tensor) -> list[int]:
+    values = (sum(int(x) << (16 * i) for i, x in enumerate(row)) for row in rows.tolist())
+    return [v - 2**64 if v >= 2**63 else v for v in values]
+
+
+class HashStage:
+    """A StageModel of ``layers`` pseudo-layers; ``rank`` tells stages apart."""
+
+    def __init__(self, rank: int, stages: int, vocab: int, layers: int = 3) -> None:
+        self.is_last = rank == stages - 1
+        self.rank = rank
+        self.vocab = vocab
+        self.rows: list[dict[int, int]] = [{} for _ in range(layers)]
+        self.length = 0
+
+    def forward(
+        self, inputs: torch.Tensor, position: int, interrupted: Interrupted = lambda: False
+    ) -> torch.Tensor | None:
+        if not 0 <= position <= self.length:
+            raise ProtocolError(f"rows before {position} are missing, {self.length} held")
+        values = inputs.tolist() if inputs.dtype == torch.int64 else unpack(inputs)
+        for layer, rows in enumerate(self.rows):
+            if interrupted():
+                return None
+            for offset, value in enumerate(values):
+                before = rows[position + offset - 1] if position + offset else 0
+                rows[position + offset] = digest(self.rank, layer, before, value)
+            values = [rows[position + offset] for offset in range(len(values))]
+        self.length = position + len(values)
+        return pack(values)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([self._row(c) for c in unpack(hidden)], dtype=torch.float32)
+
+    def _row(self, checksum: int) -> list[float]:
+        seed = checksum.to_bytes(8, "little", signed=True)
+        data = hashlib.blake2b(seed, digest_size=self.vocab).digest()
+        return [byte / 32 for byte in data]  # ties happen: the lowest id must win everywhere
+
+
+def plain_decode(
+    prompt: Sequence[int], params: SamplingParams, stop: frozenset[int], stages: int, vocab: int
+) -> list[int]:
+    """What any pipeline must say: fresh stages, whole prefix, no cache, no policy."""
+    sampler = Sampler(params, len(prompt), stop, vocab)
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + params.max_tokens:
+        rows: torch.Tensor | None = torch.tensor(tokens)
+        for rank in range(stages):
+            assert rows is not None
+            stage = HashStage(rank, stages, vocab)
+            rows = stage.forward(rows, 0)
+        assert rows is not None
+        tokens.append(sampler.choose(stage.logits(rows[-1:])[0], torch.tensor(tokens)))
+        if tokens[-1] in stop:
+            break
+    return tokens[len(prompt) :]
