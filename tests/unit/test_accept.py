@@ -96,6 +96,12 @@ def test_a_cumulative_sum_that_ends_below_one_never_yields_a_massless_token():
     assert draw_target(0, tensor(q), tensor(p), 0.5, 0.0) == 1
 
 
+def test_the_residual_gives_each_token_a_half_open_interval():
+    q, p = tensor((1.0, 0.0, 0.0)), tensor((0.0, 0.5, 0.5))
+    assert draw_target(0, q, p, 0.0, math.nextafter(0.5, 0.0)) == 1
+    assert draw_target(0, q, p, 0.0, 0.5) == 2
+
+
 def test_a_denormal_residual_is_sampled():
     p, q = (1.0, TINY, 0.0), (1.0 + 2**-52, 0.0, 0.0)
     for residual_uniform in CORNERS:

@@ -189,6 +189,7 @@ def test_top_k_keeps_everything_equal_to_the_kth():
 
 def test_top_p_keeps_the_smallest_set_with_ties_to_the_lowest_id():
     assert kept([0.0] * 40, top_p=0.5) == list(range(20))
+    assert kept([0.0] * 4, top_p=0.5) == [0, 1]
     assert kept([0.0] * 4, top_p=0.500001) == [0, 1, 2]
     assert kept([0.0, 0.0, 5.0, 0.0], top_p=0.985) == [0, 2]
     assert kept([1.0, 2.0], top_p=1e-300) == [1]
