@@ -1,0 +1,1 @@
+"""Measurements: workloads, verification, and later benchmarks."""

@@ -1,0 +1,1 @@
+"""The command line: parse, refuse, format; no logic."""

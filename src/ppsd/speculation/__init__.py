@@ -1,0 +1,1 @@
+"""The policy, acceptance and sampling: pure functions and state machines."""

@@ -1,0 +1,1 @@
+"""Bytes between ranks: shared memory, torch.distributed, and an in-process twin."""

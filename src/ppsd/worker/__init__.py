@@ -1,0 +1,1 @@
+"""Stage workers and the protocol they speak."""

@@ -1,0 +1,128 @@
+"""L1: the real engine, protocol and workers over oracle stages say exactly what plain decoding says.
+
+Hypothesis chooses the split, the schedule, the sampling, which drafts are right, and in which
+order the workers move, so verdicts meet stage 0 before, during and after its own work.
+"""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppsd.speculation.policy import Schedule
+from ppsd.types import SamplingParams
+from tests.support.rig import VOCAB, Rig
+
+prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=11)
+schedules = st.builds(Schedule, st.integers(1, 4), st.integers(1, 6))
+samplings = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.0, 0.7, 1.5]),
+        "top_k": st.sampled_from([0, 3]),
+        "top_p": st.sampled_from([1.0, 0.8]),
+        "repetition_penalty": st.sampled_from([1.0, 1.3]),
+        "presence_penalty": st.sampled_from([0.0, 0.6]),
+        "frequency_penalty": st.sampled_from([0.0, 0.4]),
+        "seed": st.integers(0, 3),
+        "max_tokens": st.integers(1, 16),
+    }
+)
+
+
+@settings(max_examples=250)
+@given(
+    data=st.data(),
+    stages=st.integers(2, 5),
+    schedule=schedules,
+    requests=st.lists(st.tuples(prompts, samplings, st.booleans()), min_size=1, max_size=3),
+    alpha=st.sampled_from([0.0, 0.4, 0.8, 1.0]),
+    chunk=st.integers(1, 5),
+)
+def test_any_order_of_work_gives_the_plain_output(
+    data, stages, schedule, requests, alpha, chunk
+) -> None:
+    rig = Rig(stages, schedule, chunk=chunk)
+    turns = data.draw(st.lists(st.integers(0, stages - 1), min_size=1, max_size=12))
+    moves = iter(turns * 1000)
+
+    def moved() -> int | None:
+        rank = next(moves, 0)
+        return rank or None
+
+    rig.order = moved
+    _let_workers_move_while_stage_0_computes(rig, turns)
+    for prompt, sampling, with_stop in requests:
+        params = SamplingParams(**sampling)
+        stop = frozenset({3}) if with_stop else frozenset()
+        assert rig.decode(prompt, params, stop, alpha=alpha) == rig.plain(prompt, params, stop)
+        counts = rig.engine.policy.counts
+        assert counts.drafted == counts.judged + counts.discarded
+
+
+def _let_workers_move_while_stage_0_computes(rig: Rig, turns: list[int]) -> None:
+    """Step a worker whenever stage 0 asks between its layers whether to go on."""
+    forward = rig.models[0].forward
+    pattern = iter(turns * 1000)
+
+    def stepping(inputs, position, interrupted=lambda: False):
+        def asked() -> bool:
+            rank = next(pattern, 0)
+            if rank:
+                rig.workers[rank - 1].step(0.0)
+            return interrupted()
+
+        return forward(inputs, position, asked)
+
+    rig.models[0].forward = stepping  # type: ignore[method-assign]
+
+
+@settings(max_examples=60)
+@given(prompts, samplings, st.integers(1, 4), st.integers(1, 4))
+def test_rejection_at_temperature_0_is_plain_decoding(prompt, sampling, stages, window) -> None:
+    params = SamplingParams(**{**sampling, "temperature": 0.0})
+    schedule = Schedule(1, window if stages > 1 else 1)
+    rig = Rig(stages, schedule, acceptance="rejection")
+    assert rig.decode(prompt, params) == rig.plain(prompt, params, frozenset())
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_a_request_left_early_does_not_touch_the_next(data) -> None:
+    stages = data.draw(st.integers(2, 4))
+    rig = Rig(stages, Schedule(1, stages))
+    prompt = data.draw(prompts)
+    params = SamplingParams(max_tokens=12)
+    rig.decode(prompt, params)
+    for leave_after in data.draw(st.lists(st.integers(0, 6), max_size=3)):
+        stream = rig.engine.decode(_request(rig, prompt, params))
+        for _, _ in zip(range(leave_after), stream, strict=False):
+            pass
+        stream.close()
+        assert rig.decode(prompt, params) == rig.plain(prompt, params, frozenset())
+
+
+def _request(rig: Rig, prompt: list[int], params: SamplingParams):
+    from ppsd.engine.engine import Request
+
+    return Request(tuple(prompt), params, frozenset(), rig.vocab)
+
+
+@settings(max_examples=40)
+@given(prompts, st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6), st.integers(2, 4))
+def test_rows_kept_from_the_last_turn_are_the_ones_a_fresh_run_computes(
+    prompt, addition, stages
+) -> None:
+    rig = Rig(stages, Schedule(1, stages))
+    params = SamplingParams(max_tokens=5)
+    answer = rig.decode(prompt, params)
+    turn = [*prompt, *answer, *addition]
+    kept = len(prompt) + len(answer) - 1
+    assert rig.decode(turn, params, cached=kept) == rig.plain(turn, params, frozenset())
+
+
+def test_right_drafts_flow_without_a_single_resync() -> None:
+    rig = Rig(4, Schedule(1, 4))
+    params = SamplingParams(max_tokens=40)
+    assert rig.decode([1, 2], params, alpha=1.0) == rig.plain([1, 2], params, frozenset())
+    counts = rig.engine.policy.counts
+    assert (counts.resyncs, counts.accepted, counts.discarded) == (0, 39, 0)

@@ -1,0 +1,94 @@
+"""Pipelines of oracle stages inside one process, for the contract tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ppsd.engine.drafter import Drafter, OracleDrafter
+from ppsd.engine.engine import Engine, Request
+from ppsd.engine.pipeline import Pipeline
+from ppsd.speculation.policy import Schedule
+from ppsd.transport.base import Geometry
+from ppsd.transport.inprocess import InProcessHub
+from ppsd.types import SamplingParams
+from ppsd.worker.judge import Judge
+from ppsd.worker.loop import Worker
+from ppsd.worker.messages import frame_bytes
+from tests.support.hash_model import WIDTH, HashStage, plain_decode
+
+CONTEXT = 96
+VOCAB = 8
+
+
+class Rig:
+    """``stages`` oracle stages, an engine on top, and which worker moves when.
+
+    ``order`` is asked for the rank to step next whenever the engine waits or polls; None lets
+    every worker go as far as it can.
+    """
+
+    def __init__(
+        self,
+        stages: int,
+        schedule: Schedule,
+        *,
+        acceptance: str = "coupled",
+        chunk: int = 4,
+        vocab: int = VOCAB,
+        slots: int = 64,
+    ) -> None:
+        self.stages, self.vocab = stages, vocab
+        size = frame_bytes(max(chunk, schedule.block), max(WIDTH, vocab), torch.float32)
+        self.hub = InProcessHub(Geometry(stages, size, size, slots))
+        self.models = [HashStage(rank, stages, vocab) for rank in range(stages)]
+        self.workers = [self._worker(rank) for rank in range(1, stages)]
+        self.order: Callable[[], int | None] = lambda: None
+        self.hub.on_idle = self.step
+        self.pipeline = Pipeline(
+            self.models[0],
+            self.hub.endpoint(0),
+            None,
+            max_context=CONTEXT,
+            timeout=5.0,
+            judge=Judge(self.models[0], 0, CONTEXT) if stages == 1 else None,
+        )
+        self.engine_settings = {"acceptance": acceptance, "prefill_chunk": chunk}
+        self.schedule = schedule
+
+    def _worker(self, rank: int) -> Worker:
+        model = self.models[rank]
+        judge = Judge(model, rank, CONTEXT) if model.is_last else None
+        return Worker(rank, model, self.hub.endpoint(rank), judge, timeout=5.0)
+
+    def step(self) -> bool:
+        """Let one worker, or all in turn, handle one message."""
+        rank = self.order()
+        if rank is not None and self.workers[rank - 1].step(0.0):
+            return True
+        return any([worker.step(0.0) for worker in self.workers])
+
+    def decode(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        stop: frozenset[int] = frozenset(),
+        *,
+        alpha: float = 0.6,
+        cached: int = 0,
+        drafter: Drafter | None = None,
+    ) -> list[int]:
+        """Run one request; the drafter knows the truth and is right with probability alpha."""
+        truth = [*prompt, *self.plain(prompt, params, stop)]
+        if self.schedule.drafts:
+            self.pipeline.drafter = drafter or OracleDrafter(truth, alpha, self.vocab)
+        if not hasattr(self, "engine"):
+            self.engine = Engine(self.pipeline, self.schedule, **self.engine_settings)  # type: ignore[arg-type]
+        request = Request(tuple(prompt), params, stop, self.vocab, cached)
+        return [token for emit in self.engine.decode(request) for token in emit.tokens]
+
+    def plain(
+        self, prompt: Sequence[int], params: SamplingParams, stop: frozenset[int]
+    ) -> list[int]:
+        return plain_decode(prompt, params, stop, self.stages, self.vocab)
