@@ -6,11 +6,13 @@ of the pipeline and no others: rank k → k+1 (work) and every rank k ≥ 1 → 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from ppsd.errors import ProtocolError
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,47 @@ class Geometry:
     """Sizes agreed by all ranks before the first frame.
 
     ``forward_bytes`` and ``return_bytes`` bound one frame on the work links (k → k+1) and on the
-    return links (k → 0); ``slots`` is how many frames a link holds before ``send`` has to wait.
+    return links (k → 0); ``slots`` is how many frames a link at least holds before ``send`` has
+    to wait.
     """
 
     size: int
     forward_bytes: int
     return_bytes: int
     slots: int
+
+    def links(self) -> dict[tuple[int, int], int]:
+        """Return every link (from, to) with the bytes its largest frame may have."""
+        work = {(rank, rank + 1): self.forward_bytes for rank in range(self.size - 1)}
+        return work | {(rank, 0): self.return_bytes for rank in range(1, self.size)}
+
+    def outgoing(self, rank: int) -> dict[int, int]:
+        """Return the ranks that ``rank`` may send to, with the bytes of the largest frame."""
+        return {to: limit for (source, to), limit in self.links().items() if source == rank}
+
+    def incoming(self, rank: int) -> dict[int, int]:
+        """Return the ranks that may send to ``rank``, with the bytes of the largest frame."""
+        return {source: limit for (source, to), limit in self.links().items() if to == rank}
+
+
+def frame_bytes(outgoing: Mapping[int, int], to: int, parts: Sequence[torch.Tensor]) -> int:
+    """Return the length of a frame made of ``parts``; ProtocolError when ``to`` cannot take it."""
+    limit = outgoing.get(to)
+    if limit is None:
+        raise ProtocolError(f"no link to rank {to}: this rank sends to {sorted(outgoing)} only")
+    length = sum(part.numel() for part in parts)
+    if length > limit:
+        raise ProtocolError(f"a frame to rank {to} may have {limit} bytes, got {length}")
+    return length
+
+
+def gather(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """Copy ``parts`` end to end into the first bytes of ``out``."""
+    start = 0
+    for part in parts:
+        end = start + part.numel()
+        out[start:end].copy_(part)
+        start = end
 
 
 class Endpoint(Protocol):

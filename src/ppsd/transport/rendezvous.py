@@ -1,0 +1,113 @@
+"""How ranks on several hosts find each other and form torch.distributed's default group.
+
+Imported by engine/ and worker/ before they make a DistributedEndpoint. Every rank announces
+itself in a store kept by rank 0; rank 0 alone decides who is missing, and tells the others.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from ppsd.errors import ConfigError, PipelineError, PipelineTimeoutError, StageLostError
+
+POLL_SECONDS = 0.02
+
+
+def init_group(rank: int, size: int, host: str, port: int, timeout: float) -> None:
+    """Form the default group of ``size`` ranks that meet at rank 0's ``host:port``.
+
+    Raises PipelineError when the address is in use or the ranks disagree on who they are, and
+    PipelineTimeoutError naming the ranks that did not join within ``timeout`` seconds.
+    """
+    try:
+        store = _open_store(rank, host, port, timeout)
+        _meet(store, rank, size, timeout)
+        limit = timedelta(seconds=timeout)
+        group_store = PrefixStore("group", store)
+        dist.init_process_group(
+            "gloo", store=group_store, rank=rank, world_size=size, timeout=limit
+        )
+    except dist.DistError as error:
+        raise StageLostError(f"rank 0 at {host}:{port} went away during start-up") from error
+
+
+def init_group_from_environment(timeout: float) -> tuple[int, int]:
+    """Form the default group under torchrun and return (rank, size).
+
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; errors are those of ``init_group``.
+    """
+    rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    host = os.environ.get("MASTER_ADDR", "")
+    if not host:
+        raise ConfigError("MASTER_ADDR", host, "rank 0's host name, as torchrun sets it")
+    init_group(rank, size, host, port, timeout)
+    return rank, size
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise ConfigError(name, text, "a number, as torchrun sets it")
+    return int(text)
+
+
+def _open_store(rank: int, host: str, port: int, timeout: float) -> Store:
+    agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listens = rank == 0 and not agent_keeps_store
+    try:
+        store = TCPStore(
+            host,
+            port,
+            is_master=listens,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+        )
+    except dist.DistError as error:
+        if not listens:
+            raise PipelineTimeoutError(
+                f"rank 0 did not answer at {host}:{port} within {timeout} s"
+            ) from error
+        if "EADDRINUSE" in str(error):
+            raise PipelineError(f"address already in use: {host}:{port}") from error
+        raise PipelineError(f"cannot listen at {host}:{port}: {error}") from error
+    # torchrun keeps one store over restarts; names of a former attempt must not count.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"ppsd/{attempt}", store)
+
+
+def _meet(store: Store, rank: int, size: int, timeout: float) -> None:
+    """Return when all ranks are known to be here; raise the same error on all when they are not."""
+    if rank == 0:
+        store.set("size", str(size))
+    elif (expected := int(_get(store, "size", timeout))) != size:
+        raise PipelineError(
+            f"rank {rank} was started as one of {size}, rank 0 as one of {expected}"
+        )
+    if store.add(f"rank {rank}", 1) > 1:
+        raise PipelineError(f"rank {rank} was started twice")
+    if rank == 0:
+        store.set("missing", _missing_ranks(store, size, timeout))
+    if missing := _get(store, "missing", timeout):
+        raise PipelineTimeoutError(f"did not join within {timeout} s: rank {missing}")
+
+
+def _missing_ranks(store: Store, size: int, timeout: float) -> str:
+    deadline = time.monotonic() + timeout
+    while missing := [rank for rank in range(size) if not store.check([f"rank {rank}"])]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS)
+    return ", ".join(map(str, missing))
+
+
+def _get(store: Store, key: str, timeout: float) -> str:
+    # Rank 0 may have started later than this rank, and its own deadline with it.
+    store.set_timeout(timedelta(seconds=2 * timeout))
+    value: bytes = store.get(key)
+    return value.decode()

@@ -1,0 +1,202 @@
+"""One rank under test, driven by single commands: in this process, or as a child over its pipes.
+
+A frame is described by (seed, length) pairs, one for each part, so that both sides know its
+content; what a rank received is reported as (source, length, SHA-256).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppsd import errors
+from ppsd.transport import distributed
+from ppsd.transport.base import Endpoint, Geometry
+from ppsd.transport.distributed import DistributedEndpoint
+from ppsd.transport.rendezvous import init_group
+from ppsd.transport.shared_memory import SharedMemoryEndpoint
+
+ROOT = Path(__file__).parents[2]
+Parts = list[tuple[int, int]]
+PATIENCE = 60.0  # longer than any command below may take on a busy machine
+
+
+def content(seed: int, length: int) -> bytes:
+    return random.Random(seed).randbytes(length)
+
+
+def tensor(data: bytes) -> torch.Tensor:
+    return torch.tensor(list(data), dtype=torch.uint8)
+
+
+def described(source: int, parts: Parts) -> list[Any]:
+    data = b"".join(content(*part) for part in parts)
+    return [source, len(data), hashlib.sha256(data).hexdigest()]
+
+
+class Player:
+    """The commands; each returns something that JSON can carry."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+
+    def send(self, to: int, parts: Parts, timeout: float = PATIENCE) -> None:
+        self.endpoint.send(to, [tensor(content(*part)) for part in parts], timeout)
+
+    def send_all(self, to: int, frames: list[Parts]) -> None:
+        for parts in frames:
+            self.send(to, parts)
+
+    def send_from_one_buffer(self, to: int, seeds: list[int], length: int) -> None:
+        buffer = torch.empty(length, dtype=torch.uint8)
+        for seed in seeds:
+            buffer.copy_(tensor(content(seed, length)))
+            self.endpoint.send(to, [buffer], PATIENCE)
+            buffer.fill_(0)
+
+    def fill(self, to: int, length: int) -> int:
+        """Send frames with seeds 0, 1, … until the link is full; return how many it took."""
+        for seed in range(1000):
+            try:
+                self.send(to, [(seed, length)], timeout=0.3)
+            except errors.PipelineTimeoutError:
+                return seed
+        raise AssertionError("the link never fills up")
+
+    def receive(self, timeout: float = PATIENCE) -> list[Any] | None:
+        received = self.endpoint.receive(timeout)
+        if received is None:
+            return None
+        source, frame = received
+        data = bytes(frame.tolist())
+        return [source, len(data), hashlib.sha256(data).hexdigest()]
+
+    def receive_all(self, count: int) -> list[Any]:
+        return [self.receive() for _ in range(count)]
+
+    def publish(self, epoch: int) -> None:
+        self.endpoint.publish(epoch)
+
+    def await_epoch(self, epoch: int) -> int:
+        deadline = time.monotonic() + PATIENCE
+        while self.endpoint.epoch() != epoch and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return self.endpoint.epoch()
+
+    def speak_other_protocol(self) -> None:
+        distributed.MAGIC = 0x50545448
+
+    def close(self) -> None:
+        self.endpoint.close()
+        self.endpoint.close()
+
+
+class LocalRank:
+    """A player on a thread of its own; ``start`` returns at once, ``call`` waits."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.player = Player(endpoint)
+        self._thread = ThreadPoolExecutor(1)
+
+    def start(self, command: str, *arguments: Any) -> Future[Any]:
+        return self._thread.submit(self._do, command, list(arguments))
+
+    def call(self, command: str, *arguments: Any) -> Any:
+        return self.start(command, *arguments).result(2 * PATIENCE)
+
+    def shut(self) -> None:
+        self.call("close")
+        self._thread.shutdown()
+
+    def _do(self, command: str, arguments: list[Any]) -> Any:
+        return getattr(self.player, command)(*arguments)
+
+
+class RemoteRank(LocalRank):
+    """A player in a child process, which ends with its standard input."""
+
+    def __init__(self, setup: dict[str, Any], pass_fds: tuple[int, ...] = ()) -> None:
+        path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.contract.transport_player", json.dumps(setup)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
+            pass_fds=pass_fds,
+        )
+        self._thread = ThreadPoolExecutor(1)
+
+    def shut(self) -> None:
+        """Close, end the child, and insist on a clean exit."""
+        self.call("close")
+        assert self.end() == (0, "")
+
+    def end(self) -> tuple[int, str]:
+        """Return exit status and standard error of the child, which is told to end."""
+        self._thread.shutdown()
+        try:
+            _, noise = self.process.communicate(timeout=PATIENCE)
+        finally:
+            self.process.kill()
+        return self.process.returncode, noise
+
+    def _do(self, command: str, arguments: list[Any]) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps([command, arguments]), file=self.process.stdin, flush=True)
+        reply = json.loads(self.process.stdout.readline())
+        if "error" in reply:
+            raise getattr(errors, reply["error"])(reply["text"])
+        return reply["result"]
+
+
+def gloo_ranks(geometry: Geometry, timeout: float) -> list[RemoteRank]:
+    port = free_port()
+    setups = [
+        {"rank": rank, "geometry": vars(geometry), "port": port, "timeout": timeout}
+        for rank in range(geometry.size)
+    ]
+    return [RemoteRank(setup) for setup in setups]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _endpoint(setup: dict[str, Any]) -> Endpoint:
+    geometry, rank = Geometry(**setup["geometry"]), setup["rank"]
+    if "fd" in setup:
+        return SharedMemoryEndpoint(setup["fd"], geometry, rank, spin=False)
+    init_group(rank, geometry.size, "127.0.0.1", setup["port"], PATIENCE)
+    return DistributedEndpoint(geometry, rank, setup["timeout"])
+
+
+def _play(setup: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    player = Player(_endpoint(setup))
+    for line in sys.stdin:
+        command, arguments = json.loads(line)
+        try:
+            reply = {"result": getattr(player, command)(*arguments)}
+        except errors.PpsdError as error:
+            reply = {"error": type(error).__name__, "text": str(error)}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    _play(json.loads(sys.argv[1]))
