@@ -34,6 +34,7 @@ class HeadDrafter:
         self.head = head
         self._rows: list[torch.Tensor] = []  # observed, not yet run through the head
         self._next = 0  # position of the row after them
+        self._last = torch.empty(0)  # the head's row of the newest position
         self._probabilities: dict[int, torch.Tensor] = {}
 
     def observe(self, position: int, hidden: torch.Tensor) -> None:
@@ -45,13 +46,15 @@ class HeadDrafter:
         if len(self._rows) > MAX_LAG_ROWS:
             self._catch_up()
 
-    def _catch_up(self) -> torch.Tensor:
+    def _catch_up(self) -> None:
         rows, self._rows = torch.cat(self._rows), []
-        return self.head.forward(rows, self._next - rows.shape[0])
+        self._last = self.head.forward(rows, self._next - rows.shape[0])[-1:]
 
     def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
         """See Drafter."""
-        logits = self.head.logits(self._catch_up()[-1:])[0]
+        if self._rows:
+            self._catch_up()
+        logits = self.head.logits(self._last)[0]
         if stream is Stream.TARGET:
             return sampler.choose(logits, history)
         position = history.numel()

@@ -75,6 +75,7 @@ class Pipeline:
         """Make ``epoch`` the newest valid one on every stage; overtakes all work."""
         self._endpoint.publish(epoch)
 
+    @torch.inference_mode()
     def feed(self, feed: Feed, interrupted: Callable[[], bool]) -> Drafted | None:
         """Run rows through stage 0, ship a complete block, then draft if asked to.
 

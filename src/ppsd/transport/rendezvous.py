@@ -7,16 +7,25 @@ itself in a store kept by rank 0; rank 0 alone decides who is missing, and tells
 from __future__ import annotations
 
 import os
+import socket
 import time
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from ppsd.errors import ConfigError, PipelineError, PipelineTimeoutError, StageLostError
+from ppsd.errors import (
+    ConfigError,
+    PipelineError,
+    PipelineTimeoutError,
+    ProtocolError,
+    StageLostError,
+)
 
 POLL_SECONDS = 0.02
+MAX_TEXT_BYTES = 1 << 24
 
 
 def init_group(rank: int, size: int, host: str, port: int, timeout: float) -> None:
@@ -111,3 +120,29 @@ def _get(store: Store, key: str, timeout: float) -> str:
     store.set_timeout(timedelta(seconds=2 * timeout))
     value: bytes = store.get(key)
     return value.decode()
+
+
+def free_port() -> int:
+    """Return a TCP port of this host that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def send_text(to: int, text: str) -> None:
+    """Send text to a rank of the group, before any endpoint exists."""
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    dist.send(torch.tensor([data.numel()]), to)
+    dist.send(data, to)
+
+
+def receive_text(source: int) -> str:
+    """Receive what ``send_text`` sent; ProtocolError when its length makes no sense."""
+    length = torch.zeros(1, dtype=torch.int64)
+    dist.recv(length, source)
+    if not 0 < int(length) <= MAX_TEXT_BYTES:
+        raise ProtocolError(f"rank {source} announces a text of {int(length)} bytes")
+    data = torch.empty(int(length), dtype=torch.uint8)
+    dist.recv(data, source)
+    return data.numpy().tobytes().decode()

@@ -8,6 +8,8 @@ import traceback
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ppsd.errors import PipelineError, ProtocolError
 from ppsd.model.stage import StageModel
 from ppsd.transport.base import Endpoint
@@ -60,6 +62,7 @@ class Worker:
         self.handle(decode(received[1]))
         return True
 
+    @torch.inference_mode()
     def handle(self, message: Message) -> None:
         """Act on one message and pass on what concerns later stages."""
         if isinstance(message, Block):

@@ -139,9 +139,8 @@ def serve(config: WorkerConfig) -> None:
 
     try:
         worker = _load(config, endpoint, say)
-        with torch.inference_mode():
-            while not worker.stopped:
-                worker.step(IDLE_WAIT_S)
+        while not worker.stopped:
+            worker.step(IDLE_WAIT_S)
     except Exception as error:
         with contextlib.suppress(PpsdError):  # rank 0 may be what failed
             say(failure_status(config.rank, error))
