@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ppsd.errors import HeadError
 from ppsd.model.layers import LayerWeights, Rope, causal_mask, decoder_layer, linear, rms_norm
@@ -48,6 +48,13 @@ class HeadConfig:
     def to_json(self) -> dict[str, Any]:
         """The content of ``head.json``."""
         return {"format": FORMAT, **asdict(self)}
+
+
+def save_head(directory: Path, config: HeadConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Write a head directory; ``weights`` are those of ``head_tensor_shapes``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.contiguous() for name, t in weights.items()}, directory / WEIGHTS_FILE)
+    (directory / CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=1) + "\n")
 
 
 def read_head_config(directory: Path) -> HeadConfig:
