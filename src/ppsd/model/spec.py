@@ -1,0 +1,239 @@
+"""What a model is: sizes, rotary frequencies and switches, as numbers without any library.
+
+Rank 0 computes a ModelSpec once and sends it as JSON; workers never import transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from ppsd.errors import ModelError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_TEXT = "Llama (also Vicuna and SmolLM2), Mistral, Qwen2/2.5 and Qwen3"
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One decoder-only model of the Llama family.
+
+    ``inv_freq`` are the head_dim/2 rotary inverse frequencies, exact float32 values, and
+    ``rope_scale`` the factor on cos and sin (yarn; else 1). ``max_context`` is in positions;
+    ``context_note`` says why it is below what the model's file states, or is empty.
+    """
+
+    name: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    rms_norm_eps: float
+    inv_freq: tuple[float, ...]
+    rope_scale: float
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_embeddings: bool
+    eos_ids: tuple[int, ...]
+    context_note: str = ""
+
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one decoder layer's tensors by their names inside the layer."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        linears = {
+            "self_attn.q_proj": (queries, hidden, self.qkv_bias),
+            "self_attn.k_proj": (keys, hidden, self.qkv_bias),
+            "self_attn.v_proj": (keys, hidden, self.qkv_bias),
+            "self_attn.o_proj": (hidden, queries, self.o_bias),
+            "mlp.gate_proj": (inner, hidden, self.mlp_bias),
+            "mlp.up_proj": (inner, hidden, self.mlp_bias),
+            "mlp.down_proj": (hidden, inner, self.mlp_bias),
+        }
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+        }
+        for name, (rows, columns, _) in linears.items():
+            shapes[f"{name}.weight"] = (rows, columns)
+        shapes |= {f"{name}.bias": (rows,) for name, (rows, _, bias) in linears.items() if bias}
+        if self.qk_norm:
+            shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+        return shapes
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        return sum(prod(shape) for shape in self.layer_shapes().values())
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the token embedding, which stage 0 holds."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of final norm and LM head, which the last stage holds even when tied."""
+        return self.vocab_size * self.hidden_size + self.hidden_size
+
+    def kv_bytes_per_position(self, dtype: torch.dtype) -> int:
+        """Bytes of keys and values that one layer caches for one position."""
+        return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary from which ``from_json`` restores an equal object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ModelSpec:
+        """The inverse of ``to_json``."""
+        values = {field.name: record[field.name] for field in fields(cls)}
+        lists = {name: tuple(record[name]) for name in ("inv_freq", "eos_ids")}
+        return cls(**values | lists)
+
+
+def config_from_dict(record: Mapping[str, Any], where: str) -> PretrainedConfig:
+    """Build transformers' own config object from the contents of a config.json.
+
+    Only the four built-in classes are ever used, so code named by ``auto_map`` cannot run.
+    Raises UnsupportedModelError for another architecture and ModelError for values that the
+    class refuses; both name ``where``.
+    """
+    model_type = record.get("model_type")
+    if model_type not in SUPPORTED:
+        raise UnsupportedModelError(
+            f"{where}: architecture {model_type!r} is not supported; supported are {SUPPORTED_TEXT}"
+        )
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(record))
+    except Exception as error:  # the classes validate with several unrelated exception types
+        text = " ".join(str(error).split())
+        raise ModelError(f"{where}: not a valid {model_type} configuration: {text}") from error
+
+
+def token_ids(value: int | Iterable[int] | None) -> set[int]:
+    """Read a config's token id field: one id, several, or none."""
+    if value is None:
+        return set()
+    return {value} if isinstance(value, int) else set(value)
+
+
+def spec_from_config(
+    config: PretrainedConfig, name: str, generation_eos: int | Iterable[int] | None = None
+) -> ModelSpec:
+    """Describe the model of a transformers config.
+
+    ``generation_eos`` is the generation config's eos_token_id, which is added to the config's own.
+    Raises UnsupportedModelError, naming the setting, where the model is not plain causal attention
+    with full rotary embedding and a SiLU-gated MLP.
+    """
+    _refuse_unsupported(config, name)
+    kind = config.model_type
+    inv_freq, rope_scale = _rope(config, name)
+    max_context, note = _context(config)
+    attention_bias = kind in ("llama", "qwen3") and bool(config.attention_bias)
+    return ModelSpec(
+        name=name,
+        architecture=kind,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=_head_dim(config),
+        vocab_size=config.vocab_size,
+        max_context=max_context,
+        rms_norm_eps=config.rms_norm_eps,
+        inv_freq=inv_freq,
+        rope_scale=rope_scale,
+        qkv_bias=attention_bias or kind == "qwen2",
+        o_bias=attention_bias,
+        mlp_bias=kind == "llama" and bool(config.mlp_bias),
+        qk_norm=kind == "qwen3",
+        tie_embeddings=bool(config.tie_word_embeddings),
+        eos_ids=tuple(sorted(token_ids(config.eos_token_id) | token_ids(generation_eos))),
+        context_note=note,
+    )
+
+
+def _refuse_unsupported(config: PretrainedConfig, name: str) -> None:
+    if config.model_type not in SUPPORTED:
+        raise UnsupportedModelError(
+            f"{name}: architecture {config.model_type!r} is not supported; "
+            f"supported are {SUPPORTED_TEXT}"
+        )
+    if config.hidden_act != "silu":
+        raise UnsupportedModelError(
+            f"{name}: hidden_act {config.hidden_act!r} is not supported; supported is 'silu'"
+        )
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModelError(
+            f"{name}: quantization_config is not supported; use unquantised safetensors or GGUF"
+        )
+    others = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if others:
+        raise UnsupportedModelError(f"{name}: layer_types {sorted(others)} are not supported")
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    stated: int | None = getattr(config, "head_dim", None)
+    return stated or int(config.hidden_size // config.num_attention_heads)
+
+
+def _context(config: PretrainedConfig) -> tuple[int, str]:
+    """Return the longest context that full attention and fixed frequencies treat exactly.
+
+    Up to its window, sliding-window attention *is* full attention. Dynamic NTK scaling leaves the
+    frequencies alone up to max_position_embeddings and changes them with every position after.
+    """
+    limit: int = config.max_position_embeddings
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if window and window < limit and (types is None or "sliding_attention" in types):
+        return window, f"capped from {limit} to the model's sliding window"
+    if config.rope_parameters["rope_type"] == "dynamic":
+        return limit, "dynamic rope scaling is used within the original context only"
+    return limit, ""
+
+
+def _rope(config: PretrainedConfig, name: str) -> tuple[tuple[float, ...], float]:
+    """Return transformers' inverse frequencies, bit for bit in float32, and its cos/sin factor."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    kind = rope.get("rope_type")
+    if kind not in ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"{name}: rope_type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModelError(
+            f"{name}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported; "
+            "supported is 1.0"
+        )
+    if kind == "default":  # Su et al. 2021, section 3.2.2; transformers keeps it out of its table
+        dim = _head_dim(config)
+        inv_freq = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
+        return tuple(inv_freq.tolist()), 1.0
+    inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config)
+    return tuple(inv_freq.tolist()), float(scale)

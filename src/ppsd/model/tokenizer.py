@@ -1,0 +1,178 @@
+"""Text to token ids and back, also one token at a time, on top of transformers' tokenizers.
+
+Imported by engine/ and cli/; transformers is imported only when a tokenizer is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ppsd.errors import ConfigError, ModelError
+from ppsd.model.sidecar import cached
+
+REPLACEMENT = "\ufffd"
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+CONTEXT = 4  # tokens; an unfinished UTF-8 character has at most three bytes, a token at least one
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template."""
+
+    def __init__(self, inner: Any, name: str) -> None:
+        self._inner = inner
+        self._name = name
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Load the tokenizer of a directory in Hugging Face layout or of a GGUF file.
+
+        Raises ModelError naming the path when there is none or it would need remote code.
+        """
+        try:
+            inner = _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
+        except ModelError:
+            raise
+        except Exception as error:  # transformers and tokenizers raise many unrelated types
+            text = " ".join(str(error).split())[:300]
+            raise ModelError(f"{path}: has no tokenizer that can be read ({text})") from error
+        return cls(inner, str(path))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids the tokenizer knows; a model's logits may be padded beyond it."""
+        return len(self._inner)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokenizer's own end of sequence, if any; stop at these and at ModelSpec.eos_ids."""
+        end = self._inner.eos_token_id
+        return () if end is None else (end,)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of raw text, with the special tokens the model adds to a plain prompt.
+
+        Raises ConfigError for text that is not valid Unicode (lone surrogates).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError("prompt", text, "valid Unicode, without lone surrogates") from error
+        ids: list[int] = self._inner.encode(text)
+        return ids
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Return the ids of a conversation, ready for the assistant's next message.
+
+        Raises ModelError when the model has no chat template, and ConfigError when the template
+        refuses the messages.
+        """
+        if not self._inner.chat_template:
+            raise ModelError(f"{self._name} does not define a chat template; use --raw")
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self._inner.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except (TemplateError, TypeError) as error:
+            allowed = f"what the model's chat template accepts ({error})"
+            raise ConfigError("messages", messages, allowed) from error
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids without special tokens; U+FFFD stands for broken UTF-8."""
+        text: str = self._inner.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def visible(self, token: int) -> str | None:
+        """Return a token as the vocabulary spells it, or None when ``decode`` leaves it out."""
+        if token in self._special:
+            return None
+        spelling: str | None = self._inner.convert_ids_to_tokens(token)
+        return spelling
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = self._inner.added_tokens_decoder.items()
+        return frozenset(token for token, info in added if info.special)
+
+
+class StreamDecoder:
+    """Decodes one growing sequence; what it returns adds up to ``decode`` of all its ids.
+
+    Only the last few tokens are decoded again for each new one, so the cost of a token does not
+    depend on the length of the text. Held back until they are settled: the last U+FFFD, which may
+    be the beginning of a character, and runs of byte tokens (<0xE2>), which tokenizers with byte
+    fallback decode as a whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._bytes: list[int] = []
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Return the text that these tokens complete, possibly none."""
+        return "".join(self._push(token) for token in token_ids)
+
+    def finish(self) -> str:
+        """Return the text still held back; broken characters come out as U+FFFD."""
+        settled = len(self._settled(self._window))
+        tail = self._tokenizer.decode(self._window + self._bytes)[settled:]
+        self._window, self._bytes = [], []
+        return tail
+
+    def _push(self, token: int) -> str:
+        spelling = self._tokenizer.visible(token)
+        if spelling is None:
+            return ""
+        if BYTE_TOKEN.fullmatch(spelling):
+            self._bytes.append(token)
+            return ""
+        longer = [*self._window, *self._bytes, token]
+        text = self._settled(longer)[len(self._settled(self._window)) :]
+        self._window, self._bytes = longer[-CONTEXT:], []
+        return text
+
+    def _settled(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids).removesuffix(REPLACEMENT)
+
+
+def _from_directory(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+
+
+def _from_gguf(path: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return cached(
+        path,
+        "tokenizer",
+        build=lambda: _convert_gguf(path),
+        write=lambda inner, place: inner.save_pretrained(place),
+        read=PreTrainedTokenizerFast.from_pretrained,
+    )
+
+
+def _convert_gguf(path: Path) -> Any:
+    from tokenizers import pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from ppsd.model.gguf_file import read_header
+
+    splitting = read_header(path).metadata.get("tokenizer.ggml.pre")
+    inner = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    if splitting == "smollm":  # transformers' conversion leaves out that digits stand alone
+        backend = inner.backend_tokenizer
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    return inner

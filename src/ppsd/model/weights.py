@@ -1,0 +1,193 @@
+"""Tensors by their canonical Hugging Face names, read one at a time from safetensors.
+
+Stages ask a TensorSource for what they own and for nothing else. GGUF is in gguf_file.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ppsd.errors import ModelError
+from ppsd.model.spec import ModelSpec
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "rms_norm_eps",
+)
+
+
+class TensorSource(Protocol):
+    """A model's tensors: what there is, and each of them on demand."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of all tensors by canonical name, read without touching the data."""
+
+    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return one tensor in its own contiguous memory, converted to ``dtype``.
+
+        Raises ModelError naming file and tensor when it is missing or unreadable.
+        """
+
+
+def layer_prefix(layer: int) -> str:
+    """Return what precedes the names of ``ModelSpec.layer_shapes`` for one decoder layer."""
+    return f"model.layers.{layer}."
+
+
+def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors a model of this spec has; a tied LM head is the embedding."""
+    table = (spec.vocab_size, spec.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, FINAL_NORM: (spec.hidden_size,)}
+    if not spec.tie_embeddings:
+        shapes[LM_HEAD] = table
+    layer = spec.layer_shapes()
+    for index in range(spec.num_layers):
+        shapes |= {layer_prefix(index) + name: shape for name, shape in layer.items()}
+    return shapes
+
+
+def check_shapes(source: TensorSource, spec: ModelSpec) -> None:
+    """Raise ModelError unless the source holds exactly the tensors ``spec`` describes.
+
+    Stored rotary frequencies and a stored copy of a tied LM head are known extras; neither is used.
+    """
+    actual, expected = source.shapes(), expected_shapes(spec)
+    for name, shape in expected.items():
+        if name not in actual:
+            raise ModelError(f"{spec.name}: tensor {name} is missing")
+        if tuple(actual[name]) != shape:
+            raise ModelError(
+                f"{spec.name}: tensor {name} has shape {list(actual[name])}, "
+                f"but the configuration asks for {list(shape)}"
+            )
+    extras = [name for name in actual if name not in expected and not _known_extra(name, spec)]
+    if extras:
+        raise ModelError(
+            f"{spec.name}: {len(extras)} tensors do not belong to this architecture, "
+            f"the first is {extras[0]}"
+        )
+
+
+def _known_extra(name: str, spec: ModelSpec) -> bool:
+    return name.endswith("rotary_emb.inv_freq") or (name == LM_HEAD and spec.tie_embeddings)
+
+
+def fingerprint(spec: ModelSpec, source: TensorSource) -> str:
+    """Return a SHA-256 (hex) that tells which model this is, whatever file format it is stored in.
+
+    It covers the sizes and the float32 values of all one-dimensional tensors (norm weights and
+    biases). Those are stored unquantised in every format, so a GGUF quantisation has the
+    fingerprint of its original, while a model whose norms were trained further has another. A
+    fine-tune that left all norms and biases untouched, as merged LoRA does, is *not* told apart.
+    """
+    digest = hashlib.sha256(json.dumps([getattr(spec, size) for size in SIZES]).encode())
+    for name, shape in sorted(expected_shapes(spec).items()):
+        if len(shape) == 1:
+            digest.update(name.encode())
+            digest.update(source.load(name, torch.float32).numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def open_source(path: Path) -> TensorSource:
+    """Open a .gguf file or a directory of safetensors, whichever ``path`` is."""
+    if path.suffix == ".gguf":
+        from ppsd.model.gguf_file import GGUFSource
+
+        return GGUFSource(path)
+    return SafetensorsSource(path)
+
+
+class SafetensorsSource:
+    """The safetensors of a directory: model.safetensors, or shards with their index.
+
+    Files are opened on first use and stay memory-mapped. Raises ModelError for pickle files, for
+    an index that points outside the directory and for files that cannot be read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: dict[str, Any] = {}
+        self._index = self._read_index()
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See TensorSource."""
+        return {name: tuple(self._slice(name).get_shape()) for name in self._index}
+
+    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """See TensorSource."""
+        stored = self._slice(name).get_dtype()
+        if stored not in FLOAT_TYPES:
+            raise ModelError(
+                f"{self._directory / self._index[name]}: tensor {name} has dtype {stored}; "
+                f"supported are {', '.join(FLOAT_TYPES)}"
+            )
+        mapped: torch.Tensor = self._open(self._index[name]).get_tensor(name)
+        return mapped.to(dtype, copy=True).contiguous()
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._index:
+            raise ModelError(f"{self._directory}: tensor {name} is missing")
+        try:
+            return self._open(self._index[name]).get_slice(name)
+        except SafetensorError as error:
+            file = self._directory / self._index[name]
+            raise ModelError(f"{file}: tensor {name} is missing ({error})") from error
+
+    def _open(self, filename: str) -> Any:
+        if filename not in self._files:
+            file = self._directory / filename
+            try:
+                self._files[filename] = safe_open(file, framework="pt")
+            except FileNotFoundError as error:
+                raise ModelError(f"{file}: this shard is missing") from error
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{file}: not a readable safetensors file ({error})") from error
+        return self._files[filename]
+
+    def _read_index(self) -> dict[str, str]:
+        """Return the file name of every tensor."""
+        index = self._directory / "model.safetensors.index.json"
+        if index.is_file():
+            return _weight_map(index)
+        single = "model.safetensors"
+        if (self._directory / single).is_file():
+            return dict.fromkeys(self._open(single).keys(), single)
+        if any(self._directory.glob("*.bin")):
+            raise ModelError(
+                f"{self._directory}: holds only pickle weights (*.bin), which can run code when "
+                "read; convert them to safetensors"
+            )
+        raise ModelError(f"{self._directory}: has neither {single} nor {index.name}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Read an index, whose shards must lie beside it (links of a download cache may lead away)."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: not a safetensors index ({error!r})") from error
+    for name, file in shards.items():
+        if "/" in file or "\\" in file or not file.endswith(".safetensors"):
+            raise ModelError(
+                f"{index}: tensor {name} points to {file!r}; "
+                "allowed are .safetensors files in the same directory"
+            )
+    return shards

@@ -1,0 +1,191 @@
+"""ModelSpec against transformers' own configs, rotary modules and parameter counts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from ppsd.errors import ModelError, UnsupportedModelError
+from ppsd.model.spec import ModelSpec, config_from_dict, spec_from_config
+
+TINY: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 123456.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.7},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 1000000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+}
+ROTARY = [
+    (LlamaConfig, LlamaRotaryEmbedding),
+    (Qwen2Config, Qwen2RotaryEmbedding),
+    (Qwen3Config, Qwen3RotaryEmbedding),
+]
+
+
+@pytest.mark.parametrize(("config_class", "rotary"), ROTARY)
+@pytest.mark.parametrize("kind", ROPES)
+def test_inverse_frequencies_equal_transformers_bit_for_bit(config_class, rotary, kind):
+    config = config_class(**TINY, head_dim=64, rope_parameters=ROPES[kind])
+    spec = spec_from_config(config, "tiny")
+    module = rotary(config)
+    assert torch.equal(torch.tensor(spec.inv_freq, dtype=torch.float32), module.inv_freq)
+    assert spec.rope_scale == module.attention_scaling
+    assert (spec.rope_scale != 1.0) == (kind == "yarn")
+
+
+def test_rope_types_differ_from_each_other():
+    configs = [LlamaConfig(**TINY, head_dim=64, rope_parameters=rope) for rope in ROPES.values()]
+    assert len({spec_from_config(config, "tiny").inv_freq for config in configs}) == 5
+
+
+CONFIGS = [
+    LlamaConfig(**TINY),
+    LlamaConfig(**TINY, attention_bias=True, mlp_bias=True, head_dim=16),
+    MistralConfig(**TINY, sliding_window=None, head_dim=6),
+    Qwen2Config(**TINY, tie_word_embeddings=True),
+    Qwen3Config(**TINY, head_dim=12),
+    Qwen3Config(**TINY, head_dim=12, attention_bias=True),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
+def test_parameter_counts_equal_the_real_model(config):
+    spec = spec_from_config(config, "tiny")
+    model = AutoModelForCausalLM.from_config(config)
+    layer = {name: tuple(p.shape) for name, p in model.model.layers[0].named_parameters()}
+    assert spec.layer_shapes() == layer
+    assert spec.layer_parameters == sum(p.numel() for p in model.model.layers[1].parameters())
+    assert spec.embedding_parameters == model.get_input_embeddings().weight.numel()
+    norm = model.model.norm.weight.numel()
+    assert spec.head_parameters == model.get_output_embeddings().weight.numel() + norm
+
+
+def test_kv_bytes_are_keys_and_values_of_one_layer():
+    spec = spec_from_config(LlamaConfig(**TINY), "tiny")
+    assert spec.kv_bytes_per_position(torch.bfloat16) == 2 * 2 * 8 * 2
+    assert spec.kv_bytes_per_position(torch.float64) == 2 * 2 * 8 * 8
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
+def test_json_round_trip_is_exact(config):
+    spec = spec_from_config(config, "tiny", generation_eos=[7, 9])
+    assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+@pytest.mark.parametrize(
+    ("own", "generation", "expected"),
+    [
+        (2, None, (2,)),
+        ([5, 3], 3, (3, 5)),
+        (None, None, ()),
+        (None, [4, 1], (1, 4)),
+        (0, 2, (0, 2)),
+    ],
+)
+def test_eos_ids_are_the_union(own, generation, expected):
+    config = LlamaConfig(**TINY, eos_token_id=own)
+    assert spec_from_config(config, "tiny", generation).eos_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "limit", "note"),
+    [
+        (MistralConfig(**TINY, sliding_window=100), 100, "sliding window"),
+        (MistralConfig(**TINY, sliding_window=512), 512, ""),
+        (MistralConfig(**TINY, sliding_window=None), 512, ""),
+        (Qwen2Config(**TINY, sliding_window=64), 512, ""),
+        (
+            Qwen2Config(**TINY, use_sliding_window=True, sliding_window=64, max_window_layers=1),
+            64,
+            "sliding window",
+        ),
+        (
+            Qwen3Config(**TINY, use_sliding_window=True, sliding_window=64, max_window_layers=3),
+            512,
+            "",
+        ),
+        (LlamaConfig(**TINY, rope_parameters=ROPES["dynamic"]), 512, "dynamic"),
+    ],
+)
+def test_context_stops_where_full_attention_stops_being_exact(config, limit, note):
+    spec = spec_from_config(config, "tiny")
+    assert spec.max_context == limit
+    assert note in spec.context_note
+    assert bool(note) == bool(spec.context_note)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (GPT2Config(), ["gpt2", "Mistral", "Qwen3"]),
+        (LlamaConfig(**TINY, hidden_act="gelu"), ["hidden_act 'gelu'", "silu"]),
+        (
+            LlamaConfig(**TINY, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+            ["partial_rotary_factor 0.5"],
+        ),
+        (
+            LlamaConfig(
+                **TINY,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [1.0] * 4,
+                    "original_max_position_embeddings": 64,
+                },
+            ),
+            ["rope_type 'longrope'", "llama3"],
+        ),
+        (LlamaConfig(**TINY, quantization_config={"bits": 4}), ["quantization_config"]),
+        (Qwen2Config(**TINY, layer_types=["conv"] * 3), ["layer_types ['conv']"]),
+    ],
+)
+def test_unsupported_features_are_named(config, words):
+    with pytest.raises(UnsupportedModelError) as caught:
+        spec_from_config(config, "some-model")
+    assert all(word in str(caught.value) for word in ["some-model", *words])
+
+
+def test_config_dictionary_becomes_the_builtin_class_and_never_remote_code():
+    record = {**TINY, "model_type": "llama", "auto_map": {"AutoConfig": "evil.Config"}}
+    assert type(config_from_dict(record, "here")) is LlamaConfig
+    with pytest.raises(UnsupportedModelError, match="here: architecture 'evil'"):
+        config_from_dict({**record, "model_type": "evil"}, "here")
+    with pytest.raises(ModelError, match=r"here: not a valid llama configuration.*hidden_size"):
+        config_from_dict({**record, "hidden_size": "wide"}, "here")

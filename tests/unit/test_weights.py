@@ -1,0 +1,174 @@
+"""Safetensors reading: values, refusals that name file and tensor, and the fingerprint."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from ppsd.errors import ModelError
+from ppsd.model.spec import ModelSpec, spec_from_config
+from ppsd.model.weights import SafetensorsSource, check_shapes, fingerprint, open_source
+
+SIZES = {
+    "vocab_size": 24,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+def _save(directory: Path, seed: int = 0, shard: str = "1GB", config_class=LlamaConfig, **options):
+    torch.manual_seed(seed)
+    config = config_class(**SIZES, **options)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(directory, max_shard_size=shard)
+    return model, spec_from_config(config, "tiny")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path):
+    return tmp_path, *_save(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "2KB"])
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config])
+def test_every_tensor_equals_the_saved_model(tmp_path, shard, config_class):
+    model, spec = _save(tmp_path, shard=shard, config_class=config_class)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "2KB")
+    source = open_source(tmp_path)
+    check_shapes(source, spec)
+    state = model.state_dict()
+    assert set(source.shapes()) == set(state)
+    for name, value in state.items():
+        assert torch.equal(source.load(name, torch.float32), value)
+        assert torch.equal(source.load(name, torch.bfloat16), value.to(torch.bfloat16))
+
+
+def test_loaded_tensors_own_their_memory(tiny):
+    directory, model, _ = tiny
+    source = SafetensorsSource(directory)
+    source.load(Q_PROJ, torch.float32).zero_()
+    assert torch.equal(source.load(Q_PROJ, torch.float32), model.state_dict()[Q_PROJ])
+
+
+def test_files_are_opened_only_when_asked_for(tmp_path):
+    model, _ = _save(tmp_path, shard="2KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    for file in set(index.values()) - {index[Q_PROJ]}:
+        (tmp_path / file).unlink()
+    source = SafetensorsSource(tmp_path)
+    assert torch.equal(source.load(Q_PROJ, torch.float32), model.state_dict()[Q_PROJ])
+    with pytest.raises(ModelError, match=r"model-\d+-of-\d+.safetensors: this shard is missing"):
+        source.shapes()
+
+
+def _rewrite(directory: Path, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(Q_PROJ), f"tensor {Q_PROJ} is missing"),
+        (lambda t: t.update({Q_PROJ: torch.zeros(16, 8)}), r"q_proj.*\[16, 8\].*\[16, 16\]"),
+        (lambda t: t.update({"model.layers.2.x": torch.zeros(1)}), r"first is model.layers.2.x"),
+        (lambda t: t.pop("lm_head.weight"), "tensor lm_head.weight is missing"),
+    ],
+)
+def test_wrong_tensors_are_named(tiny, change, message):
+    directory, _, spec = tiny
+    _rewrite(directory, change)
+    with pytest.raises(ModelError, match=message):
+        check_shapes(SafetensorsSource(directory), spec)
+
+
+def test_known_extras_are_accepted(tiny):
+    directory, _, spec = tiny
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
+    _rewrite(directory, lambda tensors: tensors.update(extra))
+    check_shapes(SafetensorsSource(directory), replace(spec, tie_embeddings=True))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "not a readable safetensors file"),
+        (lambda data: struct.pack("<Q", 2**40) + data[8:], "not a readable safetensors file"),
+        (lambda data: b"", "not a readable safetensors file"),
+    ],
+    ids=["truncated", "absurd header", "empty"],
+)
+def test_corrupt_files_are_named(tiny, damage, message):
+    directory, _, _ = tiny
+    file = directory / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ModelError, match=f"{file}: {message}"):
+        SafetensorsSource(directory).shapes()
+
+
+@pytest.mark.parametrize("target", ["../outside.safetensors", "/etc/x.safetensors", "x.bin"])
+def test_index_may_not_point_elsewhere(tmp_path, target):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {Q_PROJ: target}}))
+    with pytest.raises(ModelError, match=f"{index}: tensor {Q_PROJ} points to '{target}'"):
+        SafetensorsSource(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
+def test_damaged_index_is_named(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"index.json: not a safetensors index"):
+        SafetensorsSource(tmp_path)
+
+
+def test_index_naming_a_tensor_the_shard_lacks(tiny):
+    directory, _, _ = tiny
+    index = {"weight_map": {"model.ghost.weight": "model.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ModelError, match=r"model.safetensors: tensor model.ghost.weight is missing"
+    ):
+        SafetensorsSource(directory).shapes()
+
+
+def test_pickle_and_empty_directories_are_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"has neither model.safetensors nor"):
+        SafetensorsSource(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    with pytest.raises(ModelError, match="only pickle weights"):
+        SafetensorsSource(tmp_path)
+
+
+def test_quantised_dtype_is_refused(tiny):
+    directory, _, _ = tiny
+    _rewrite(directory, lambda t: t.update({Q_PROJ: torch.zeros(16, 16, dtype=torch.int8)}))
+    with pytest.raises(ModelError, match=f"model.safetensors: tensor {Q_PROJ} has dtype I8"):
+        SafetensorsSource(directory).load(Q_PROJ, torch.float32)
+
+
+def _print(directory: Path, spec: ModelSpec) -> str:
+    return fingerprint(spec, SafetensorsSource(directory))
+
+
+def test_fingerprint_follows_norms_and_sizes_but_not_matrices_or_names(tiny):
+    directory, _, spec = tiny
+    first = _print(directory, spec)
+    _rewrite(directory, lambda tensors: tensors[Q_PROJ].add_(1))
+    assert _print(directory, replace(spec, name="other", max_context=7)) == first
+    assert _print(directory, replace(spec, intermediate_size=21)) != first
+    _rewrite(directory, lambda t: t["model.layers.1.input_layernorm.weight"][3].add_(1e-3))
+    assert _print(directory, spec) != first
