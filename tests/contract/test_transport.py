@@ -50,8 +50,8 @@ def in_shared_memory(size: int) -> list[Endpoint]:
 def shared_memory_processes(size: int) -> list[LocalRank]:
     fd = create_segment(geometry(size))
     first = LocalRank(SharedMemoryEndpoint(fd, geometry(size), 0, spin=False))
-    setups = [{"rank": k, "geometry": vars(geometry(size)), "fd": fd} for k in range(1, size)]
-    others = [RemoteRank(setup, pass_fds=(fd,)) for setup in setups]
+    setups = [{"rank": k, "geometry": vars(geometry(size))} for k in range(1, size)]
+    others = [RemoteRank(setup, fd) for setup in setups]
     os.close(fd)
     return [first, *others]
 

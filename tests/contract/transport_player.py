@@ -6,13 +6,16 @@ content; what a rank received is reported as (source, length, SHA-256).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -126,18 +129,20 @@ class LocalRank:
 class RemoteRank(LocalRank):
     """A player in a child process, which ends with its standard input."""
 
-    def __init__(self, setup: dict[str, Any], pass_fds: tuple[int, ...] = ()) -> None:
-        path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.contract.transport_player", json.dumps(setup)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
-            pass_fds=pass_fds,
-        )
+    def __init__(self, setup: dict[str, Any], *fds: int) -> None:
+        self.ended = False
         self._thread = ThreadPoolExecutor(1)
+        self._noise = tempfile.TemporaryFile()  # noqa: SIM115
+        child_in, ours_out = os.pipe()
+        ours_in, child_out = os.pipe()
+        self._commands = os.fdopen(ours_out, "w")
+        self._replies = os.fdopen(ours_in)
+        self.pid = nursery().fork(setup, child_in, child_out, self._noise.fileno(), *fds)
+        os.close(child_in)
+        os.close(child_out)
+
+    def kill(self, signal_number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, signal_number)
 
     def shut(self) -> None:
         """Close, end the child, and insist on a clean exit."""
@@ -145,22 +150,51 @@ class RemoteRank(LocalRank):
         assert self.end() == (0, "")
 
     def end(self) -> tuple[int, str]:
-        """Return exit status and standard error of the child, which is told to end."""
+        """Tell the child to end; return its exit status and what it wrote to standard error."""
+        self.ended = True
         self._thread.shutdown()
-        try:
-            _, noise = self.process.communicate(timeout=PATIENCE)
-        finally:
-            self.process.kill()
-        return self.process.returncode, noise
+        self._commands.close()
+        self._replies.close()
+        status = nursery().wait(self.pid)
+        self._noise.seek(0)
+        with self._noise:
+            return status, self._noise.read().decode()
 
     def _do(self, command: str, arguments: list[Any]) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps([command, arguments]), file=self.process.stdin, flush=True)
-        reply = json.loads(self.process.stdout.readline())
+        print(json.dumps([command, arguments]), file=self._commands, flush=True)
+        reply = json.loads(self._replies.readline())
         if "error" in reply:
             raise getattr(errors, reply["error"])(reply["text"])
         return reply["result"]
+
+
+class Nursery:
+    """A process that has imported torch and forks players, which saves each two seconds."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.contract.transport_player", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
+        )
+        theirs.close()
+
+    def fork(self, setup: dict[str, Any], *fds: int) -> int:
+        """Start a player with ``fds`` as standard input, output and error, and the segment."""
+        socket.send_fds(self._socket, [json.dumps(setup).encode()], fds)
+        return int(self._socket.recv(100))
+
+    def wait(self, pid: int) -> int:
+        """Return the exit status of a player, negative for a signal."""
+        self._socket.send(json.dumps(pid).encode())
+        return int(self._socket.recv(100))
+
+
+@functools.cache
+def nursery() -> Nursery:
+    return Nursery()
 
 
 def gloo_ranks(geometry: Geometry, timeout: float) -> list[RemoteRank]:
@@ -178,17 +212,30 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _endpoint(setup: dict[str, Any]) -> Endpoint:
-    geometry, rank = Geometry(**setup["geometry"]), setup["rank"]
-    if "fd" in setup:
-        return SharedMemoryEndpoint(setup["fd"], geometry, rank, spin=False)
-    init_group(rank, geometry.size, "127.0.0.1", setup["port"], PATIENCE)
-    return DistributedEndpoint(geometry, rank, setup["timeout"])
+def _serve(requests: socket.socket) -> None:
+    """Be the nursery; return in every forked child once it has played."""
+    while True:
+        message, fds, *_ = socket.recv_fds(requests, 4096, 4)
+        if not message:
+            break
+        request = json.loads(message)
+        if isinstance(request, int):
+            answer = os.waitstatus_to_exitcode(os.waitpid(request, 0)[1])
+        elif (answer := os.fork()) == 0:
+            requests.close()
+            for standard, fd in enumerate(fds[:3]):
+                os.dup2(fd, standard)
+                os.close(fd)
+            _play(request, *fds[3:])
+            break
+        for fd in fds:
+            os.close(fd)
+        requests.send(str(answer).encode())
 
 
-def _play(setup: dict[str, Any]) -> None:
+def _play(setup: dict[str, Any], *fds: int) -> None:
     torch.set_num_threads(1)
-    player = Player(_endpoint(setup))
+    player = Player(_endpoint(setup, *fds))
     for line in sys.stdin:
         command, arguments = json.loads(line)
         try:
@@ -198,5 +245,13 @@ def _play(setup: dict[str, Any]) -> None:
         print(json.dumps(reply), flush=True)
 
 
+def _endpoint(setup: dict[str, Any], *fds: int) -> Endpoint:
+    geometry, rank = Geometry(**setup["geometry"]), setup["rank"]
+    if fds:
+        return SharedMemoryEndpoint(fds[0], geometry, rank, spin=False)
+    init_group(rank, geometry.size, "127.0.0.1", setup["port"], PATIENCE)
+    return DistributedEndpoint(geometry, rank, setup["timeout"])
+
+
 if __name__ == "__main__":
-    _play(json.loads(sys.argv[1]))
+    _serve(socket.socket(fileno=int(sys.argv[1])))

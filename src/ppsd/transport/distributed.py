@@ -16,6 +16,7 @@ What gloo (torch 2.13) is like, and what follows from it:
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -66,6 +67,7 @@ class DistributedEndpoint:
         self._receivers = [_Link(k, n, geometry.slots) for k, n in geometry.incoming(rank).items()]
         self._listeners = {to: threading.Event() for to in range(1, self.size)} if rank == 0 else {}
         self._threads = self._start_threads()
+        atexit.register(self.close)  # for a main thread that dies of an error
 
     def send(self, to: int, parts: Sequence[torch.Tensor], timeout: float) -> None:
         """Copy the frame into a buffer and start sending it; see ``Endpoint.send``."""
@@ -114,6 +116,7 @@ class DistributedEndpoint:
             return
         self._flush()
         self._closed = True
+        atexit.unregister(self.close)
         self._heard.set()
         self.publish(self._epoch)
         for link in self._senders.values():
@@ -137,7 +140,7 @@ class DistributedEndpoint:
             for job in jobs
         ]
         for thread in threads:
-            thread.daemon = True  # a main thread that dies without close() must not hang
+            thread.daemon = True  # the interpreter joins other threads before it runs atexit
             thread.start()
         return threads
 

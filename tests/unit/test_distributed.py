@@ -1,0 +1,201 @@
+"""torch.distributed: start-up refusals, lost and silent peers, damaged messages, shutdown."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from ppsd.errors import (
+    ConfigError,
+    PipelineError,
+    PipelineTimeoutError,
+    ProtocolError,
+    StageLostError,
+)
+from ppsd.transport.base import Geometry
+from ppsd.transport.distributed import HEADER_BYTES, MAGIC, _Link
+from ppsd.transport.rendezvous import init_group, init_group_from_environment
+from tests.contract.transport_player import ROOT, RemoteRank, described, free_port, gloo_ranks
+
+SILENCE = 3  # seconds; heartbeats come every second
+GEOMETRY = Geometry(size=2, forward_bytes=40_000, return_bytes=5_000, slots=2)
+
+
+@pytest.fixture
+def pair() -> Iterator[list[RemoteRank]]:
+    """Two ranks that have met; a test may kill, stop or shut either."""
+    ranks = gloo_ranks(GEOMETRY, timeout=SILENCE)
+    ranks[0].call("send", 1, [(1, 40_000)])
+    assert ranks[1].call("receive") == described(0, [(1, 40_000)])
+    yield ranks
+    for rank in ranks:
+        if not rank.ended:
+            rank.kill()
+            rank.end()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_peer_is_named(pair: list[RemoteRank], victim: int) -> None:
+    survivor = pair[1 - victim]
+    waiting = survivor.start("receive", 60)
+    pair[victim].kill()
+    with pytest.raises(StageLostError, match=f"rank {victim} is gone"):
+        waiting.result(60)
+    with pytest.raises(StageLostError, match=f"rank {victim} is gone"):
+        survivor.call("send", victim, [(1, 10)])
+    with pytest.raises(StageLostError, match=f"rank {victim} is gone"):
+        survivor.call("receive", 0)
+    survivor.shut()
+
+
+def test_a_silent_rank_0_is_named_and_nobody_hangs(pair: list[RemoteRank]) -> None:
+    """A stopped process keeps its connections, so only the missing signs of life tell."""
+    pair[0].kill(signal.SIGSTOP)
+    with pytest.raises(StageLostError, match="rank 0 gave no sign of life for 3"):
+        pair[1].call("receive", 60)
+    pair[1].shut()
+
+
+def test_close_does_not_wait_for_a_stopped_peer(pair: list[RemoteRank]) -> None:
+    pair[1].kill(signal.SIGSTOP)
+    assert pair[0].call("fill", 1, 40_000) >= 1
+    pair[0].shut()
+
+
+def test_a_process_that_ends_without_close_ends_cleanly(pair: list[RemoteRank]) -> None:
+    assert pair[1].end() == (0, "")
+    with pytest.raises(StageLostError, match="rank 1 is gone"):
+        pair[0].call("receive", 60)
+    assert pair[0].end() == (0, "")
+
+
+def test_a_full_link_to_a_lost_peer_is_not_a_timeout(pair: list[RemoteRank]) -> None:
+    assert pair[0].call("fill", 1, 40_000) >= GEOMETRY.slots
+    sending = pair[0].start("send", 1, [(1, 40_000)], 60)
+    pair[1].kill()
+    with pytest.raises(StageLostError, match="rank 1 is gone"):
+        sending.result(60)
+
+
+def test_another_protocol_is_refused(pair: list[RemoteRank]) -> None:
+    pair[0].call("speak_other_protocol")
+    pair[0].call("send", 1, [(1, 10)])
+    with pytest.raises(ProtocolError, match="rank 0 sent a frame with magic 0x50545448"):
+        pair[1].call("receive", 60)
+    with pytest.raises(ProtocolError):
+        pair[1].call("send", 0, [(1, 10)])
+
+
+@pytest.mark.parametrize(
+    ("magic", "length"), [(MAGIC, 2**40), (MAGIC, -1), (MAGIC, 101), (MAGIC + 1, 5), (0, 0)]
+)
+def test_a_damaged_header_is_refused(magic: int, length: int) -> None:
+    link = _Link(peer=3, limit=100, slots=1)
+    buffer = torch.zeros(HEADER_BYTES + 100, dtype=torch.uint8)
+    buffer[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor([magic, length]))
+    with pytest.raises(ProtocolError, match=f"rank 3 sent a frame with .* and {length} bytes"):
+        link.check(buffer)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PipelineError, match=f"^address already in use: 127.0.0.1:{port}$"):
+            init_group(0, 2, "127.0.0.1", port, 5)
+
+
+def failures(*starts: Callable[[], None]) -> list[str]:
+    """Run start-ups that must all fail at the same time; return their texts."""
+    with ThreadPoolExecutor(len(starts)) as threads:
+        errors = [started.exception() for started in [threads.submit(start) for start in starts]]
+    return [f"{type(error).__name__}: {error}" for error in errors]
+
+
+def test_ranks_that_never_join_are_named_by_all_who_did() -> None:
+    port = free_port()
+    text = "PipelineTimeoutError: did not join within 2 s: rank 1, 3"
+    assert failures(
+        lambda: init_group(0, 4, "127.0.0.1", port, 2),
+        lambda: init_group(2, 4, "127.0.0.1", port, 2),
+    ) == [text, text]
+
+
+def test_a_missing_rank_0_is_named() -> None:
+    port = free_port()
+    with pytest.raises(PipelineTimeoutError, match=f"rank 0 did not answer at 127.0.0.1:{port}"):
+        init_group(1, 2, "127.0.0.1", port, 1)
+
+
+def test_ranks_that_disagree_on_the_size_are_refused() -> None:
+    port = free_port()
+    assert failures(
+        lambda: init_group(0, 2, "127.0.0.1", port, 2),
+        lambda: init_group(1, 3, "127.0.0.1", port, 2),
+    ) == [
+        "PipelineTimeoutError: did not join within 2 s: rank 1",
+        "PipelineError: rank 1 was started as one of 3, rank 0 as one of 2",
+    ]
+
+
+def test_a_rank_started_twice_is_refused() -> None:
+    port = free_port()
+    texts = failures(
+        lambda: init_group(0, 3, "127.0.0.1", port, 2),
+        lambda: init_group(1, 3, "127.0.0.1", port, 2),
+        lambda: init_group(1, 3, "127.0.0.1", port, 2),
+    )
+    assert sorted(texts[1:]) == [
+        "PipelineError: rank 1 was started twice",
+        "PipelineTimeoutError: did not join within 2 s: rank 2",
+    ]
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "one"), ("MASTER_ADDR", "")])
+def test_a_bad_torchrun_variable_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    good = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for key, text in (good | {name: value}).items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(ConfigError, match=f"{name} must be .* as torchrun sets it, got '{value}'"):
+        init_group_from_environment(1)
+
+
+TORCHRUN_PROGRAM = """
+import torch
+from ppsd.transport.base import Geometry
+from ppsd.transport.distributed import DistributedEndpoint
+from ppsd.transport.rendezvous import init_group_from_environment
+rank, size = init_group_from_environment(60)
+end = DistributedEndpoint(Geometry(size, 100, 100, 2), rank, 60)
+if rank == 0:
+    end.send(1, [torch.tensor([1, 2, 3], dtype=torch.uint8)], 60)
+source, frame = end.receive(60)
+if rank == 1:
+    end.send(0, [frame + 1], 60)
+else:
+    print(source, frame.tolist())
+end.close()
+"""
+
+
+def test_two_ranks_under_torchrun(tmp_path: object) -> None:
+    program = os.path.join(str(tmp_path), "program.py")
+    with open(program, "w") as file:
+        file.write(TORCHRUN_PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, program], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "1 [2, 3, 4]\n"), done.stderr
