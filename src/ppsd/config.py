@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from ppsd.errors import ConfigError
 from ppsd.speculation.policy import MODES, Schedule, schedule_for
@@ -66,7 +67,9 @@ class EngineConfig:
 
     def _check_schedule(self) -> None:
         if self.schedule.drafts and self.stages == 1:
-            allowed = "autoregressive or ppsd with one stage: drafting needs an exit inside the model"
+            allowed = (
+                "autoregressive or ppsd with one stage: drafting needs an exit inside the model"
+            )
             raise ConfigError("mode", self.mode, allowed)
         if self.exit_layer is not None and self.split and self.exit_layer != self.split[0]:
             allowed = f"the end of stage 0, {self.split[0]} in this split"
@@ -91,7 +94,7 @@ class EngineConfig:
         _integer("stages", self.stages, 1, layers)
         if self.split is not None:
             bounds = (0, *self.split, layers)
-            if any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+            if any(a >= b for a, b in pairwise(bounds)):
                 raise ConfigError("split", self.split, f"ascending layers in [1, {layers - 1}]")
             return bounds
         if self.exit_layer is None or self.stages == 1:

@@ -1,4 +1,4 @@
-"""L1: the real engine, protocol and workers over oracle stages say exactly what plain decoding says.
+"""L1: real engine, protocol and workers over oracle stages say what plain decoding says.
 
 Hypothesis chooses the split, the schedule, the sampling, which drafts are right, and in which
 order the workers move, so verdicts meet stage 0 before, during and after its own work.

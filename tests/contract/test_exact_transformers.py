@@ -35,9 +35,7 @@ def expected(model: Path, prompt: tuple[int, ...], new_tokens: int = NEW_TOKENS)
 
 
 def open_tiny(model: Path, **settings) -> LLM:
-    return LLM(
-        str(model), transport="inprocess", dtype="float64", prefill_chunk=16, **settings
-    )
+    return LLM(str(model), transport="inprocess", dtype="float64", prefill_chunk=16, **settings)
 
 
 def check(llm: LLM, model: Path, new_tokens: int = NEW_TOKENS) -> None:

@@ -67,7 +67,7 @@ class Rig:
         rank = self.order()
         if rank is not None and self.workers[rank - 1].step(0.0):
             return True
-        return any([worker.step(0.0) for worker in self.workers])
+        return any(worker.step(0.0) for worker in self.workers)
 
     def decode(
         self,

@@ -214,6 +214,10 @@ def test_presets_are_points_of_one_schedule() -> None:
     assert schedule_for("ppsd", 2, block=3) == Schedule(3, 2)
 
 
+def plain_policy() -> Policy:
+    return Policy(Schedule(1, 1), max_tokens=1, stop_ids=frozenset())
+
+
 @pytest.mark.parametrize(
     ("field_name", "value", "call"),
     [
@@ -222,9 +226,9 @@ def test_presets_are_points_of_one_schedule() -> None:
         ("block", 0, lambda: Schedule(0, 1)),
         ("in_flight", 65, lambda: Schedule(1, 65)),
         ("block", True, lambda: Schedule(True, 1)),
-        ("cached", 2, lambda: Policy(Schedule(1, 1), max_tokens=1, stop_ids=frozenset()).start([1, 2], 2)),
+        ("cached", 2, lambda: plain_policy().start([1, 2], 2)),
     ],
-)  # fmt: skip
+)
 def test_bad_schedules_are_named(field_name: str, value: object, call) -> None:
     with pytest.raises(ConfigError, match=field_name) as caught:
         call()

@@ -26,7 +26,9 @@ ACCEPTED, CORRECTED = "green", "bold red"
 def generate(
     pipeline: PipelineOptions,
     sampling: SamplingOptions,
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads it from stdin.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; '-' reads it from stdin.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message of the chat template.")] = None,
     samples: Annotated[int, typer.Option(help="Completions; sample i has seed + i.")] = 1,
@@ -61,9 +63,7 @@ def _messages(text: str, system: str | None) -> Prompt:
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
-def _show(
-    llm: LLM, prompt: Prompt, params: SamplingParams, sample: int, highlight: bool
-) -> None:
+def _show(llm: LLM, prompt: Prompt, params: SamplingParams, sample: int, highlight: bool) -> None:
     from dataclasses import replace
 
     if sample:

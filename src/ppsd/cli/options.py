@@ -55,9 +55,9 @@ class PipelineOptions:
         str,
         _pipeline("autoregressive, draft-then-verify or ppsd.", metavar="MODE"),
     ] = "ppsd"
-    block: Annotated[
-        int | None, _pipeline("Tokens that travel together (m); set by the mode.")
-    ] = None
+    block: Annotated[int | None, _pipeline("Tokens that travel together (m); set by the mode.")] = (
+        None
+    )
     in_flight: Annotated[
         int | None, _pipeline("Blocks in the pipeline at once (w); set by the mode.")
     ] = None
@@ -112,9 +112,9 @@ class SamplingOptions:
     stop_token_ids: Annotated[
         str | None, _sampling("Token ids that end the output.", metavar="ID,…")
     ] = None
-    ignore_eos: Annotated[bool, _sampling("Go on after end-of-sequence tokens.", "--ignore-eos")] = (
-        False
-    )
+    ignore_eos: Annotated[
+        bool, _sampling("Go on after end-of-sequence tokens.", "--ignore-eos")
+    ] = False
     max_tokens: Annotated[int, _sampling("At most so many new tokens.", "-n", "--max-tokens")] = 256
     min_tokens: Annotated[int, _sampling("No end before so many new tokens.")] = 0
 
@@ -156,7 +156,7 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def wrapper(**flags: Any) -> None:
         arguments = {
-            name: group(**{f.name: flags.pop(f.name) for f in dataclasses.fields(group)})  # type: ignore[operator, arg-type]
+            name: group(**{f.name: flags.pop(f.name) for f in dataclasses.fields(group)})  # type: ignore[operator]
             for name, group in groups.items()
         }
         try:

@@ -266,7 +266,7 @@ class RunningPipeline:
     def _connect_inprocess(self, geometry: Geometry) -> tuple[Endpoint, list[Worker]]:
         hub = InProcessHub(geometry)
         workers = [self._inprocess_worker(hub, rank) for rank in range(1, geometry.size)]
-        hub.on_idle = lambda: any([worker.step(0.0) for worker in workers])
+        hub.on_idle = lambda: any(worker.step(0.0) for worker in workers)
         self.memory_peaks = [memory_peak()]
         return hub.endpoint(0), workers
 

@@ -41,7 +41,7 @@ class HeadDrafter:
         """See Drafter."""
         kept = max(0, len(self._rows) - (self._next - position))
         del self._rows[kept:]
-        self._rows += hidden.split(1)
+        self._rows += torch.split(hidden, 1)
         self._next = position + hidden.shape[0]
         if len(self._rows) > MAX_LAG_ROWS:
             self._catch_up()

@@ -113,9 +113,7 @@ class Engine:
         wanted = self.rejection or request.logits is not None
         prompt_length = len(request.prompt)
         begin = Begin(0, request.params, prompt_length, stop_ids, request.vocab_size, wanted)
-        self._sampler = Sampler(
-            request.params, prompt_length, request.stop_ids, request.vocab_size
-        )
+        self._sampler = Sampler(request.params, prompt_length, request.stop_ids, request.vocab_size)
         self.pipeline.publish(self._epoch)
         self.pipeline.begin(begin)
         self._commands.clear()

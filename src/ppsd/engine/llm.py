@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -142,7 +142,7 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, reuse: bool = False
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, Completion]:
         """Yield one completion as it grows; the generator's return value is the Completion."""
         return (yield from self._stream(self.encode(prompt), params or SamplingParams(), reuse))
 
@@ -167,8 +167,8 @@ class LLM:
         """Token ids of a prompt: text as it is, ids checked, messages by the chat template."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
-        elif prompt and isinstance(prompt[0], Mapping):
-            ids = self.tokenizer.encode_chat([dict(m) for m in prompt])  # type: ignore[call-overload]
+        elif messages := [dict(m) for m in prompt if isinstance(m, Mapping)]:
+            ids = self.tokenizer.encode_chat(messages)
         else:
             ids = [self._checked_id(token) for token in prompt]
         limit = self.layout.max_context
@@ -189,7 +189,7 @@ class LLM:
         params: SamplingParams,
         reuse: bool,
         logits: LogitsSink | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, Completion]:
         if self._broken is not None:
             raise self._broken
         request = self._request(ids, params, reuse, logits)
@@ -247,8 +247,8 @@ class LLM:
     def _remember(self, request: Request, tokens: Sequence[int]) -> None:
         """Note which rows all stages hold now: every committed token but the last was fed."""
         if self._chunked == request.cached:
-            self._chunked = len(request.prompt) // self.config.prefill_chunk * (
-                self.config.prefill_chunk
+            self._chunked = (
+                len(request.prompt) // self.config.prefill_chunk * (self.config.prefill_chunk)
             )
         self._rows = (*request.prompt, *tokens)[: len(request.prompt) + len(tokens) - 1]
 

@@ -115,13 +115,14 @@ def project_qkv(
     """Normed ``x`` [n, C] to rotated q [n, H, D], rotated k [n, K, D] and v [n, K, D]."""
     n = x.shape[0]
     qkv = linear(x, weights.qkv, weights.qkv_bias).view(n, -1, spec.head_dim)
-    rotated, v = qkv.split((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
+    rotated, v = torch.split(qkv, [spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], 1)
     if weights.q_norm is not None and weights.k_norm is not None:
-        q, k = rotated.split((spec.num_heads, spec.num_kv_heads), 1)
+        q, k = torch.split(rotated, [spec.num_heads, spec.num_kv_heads], 1)
         q = rms_norm(q, weights.q_norm, spec.rms_norm_eps)
         k = rms_norm(k, weights.k_norm, spec.rms_norm_eps)
         rotated = torch.cat([q, k], 1)
-    q, k = rope.rotate(rotated, position).split((spec.num_heads, spec.num_kv_heads), 1)
+    rotated = rope.rotate(rotated, position)
+    q, k = torch.split(rotated, [spec.num_heads, spec.num_kv_heads], 1)
     return q, k, v
 
 

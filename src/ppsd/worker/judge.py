@@ -53,7 +53,9 @@ class Judge:
         self._history.write(block.position, block.tokens)
         first = block.position + rows - block.judge + 1
         logits = self._stage.logits(hidden[rows - block.judge :]) if block.judge else None
-        chosen = [] if logits is None else [self._choose(x, first + i) for i, x in enumerate(logits)]
+        chosen = (
+            [] if logits is None else [self._choose(x, first + i) for i, x in enumerate(logits)]
+        )
         return Verdict(
             slot=block.slot,
             epoch=block.epoch,

@@ -19,7 +19,8 @@ from ppsd.types import SamplingParams
 
 MAGIC = 0x50505344  # "PPSD"
 VERSION = 1
-# magic, version, kind, dtype, flags, slot, source, epoch, position, parent, rows, judge, width, body
+# magic, version, kind, dtype, flags, slot, source, epoch,
+# position, parent, rows, judge, width, bytes of body
 HEADER = struct.Struct("<IBBBBHHQiiiiIQ16x")
 HEADER_BYTES = HEADER.size
 TOKEN_BYTES = 8  # ids travel as int64: no conversion on either side

@@ -165,9 +165,7 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
     stage = Stage(spec, plan, open_source(Path(config.model_path)), progress)
     judge = Judge(stage, config.rank, config.max_context) if stage.is_last else None
     say(Status(config.rank, "ready", {"pid": os.getpid(), "memory_peak": memory_peak()}))
-    return Worker(
-        config.rank, stage, endpoint, judge, timeout=config.timeout, trace=config.trace
-    )
+    return Worker(config.rank, stage, endpoint, judge, timeout=config.timeout, trace=config.trace)
 
 
 def _die_with_parent() -> None:
