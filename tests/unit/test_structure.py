@@ -1,0 +1,99 @@
+"""The house rules a machine can check: which way imports go, and how long things may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+SRC = Path(__file__).parents[2] / "src"
+MAX_FUNCTION, MAX_FILE, MEDIAN_FUNCTION = 60, 400, 10
+ANYONE = {"errors", "types"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "types": {"errors"},
+    "config": {"speculation"},
+    "model": set(),
+    "speculation": set(),
+    "transport": set(),
+    "worker": {"transport", "model", "speculation"},
+    "engine": {"config", "worker", "transport", "model", "speculation"},
+    "bench": {"config", "engine", "model", "speculation"},
+    "cli": {"config", "engine", "bench", "worker"},
+    "__main__": {"cli"},
+    "__init__": {"engine"},
+}
+
+
+def modules() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(SRC.rglob("*.py")):
+        yield path, ast.parse(path.read_text())
+
+
+def part(name: str) -> str:
+    """The layer of a dotted module name inside ppsd."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ppsd"):
+            if node.module == "ppsd":
+                yield from (f"ppsd.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("ppsd."))
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path, tree in modules():
+        layer = part(".".join(path.relative_to(SRC).with_suffix("").parts))
+        allowed = MAY_IMPORT[layer] | ANYONE | {layer}
+        wrong += [f"{path.name}: {name}" for name in imported(tree) if part(name) not in allowed]
+    assert wrong == []
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    for path, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                yield f"{path.name}:{node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_functions_are_short() -> None:
+    lengths = dict(functions())
+    assert {name: n for name, n in lengths.items() if n > MAX_FUNCTION} == {}
+    assert median(lengths.values()) < MEDIAN_FUNCTION
+
+
+def test_files_are_short() -> None:
+    everything = [*SRC.rglob("*.py"), *Path(__file__).parents[1].rglob("*.py")]
+    lengths = {path.name: len(path.read_text().splitlines()) for path in everything}
+    assert {name: n for name, n in lengths.items() if n > MAX_FILE} == {}
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    assert [p.name for p, tree in modules() if not ast.get_docstring(tree)] == []
+
+
+def test_no_pickle_anywhere() -> None:
+    banned = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+    for path, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", "") or ""}
+                assert not names & banned, path
+        assert "_object_list" not in path.read_text(), f"{path}: pickles under the hood"
+
+
+def test_the_policy_and_the_command_line_do_not_import_torch() -> None:
+    """The simulator runs the policy alone, and --help has to be instant."""
+    for module in ("ppsd.speculation.policy", "ppsd.cli.app", "ppsd.config"):
+        code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, module
