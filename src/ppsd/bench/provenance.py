@@ -1,0 +1,64 @@
+"""Where a figure comes from: command, commit, versions, machine. Goes beside every result."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ppsd.config import EngineConfig, available_cores
+
+PACKAGES = ("ppsd-llm", "torch", "transformers", "numpy")
+
+
+def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
+    """Everything needed to run the same again; JSON-ready."""
+    return {
+        "command": shlex.join(["ppsd", *sys.argv[1:]]),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
+        "cores": len(available_cores()),
+        "load_average": os.getloadavg()[0],
+        "config": None if config is None else asdict(config),
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked when files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = _git(here, "rev-parse", "--short=12", "HEAD")
+        return commit + ("-modified" if _git(here, "status", "--porcelain", ":/src") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(directory), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
