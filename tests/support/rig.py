@@ -80,9 +80,10 @@ class Rig:
         drafter: Drafter | None = None,
     ) -> list[int]:
         """Run one request; the drafter knows the truth and is right with probability alpha."""
-        truth = [*prompt, *self.plain(prompt, params, stop)]
-        if self.schedule.drafts:
-            self.pipeline.drafter = drafter or OracleDrafter(truth, alpha, self.vocab)
+        if self.schedule.drafts and drafter is None:
+            truth = [*prompt, *self.plain(prompt, params, stop)]
+            drafter = OracleDrafter(truth, alpha, self.vocab)
+        self.pipeline.drafter = drafter
         if not hasattr(self, "engine"):
             self.engine = Engine(self.pipeline, self.schedule, **self.engine_settings)  # type: ignore[arg-type]
         request = Request(tuple(prompt), params, stop, self.vocab, cached)

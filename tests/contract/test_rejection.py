@@ -1,0 +1,85 @@
+"""L4 on the whole engine: ``rejection`` gives the target's joint distribution, not its tokens.
+
+Drafts come from another distribution than the target's, so that acceptances, rejections and the
+draws from the residual all happen; the seeds are the only thing that differs between runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+
+from ppsd.speculation.policy import Schedule
+from ppsd.speculation.sampling import Sampler, Stream
+from ppsd.types import SamplingParams
+from tests.statistics import g_test
+from tests.support.hash_model import HashStage, digest
+from tests.support.rig import Rig
+
+VOCAB, TOKENS, RUNS = 3, 3, 2500
+PROMPT = [1, 2]
+STAGES = 3
+ALPHA = 1e-4
+
+
+class OtherOpinion:
+    """A drafter whose distribution is that of the target's neighbour."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, torch.Tensor] = {}
+
+    def observe(self, position: int, hidden: torch.Tensor) -> None:
+        pass
+
+    def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
+        word = digest(*history.tolist())
+        logits = torch.tensor([((word >> (8 * i)) & 0xFF) / 64 for i in range(VOCAB)])
+        self.rows[history.numel()] = sampler.probabilities(logits, history)
+        return sampler.draw(logits, history, stream)
+
+    def probabilities(self, position: int) -> torch.Tensor:
+        return self.rows[position]
+
+
+def exact_joint(params: SamplingParams) -> dict[tuple[int, ...], float]:
+    """The target's probability of every output of TOKENS tokens."""
+
+    def next_token(prefix: list[int]) -> torch.Tensor:
+        rows: torch.Tensor | None = torch.tensor(prefix)
+        for rank in range(STAGES):
+            assert rows is not None
+            stage = HashStage(rank, STAGES, VOCAB)
+            rows = stage.forward(rows, 0)
+        assert rows is not None
+        sampler = Sampler(params, len(PROMPT), frozenset(), VOCAB)
+        return sampler.probabilities(stage.logits(rows[-1:])[0], torch.tensor(prefix))
+
+    joint = {}
+    for tokens in product(range(VOCAB), repeat=TOKENS):
+        probability = 1.0
+        for i, token in enumerate(tokens):
+            probability *= float(next_token([*PROMPT, *tokens[:i]])[token])
+        joint[tokens] = probability
+    return joint
+
+
+@pytest.mark.parametrize("schedule", [Schedule(1, 3), Schedule(3, 1)])
+def test_the_joint_distribution_is_the_target_s(schedule) -> None:
+    rig = Rig(STAGES, schedule, acceptance="rejection", vocab=VOCAB)
+    drafter = OtherOpinion()
+    seen: Counter[tuple[int, ...]] = Counter()
+    accepted = judged = 0
+    for seed in range(RUNS):
+        params = SamplingParams(temperature=1.0, seed=seed, max_tokens=TOKENS)
+        seen[tuple(rig.decode(PROMPT, params, drafter=drafter))] += 1
+        accepted += rig.engine.policy.counts.accepted
+        judged += rig.engine.policy.counts.judged
+    assert 0.2 < accepted / judged < 0.95, "both outcomes must be common for the test to mean much"
+    joint = exact_joint(SamplingParams(temperature=1.0, max_tokens=TOKENS))
+    assert sum(joint.values()) == pytest.approx(1.0)
+    cells = sorted(joint)
+    p_value = g_test([seen[c] for c in cells], [joint[c] for c in cells])
+    assert p_value > ALPHA
