@@ -62,6 +62,7 @@ TRANSPORTS: dict[str, Callable[[], list[LocalRank]]] = {
     "shared-memory-processes-3": lambda: shared_memory_processes(3),
     "gloo-processes-2": lambda: list(gloo_ranks(geometry(2), timeout=60)),
     "gloo-processes-3": lambda: list(gloo_ranks(geometry(3), timeout=60)),
+    "gloo-processes-3-rows-apart": lambda: list(gloo_ranks(geometry(3), timeout=60, apart=True)),
 }
 
 

@@ -27,7 +27,7 @@ from ppsd import errors
 from ppsd.transport import distributed
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.distributed import DistributedEndpoint
-from ppsd.transport.rendezvous import init_group
+from ppsd.transport.rendezvous import free_port, init_group
 from ppsd.transport.shared_memory import SharedMemoryEndpoint
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,8 @@ class Player:
         if received is None:
             return None
         source, frame = received
-        data = bytes(frame.tolist())
+        apart = self.endpoint.rows
+        data = bytes(frame.tolist()) + (b"" if apart is None else bytes(apart.tolist()))
         return [source, len(data), hashlib.sha256(data).hexdigest()]
 
     def receive_all(self, count: int) -> list[Any]:
@@ -197,19 +198,10 @@ def nursery() -> Nursery:
     return Nursery()
 
 
-def gloo_ranks(geometry: Geometry, timeout: float) -> list[RemoteRank]:
+def gloo_ranks(geometry: Geometry, timeout: float, *, apart: bool = False) -> list[RemoteRank]:
     port = free_port()
-    setups = [
-        {"rank": rank, "geometry": vars(geometry), "port": port, "timeout": timeout}
-        for rank in range(geometry.size)
-    ]
-    return [RemoteRank(setup) for setup in setups]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    common = {"geometry": vars(geometry), "port": port, "timeout": timeout, "apart": apart}
+    return [RemoteRank({"rank": rank} | common) for rank in range(geometry.size)]
 
 
 def _serve(requests: socket.socket) -> None:
@@ -250,7 +242,8 @@ def _endpoint(setup: dict[str, Any], *fds: int) -> Endpoint:
     if fds:
         return SharedMemoryEndpoint(fds[0], geometry, rank, spin=False)
     init_group(rank, geometry.size, "127.0.0.1", setup["port"], PATIENCE)
-    return DistributedEndpoint(geometry, rank, setup["timeout"])
+    apart = torch.device("cpu") if setup["apart"] else None
+    return DistributedEndpoint(geometry, rank, setup["timeout"], apart)
 
 
 if __name__ == "__main__":

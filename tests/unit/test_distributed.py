@@ -95,13 +95,24 @@ def test_another_protocol_is_refused(pair: list[RemoteRank]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("magic", "length"), [(MAGIC, 2**40), (MAGIC, -1), (MAGIC, 101), (MAGIC + 1, 5), (0, 0)]
+    ("magic", "length", "rows"),
+    [
+        (MAGIC, 2**40, 0),
+        (MAGIC, -1, 0),
+        (MAGIC, 101, 0),
+        (MAGIC, 60, 41),
+        (MAGIC, 60, -1),
+        (MAGIC + 1, 5, 0),
+        (0, 0, 0),
+    ],
 )
-def test_a_damaged_header_is_refused(magic: int, length: int) -> None:
+def test_a_damaged_header_is_refused(magic: int, length: int, rows: int) -> None:
     link = _Link(peer=3, limit=100, slots=1)
     buffer = torch.zeros(HEADER_BYTES + 100, dtype=torch.uint8)
-    buffer[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor([magic, length]))
-    with pytest.raises(ProtocolError, match=f"rank 3 sent a frame with .* and {length} bytes"):
+    buffer[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor([magic, length, rows, 0]))
+    with pytest.raises(
+        ProtocolError, match=f"rank 3 sent a frame with .* and {length} . {rows} bytes"
+    ):
         link.check(buffer)
 
 

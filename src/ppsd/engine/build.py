@@ -172,6 +172,12 @@ def check_memory(layout: Layout, ranks: range) -> None:
         )
 
 
+def _own_gpus(config: EngineConfig) -> bool:
+    """Whether every stage has a GPU that no other stage uses."""
+    devices = {config.device(rank) for rank in range(config.stages)}
+    return len(devices) == config.stages and all(d.startswith("cuda") for d in devices)
+
+
 class RunningPipeline:
     """A loaded pipeline and all it holds: processes, transport, pinning. ``close`` frees them."""
 
@@ -288,7 +294,6 @@ class RunningPipeline:
         return SharedMemoryEndpoint(segment, geometry, 0, self.layout.pinned)
 
     def _connect_distributed(self, geometry: Geometry, supervisor: Supervisor) -> Endpoint:
-        from ppsd.transport.distributed import DistributedEndpoint
         from ppsd.transport.rendezvous import free_port, init_group_from_environment, send_text
 
         ranks = range(1, geometry.size)
@@ -299,7 +304,7 @@ class RunningPipeline:
                 raise ConfigError("stages", geometry.size, f"the world size {size} of torchrun")
             for rank in ranks:
                 send_text(rank, json.dumps(asdict(self._worker_config(rank, geometry))))
-            return DistributedEndpoint(geometry, 0, timeout)
+            return open_endpoint(self._worker_config(0, geometry))
         master = ("127.0.0.1", free_port())
         for rank in ranks:
             supervisor.start(self._worker_config(rank, geometry, master=master))
@@ -332,4 +337,5 @@ class RunningPipeline:
             geometry=asdict(geometry),
             segment=segment,
             master=master,
+            own_gpus=_own_gpus(config),
         )

@@ -152,7 +152,7 @@ class Pipeline:
         received = self._endpoint.receive(timeout)
         if received is None:
             return None
-        message = decode(received[1])
+        message = decode(received[1], self._endpoint.rows)
         if isinstance(message, Status) and message.kind == "failed":
             raise _remote_failure(message)
         return message

@@ -66,18 +66,24 @@ def gather(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
 class Endpoint(Protocol):
     """One rank's end of the transport.
 
-    Frames on one link arrive whole, once and in the order sent.
+    Frames on one link arrive whole, once and in the order sent. ``rows`` is the last part of the
+    frame last received when it travelled apart, GPU to GPU; None when the frame is all there is.
     """
 
     rank: int
     size: int
 
-    def send(self, to: int, parts: Sequence[torch.Tensor], timeout: float) -> None:
-        """Send one frame made of contiguous one-dimensional uint8 CPU tensors, laid end to end.
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """See above."""
 
-        Returns when the parts may be reused. Raises PipelineTimeoutError when the link stays full
-        for ``timeout`` seconds, StageLostError when the peer is gone, ProtocolError when the frame
-        is larger than the geometry allows or there is no such link.
+    def send(self, to: int, parts: Sequence[torch.Tensor], timeout: float) -> None:
+        """Send one frame made of contiguous one-dimensional uint8 tensors, laid end to end.
+
+        A part on a GPU passes through host memory unless the transport can do better. Returns when
+        the parts may be reused. Raises PipelineTimeoutError when the link stays full for
+        ``timeout`` seconds, StageLostError when the peer is gone, ProtocolError when the frame is
+        larger than the geometry allows or there is no such link.
         """
 
     def receive(self, timeout: float) -> tuple[int, torch.Tensor] | None:

@@ -38,6 +38,8 @@ class InProcessHub:
 class InProcessEndpoint:
     """One rank's end of an InProcessHub."""
 
+    rows = None
+
     def __init__(self, hub: InProcessHub, rank: int) -> None:
         self.rank = rank
         self.size = hub.geometry.size

@@ -75,6 +75,8 @@ class SharedMemoryEndpoint:
     The descriptor stays the caller's. A received frame lies in the segment itself.
     """
 
+    rows = None
+
     def __init__(self, fd: int, geometry: Geometry, rank: int, spin: bool) -> None:
         self.rank = rank
         self.size = geometry.size

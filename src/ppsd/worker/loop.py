@@ -59,7 +59,7 @@ class Worker:
         received = self._endpoint.receive(timeout)
         if received is None:
             return False
-        self.handle(decode(received[1]))
+        self.handle(decode(received[1], self._endpoint.rows))
         return True
 
     @torch.inference_mode()

@@ -102,7 +102,10 @@ def frame_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
 
 
 def encode(message: Message) -> list[torch.Tensor]:
-    """Lay a message out as uint8 tensors: the header, then the parts of its body."""
+    """Lay a message out as uint8 tensors: header, token ids or JSON, then rows of numbers.
+
+    Rows stay on their device; what becomes of them is the transport's choice.
+    """
     if isinstance(message, Block):
         return _encode_block(message)
     if isinstance(message, Verdict):
@@ -123,10 +126,11 @@ def encode(message: Message) -> list[torch.Tensor]:
     )
 
 
-def decode(frame: torch.Tensor) -> Message:
-    """Read a message from a frame (uint8 [n]); the result does not share its memory.
+def decode(frame: torch.Tensor, rows: torch.Tensor | None = None) -> Message:
+    """Read a message from a frame (uint8 [n]) and the rows that travelled apart from it, if any.
 
-    Raises ProtocolError for anything that is not a message of this protocol version.
+    The result does not share the frame's memory. Raises ProtocolError for anything that is not a
+    message of this protocol version.
     """
     if frame.numel() < HEADER_BYTES:
         raise ProtocolError(f"frame of {frame.numel()} bytes is shorter than a header")
@@ -135,12 +139,13 @@ def decode(frame: torch.Tensor) -> Message:
     if magic != MAGIC or version != VERSION:
         raise ProtocolError(f"frame has magic {magic:#x} version {version}, not ours")
     body = frame[HEADER_BYTES:]
-    if body_bytes != body.numel():
-        raise ProtocolError(f"frame announces {body_bytes} bytes of body and has {body.numel()}")
+    present = body.numel() + (0 if rows is None else rows.numel())
+    if body_bytes != present:
+        raise ProtocolError(f"frame announces {body_bytes} bytes of body and has {present}")
     if kind == _KINDS[Block]:
-        return _decode_block(header, body)
+        return _decode_block(header, body, rows)
     if kind == _KINDS[Verdict]:
-        return _decode_verdict(header, body)
+        return _decode_verdict(header, body, rows)
     return _decode_json(header, body)
 
 
@@ -168,7 +173,7 @@ def _header(
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _encode_block(block: Block) -> list[torch.Tensor]:
@@ -212,30 +217,33 @@ def _encode_json(kind: type, record: dict[str, Any], **header: int) -> list[torc
 
 
 def _split_rows(
-    body: torch.Tensor, tokens: int, rows: int, width: int, dtype: int
+    body: torch.Tensor, apart: torch.Tensor | None, tokens: int, shape: tuple[int, int], dtype: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [tokens] and numbers [rows, width] from a body that must hold just these."""
-    if not 0 <= dtype < len(DTYPES) or tokens < 0 or rows < 0:
-        raise ProtocolError(f"frame states dtype {dtype}, {tokens} tokens, {rows} rows")
+    """Token ids [tokens] and numbers of ``shape`` from a body that must hold just these."""
+    if not 0 <= dtype < len(DTYPES) or tokens < 0 or min(shape) < 0:
+        raise ProtocolError(f"frame states dtype {dtype}, {tokens} tokens, rows of shape {shape}")
     kind = DTYPES[dtype]
     cut = tokens * TOKEN_BYTES
-    if body.numel() != cut + rows * width * kind.itemsize:
-        raise ProtocolError(f"body of {body.numel()} bytes is not {rows} rows of {width} {kind}")
-    ids, numbers = body[:cut].clone(), body[cut:].clone()
-    return ids.view(torch.int64), numbers.view(kind).view(rows, width)
+    numbers = body[cut:].clone() if apart is None else apart
+    if numbers.numel() != shape[0] * shape[1] * kind.itemsize or body.numel() < cut:
+        raise ProtocolError(f"{numbers.numel()} bytes are not rows of shape {shape} in {kind}")
+    return body[:cut].clone().view(torch.int64), numbers.view(kind).view(shape)
 
 
-def _decode_block(header: tuple[int, ...], body: torch.Tensor) -> Block:
+def _decode_block(header: tuple[int, ...], body: torch.Tensor, apart: torch.Tensor | None) -> Block:
     _, _, _, dtype, _, slot, _, epoch, position, parent, rows, judge, width, _ = header
     if not 0 <= judge <= rows or rows < 1 or position < 0:
         raise ProtocolError(f"block of {rows} rows at {position} asks for {judge} verdicts")
-    tokens, hidden = _split_rows(body, rows, rows, width, dtype)
+    tokens, hidden = _split_rows(body, apart, rows, (rows, width), dtype)
     return Block(slot, epoch, position, parent, judge, tokens, hidden)
 
 
-def _decode_verdict(header: tuple[int, ...], body: torch.Tensor) -> Verdict:
+def _decode_verdict(
+    header: tuple[int, ...], body: torch.Tensor, apart: torch.Tensor | None
+) -> Verdict:
     _, _, _, dtype, _, slot, source, epoch, position, _, rows, judge, width, _ = header
-    tokens, logits = _split_rows(body, judge, judge if width else 0, width, dtype)
+    shape = (judge if width else 0, width)
+    tokens, logits = _split_rows(body, apart, judge, shape, dtype)
     return Verdict(slot, epoch, source, position, rows, tokens, logits if width else None)
 
 

@@ -42,7 +42,8 @@ class WorkerConfig:
     """All a stage needs to know; travels as JSON.
 
     ``segment`` is the shared-memory file descriptor, ``master`` (host, port) the torch.distributed
-    rendezvous; one of them is set. ``cores`` are the CPUs to stay on, empty for any.
+    rendezvous; neither is set under torchrun. ``cores`` are the CPUs to stay on, empty for any.
+    ``own_gpus``: every stage has a GPU of its own, so rows travel from GPU to GPU.
     """
 
     rank: int
@@ -62,6 +63,7 @@ class WorkerConfig:
     geometry: dict[str, int]
     segment: int | None = None
     master: tuple[str, int] | None = None
+    own_gpus: bool = False
     protocol: int = VERSION
 
     @classmethod
@@ -98,7 +100,8 @@ def open_endpoint(config: WorkerConfig) -> Endpoint:
 
     if config.master is not None:
         init_group(config.rank, geometry.size, *config.master, config.timeout)
-    return DistributedEndpoint(geometry, config.rank, config.timeout)
+    apart = torch.device(config.device) if config.own_gpus else None
+    return DistributedEndpoint(geometry, config.rank, config.timeout, apart)
 
 
 def serve_rank(model: str | None, timeout: float) -> None:
