@@ -70,11 +70,30 @@ def test_close_does_not_wait_for_a_stopped_peer(pair: list[RemoteRank]) -> None:
     pair[0].shut()
 
 
-def test_a_process_that_ends_without_close_ends_cleanly(pair: list[RemoteRank]) -> None:
-    assert pair[1].end() == (0, "")
+def test_a_worker_that_leaves_is_missed_only_when_needed(pair: list[RemoteRank]) -> None:
+    pair[1].call("send", 0, [(5, 4_000)])
+    pair[1].shut()
+    assert pair[0].call("receive") == described(1, [(5, 4_000)])
+    assert pair[0].call("receive", 1.5) is None  # long enough for a heartbeat to fail
     with pytest.raises(StageLostError, match="rank 1 is gone"):
-        pair[0].call("receive", 60)
+        pair[0].call("send", 1, [(1, 10)])
+    pair[0].shut()
+
+
+def test_workers_do_not_outlive_rank_0(pair: list[RemoteRank]) -> None:
+    pair[0].call("send", 1, [(5, 40_000)])
+    pair[0].shut()
+    assert pair[1].call("receive") == described(0, [(5, 40_000)])
+    with pytest.raises(StageLostError, match="rank 0 is gone"):
+        pair[1].call("receive", 60)
+    pair[1].shut()
+
+
+def test_a_process_that_ends_without_close_ends_cleanly(pair: list[RemoteRank]) -> None:
     assert pair[0].end() == (0, "")
+    with pytest.raises(StageLostError, match="rank 0 is gone"):
+        pair[1].call("receive", 60)
+    assert pair[1].end() == (0, "")
 
 
 def test_a_full_link_to_a_lost_peer_is_not_a_timeout(pair: list[RemoteRank]) -> None:

@@ -8,7 +8,9 @@ What gloo (torch 2.13) is like, and what follows from it:
 
 - Bytes move only once the receiver has asked for them, so every incoming link has a thread that
   always asks. Control messages have their own tag and thread, and so overtake waiting frames.
-- A send is known to be done only by waiting for it, so every outgoing link has a thread that waits.
+- A send is known to be done only by waiting for it, and when its connection breaks during the
+  call that wait may never end. So every message is answered, and every outgoing link has a thread
+  that waits for the answers: posting a receive on a broken connection does raise.
 - A wait that times out closes every connection of the group. So waits for frames never time out,
   the endpoint makes a group of its own, and ``close`` lets one wait time out on purpose: nothing
   else (destroying or aborting the group) wakes the other threads, and a thread left inside gloo
@@ -20,6 +22,7 @@ from __future__ import annotations
 import atexit
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -38,12 +41,22 @@ HEADER_BYTES = 32  # magic, payload length, bytes that travel apart, 0: int64 ea
 # padding of smaller models costs 0.13 ms at 1 Gbit/s.
 INLINE_BYTES = 16 * 1024 + 256
 
-FRAME_TAG, REST_TAG, CONTROL_TAG, HANG_UP_TAG, ROWS_TAG = 1, 2, 3, 4, 5
+(
+    FRAME_TAG,
+    REST_TAG,
+    ROWS_TAG,
+    FRAME_ANSWER_TAG,
+    CONTROL_TAG,
+    CONTROL_ANSWER_TAG,
+    HANG_UP_TAG,
+) = range(1, 8)
+GOODBYE = -1  # in place of a frame's length: nothing more comes on this link
 ROWS_BACKEND = {"cuda": "nccl", "cpu": "gloo"}  # CPU rows travel apart in tests only
 ROWS_PART = 2  # a frame's parts are its header, token ids, and then rows of numbers
+NO_ROWS = torch.empty(0, dtype=torch.uint8)
 FOREVER = timedelta(days=365)
 HEARTBEAT_SECONDS = 1.0
-FLUSH_SECONDS = 1.0  # how long close() waits for frames already handed to send()
+GOODBYE_SECONDS = 1.0  # how long close() waits for sent frames to arrive
 JOIN_SECONDS = 5.0
 
 
@@ -68,6 +81,7 @@ class DistributedEndpoint:
         self._outgoing = geometry.outgoing(rank)
         self._epoch = 0
         self._closed = False
+        self._left: set[int] = set()
         self._failure: PipelineError | None = None
         self._heard = threading.Event()
         self._arrived: SimpleQueue[_Arrival | None] = SimpleQueue()
@@ -82,20 +96,9 @@ class DistributedEndpoint:
         """Copy the frame into a buffer and start sending it; see ``Endpoint.send``."""
         frame_bytes(self._outgoing, to, parts)
         inside = parts if self._apart is None else parts[:ROWS_PART]
-        rows = [torch.cat(list(parts[ROWS_PART:]))] if len(inside) < len(parts) else []
-        length = sum(part.numel() for part in inside)
-        link = self._senders[to]
-        buffer = self._free_buffer(link, timeout)
-        header = buffer[:HEADER_BYTES].view(torch.int64)
-        header[0], header[1], header[2] = MAGIC, length, sum(part.numel() for part in rows)
-        gather(inside, buffer[HEADER_BYTES:])
-        try:
-            works = [self._start_send(piece, to, tag) for piece, tag in link.pieces(buffer, length)]
-            works += [self._send_rows(part, to) for part in rows if part.numel()]
-        except RuntimeError as error:
-            self._fail(_lost(to))
-            raise self._failed() from error
-        link.sending.put((works, buffer, rows))
+        apart = parts[len(inside) :]
+        rows = torch.cat(list(apart)) if apart else NO_ROWS
+        self._send(self._senders[to], sum(part.numel() for part in inside), inside, rows, timeout)
 
     def receive(self, timeout: float) -> tuple[int, torch.Tensor] | None:
         """Return the next frame in order of arrival; see ``Endpoint.receive``."""
@@ -125,10 +128,14 @@ class DistributedEndpoint:
         return self._epoch
 
     def close(self) -> None:
-        """Let started sends finish for a second, then cut the connections and end the threads."""
+        """Let sent frames arrive, for a second at most; then cut the connections.
+
+        Workers take rank 0's end for the end of the pipeline and raise StageLostError; that a
+        worker has ended is an error only to who sends to it.
+        """
         if self._closed:
             return
-        self._flush()
+        self._say_goodbye()
         self._closed = True
         atexit.unregister(self.close)
         self._heard.set()
@@ -166,45 +173,60 @@ class DistributedEndpoint:
         except PipelineError as error:
             self._fail(error)
         except RuntimeError:
-            self._fail(_lost(peer))
+            if peer not in self._left or job == self._complete_sends:
+                self._fail(_lost(peer))
 
     def _complete_sends(self, link: _Link) -> None:
         while (item := link.sending.get()) is not None:
             works, buffer, _ = item
-            for work in works:
-                work.wait(FOREVER)
+            self._await_answer(link.peer, FRAME_ANSWER_TAG, works)
             link.free.put(buffer)
 
     def _receive_frames(self, link: _Link) -> None:
+        # The sender never has more than ``slots`` unanswered, so older answers have arrived.
+        answers: deque[dist.Work] = deque(maxlen=link.slots + 1)
         while (buffer := link.free.get()) is not None:
             self._receive_piece(link.first(buffer), link.peer, FRAME_TAG)
-            link.check(buffer)
-            for rest, tag in link.pieces(buffer, link.length(buffer))[1:]:
-                self._receive_piece(rest, link.peer, tag)
-            self._arrived.put((link, buffer, self._receive_rows(link, buffer)))
+            goodbye = link.says_goodbye(buffer)
+            if goodbye:
+                self._left |= {link.peer} - {0}
+            else:
+                self._receive_rest(link, buffer)
+            answers.append(self._start_send(torch.zeros(1), link.peer, FRAME_ANSWER_TAG))
+            if goodbye:
+                self._await_hang_up(link.peer)
 
-    def _receive_rows(self, link: _Link, buffer: torch.Tensor) -> torch.Tensor | None:
-        size = link.rows_bytes(buffer)
-        if size == 0:
-            return None
-        rows = torch.empty(size, dtype=torch.uint8, device=self._apart)
-        self._receive_piece(rows, link.peer, ROWS_TAG, group=self._rows_group)
-        return rows
+    def _receive_rest(self, link: _Link, buffer: torch.Tensor) -> None:
+        link.check(buffer)
+        for rest, tag in link.pieces(buffer, link.length(buffer))[1:]:
+            self._receive_piece(rest, link.peer, tag)
+        rows: torch.Tensor | None = None
+        if size := link.rows_bytes(buffer):
+            rows = torch.empty(size, dtype=torch.uint8, device=self._apart)
+            self._receive_piece(rows, link.peer, ROWS_TAG, group=self._rows_group)
+        self._arrived.put((link, buffer, rows))
+
+    def _await_hang_up(self, peer: int) -> None:
+        """Wait for the connection to end, which keeps the answer to the goodbye alive till then."""
+        self._receive_piece(torch.empty(1), peer, HANG_UP_TAG)
 
     def _tell(self, worker: int, news: threading.Event) -> None:
         """Send the epoch to ``worker`` when it changes, and once a second as a sign of life."""
         while not self._closed:
             word = torch.tensor([self._epoch])
-            self._start_send(word, worker, CONTROL_TAG).wait(FOREVER)
+            work = self._start_send(word, worker, CONTROL_TAG)
+            self._await_answer(worker, CONTROL_ANSWER_TAG, [work])
             news.wait(HEARTBEAT_SECONDS)
             news.clear()
 
     def _listen(self) -> None:
         word = torch.empty(1, dtype=torch.int64)
+        answers: deque[dist.Work] = deque(maxlen=2)  # rank 0 waits for each
         while True:
             self._receive_piece(word, 0, CONTROL_TAG)
             self._epoch = int(word)
             self._heard.set()
+            answers.append(self._start_send(torch.zeros(1), 0, CONTROL_ANSWER_TAG))
 
     def _watch(self) -> None:
         """Take rank 0 for lost when nothing is heard of it; a broken connection is seen sooner."""
@@ -214,15 +236,17 @@ class DistributedEndpoint:
                 return
         raise StageLostError(f"rank 0 gave no sign of life for {self._timeout} s")
 
+    def _await_answer(self, peer: int, tag: int, works: list[dist.Work]) -> None:
+        self._receive_piece(torch.empty(1), peer, tag)
+        for work in works:
+            work.wait(FOREVER)
+
     def _start_send(
         self, piece: torch.Tensor, to: int, tag: int, group: dist.ProcessGroup | None = None
     ) -> dist.Work:
         work = dist.isend(piece, to, group=group or self._group, tag=tag)
         assert work is not None  # None is for ranks outside the group
         return work
-
-    def _send_rows(self, rows: torch.Tensor, to: int) -> dist.Work:
-        return self._start_send(rows, to, ROWS_TAG, self._rows_group)
 
     def _receive_piece(
         self,
@@ -236,11 +260,32 @@ class DistributedEndpoint:
         assert work is not None
         work.wait(wait)
 
+    def _send(
+        self,
+        link: _Link,
+        length: int,
+        parts: Sequence[torch.Tensor],
+        rows: torch.Tensor,
+        timeout: float,
+    ) -> None:
+        buffer = self._free_buffer(link, timeout)
+        _header(buffer).copy_(torch.tensor([MAGIC, length, rows.numel(), 0]))
+        gather(parts, buffer[HEADER_BYTES:])
+        pieces = link.pieces(buffer, length)
+        try:
+            works = [self._start_send(piece, link.peer, tag) for piece, tag in pieces]
+            if rows.numel():
+                works.append(self._start_send(rows, link.peer, ROWS_TAG, self._rows_group))
+        except RuntimeError as error:
+            self._fail(_lost(link.peer))
+            raise self._failed() from error
+        link.sending.put((works, buffer, rows))
+
     def _free_buffer(self, link: _Link, timeout: float) -> torch.Tensor:
         if self._failure is not None:
             raise self._failed()
         try:
-            buffer = link.free.get(timeout=timeout)
+            buffer = link.free.get(timeout=max(0.0, timeout))
         except Empty:
             raise PipelineTimeoutError(
                 f"the link from rank {self.rank} to rank {link.peer} stayed full for {timeout} s"
@@ -260,19 +305,25 @@ class DistributedEndpoint:
         assert self._failure is not None
         return type(self._failure)(str(self._failure))
 
-    def _flush(self) -> None:
-        deadline = time.monotonic() + FLUSH_SECONDS
-        with suppress(PipelineError):
-            for link in self._senders.values():
+    def _say_goodbye(self) -> None:
+        """Tell the receivers of this rank's frames that it leaves; wait until they know.
+
+        Cutting a connection before that could destroy frames unread in the peer's socket.
+        """
+        deadline = time.monotonic() + GOODBYE_SECONDS
+        for link in self._senders.values():
+            with suppress(PipelineError):
+                self._send(link, GOODBYE, [], NO_ROWS, deadline - time.monotonic())
+        for link in self._senders.values():
+            with suppress(PipelineError):
                 for _ in range(link.slots):
-                    self._free_buffer(link, max(0.0, deadline - time.monotonic()))
+                    self._free_buffer(link, deadline - time.monotonic())
 
     def _hang_up(self) -> None:
-        if self.size > 1:
-            peer = 0 if self.rank else 1
+        """Let a wait time out on some peer that is still there, which cuts all connections."""
+        for peer in set(range(self.size)) - {self.rank}:
             with suppress(RuntimeError):
-                word = torch.empty(1, dtype=torch.uint8)
-                self._receive_piece(word, peer, HANG_UP_TAG, timedelta(milliseconds=1))
+                self._receive_piece(torch.empty(1), peer, HANG_UP_TAG, timedelta(milliseconds=1))
 
 
 class _Link:
@@ -303,16 +354,19 @@ class _Link:
         return [(self.first(buffer), FRAME_TAG), (buffer[self._first_bytes : end], REST_TAG)]
 
     def length(self, buffer: torch.Tensor) -> int:
-        return int(buffer[:HEADER_BYTES].view(torch.int64)[1])
+        return int(_header(buffer)[1])
 
     def rows_bytes(self, buffer: torch.Tensor) -> int:
-        return int(buffer[:HEADER_BYTES].view(torch.int64)[2])
+        return int(_header(buffer)[2])
 
     def payload(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer[HEADER_BYTES : HEADER_BYTES + self.length(buffer)]
 
+    def says_goodbye(self, buffer: torch.Tensor) -> bool:
+        return bool(_header(buffer)[:2].tolist() == [MAGIC, GOODBYE])
+
     def check(self, buffer: torch.Tensor) -> None:
-        magic, length, rows, _ = buffer[:HEADER_BYTES].view(torch.int64).tolist()
+        magic, length, rows, _ = _header(buffer).tolist()
         if magic != MAGIC or length < 0 or rows < 0 or length + rows > self._limit:
             raise ProtocolError(
                 f"rank {self.peer} sent a frame with magic {magic:#x} and {length} + {rows} bytes, "
@@ -320,9 +374,13 @@ class _Link:
             )
 
 
+def _header(buffer: torch.Tensor) -> torch.Tensor:
+    return buffer[:HEADER_BYTES].view(torch.int64)
+
+
 # The link, its buffer, and what travelled apart; for sends also the works to wait for.
 _Arrival = tuple[_Link, torch.Tensor, torch.Tensor | None]
-_Departure = tuple[list[dist.Work], torch.Tensor, Sequence[torch.Tensor]]
+_Departure = tuple[list[dist.Work], torch.Tensor, torch.Tensor]
 
 
 def _new_group(backend: str, timeout: float) -> dist.ProcessGroup:
