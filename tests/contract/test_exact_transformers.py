@@ -15,6 +15,7 @@ from ppsd import LLM, SamplingParams
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.transformer import reference_logits
 from ppsd.model.weights import open_source
+from ppsd.speculation.policy import Counts
 from tests.support.tiny_models import (
     FAMILIES,
     LAYERS,
@@ -38,11 +39,13 @@ def open_tiny(model: Path, **settings) -> LLM:
     return LLM(str(model), transport="inprocess", dtype="float64", prefill_chunk=16, **settings)
 
 
-def check(llm: LLM, model: Path, new_tokens: int = NEW_TOKENS) -> None:
+def check(llm: LLM, model: Path, new_tokens: int = NEW_TOKENS) -> list[Counts]:
+    counts = []
     for prompt in PROMPTS:
-        params = SamplingParams(max_tokens=new_tokens)
-        got = llm.run(prompt, params)
+        got = llm.run(prompt, SamplingParams(max_tokens=new_tokens))
         assert list(got.token_ids) == expected(model, tuple(prompt), new_tokens)
+        counts.append(got.stats.counts)
+    return counts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,31 +78,27 @@ def test_every_split_plain(tiny_model, split) -> None:
 
 
 @pytest.mark.parametrize("exit_layer", range(1, LAYERS))
-@pytest.mark.parametrize("block_and_window", SCHEDULES)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_every_exit_and_schedule(tiny_model, tmp_path, exit_layer, block_and_window, sign) -> None:
+def test_every_exit_and_schedule(tiny_model, tmp_path, exit_layer, sign) -> None:
     """A perfect head is always right; turned round it is nearly always wrong."""
     model = tiny_model()
-    head = save_perfect_head(tmp_path / "head", model, exit_layer, sign)
-    block, in_flight = block_and_window
+    head = str(save_perfect_head(tmp_path / "head", model, exit_layer, sign))
     stages = min(3, LAYERS - exit_layer + 1)
-    with open_tiny(
-        model,
-        stages=stages,
-        exit_layer=exit_layer,
-        head=str(head),
-        block=block,
-        in_flight=in_flight,
-    ) as llm:
-        check(llm, model)
-        result = llm.run(PROMPTS[1], SamplingParams(max_tokens=NEW_TOKENS))
-        counts = result.stats.counts
-        assert counts.drafted == counts.judged + counts.discarded
-        if sign > 0:
-            assert counts.resyncs == 0
-            assert counts.accepted == counts.judged > 0
-        else:
-            assert counts.accepted < counts.judged / 4
+    largest = {"block": 8, "in_flight": 5}
+    with open_tiny(model, stages=stages, exit_layer=exit_layer, head=head, **largest) as llm:
+        for schedule in SCHEDULES:
+            llm.use("ppsd", *schedule)
+            for counts in check(llm, model, new_tokens=24):
+                check_counts(counts, always_right=sign > 0)
+
+
+def check_counts(counts: Counts, always_right: bool) -> None:
+    assert counts.drafted == counts.judged + counts.discarded
+    assert counts.judged > 0
+    if always_right:
+        assert (counts.resyncs, counts.accepted) == (0, counts.judged)
+    else:
+        assert counts.accepted < counts.judged / 4
 
 
 @pytest.mark.parametrize("split", [(3,), (1, 3, 5)])

@@ -57,7 +57,6 @@ class Engine:
         pipeline.draft_stream = Stream.DRAFT if self.rejection else Stream.TARGET
         pipeline.drafting = schedule.drafts and pipeline.drafter is not None
         self.prefill_chunk = prefill_chunk
-        self._epoch = 1
         self._commands: deque[Command] = deque()
 
     def decode(self, request: Request) -> Iterator[Emit]:
@@ -74,8 +73,7 @@ class Engine:
         finally:
             self.stop("abort")
             self._commands.clear()
-            self._epoch = self.policy.epoch
-            self.pipeline.publish(self._epoch)
+            self.pipeline.publish(self.policy.epoch)
 
     def stop(self, reason: str) -> None:
         """End the current request with ``reason``; what is not yet emitted is dropped."""
@@ -105,7 +103,7 @@ class Engine:
             self.schedule,
             max_tokens=request.params.max_tokens,
             stop_ids=request.stop_ids,
-            epoch=self._epoch,
+            epoch=self.pipeline.epoch,
             prefill_chunk=self.prefill_chunk,
             prefill_in_flight=self.pipeline.size,
         )
@@ -114,7 +112,7 @@ class Engine:
         prompt_length = len(request.prompt)
         begin = Begin(0, request.params, prompt_length, stop_ids, request.vocab_size, wanted)
         self._sampler = Sampler(request.params, prompt_length, request.stop_ids, request.vocab_size)
-        self.pipeline.publish(self._epoch)
+        self.pipeline.publish(self.policy.epoch)
         self.pipeline.begin(begin)
         self._commands.clear()
         self._commands.extend(self.policy.start(request.prompt, request.cached))
@@ -143,9 +141,8 @@ class Engine:
 
     def _on(self, event: Event) -> None:
         self._commands.extend(self.policy.on(event))
-        if self.policy.epoch > self._epoch:
-            self._epoch = self.policy.epoch
-            self.pipeline.publish(self._epoch)
+        if self.policy.epoch > self.pipeline.epoch:
+            self.pipeline.publish(self.policy.epoch)
 
     def _targets(self, verdict: Verdict) -> tuple[int, ...]:
         """The target's tokens; under ``rejection`` drawn here, coupled to the waiting drafts."""

@@ -81,6 +81,7 @@ class LLM:
         self._rows: tuple[int, ...] = ()  # tokens whose rows every stage holds
         self._chunked = 0  # how many of them were computed in whole prompt chunks
         self._broken: PipelineError | None = None
+        self._largest = self.config.schedule  # what buffers and links were sized for
         self.use(self.config.mode, self.config.block, self.config.in_flight)
 
     def __enter__(self) -> LLM:
@@ -106,8 +107,7 @@ class LLM:
     def use(self, mode: str, block: int | None = None, in_flight: int | None = None) -> None:
         """Decode the next requests in another mode on the same workers."""
         config = self.config.replaced(mode=mode, block=block, in_flight=in_flight)
-        largest = self.config.schedule
-        schedule = config.schedule
+        schedule, largest = config.schedule, self._largest
         if schedule.block > largest.block or schedule.in_flight > max(
             largest.in_flight, self.layout.stages
         ):

@@ -29,13 +29,17 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
 
-    def check(self, position: int, rows: int) -> None:
-        """Raise ProtocolError unless ``rows`` rows may be written at ``position``."""
+    def reserve(self, position: int, rows: int) -> None:
+        """Void what stands at ``position`` or later, to write ``rows`` rows there.
+
+        If that is interrupted the rows stay void. Raises ProtocolError when they do not fit.
+        """
         if not 0 <= position <= self.length or position + rows > self.capacity:
             raise ProtocolError(
                 f"{rows} rows at position {position} do not fit a cache that holds {self.length} "
                 f"of {self.capacity} positions"
             )
+        self.length = position
 
     def advance(self, position: int, rows: int) -> None:
         """Declare the rows at ``position`` written in every layer."""

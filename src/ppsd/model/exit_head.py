@@ -65,15 +65,27 @@ def read_head_config(directory: Path) -> HeadConfig:
         if record.pop("format") != FORMAT:
             raise HeadError(f"{path} is not of head format {FORMAT}")
         config = HeadConfig(**record)
-        well_typed = isinstance(config.exit_layer, int) and isinstance(config.layers, int)
     except FileNotFoundError as error:
         raise HeadError(f"no exit head at {directory}: {CONFIG_FILE} is missing") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise HeadError(f"{path} is not a head configuration: {error}") from error
-    layers_fit = well_typed and (config.layers > 0) == (config.kind == "transformer")
-    if config.kind not in KINDS or not layers_fit:
-        raise HeadError(f"{path} names kind {config.kind!r} with {config.layers!r} layers")
+    _check_config(config, path)
     return config
+
+
+def _check_config(config: HeadConfig, path: Path) -> None:
+    """Raise HeadError unless every field is of its type and kind and layers agree."""
+    for name, low in (("exit_layer", 1), ("layers", 0), ("draft_vocab", 1)):
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            if name == "draft_vocab" and value is None:
+                continue
+            raise HeadError(f"{path}: {name} must be an integer of at least {low}, got {value!r}")
+    for name in ("base_model", "fingerprint"):
+        if not isinstance(getattr(config, name), str):
+            raise HeadError(f"{path}: {name} must be a text, got {getattr(config, name)!r}")
+    if config.kind not in KINDS or (config.layers > 0) != (config.kind == "transformer"):
+        raise HeadError(f"{path} names kind {config.kind!r} with {config.layers!r} layers")
 
 
 def check_head(
@@ -124,7 +136,7 @@ class ExitHead:
 
     def forward(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
         """Rows [n, C] after layer E at ``position`` to the head's own rows [n, C]."""
-        self.cache.check(position, hidden.shape[0])
+        self.cache.reserve(position, hidden.shape[0])
         mask = causal_mask(position, hidden.shape[0], hidden.device)
         x = hidden
         for weights, keys, values in zip(
@@ -193,9 +205,12 @@ def _check_tensors(
             raise HeadError(f"{path}: {name} is {tuple(weights[name].shape)}, not {shape}")
     ids = weights.get("draft_ids")
     if ids is not None and not (
-        ids[0] >= 0 and ids[-1] < spec.vocab_size and bool((ids[1:] > ids[:-1]).all())
+        ids.dtype == torch.int64
+        and ids[0] >= 0
+        and ids[-1] < spec.vocab_size
+        and bool((ids[1:] > ids[:-1]).all())
     ):
-        raise HeadError(f"{path}: draft_ids must ascend within [0, {spec.vocab_size})")
+        raise HeadError(f"{path}: draft_ids must be int64 and ascend within [0, {spec.vocab_size})")
 
 
 def lm_head_rows(

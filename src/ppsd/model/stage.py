@@ -157,7 +157,7 @@ class Stage:
     ) -> torch.Tensor | None:
         """See StageModel."""
         rows = inputs.shape[0]
-        self.cache.check(position, rows)
+        self.cache.reserve(position, rows)
         inputs = inputs.to(self.plan.device)
         x = inputs if self.embedding is None else self.embedding[inputs]
         mask = causal_mask(position, rows, x.device)

@@ -26,6 +26,9 @@ HEADER_BYTES = HEADER.size
 TOKEN_BYTES = 8  # ids travel as int64: no conversion on either side
 CONTROL_BYTES = 1 << 16  # room for a control or status body; larger status texts are cut
 
+# what reading a body that is JSON of another shape, or no JSON, can raise
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -252,18 +255,28 @@ def _decode_json(header: tuple[int, ...], body: torch.Tensor) -> Message:
     try:
         record = json.loads(body.numpy().tobytes())
         if kind == _KINDS[Begin]:
-            return Begin(
-                slot=slot,
-                params=SamplingParams.from_json(record["params"]),
-                prompt_length=int(record["prompt_length"]),
-                stop_ids=tuple(record["stop_ids"]),
-                vocab_size=int(record["vocab_size"]),
-                want_logits=bool(record["want_logits"]),
-            )
+            return _begin(slot, record)
         if kind == _KINDS[Control]:
-            return Control(record["verb"])
+            return Control(_typed(record["verb"], str))
         if kind == _KINDS[Status]:
-            return Status(source, record["kind"], record["fields"])
-    except (ValueError, KeyError, TypeError) as error:
+            return Status(source, _typed(record["kind"], str), _typed(record["fields"], dict))
+    except MALFORMED as error:
         raise ProtocolError(f"control frame cannot be read: {error}") from error
     raise ProtocolError(f"frame is of unknown kind {kind}")
+
+
+def _begin(slot: int, record: dict[str, Any]) -> Begin:
+    return Begin(
+        slot=slot,
+        params=SamplingParams.from_json(record["params"]),
+        prompt_length=int(record["prompt_length"]),
+        stop_ids=tuple(int(token) for token in record["stop_ids"]),
+        vocab_size=int(record["vocab_size"]),
+        want_logits=bool(record["want_logits"]),
+    )
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+    return value
