@@ -6,7 +6,7 @@ Used by llm.py and by tests; knows token ids only, no text.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -57,10 +57,10 @@ class Engine:
         pipeline.draft_stream = Stream.DRAFT if self.rejection else Stream.TARGET
         pipeline.drafting = schedule.drafts and pipeline.drafter is not None
         self.prefill_chunk = prefill_chunk
-        self._epoch = 1
+        self._epoch = pipeline.epoch + 1  # answers to an engine before this one are stale
         self._commands: deque[Command] = deque()
 
-    def decode(self, request: Request) -> Iterator[Emit]:
+    def decode(self, request: Request) -> Generator[Emit, None, None]:
         """Yield committed tokens as they become final; ``policy`` tells the rest afterwards.
 
         Closing the iterator early, or ``stop``, ends the request and frees the pipeline.

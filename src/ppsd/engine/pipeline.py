@@ -50,6 +50,7 @@ class Pipeline:
         self.draft_stream = Stream.TARGET
         self.drafting = drafter is not None  # plain decoding pays nothing for a head
         self.size = endpoint.size
+        self.epoch = 0  # the newest published one
         self.recorder = Recorder(trace)
         self._stage = stage
         self._endpoint = endpoint
@@ -73,6 +74,7 @@ class Pipeline:
 
     def publish(self, epoch: int) -> None:
         """Make ``epoch`` the newest valid one on every stage; overtakes all work."""
+        self.epoch = epoch
         self._endpoint.publish(epoch)
 
     @torch.inference_mode()
