@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppsd.errors import PpsdError
+from ppsd.errors import ConfigError, PpsdError
 
 FIELDS = ("prompt", "question", "turns", "messages")
 
@@ -29,11 +29,9 @@ def load_tasks(path: Path, limit: int | None = None) -> list[Task]:
     from the whole file, so that every category has its share. Raises PpsdError naming file and
     line for what cannot be read.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PpsdError(f"cannot read prompts from {path}: {error}") from error
-    numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
+    if limit is not None and limit < 1:
+        raise ConfigError("limit", limit, "at least 1")
+    numbered = [(n, line) for n, line in enumerate(_lines(path), start=1) if line.strip()]
     if not numbered:
         raise PpsdError(f"{path} holds no prompts")
     if limit is not None and limit < len(numbered):
@@ -41,6 +39,17 @@ def load_tasks(path: Path, limit: int | None = None) -> list[Task]:
     if path.suffix != ".jsonl":
         return [Task(str(n), "text", _user(line)) for n, line in numbered]
     return [_task(path, n, line) for n, line in numbered]
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines end with a line feed only: JSON may hold any other separator inside a string."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise PpsdError(f"cannot read prompts from {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PpsdError(f"cannot read prompts from {path}: it is not UTF-8 ({error})") from error
+    return text.split("\n")
 
 
 def _user(text: str) -> tuple[dict[str, str], ...]:
@@ -62,7 +71,11 @@ def _task(path: Path, number: int, line: str) -> Task:
 
 def _messages(record: dict[str, Any]) -> tuple[dict[str, str], ...]:
     if "messages" in record:
-        return tuple({"role": m["role"], "content": m["content"]} for m in record["messages"])
+        messages = record["messages"]
+        found = tuple({k: _text(m[k]) for k in ("role", "content")} for m in messages)
+        if not found:
+            raise ValueError("there are no messages")
+        return found
     if "turns" in record:
         return _user(_text(record["turns"][0]))
     return _user(_text(record["prompt"] if "prompt" in record else record["question"]))
@@ -70,5 +83,5 @@ def _messages(record: dict[str, Any]) -> tuple[dict[str, str], ...]:
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value:
-        raise TypeError("the prompt is not a non-empty text")
+        raise TypeError(f"{value!r} is not a non-empty text")
     return value

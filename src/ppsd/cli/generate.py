@@ -4,47 +4,48 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from ppsd.cli.display import log_console, painter, show, summarize
 from ppsd.cli.options import PipelineOptions, SamplingOptions
-from ppsd.cli.session import log_console, open_llm
-from ppsd.errors import ConfigError
+from ppsd.cli.session import open_llm
+from ppsd.errors import ConfigError, PpsdError
 
 if TYPE_CHECKING:
-    from ppsd.engine.llm import LLM, Chunk, Completion, Prompt
+    from ppsd.engine.llm import LLM, Completion, Prompt
     from ppsd.types import SamplingParams
-
-ACCEPTED, CORRECTED = "green", "bold red"
 
 
 def generate(
     pipeline: PipelineOptions,
     sampling: SamplingOptions,
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; '-' reads it from stdin.")
+        str | None, typer.Argument(help="The prompt; '-' reads it from stdin.", metavar="[PROMPT]")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
-    system: Annotated[str | None, typer.Option(help="System message of the chat template.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message of the chat template.", metavar="TEXT")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Completions; sample i has seed + i.")] = 1,
     highlight: Annotated[
-        bool, typer.Option("--highlight", help="Colour accepted drafts and corrected tokens.")
+        bool, typer.Option("--highlight", help="Accepted drafts green, the target's own red.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, or a list of --samples.")
+    ] = False,
     trace: Annotated[
-        Path | None, typer.Option(help="Write a Chrome trace (open it in Perfetto).")
+        Path | None,
+        typer.Option(help="Write a Chrome trace (open it in Perfetto).", metavar="FILE"),
     ] = None,
 ) -> None:
     """Complete a prompt and stream the answer."""
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text:
-        raise ConfigError("prompt", text, "a non-empty text, or '-' with text on standard input")
+    text = _read(prompt)
     params = sampling.params(samples)
+    _check(raw, system, trace)
     with open_llm(pipeline, trace=trace is not None) as llm:
         message = text if raw else _messages(text, system)
         if as_json:
@@ -55,7 +56,27 @@ def generate(
                 _show(llm, message, params, i, highlight)
         if trace is not None:
             llm.write_trace(trace)
-            log_console().print(f"trace written to {trace}", highlight=False)
+            log_console().print(f"trace written to {trace}")
+
+
+def _read(prompt: str | None) -> str:
+    if prompt is None:
+        raise typer.BadParameter("it is missing; '-' reads it from stdin", param_hint="PROMPT")
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+    except UnicodeDecodeError as error:
+        raise PpsdError(f"standard input is not UTF-8 text: {error}") from error
+    if not text:
+        raise ConfigError("prompt", text, "a non-empty text")
+    return text
+
+
+def _check(raw: bool, system: str | None, trace: Path | None) -> None:
+    """Refuse now what would only fail, or be ignored, once the model is loaded."""
+    if raw and system is not None:
+        raise ConfigError("system", system, "left out with --raw, which uses no chat template")
+    if trace is not None and (trace.is_dir() or not trace.absolute().parent.is_dir()):
+        raise ConfigError("trace", str(trace), "a file in a directory that exists")
 
 
 def _messages(text: str, system: str | None) -> Prompt:
@@ -64,35 +85,16 @@ def _messages(text: str, system: str | None) -> Prompt:
 
 
 def _show(llm: LLM, prompt: Prompt, params: SamplingParams, sample: int, highlight: bool) -> None:
-    from dataclasses import replace
-
     if sample:
         print(f"\n--- sample {sample}")
-    one = replace(params, n=1, seed=params.seed + sample)
-    completion = stream_text(llm, prompt, one, highlight=highlight)
-    print()
-    summarize(llm, completion)
-
-
-def stream_text(
-    llm: LLM, prompt: Prompt, params: SamplingParams, *, highlight: bool, reuse: bool = False
-) -> Completion:
-    """Print a completion as it grows; colours only with ``highlight`` and on a terminal."""
-    console = Console(highlight=False, soft_wrap=True)
-    stream = llm.stream(prompt, params, reuse=reuse)
+    paint = painter(highlight)
+    stream = llm.stream(prompt, replace(params, n=1, seed=params.seed + sample))
     while True:
         try:
-            chunk = next(stream)
+            show(next(stream), paint)
         except StopIteration as end:
-            completion: Completion = end.value
-            return completion
-        console.print(Text(chunk.text, style=_style(chunk) if highlight else ""), end="")
-        console.file.flush()
-
-
-def _style(chunk: Chunk) -> str:
-    """Every chunk is one commit: accepted drafts, with the target's own token at its end or not."""
-    return ACCEPTED if all(chunk.accepted) else CORRECTED
+            print("\n", flush=True)
+            return summarize(llm, end.value)
 
 
 def _record(llm: LLM, completion: Completion) -> dict[str, Any]:
@@ -110,32 +112,3 @@ def _record(llm: LLM, completion: Completion) -> dict[str, Any]:
         **completion.stats.to_json(),
         "memory_peak_bytes": llm.memory_peaks,
     }
-
-
-def summarize(llm: LLM, completion: Completion) -> None:
-    """Print what the run did, one line of counts and one table of stages, to standard error."""
-    console = log_console()
-    stats, counts = completion.stats, completion.stats.counts
-    speed, rate = stats.tokens_per_second, counts.acceptance_rate
-    parts = [
-        f"{llm.config.mode}",
-        f"{stats.new_tokens} tokens ({completion.finish_reason})",
-        "" if speed is None else f"{speed:.1f} tokens/s",
-        f"first token after {stats.prefill_seconds:.2f} s",
-    ]
-    if llm.config.schedule.drafts:
-        shown = "–" if rate is None else f"{rate:.0%}"
-        parts.append(f"acceptance {shown} ({counts.accepted} of {counts.judged})")
-        parts.append(f"{counts.resyncs} resyncs, {counts.discarded} drafts discarded")
-    console.print("\n" + " · ".join(filter(None, parts)), style="bold", highlight=False)
-    console.print(_stage_table(llm, completion))
-
-
-def _stage_table(llm: LLM, completion: Completion) -> Table:
-    table = Table("stage", "layers", "busy", "peak memory", box=None, pad_edge=False)
-    peaks = llm.memory_peaks
-    for rank, stage in enumerate(completion.stats.stages):
-        first, last = stage.layers
-        peak = f"{peaks[rank] / 2**20:.0f} MiB" if rank < len(peaks) else "shared"
-        table.add_row(str(rank), f"{first}–{last - 1}", f"{stage.busy_share:.0%}", peak)
-    return table

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -125,7 +126,11 @@ class SamplingOptions:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         stop_ids = _integers("stop_token_ids", self.stop_token_ids or "")
         changed = {"stop": tuple(self.stop or ()), "stop_token_ids": stop_ids, "n": samples}
-        return SamplingParams(**fields | changed | {"logit_bias": _bias(self.logit_bias or "")})
+        bias = _bias(self.logit_bias or "")
+        params = SamplingParams(**fields | changed | {"logit_bias": bias})
+        if samples > 1 and params.greedy:
+            raise ConfigError("samples", samples, "1 at temperature 0, where all are equal")
+        return params
 
 
 def _integers(name: str, text: str) -> tuple[int, ...]:
@@ -162,6 +167,7 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(**flags, **arguments)
         except KeyboardInterrupt:
+            print(file=sys.stderr)  # what comes next starts below the ^C
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -8,23 +8,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ppsd.cli.display import log_console
 from ppsd.cli.options import PipelineOptions
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
 
-UNTRAINED_NOTICE = (
-    "The exit head is untrained (the model's own final norm and LM head): its drafts will rarely "
-    "be accepted, so expect no speedup. Output is exact all the same."
-)
-
-
-def log_console() -> Console:
-    """Notices and progress go to standard error; standard output is for the answer."""
-    return Console(stderr=True)
+UNTRAINED_NOTICE = "untrained exit head: few drafts will be accepted; exact, but no faster"
 
 
 @contextmanager
@@ -33,8 +25,6 @@ def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
 
     A rank above 0 that torchrun started serves its stage here instead, and then leaves.
     """
-    from ppsd.engine.llm import LLM
-
     if options.transport == "distributed" and int(os.environ.get("RANK", "0")) > 0:
         from ppsd.worker.process import serve_rank
 
@@ -42,18 +32,24 @@ def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
         raise typer.Exit(0)
     console = log_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        tasks = [bar.add_task(f"loading stage {rank}") for rank in range(_stages(options))]
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        tasks = [
+            bar.add_task(f"loading stage {rank}", total=None) for rank in range(_stages(options))
+        ]
 
         def progress(rank: int, done: int, total: int) -> None:
             bar.update(tasks[rank], completed=done, total=total)
 
+        from ppsd.engine.llm import LLM  # takes seconds, so the bar is up first
+
         llm = LLM(progress=progress, **options.settings(), **more)
     with llm:
-        if llm.layout.head is not None and not llm.layout.head.trained:
-            console.print(UNTRAINED_NOTICE, style="yellow", highlight=False)
-        if llm.layout.spec.context_note:
-            console.print(llm.layout.spec.context_note, style="yellow", highlight=False)
+        head = llm.layout.head
+        untrained = head is not None and not head.trained and llm.config.schedule.drafts
+        for notice in (UNTRAINED_NOTICE if untrained else "", llm.layout.spec.context_note):
+            if notice:
+                console.print(notice, style="yellow")
         yield llm
 
 

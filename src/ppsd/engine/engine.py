@@ -6,7 +6,7 @@ Used by llm.py and by tests; knows token ids only, no text.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,7 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self._commands: deque[Command] = deque()
 
-    def decode(self, request: Request) -> Iterator[Emit]:
+    def decode(self, request: Request) -> Generator[Emit, None, None]:
         """Yield committed tokens as they become final; ``policy`` tells the rest afterwards.
 
         Closing the iterator early, or ``stop``, ends the request and frees the pipeline.

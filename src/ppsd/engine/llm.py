@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,12 +17,13 @@ from ppsd.config import EngineConfig
 from ppsd.engine.build import Progress, RunningPipeline, check_memory, plan_layout
 from ppsd.engine.drafter import Drafter
 from ppsd.engine.engine import Engine, LogitsSink, Request
-from ppsd.engine.sequence import Transcript
+from ppsd.engine.sequence import Piece, Transcript
 from ppsd.engine.stats import RequestStats, stage_stats
 from ppsd.engine.trace import TraceLog
-from ppsd.errors import ConfigError, PipelineError
+from ppsd.errors import ConfigError, PipelineError, PpsdError
 from ppsd.model.source import resolve_model
 from ppsd.model.tokenizer import StreamDecoder, Tokenizer
+from ppsd.speculation.policy import Emit
 from ppsd.types import SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -31,13 +33,19 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 class Chunk:
     """A step of a streamed completion: tokens now final, and the text they release.
 
-    ``accepted[i]`` says whether token i was an accepted draft; text may lag behind the tokens
-    while a character or a stop string is incomplete.
+    ``accepted[i]`` says whether token i was an accepted draft. ``pieces`` is the text cut by the
+    tokens it comes from, which may be earlier ones: text lags behind the tokens while a character
+    or a stop string is incomplete.
     """
 
-    text: str
-    token_ids: tuple[int, ...]
-    accepted: tuple[bool, ...]
+    pieces: tuple[Piece, ...]
+    token_ids: tuple[int, ...] = ()
+    accepted: tuple[bool, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The released text."""
+        return "".join(piece.text for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,34 @@ class Completion:
     accepted: tuple[bool, ...]
     finish_reason: str
     stats: RequestStats
+
+
+@dataclass
+class _Answer:
+    """A completion while it grows; times in seconds of the monotonic clock."""
+
+    transcript: Transcript
+    token_ids: list[int] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
+    first: float | None = None
+
+    def take(self, emit: Emit) -> Chunk:
+        """Add tokens until a stop string is complete; what comes after it is dropped."""
+        self.first = self.first or time.monotonic()
+        pieces: list[Piece] = []
+        taken = 0
+        for token in emit.tokens:
+            pieces += self.transcript.push(token, taken < emit.accepted)
+            taken += 1
+            if self.transcript.stopped:
+                break
+        chunk = Chunk(
+            tuple(pieces), emit.tokens[:taken], tuple(i < emit.accepted for i in range(taken))
+        )
+        self.token_ids += chunk.token_ids
+        self.accepted += chunk.accepted
+        return chunk
 
 
 class LLM:
@@ -82,6 +118,7 @@ class LLM:
         self._chunked = 0  # how many of them were computed in whole prompt chunks
         self._broken: PipelineError | None = None
         self._largest = self.config.schedule  # what buffers and links were sized for
+        self._busy = False
         self.use(self.config.mode, self.config.block, self.config.in_flight)
 
     def __enter__(self) -> LLM:
@@ -106,6 +143,7 @@ class LLM:
 
     def use(self, mode: str, block: int | None = None, in_flight: int | None = None) -> None:
         """Decode the next requests in another mode on the same workers."""
+        self._check_idle()
         config = self.config.replaced(mode=mode, block=block, in_flight=in_flight)
         schedule, largest = config.schedule, self._largest
         if schedule.block > largest.block or schedule.in_flight > max(
@@ -143,8 +181,14 @@ class LLM:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, reuse: bool = False
     ) -> Generator[Chunk, None, Completion]:
-        """Yield one completion as it grows; the generator's return value is the Completion."""
-        return (yield from self._stream(self.encode(prompt), params or SamplingParams(), reuse))
+        """Yield one completion as it grows; the generator's return value is the Completion.
+
+        Closing the generator ends the request; rows of what it yielded can be reused.
+        """
+        params = params or SamplingParams()
+        if params.n > 1:
+            raise ConfigError("n", params.n, "1 in a stream")
+        return (yield from self._stream(self.encode(prompt), params, reuse))
 
     def run(
         self,
@@ -190,34 +234,55 @@ class LLM:
         reuse: bool,
         logits: LogitsSink | None = None,
     ) -> Generator[Chunk, None, Completion]:
-        if self._broken is not None:
-            raise self._broken
-        request = self._request(ids, params, reuse, logits)
-        transcript = Transcript(StreamDecoder(self.tokenizer), params.stop)
-        tokens: list[int] = []
-        accepted: list[bool] = []
-        start = first = time.monotonic()
-        try:
-            for emit in self._engine.decode(request):
-                if not tokens:
-                    first = time.monotonic()
-                chunk = _take(transcript, emit.tokens, emit.accepted)
-                tokens += chunk.token_ids
-                accepted += chunk.accepted
-                if transcript.stopped:
-                    self._engine.stop("stop")
-                yield chunk
+        with self._working():
+            request = self._request(ids, params, reuse, logits)
+            decoder = StreamDecoder(self.tokenizer)
+            transcript = Transcript(decoder, params.stop, request.params.min_tokens)
+            answer = _Answer(transcript)
+            try:
+                yield from self._chunks(request, answer)
+            except GeneratorExit:
+                self._settle(request, answer)
+                raise
             end = time.monotonic()
             if rest := transcript.finish():
-                yield Chunk(rest, (), ())
-            self._remember(request, tokens)
-            stats = self._stats(len(ids), len(tokens), (start, first, end))
+                yield Chunk(tuple(rest))
+            stats = self._settle(request, answer, end)
+        return Completion(
+            text=transcript.text,
+            token_ids=tuple(answer.token_ids),
+            accepted=tuple(answer.accepted),
+            finish_reason="stop" if transcript.stopped else self._engine.finish_reason,
+            stats=stats,
+        )
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Hold the pipeline for one request; once broken it stays broken."""
+        if self._broken is not None:
+            raise self._broken
+        self._check_idle()
+        self._busy = True
+        try:
+            yield
         except PipelineError as error:
             self._broken = error
             self.close()
             raise
-        reason = self._engine.finish_reason
-        return Completion(transcript.text, tuple(tokens), tuple(accepted), reason, stats)
+        finally:
+            self._busy = False
+
+    def _check_idle(self) -> None:
+        if self._busy:
+            raise PpsdError("this LLM is at work on another request; finish or close its stream")
+
+    def _chunks(self, request: Request, answer: _Answer) -> Iterator[Chunk]:
+        with closing(self._engine.decode(request)) as emits:
+            for emit in emits:
+                chunk = answer.take(emit)
+                if answer.transcript.stopped:
+                    self._engine.stop("stop")
+                yield chunk
 
     def _request(
         self, ids: Sequence[int], params: SamplingParams, reuse: bool, logits: LogitsSink | None
@@ -244,6 +309,24 @@ class LLM:
             logits=logits,
         )
 
+    def _settle(self, request: Request, answer: _Answer, end: float | None = None) -> RequestStats:
+        """After a request, also one left early: note what the stages hold, collect reports."""
+        if answer.token_ids:
+            self._remember(request, answer.token_ids)
+        reports = self._pipeline.report()
+        self.trace.add(reports)
+        end = end or time.monotonic()
+        first = answer.first or end
+        return RequestStats(
+            prompt_tokens=len(request.prompt),
+            cached_tokens=request.cached,
+            new_tokens=len(answer.token_ids),
+            counts=self._engine.policy.counts,
+            prefill_seconds=first - answer.start,
+            decode_seconds=end - first,
+            stages=stage_stats(reports, self.layout.bounds, end - answer.start),
+        )
+
     def _remember(self, request: Request, tokens: Sequence[int]) -> None:
         """Note which rows all stages hold now: every committed token but the last was fed."""
         if self._chunked == request.cached:
@@ -252,37 +335,9 @@ class LLM:
             )
         self._rows = (*request.prompt, *tokens)[: len(request.prompt) + len(tokens) - 1]
 
-    def _stats(
-        self, prompt_tokens: int, new_tokens: int, times: tuple[float, float, float]
-    ) -> RequestStats:
-        start, first, end = times
-        reports = self._pipeline.report()
-        self.trace.add(reports)
-        return RequestStats(
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            counts=self._engine.policy.counts,
-            prefill_seconds=first - start,
-            decode_seconds=end - first,
-            stages=stage_stats(reports, self.layout.bounds, end - start),
-        )
-
     def write_trace(self, path: Path) -> None:
         """Write the Chrome trace of all requests so far (needs ``trace=True``)."""
         self.trace.write(path, self.layout.bounds)
-
-
-def _take(transcript: Transcript, tokens: Sequence[int], accepted: int) -> Chunk:
-    """Push tokens until a stop string is complete; what comes after it is dropped."""
-    text = ""
-    taken = 0
-    for token in tokens:
-        text += transcript.push(token)
-        taken += 1
-        if transcript.stopped:
-            break
-    flags = tuple(i < accepted for i in range(taken))
-    return Chunk(text, tuple(tokens[:taken]), flags)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

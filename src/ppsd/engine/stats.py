@@ -20,9 +20,13 @@ class StageStats:
 
 @dataclass(frozen=True)
 class RequestStats:
-    """Counts and times of one request; ``prefill_seconds`` end with the first token."""
+    """Counts and times of one request; ``prefill_seconds`` end with the first token.
+
+    ``cached_tokens`` of the prompt were not computed again: their rows were still there.
+    """
 
     prompt_tokens: int
+    cached_tokens: int
     new_tokens: int
     counts: Counts
     prefill_seconds: float
@@ -40,6 +44,7 @@ class RequestStats:
         counts = self.counts
         return {
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "new_tokens": self.new_tokens,
             "counts": {
                 "judged": counts.judged,

@@ -1,80 +1,125 @@
 """Chrome trace files that Perfetto opens: a lane a stage, a slice a block, arrows along a token.
 
-Slices come from the stages' recorders; what lies between them is written as ``idle``.
+Slices come from the stages' recorders; what lies between them is written as ``idle``. Used by
+llm.py.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from ppsd.errors import PpsdError
 
 MIN_IDLE_NS = 20_000  # shorter gaps are the loop itself, not waiting
-FLOW_KINDS = ("forward", "verify", "prefill")
+ROW_KINDS = ("prefill", "forward", "verify", "cancelled")  # what rows of a block go through
+PROCESS = 1  # Perfetto keeps process and thread 0 for the system's idle task
+
+Event = dict[str, Any]
+
+
+class _Piece(NamedTuple):
+    """One slice of a lane; times in nanoseconds (see worker.recorder.Slice)."""
+
+    start: int
+    end: int
+    kind: str
+    epoch: int
+    position: int
+    rows: int
 
 
 class TraceLog:
     """Collects reports over a session's requests and writes one file."""
 
     def __init__(self) -> None:
-        self._lanes: dict[int, list[list[Any]]] = {}
+        self._lanes: dict[int, list[_Piece]] = {}
 
     def add(self, reports: list[dict[str, Any]]) -> None:
         """Take the slices of one request's reports, by rank."""
         for rank, report in enumerate(reports):
-            self._lanes.setdefault(rank, []).extend(list(s) for s in report.get("slices", []))
+            lane = self._lanes.setdefault(rank, [])
+            lane += [_Piece(*piece) for piece in report.get("slices", [])]
 
     def write(self, path: Path, bounds: tuple[int, ...]) -> None:
         """Write the Chrome trace-event JSON; times in microseconds since the first slice."""
-        origin = min((s[0] for lane in self._lanes.values() for s in lane), default=0)
-        events: list[dict[str, Any]] = []
+        pieces = [piece for lane in self._lanes.values() for piece in lane]
+        origin = min((piece.start for piece in pieces), default=0)
+        end = max((piece.end for piece in pieces), default=0)
+        events = [_meta("process_name", 0, {"name": "ppsd"})]
         for rank, lane in sorted(self._lanes.items()):
             title = f"stage {rank}: layers {bounds[rank]}–{bounds[rank + 1] - 1}"
             events.append(_meta("thread_name", rank, {"name": title}))
             events.append(_meta("thread_sort_index", rank, {"sort_index": rank}))
-            events += _lane_events(rank, sorted(lane), origin)
+            events += _lane_events(rank, sorted(lane), origin, end)
         events += self._flows(origin)
-        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        try:
+            path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        except OSError as error:
+            raise PpsdError(f"cannot write the trace to {path}: {error.strerror}") from error
 
-    def _flows(self, origin: int) -> list[dict[str, Any]]:
-        """Arrows through the stages for every block that reached more than one."""
-        paths: dict[tuple[int, int], list[tuple[int, list[Any]]]] = {}
-        for rank, lane in sorted(self._lanes.items()):
-            for piece in lane:
-                if piece[2] in FLOW_KINDS:
-                    paths.setdefault((piece[3], piece[4]), []).append((rank, piece))
-        flows = []
-        for number, path in enumerate(p for p in paths.values() if len(p) > 1):
-            for step, (rank, piece) in enumerate(path):
-                phase = "s" if step == 0 else "f" if step == len(path) - 1 else "t"
-                middle = (piece[0] + piece[1]) // 2
-                flow = {"ph": phase, "id": number, "name": "token", "cat": "flow", "bp": "e"}
-                flows.append(flow | _place(rank, middle, origin))
-        return flows
+    def _flows(self, origin: int) -> Iterator[Event]:
+        """Arrows from every row that entered stage 0 along the blocks that carried it.
 
-
-def _place(rank: int, time_ns: int, origin: int) -> dict[str, Any]:
-    return {"pid": 0, "tid": rank, "ts": (time_ns - origin) / 1e3}
-
-
-def _meta(name: str, rank: int, args: dict[str, Any]) -> dict[str, Any]:
-    return {"ph": "M", "pid": 0, "tid": rank, "name": name, "args": args}
+        Epochs grow over all requests, so (epoch, position) names one row.
+        """
+        carriers = {rank: _by_row(lane) for rank, lane in sorted(self._lanes.items()) if rank}
+        for number, piece in enumerate(sorted(self._lanes.get(0, []))):
+            row = (piece.epoch, piece.position)
+            later = [(rank, rows[row]) for rank, rows in carriers.items() if row in rows]
+            if piece.kind not in ("prefill", "forward") or not later:
+                continue
+            yield _flow("s", number, 0, piece, origin)
+            for rank, carrier in later[:-1]:
+                yield _flow("t", number, rank, carrier, origin)
+            yield _flow("f", number, *later[-1], origin)
 
 
-def _lane_events(rank: int, lane: list[list[Any]], origin: int) -> list[dict[str, Any]]:
-    events = []
-    before = None
-    for start, end, kind, epoch, position, rows in lane:
-        if before is not None and start - before >= MIN_IDLE_NS:
-            events.append(_slice(rank, before, start, origin, "idle", {}))
-        args = {"position": position, "rows": rows, "epoch": epoch}
-        events.append(_slice(rank, start, end, origin, kind, args))
-        before = end
-    return events
+def _by_row(lane: list[_Piece]) -> dict[tuple[int, int], _Piece]:
+    """The slice that worked on each (epoch, position)."""
+    return {
+        (piece.epoch, piece.position + i): piece
+        for piece in lane
+        if piece.kind in ROW_KINDS
+        for i in range(piece.rows)
+    }
 
 
-def _slice(
-    rank: int, start: int, end: int, origin: int, kind: str, args: dict[str, Any]
-) -> dict[str, Any]:
+def _lane_events(rank: int, lane: list[_Piece], origin: int, end: int) -> Iterator[Event]:
+    before = origin
+    for piece in lane:
+        yield from _idle(rank, before, piece.start, origin)
+        args = {"epoch": piece.epoch, "position": piece.position, "rows": piece.rows}
+        yield _slice(rank, piece.start, piece.end, origin, piece.kind, args)
+        before = piece.end
+    yield from _idle(rank, before, end, origin)
+
+
+def _idle(rank: int, start: int, end: int, origin: int) -> Iterator[Event]:
+    if end - start >= MIN_IDLE_NS:
+        yield _slice(rank, start, end, origin, "idle", {})
+
+
+def _slice(rank: int, start: int, end: int, origin: int, kind: str, args: Event) -> Event:
     event = {"ph": "X", "name": kind, "cat": kind, "dur": (end - start) / 1e3, "args": args}
     return event | _place(rank, start, origin)
+
+
+def _flow(phase: str, number: int, rank: int, piece: _Piece, origin: int) -> Event:
+    """An arrow's beginning (s), step (t) or end (f), bound to the slice around it."""
+    event = {"ph": phase, "id": number, "name": "token", "cat": "flow", "bp": "e"}
+    return event | _place(rank, (piece.start + piece.end) // 2, origin)
+
+
+def _meta(name: str, rank: int, args: Event) -> Event:
+    return {"ph": "M", "name": name, "args": args} | _lane(rank)
+
+
+def _place(rank: int, time_ns: int, origin: int) -> Event:
+    return {"ts": (time_ns - origin) / 1e3} | _lane(rank)
+
+
+def _lane(rank: int) -> Event:
+    return {"pid": PROCESS, "tid": rank + 1}
