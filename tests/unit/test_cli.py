@@ -335,11 +335,13 @@ def prompts(tmp_path) -> Path:
     return path
 
 
-def test_verify_passes(ppsd, tiny, prompts) -> None:
-    result = ppsd("verify", prompts, "-n", 12, *tiny(-1.0))
+@pytest.mark.parametrize("mode", ["ppsd", "draft-then-verify"])
+def test_verify_passes(ppsd, tiny, prompts, mode) -> None:
+    result = ppsd("verify", prompts, "-n", 12, "--mode", mode, *tiny(-1.0))
     assert result.code == 0
-    assert re.search(r"^a: 12 tokens equal, logits bitwise equal, smallest margin \d", result.out)
-    assert "\n2 of 2 prompts exactly equal, 2 with bitwise equal logits; " in result.out
+    bits = "logits bitwise equal" if mode == "ppsd" else "logits "
+    assert re.search(rf"^a: 12 tokens equal, {bits}.*, smallest margin \d", result.out)
+    assert "\n2 of 2 prompts exactly equal, " in result.out
     assert result.out.endswith("\nPASS\n")
 
 

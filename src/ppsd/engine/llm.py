@@ -116,6 +116,7 @@ class LLM:
             self._pipeline.drafter = drafter
         self._rows: tuple[int, ...] = ()  # tokens whose rows every stage holds
         self._chunked = 0  # how many of them were computed in whole prompt chunks
+        self._largest = self.config.schedule  # what buffers were made for
         self._broken: PipelineError | None = None
         self._busy = False
         self.use(self.config.mode, self.config.block, self.config.in_flight)
@@ -144,8 +145,7 @@ class LLM:
         """Decode the next requests in another mode on the same workers."""
         self._check_idle()
         config = self.config.replaced(mode=mode, block=block, in_flight=in_flight)
-        largest = self.config.schedule
-        schedule = config.schedule
+        largest, schedule = self._largest, config.schedule
         if schedule.block > largest.block or schedule.in_flight > max(
             largest.in_flight, self.layout.stages
         ):
@@ -242,7 +242,8 @@ class LLM:
             try:
                 yield from self._chunks(request, answer)
             except GeneratorExit:
-                self._settle(request, answer)
+                if self._finalizer.alive:
+                    self._settle(request, answer)
                 raise
             end = time.monotonic()
             if rest := transcript.finish():
