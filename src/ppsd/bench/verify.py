@@ -10,6 +10,7 @@ import torch
 
 from ppsd.bench.workload import Task
 from ppsd.engine.llm import LLM, Completion, collect_logits
+from ppsd.errors import PpsdError
 from ppsd.types import SamplingParams
 
 
@@ -74,11 +75,14 @@ def verify(
     params: SamplingParams,
     done: Callable[[Comparison], None] = lambda comparison: None,
 ) -> Verification:
-    """Decode every task plainly and in the mode ``llm`` is set to, on the same workers."""
+    """Decode every task plainly and in the mode ``llm`` is set to, on the same workers.
+
+    Raises PpsdError naming the task, before any is decoded, when a prompt does not suit the model.
+    """
     config = llm.config
+    prompts = [_encode(llm, task) for task in tasks]
     comparisons = []
-    for task in tasks:
-        ids = llm.encode(task.messages)
+    for task, ids in zip(tasks, prompts, strict=True):
         llm.use("autoregressive")
         plain, plain_logits = _decode(llm, ids, params)
         llm.use(config.mode, config.block, config.in_flight)
@@ -87,6 +91,13 @@ def verify(
         comparisons.append(comparison)
         done(comparison)
     return Verification(tuple(comparisons))
+
+
+def _encode(llm: LLM, task: Task) -> list[int]:
+    try:
+        return llm.encode(task.messages)
+    except PpsdError as error:
+        raise PpsdError(f"task {task.id}: {error}") from error
 
 
 def _decode(

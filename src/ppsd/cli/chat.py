@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,9 +85,8 @@ def _turn(
 ) -> Messages:
     """Answer a line; return the conversation with both. An answer that was stopped stays in it."""
     turn = [*messages, {"role": "user", "content": line}]
-    stream = llm.stream(turn, params, reuse=True)
     text = ""
-    with _stoppable() as stopped:
+    with closing(llm.stream(turn, params, reuse=True)) as stream, _stoppable() as stopped:
         while not stopped():
             try:
                 chunk = next(stream)
@@ -97,7 +96,6 @@ def _turn(
             show(chunk, paint)
             text += chunk.text
         else:
-            stream.close()
             print(flush=True)
             log_console().print("(stopped)", style="dim")
     return [*turn, {"role": "assistant", "content": text}] if text else messages

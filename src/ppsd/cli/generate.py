@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,13 +89,14 @@ def _show(llm: LLM, prompt: Prompt, params: SamplingParams, sample: int, highlig
     if sample:
         print(f"\n--- sample {sample}")
     paint = painter(highlight)
-    stream = llm.stream(prompt, replace(params, n=1, seed=params.seed + sample))
-    while True:
-        try:
-            show(next(stream), paint)
-        except StopIteration as end:
-            print("\n", flush=True)
-            return summarize(llm, end.value)
+    one = replace(params, n=1, seed=params.seed + sample)
+    with closing(llm.stream(prompt, one)) as stream:
+        while True:
+            try:
+                show(next(stream), paint)
+            except StopIteration as end:
+                print("\n", flush=True)
+                return summarize(llm, end.value)
 
 
 def _record(llm: LLM, completion: Completion) -> dict[str, Any]:

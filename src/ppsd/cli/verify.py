@@ -14,25 +14,29 @@ from ppsd.cli.session import open_llm
 
 if TYPE_CHECKING:
     from ppsd.bench.verify import Comparison, Verification
+    from ppsd.config import EngineConfig
 
 
 def verify(
     pipeline: PipelineOptions,
     sampling: SamplingOptions,
-    prompts: Annotated[Path, typer.Argument(help="JSONL or text file of prompts.")],
+    prompts: Annotated[
+        Path, typer.Argument(help="JSONL or text file of prompts.", metavar="PROMPTS")
+    ],
     limit: Annotated[
         int | None, typer.Option(help="Take so many prompts, evenly from the file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Decode prompts plainly and in --mode; exit with 1 unless every token is the same."""
-    from ppsd.bench import verify as measurement
     from ppsd.bench.provenance import provenance
     from ppsd.bench.workload import load_tasks
 
     tasks = load_tasks(prompts, limit)
     params = sampling.params()
-    console = Console(highlight=False, stderr=as_json)
+    from ppsd.bench import verify as measurement  # imports PyTorch: not before the file is read
+
+    console = Console(highlight=False, markup=False, soft_wrap=True, stderr=as_json)
 
     def done(comparison: Comparison) -> None:
         console.print(_line(comparison))
@@ -42,7 +46,7 @@ def verify(
     if as_json:
         print(json.dumps(result.to_json() | {"provenance": provenance(llm.config)}, indent=1))
     else:
-        _conclude(console, result, llm.config.schedule.block)
+        _conclude(console, result, llm.config, sampled=not params.greedy)
     if not result.passed:
         raise typer.Exit(1)
 
@@ -56,13 +60,17 @@ def _line(c: Comparison) -> str:
     return f"{c.id}: DIFFERS at token {c.divergence}{gap}, {rate}"
 
 
-def _conclude(console: Console, result: Verification, block: int) -> None:
+def _conclude(
+    console: Console, result: Verification, config: EngineConfig, *, sampled: bool
+) -> None:
     count = len(result.comparisons)
     furthest = max(c.max_logit_difference for c in result.comparisons)
     console.print(
         f"\n{result.exact} of {count} prompts exactly equal, {result.bitwise} with bitwise equal "
         f"logits; largest logit difference {furthest:.3g}"
     )
-    if block > 1 and not result.passed:
-        console.print("Blocks of several tokens use other kernels than one token: see the margins.")
+    if not result.passed and sampled and config.acceptance == "rejection":
+        console.print("rejection keeps the distribution of samples, not the samples themselves")
+    elif not result.passed and config.schedule.block > 1:
+        console.print("blocks of several tokens use other kernels than one token: see the margins")
     console.print("PASS" if result.passed else "FAIL", style="green" if result.passed else "red")

@@ -242,7 +242,8 @@ class LLM:
             try:
                 yield from self._chunks(request, answer)
             except GeneratorExit:
-                self._settle(request, answer)
+                if self._finalizer.alive:
+                    self._settle(request, answer)
                 raise
             end = time.monotonic()
             if rest := transcript.finish():

@@ -51,6 +51,7 @@ class Pipeline:
         self.drafting = drafter is not None  # plain decoding pays nothing for a head
         self.size = endpoint.size
         self.epoch = 1  # only ever grows, whichever engine drives: answers of old work stay old
+        self._closed = False
         self.recorder = Recorder(trace)
         self._stage = stage
         self._endpoint = endpoint
@@ -75,6 +76,8 @@ class Pipeline:
     def publish(self, epoch: int) -> None:
         """Make ``epoch`` the newest valid one on every stage; overtakes all work."""
         self.epoch = epoch
+        if self._closed:  # a request that outlived its pipeline ends now; nobody listens
+            return
         self._endpoint.publish(epoch)
 
     @torch.inference_mode()
@@ -200,6 +203,7 @@ class Pipeline:
         if self._judge is None:
             with contextlib.suppress(PpsdError):  # a broken pipeline cannot hear it
                 self._endpoint.send(1, encode(Control("stop")), CHECK_S)
+        self._closed = True
         self._endpoint.close()
 
 

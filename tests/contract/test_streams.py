@@ -1,0 +1,129 @@
+"""Streams left early, stopped by a string, or competing: the next request is never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ppsd import LLM, SamplingParams
+from ppsd.engine.llm import Chunk, Completion
+from ppsd.errors import ConfigError, PpsdError
+from tests.support.tiny_models import save_perfect_head
+
+PROMPT = list(range(3, 40))
+PARAMS = SamplingParams(max_tokens=24, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=[1.0, -1.0], ids=["right drafts", "wrong drafts"])
+def llm(request, tiny_model, tmp_path_factory) -> Iterator[LLM]:
+    head = save_perfect_head(tmp_path_factory.mktemp("head"), tiny_model(), 2, request.param)
+    settings = {"split": (2, 4), "dtype": "float64", "transport": "inprocess", "block": 4}
+    with LLM(str(tiny_model()), head=str(head), prefill_chunk=8, **settings) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model) -> Iterator[LLM]:
+    settings = {"stages": 1, "dtype": "float64", "mode": "autoregressive"}
+    with LLM(str(tiny_model()), **settings) as llm:
+        yield llm
+
+
+def drain(stream) -> tuple[list[Chunk], Completion]:
+    chunks = []
+    while True:
+        try:
+            chunks.append(next(stream))
+        except StopIteration as end:
+            return chunks, end.value
+
+
+def test_chunks_add_up_to_the_completion(llm, plain) -> None:
+    chunks, completion = drain(llm.stream(PROMPT, PARAMS))
+    assert "".join(chunk.text for chunk in chunks) == completion.text
+    assert tuple(t for chunk in chunks for t in chunk.token_ids) == completion.token_ids
+    assert tuple(f for chunk in chunks for f in chunk.accepted) == completion.accepted
+    assert sum(completion.accepted) == completion.stats.counts.accepted
+    expected = plain.run(PROMPT, PARAMS)
+    assert (completion.token_ids, completion.text) == (expected.token_ids, expected.text)
+
+
+@pytest.mark.parametrize("leave_after", [0, 1, 3])
+@pytest.mark.parametrize("mode", ["ppsd", "autoregressive"])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_the_request_after_one_left_early(llm, plain, leave_after, mode, reuse) -> None:
+    """Also in another mode, whose engine must not take the old one's answers for its own."""
+    config = llm.config
+    stream = llm.stream(PROMPT, PARAMS)
+    for _ in range(leave_after):
+        next(stream)
+    stream.close()
+    llm.use(mode, *((config.block, config.in_flight) if mode == "ppsd" else ()))
+    completion = llm.run([*PROMPT, 50], PARAMS, reuse=reuse)
+    llm.use(config.mode, config.block, config.in_flight)
+    assert completion.token_ids == plain.run([*PROMPT, 50], PARAMS).token_ids
+
+
+def test_rows_of_a_stream_left_early_are_kept(llm, plain) -> None:
+    stream = llm.stream(PROMPT, PARAMS)
+    tokens = [token for _ in range(3) for token in next(stream).token_ids]
+    stream.close()
+    turn = [*PROMPT, *tokens, 50]
+    completion = llm.run(turn, PARAMS, reuse=True)
+    assert completion.stats.cached_tokens == len(turn) - 2  # the newest token was not fed yet
+    assert completion.token_ids == plain.run(turn, PARAMS).token_ids
+
+
+def test_work_of_a_stream_left_early_is_not_counted_with_the_next(llm) -> None:
+    stream = llm.stream(PROMPT, PARAMS)
+    next(stream)
+    stream.close()
+    blocks = [
+        stage.blocks for stage in llm.run(PROMPT[:8], SamplingParams(max_tokens=1)).stats.stages
+    ]
+    assert blocks[0] == {"forward": 1}
+    assert blocks[1:] == [{"verify": 1}] * 2
+
+
+def test_a_stream_may_outlive_its_llm(tiny_model) -> None:
+    with LLM(str(tiny_model()), split=(3,), dtype="float64") as llm:
+        stream = llm.stream(PROMPT, PARAMS)
+        next(stream)
+    stream.close()
+
+
+def test_one_request_at_a_time(llm, plain) -> None:
+    first = llm.stream(PROMPT, PARAMS)
+    next(first)
+    for other in (lambda: llm.run([5], PARAMS), lambda: llm.use("autoregressive")):
+        with pytest.raises(PpsdError, match="at work on another request"):
+            other()
+    _, completion = drain(first)
+    assert completion.token_ids == plain.run(PROMPT, PARAMS).token_ids
+    with pytest.raises(ConfigError, match="n must be 1 in a stream, got 2"):
+        next(llm.stream(PROMPT, SamplingParams(n=2, temperature=1.0)))
+
+
+@pytest.mark.parametrize("place", range(0, 20, 3))
+def test_a_stop_string_ends_every_mode_in_the_same_place(llm, plain, place) -> None:
+    """Also when the last token allowed comes in the same commit: the reason is the stop string."""
+    whole = plain.run(PROMPT, PARAMS)
+    stop = whole.text[place : place + 2]
+    params = SamplingParams(max_tokens=24, ignore_eos=True, stop=(stop,))
+    expected = plain.run(PROMPT, params)
+    got = llm.run(PROMPT, params)
+    assert expected.finish_reason == "stop"
+    assert got.text == expected.text == whole.text[: whole.text.index(stop)]
+    assert got.token_ids == expected.token_ids == whole.token_ids[: len(got.token_ids)]
+    assert (got.finish_reason, got.stats.new_tokens) == ("stop", len(got.token_ids))
+    last = SamplingParams(max_tokens=len(got.token_ids), ignore_eos=True, stop=(stop,))
+    assert llm.run(PROMPT, last).finish_reason == "stop"
+
+
+def test_min_tokens_holds_for_stop_strings_too(llm, plain) -> None:
+    whole = plain.run(PROMPT, PARAMS)
+    stops = tuple(set(whole.text))[:16]
+    params = SamplingParams(max_tokens=24, ignore_eos=True, stop=stops, min_tokens=7)
+    assert len(plain.run(PROMPT, params).token_ids) >= 7
+    assert llm.run(PROMPT, params).text == plain.run(PROMPT, params).text

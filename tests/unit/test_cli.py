@@ -1,0 +1,378 @@
+"""The verbs in this process, on a tiny model: what they print where, and how they exit."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer.main
+
+from ppsd import LLM, SamplingParams
+from ppsd.cli import chat, display
+from ppsd.cli.app import app, main
+from ppsd.engine.llm import Chunk
+from ppsd.engine.sequence import Piece
+from ppsd.model.tokenizer import Tokenizer
+from tests.support.tiny_models import save_perfect_head
+
+SGR = re.compile(r"\x1b\[(\d+)m([^\x1b]*)")
+PIPELINE = (
+    "--model -m --stages --split --exit-layer --head --mode --block --in-flight --acceptance "
+    "--dtype --devices --threads-per-stage --transport --max-context --prefill-chunk --timeout "
+    "--init-timeout"
+)
+SAMPLING = (
+    "--temperature -t --top-k --top-p --min-p --repetition-penalty --presence-penalty "
+    "--frequency-penalty --logit-bias --seed --stop --stop-token-ids --ignore-eos --max-tokens -n "
+    "--min-tokens"
+)
+RECORD = (
+    "text token_ids finish_reason mode block in_flight stages exit_layer prompt_tokens "
+    "cached_tokens new_tokens counts acceptance_rate prefill_seconds decode_seconds "
+    "tokens_per_second stage_busy_share memory_peak_bytes"
+)
+FLAGS = {
+    "generate": "prompt --raw --system --samples --highlight --json --trace",
+    "chat": "--system --highlight --stats",
+    "verify": "prompts --limit --json",
+}
+VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def ppsd(monkeypatch, capsys) -> Run:
+    """Run ``ppsd`` with these arguments and this text on standard input."""
+
+    def run(*arguments: object, stdin: str = "") -> Result:
+        monkeypatch.setattr(sys, "argv", ["ppsd", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model, tmp_path_factory) -> Callable[..., list[str]]:
+    """The flags of a tiny model cut in three, with a head that is right (1.0) or wrong (-1.0)."""
+
+    def flags(sign: float = 1.0) -> list[str]:
+        head = tmp_path_factory.mktemp("head")
+        save_perfect_head(head, tiny_model(), 2, sign)
+        flags = f"--model {tiny_model()} --head {head} --split 2,4 --dtype float64 --ignore-eos"
+        return f"{flags} --transport inprocess --threads-per-stage 1".split()
+
+    return flags
+
+
+@pytest.fixture
+def expected(tiny_model) -> Callable[..., str]:
+    """What plain decoding in one stage says."""
+
+    def text(prompt, **params) -> str:
+        settings = {"dtype": "float64", "stages": 1, "mode": "autoregressive"}
+        with LLM(str(tiny_model()), **settings) as llm:
+            sampling = SamplingParams(ignore_eos=True, **params)
+            return llm.generate(prompt, sampling)[0].text
+
+    return text
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_flags_are_frozen_and_explained(ppsd, verb) -> None:
+    """Renaming a flag breaks scripts: this list changes only on purpose."""
+    parameters = [p for p in VERBS[verb].params if p.name != "help"]
+    names = [name for p in parameters for name in p.opts]
+    assert sorted(names) == sorted(f"{PIPELINE} {SAMPLING} {FLAGS[verb]}".split())
+    shown = ppsd(verb, "--help").out
+    for parameter in parameters:
+        assert parameter.help.endswith((".", "…")), parameter.name
+        assert all(name in shown.lower() for name in parameter.opts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["generate", "hi", "--max-token", "3"], "--max-tokens"),
+        (["genrate"], "Did you mean 'generate'?"),
+        (["generate", "hi", "-n", "x"], "'--max-tokens': Input should be a valid integer"),
+        (["generate"], "PROMPT: it is missing; '-' reads it from stdin"),
+        (["verify"], "Missing argument 'PROMPTS'"),
+    ],
+)
+def test_usage_errors_exit_with_2_and_a_hint(ppsd, arguments, hint) -> None:
+    result = ppsd(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert hint in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["generate", ""], "prompt must be a non-empty text, got ''"),
+        (["generate", "-"], "prompt must be a non-empty text, got ''"),
+        (["generate", "x", "--mode", "fast"], "mode must be one of autoregressive, draft-then-"),
+        (["generate", "x", "-n", "0"], "max_tokens must be an integer in [1, "),
+        (["generate", "x", "--split", "a"], "split must be integers separated by commas, got 'a'"),
+        (["generate", "x", "--logit-bias", "5"], "logit_bias must be id:bias pairs separated by"),
+        (["generate", "x", "--samples", "2"], "samples must be 1 at temperature 0"),
+        (["generate", "x", "--raw", "--system", "y"], "system must be left out with --raw"),
+        (["generate", "x", "--trace", "/no/where/t"], "trace must be a file in a directory that"),
+        (["generate", "x", "-m", "/no/where"], "model '/no/where' does not exist; allowed are"),
+        (["generate", "x", "-m", "src"], "src: this directory has no config.json"),
+        (["verify", "/no/where"], "cannot read prompts from /no/where: No such file or directory"),
+        (["verify", "README.md", "--limit", "0"], "limit must be at least 1, got 0"),
+        (["chat", "--top-p", "0"], "top_p must be a number in (0, 1], got 0.0"),
+    ],
+)
+def test_errors_exit_with_1_and_one_line(ppsd, monkeypatch, arguments, cause) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    result = ppsd(*arguments)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(f"ppsd: {cause}")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_generate_prints_the_answer_alone_on_stdout(ppsd, tiny, expected, sign) -> None:
+    result = ppsd("generate", "the quick", "-n", 24, *tiny(sign))
+    assert (result.code, result.out) == (0, expected(user("the quick"), max_tokens=24) + "\n\n")
+    assert "ppsd · 24 tokens (length) · " in result.err
+    assert f"drafts: {'23 of 23 accepted (100%)' if sign > 0 else '0 of '}" in result.err
+    assert [line.split()[:2] for line in result.err.splitlines()[-3:]] == [
+        ["0", "0–1"],
+        ["1", "2–3"],
+        ["2", "4–5"],
+    ]
+
+
+def test_stdin_raw_and_system(ppsd, tiny, expected) -> None:
+    flags = ["--json", "-n", 8, *tiny()]
+    said = json.loads(ppsd("generate", "-", "--raw", *flags, stdin="fox\n").out)["text"]
+    assert said == expected("fox\n", max_tokens=8)
+    said = json.loads(ppsd("generate", "fox", "--system", "be brief", *flags).out)["text"]
+    messages = [{"role": "system", "content": "be brief"}, *user("fox")]
+    assert said == expected(messages, max_tokens=8)
+
+
+def test_json_is_all_there_is_on_stdout(ppsd, tiny, expected) -> None:
+    result = ppsd("generate", "the quick", "--json", "-n", 24, *tiny(-1.0))
+    record = json.loads(result.out)
+    assert record["text"] == expected(user("the quick"), max_tokens=24)
+    assert set(record) == set(RECORD.split())
+    assert (record["mode"], record["block"], record["in_flight"]) == ("ppsd", 1, 3)
+    assert (record["stages"], record["exit_layer"]) == ([[0, 2], [2, 4], [4, 6]], 2)
+    assert record["new_tokens"] == len(record["token_ids"]) == 24
+    counts = record["counts"]
+    assert set(counts) == {"judged", "accepted", "discarded", "resyncs"}
+    assert counts["resyncs"] == counts["judged"] - counts["accepted"] > 0
+    assert record["acceptance_rate"] == counts["accepted"] / counts["judged"]
+    assert record["tokens_per_second"] == pytest.approx(23 / record["decode_seconds"])
+    assert all(0 < share <= 1 for share in record["stage_busy_share"])
+
+
+def test_json_of_samples_is_a_list(ppsd, tiny) -> None:
+    flags = ["generate", "fox", "--json", "-t", 1, "-n", 8, *tiny()]
+    both = json.loads(ppsd(*flags, "--samples", 2, "--seed", 4).out)
+    single = [json.loads(ppsd(*flags, "--seed", seed).out) for seed in (4, 5)]
+    assert [one["token_ids"] for one in both] == [one["token_ids"] for one in single]
+
+
+def test_a_stop_string_ends_the_text_and_is_not_printed(ppsd, tiny, expected) -> None:
+    whole = expected(user("the quick"), max_tokens=24)
+    stop = whole[9:12]
+    result = ppsd("generate", "the quick", "--stop", stop, "-n", 24, *tiny())
+    assert result.out == whole[: whole.index(stop)] + "\n\n"
+    assert "tokens (stop)" in result.err
+    record = json.loads(
+        ppsd("generate", "the quick", "--stop", stop, "--json", "-n", 24, *tiny()).out
+    )
+    assert stop not in record["text"]
+    assert record["new_tokens"] == len(record["token_ids"]) < 24
+
+
+@pytest.mark.parametrize(("environment", "coloured"), [("FORCE_COLOR", True), ("NO_COLOR", False)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_highlight_colours_every_token_by_its_origin(
+    ppsd, tiny, expected, monkeypatch, environment, coloured, sign
+) -> None:
+    monkeypatch.setenv(environment, "1")
+    out = ppsd("generate", "the quick", "--highlight", "-n", 24, *tiny(sign)).out
+    whole = expected(user("the quick"), max_tokens=24)
+    assert re.sub(r"\x1b\[\d+m", "", out) == whole + "\n\n"
+    colours = {text: code for code, text in SGR.findall(out) if text.strip()}
+    if not coloured:
+        assert colours == {}
+    elif sign > 0:  # all but the first token, which no draft preceded, are accepted drafts
+        assert [code for code, text in SGR.findall(out) if text.strip()].count("31") == 1
+        assert "32" in colours.values()
+    else:
+        assert set(colours.values()) == {"31"}
+
+
+def test_model_output_is_printed_unchanged(monkeypatch, capsys) -> None:
+    """Rich would read markup, expand tabs and drop carriage returns."""
+    text = "[/bold]\tall:\r\n\t[red]:smile:"
+    display.show(Chunk((Piece(text, True),)), display.painter(highlight=True))
+    assert capsys.readouterr().out == text
+
+
+def test_every_commit_is_shown_before_the_next_is_made(ppsd, tiny, monkeypatch) -> None:
+    """Streaming; and what is on the screen only ever grows, so no rejected draft was on it."""
+    log: list[str] = []
+    take, stdout_write = LLM._chunks, display.show
+
+    def chunks(self, request, answer):
+        for chunk in take(self, request, answer):
+            log.append("commit")
+            yield chunk
+
+    def show(chunk, paint):
+        log.append("show")
+        stdout_write(chunk, paint)
+
+    monkeypatch.setattr(LLM, "_chunks", chunks)
+    monkeypatch.setattr("ppsd.cli.generate.show", show)
+    ppsd("generate", "the quick", "-n", 12, *tiny(-1.0))
+    assert log[:24] == ["commit", "show"] * 12
+
+
+def test_trace_file(ppsd, tiny, tmp_path) -> None:
+    result = ppsd("generate", "fox", "-n", 4, "--trace", tmp_path / "t.json", *tiny())
+    assert f"trace written to {tmp_path / 't.json'}" in result.err
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert {e["tid"] for e in events if e["ph"] == "X" and e["name"] == "verify"} == {2, 3}
+
+
+def test_chat_keeps_conversation_and_rows(ppsd, tiny, tiny_model, expected) -> None:
+    result = ppsd("chat", "--stats", "-n", 12, *tiny(), stdin="the fox\n\njugs\n/reset\nthe fox\n")
+    first = expected(user("the fox"), max_tokens=12)
+    conversation = [*user("the fox"), {"role": "assistant", "content": first}, *user("jugs")]
+    second = expected(conversation, max_tokens=12)
+    assert (result.code, result.out) == (0, f"{first}\n{second}\n{first}\n")
+    kept = re.findall(r"(\d+) of (\d+) prompt tokens kept", result.err)
+    turn = Tokenizer.load(tiny_model()).encode_chat(user("the fox"))
+    # the second turn keeps what the first fed, the last one all of a prompt seen before but a row
+    assert [int(rows) >= len(turn) for rows, _ in kept] == [True, False]
+    assert kept[1] == (str(len(turn) - 1), str(len(turn)))
+    assert result.err.count("(cut at 12 tokens; --max-tokens allows more)") == 3
+
+
+def test_chat_goes_on_when_the_context_is_full(ppsd, tiny, expected) -> None:
+    flags = ["--max-context", 40, "-n", 4, *tiny()]
+    result = ppsd("chat", *flags, stdin=f"fox\n{'five jugs ' * 20}\n/reset\nfox\n")
+    said = expected(user("fox"), max_tokens=4)
+    assert (result.code, result.out) == (0, f"{said}\n{said}\n")
+    assert "tokens (the context holds 40)" in result.err
+    assert "/reset starts over" in result.err
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_it(ppsd, tiny, expected, monkeypatch) -> None:
+    """The partial answer stays in the conversation, and the next one is what it would be."""
+    shown = []
+
+    def show(chunk, paint):
+        shown.append(chunk.text)
+        display.show(chunk, paint)
+        if len(shown) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(chat, "show", show)
+    before = signal.getsignal(signal.SIGINT)
+    result = ppsd("chat", "-n", 12, *tiny(), stdin="the fox\njugs\n")
+    partial = "".join(shown[:5])
+    conversation = [*user("the fox"), {"role": "assistant", "content": partial}, *user("jugs")]
+    assert result.out == f"{partial}\n{expected(conversation, max_tokens=12)}\n"
+    assert "(stopped)" in result.err
+    assert result.code == 0
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("verb", ["chat", "generate"])
+def test_ctrl_c_exits_with_130(ppsd, tiny, monkeypatch, verb) -> None:
+    """In chat the second one within an answer; the first only asks."""
+
+    def show(chunk, paint):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(f"ppsd.cli.{verb}.show", show)
+    words = ["fox"] if verb == "generate" else []
+    result = ppsd(verb, *words, "-n", 12, *tiny(), stdin="fox\n")
+    assert result.code == 130
+    assert "Traceback" not in result.err
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "the quick", "id": "a"}\n{"question": "fox", "id": "b"}\n')
+    return path
+
+
+@pytest.mark.parametrize("mode", ["ppsd", "draft-then-verify"])
+def test_verify_passes(ppsd, tiny, prompts, mode) -> None:
+    result = ppsd("verify", prompts, "-n", 12, "--mode", mode, *tiny(-1.0))
+    assert result.code == 0
+    bits = "logits bitwise equal" if mode == "ppsd" else "logits "
+    assert re.search(rf"^a: 12 tokens equal, {bits}.*, smallest margin \d", result.out)
+    assert "\n2 of 2 prompts exactly equal, " in result.out
+    assert result.out.endswith("\nPASS\n")
+
+
+def test_verify_finds_a_mismatch(ppsd, tiny, prompts, monkeypatch) -> None:
+    """One wrong token in the mode under test, in the second prompt."""
+    plain_run = LLM.run
+    calls = []
+
+    def run(self, ids, params, **more):
+        completion = plain_run(self, ids, params, **more)
+        calls.append(self.config.mode)
+        if len(calls) != 4:
+            return completion
+        wrong = (completion.token_ids[5] + 1) % 290
+        tokens = (*completion.token_ids[:5], wrong, *completion.token_ids[6:])
+        return replace(completion, token_ids=tokens)
+
+    monkeypatch.setattr(LLM, "run", run)
+    result = ppsd("verify", prompts, "-n", 12, "--json", *tiny())
+    record = json.loads(result.out)
+    assert calls == ["autoregressive", "ppsd"] * 2
+    assert result.code == 1
+    assert (record["passed"], record["exact"], record["prompts"]) == (False, 1, 2)
+    assert [c["divergence"] for c in record["comparisons"]] == [None, 5]
+    assert [c["bitwise"] for c in record["comparisons"]] == [True, False]
+    assert record["comparisons"][1]["decided_by"] > 0
+    assert "b: DIFFERS at token 5, plain logits apart by " in result.err
+
+
+def test_verify_names_a_prompt_that_is_too_long(ppsd, tiny, prompts) -> None:
+    result = ppsd("verify", prompts, "--max-context", 6, *tiny())
+    assert result.code == 1
+    assert result.err.endswith("tokens'\n")
+    assert "ppsd: task a: prompt must be of 1 to 5 tokens" in result.err

@@ -1,0 +1,201 @@
+"""Traces: lanes without overlap or holes, and arrows that pair up and follow one row."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppsd import LLM, SamplingParams
+from ppsd.engine.trace import MIN_IDLE_NS, TraceLog
+from ppsd.errors import PpsdError
+from tests.support.tiny_models import save_perfect_head
+
+MS = 1_000_000
+Event = dict[str, Any]
+
+
+def write(tmp_path: Path, *requests: list[list[tuple]], bounds=(0, 2, 4)) -> list[Event]:
+    log = TraceLog()
+    for lanes in requests:
+        log.add([{"slices": [list(piece) for piece in lane]} for lane in lanes])
+    return read(log_to(log, tmp_path / "trace.json", bounds))
+
+
+def log_to(log: TraceLog, path: Path, bounds: tuple[int, ...]) -> Path:
+    log.write(path, bounds)
+    return path
+
+
+def read(path: Path) -> list[Event]:
+    record = json.loads(path.read_text())
+    assert record["displayTimeUnit"] == "ms"
+    return record["traceEvents"]
+
+
+def nanoseconds(event: Event) -> tuple[int, int]:
+    return round(event["ts"] * 1e3), round((event["ts"] + event["dur"]) * 1e3)
+
+
+def lanes(events: list[Event]) -> dict[int, list[Event]]:
+    found: dict[int, list[Event]] = {}
+    for event in events:
+        if event["ph"] == "X":
+            assert event["pid"] == 1
+            found.setdefault(event["tid"], []).append(event)
+    return {tid: sorted(lane, key=lambda e: e["ts"]) for tid, lane in found.items()}
+
+
+def arrows(events: list[Event]) -> list[list[Event]]:
+    """The flow events by id, in file order, checked to be one arrow each."""
+    found: dict[int, list[Event]] = {}
+    for event in events:
+        if event["ph"] in "stf":
+            found.setdefault(event["id"], []).append(event)
+    for path in found.values():
+        assert "".join(event["ph"] for event in path) == "s" + "t" * (len(path) - 2) + "f"
+        assert [event["tid"] for event in path] == sorted({event["tid"] for event in path})
+    return list(found.values())
+
+
+def slice_under(event: Event, events: list[Event]) -> Event:
+    """The slice an arrow's end binds to: the one around it on its lane."""
+    at = round(event["ts"] * 1e3)
+    [found] = [
+        piece
+        for piece in lanes(events)[event["tid"]]
+        if nanoseconds(piece)[0] <= at < nanoseconds(piece)[1]
+    ]
+    return found
+
+
+def check(events: list[Event], stages: int) -> None:
+    """Everything that holds in any trace."""
+    found = lanes(events)
+    assert sorted(found) == list(range(1, stages + 1))
+    ends = {nanoseconds(lane[-1])[1] for lane in found.values()}
+    for lane in found.values():
+        assert nanoseconds(lane[0])[0] < MIN_IDLE_NS
+        assert max(ends) - nanoseconds(lane[-1])[1] < MIN_IDLE_NS
+        for one, two in pairwise(lane):
+            assert 0 <= nanoseconds(two)[0] - nanoseconds(one)[1] < MIN_IDLE_NS
+            assert (one["name"], two["name"]) != ("idle", "idle")
+    for path in arrows(events):
+        pieces = [slice_under(event, events) for event in path]
+        first = pieces[0]["args"]
+        assert pieces[0]["name"] in ("prefill", "forward")
+        for piece in pieces:
+            args = piece["args"]
+            assert args["epoch"] == first["epoch"]
+            assert 0 <= first["position"] - args["position"] < args["rows"]
+
+
+def summary(lane: list[Event]) -> list[tuple[str, float, float]]:
+    return [(event["name"], event["ts"] / 1e3, event["dur"] / 1e3) for event in lane]
+
+
+def test_what_lies_between_slices_is_idle(tmp_path) -> None:
+    start = 7 * MS
+    first = [
+        (start, start + MS, "forward", 1, 4, 1),
+        (start + 3 * MS, start + 4 * MS, "draft", 1, 5, 1),
+    ]
+    second = [(start + MS, start + 2 * MS, "verify", 1, 4, 1)]
+    events = write(tmp_path, [first, second])
+    check(events, 2)
+    found = lanes(events)
+    assert summary(found[1]) == [("forward", 0, 1), ("idle", 1, 2), ("draft", 3, 1)]
+    assert summary(found[2]) == [("idle", 0, 1), ("verify", 1, 1), ("idle", 2, 2)]
+    assert found[1][0]["args"] == {"epoch": 1, "position": 4, "rows": 1}
+
+
+def test_lanes_are_named_after_their_layers(tmp_path) -> None:
+    events = write(tmp_path, [[(0, MS, "forward", 1, 0, 1)], [(MS, 2 * MS, "verify", 1, 0, 1)]])
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert names == {1: "stage 0: layers 0–1", 2: "stage 1: layers 2–3"}
+
+
+def test_every_row_of_a_block_has_its_arrow_also_into_cancelled_work(tmp_path) -> None:
+    rows = [(i * MS, (i + 1) * MS, "forward", 1, 10 + i, 1) for i in range(3)]
+    block = [(4 * MS, 5 * MS, "cancelled", 1, 10, 3)]
+    events = write(tmp_path, [rows, block])
+    check(events, 2)
+    assert [slice_under(path[0], events)["args"]["position"] for path in arrows(events)] == [
+        10,
+        11,
+        12,
+    ]
+    assert {slice_under(path[-1], events)["name"] for path in arrows(events)} == {"cancelled"}
+
+
+def test_requests_at_the_same_positions_do_not_share_arrows(tmp_path) -> None:
+    def request(start: int, epoch: int) -> list[list[tuple]]:
+        return [
+            [(start, start + MS, "forward", epoch, 4, 1)],
+            [(start + MS, start + 2 * MS, "verify", epoch, 4, 1)],
+            [(start + 2 * MS, start + 3 * MS, "verify", epoch, 4, 1)],
+        ]
+
+    events = write(tmp_path, request(0, 1), request(5 * MS, 2), bounds=(0, 1, 2, 3))
+    check(events, 3)
+    assert [[e["ts"] / 1e3 for e in path] for path in arrows(events)] == [
+        [0.5, 1.5, 2.5],
+        [5.5, 6.5, 7.5],
+    ]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path) -> None:
+    with pytest.raises(
+        PpsdError, match=r"cannot write the trace to .*missing/t\.json: No such file"
+    ):
+        TraceLog().write(tmp_path / "missing" / "t.json", (0, 1))
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_real_trace_of_wrong_drafts(tiny_model, tmp_path, block) -> None:
+    """Two requests and a change of mode in one trace; the head is nearly always wrong."""
+    model = tiny_model()
+    head = save_perfect_head(tmp_path / "head", model, 2, sign=-1.0)
+    settings = {"dtype": "float64", "transport": "inprocess", "split": (2, 4), "head": str(head)}
+    with LLM(str(model), trace=True, block=block, prefill_chunk=8, **settings) as llm:
+        let_workers_move_while_stage_0_computes(llm)
+        params = SamplingParams(max_tokens=12, ignore_eos=True)
+        results = [llm.run(list(range(3, 23)), params)]
+        left_early = llm.stream(list(range(3, 23)), params)
+        next(left_early)
+        left_early.close()
+        llm.use("autoregressive")
+        results.append(llm.run(list(range(3, 23)), params))
+        llm.write_trace(tmp_path / "trace.json")
+    events = read(tmp_path / "trace.json")
+    check(events, 3)
+    seen = [piece for lane in lanes(events).values() for piece in lane]
+    assert {"prefill", "forward", "draft", "verify", "cancelled"} <= {p["name"] for p in seen}
+    fed = [
+        (piece["args"]["epoch"], piece["args"]["position"])
+        for piece in lanes(events)[1]
+        if piece["name"] in ("prefill", "forward")
+    ]
+    assert len(set(fed)) == len(fed), "two rows with one name would share arrows"
+    verified = [p for p in lanes(events)[3] if p["name"] == "verify"]
+    judged = sum(piece["args"]["rows"] for piece in verified)
+    assert judged >= sum(len(result.token_ids) for result in results)
+
+
+def let_workers_move_while_stage_0_computes(llm: LLM) -> None:
+    """Without it an in-process pipeline never learns of a wrong draft in the middle of work."""
+    stage, hub = llm._pipeline._stage, llm._pipeline._endpoint._hub
+    forward = stage.forward
+
+    def stepping(inputs, position, interrupted=lambda: False):
+        def asked() -> bool:
+            while hub.on_idle():
+                pass
+            return interrupted()
+
+        return forward(inputs, position, asked)
+
+    stage.forward = stepping
