@@ -50,30 +50,13 @@ def test_any_order_of_work_gives_the_plain_output(
         return rank or None
 
     rig.order = moved
-    _let_workers_move_while_stage_0_computes(rig, turns)
+    rig.move_while_stage_0_computes(turns)
     for prompt, sampling, with_stop in requests:
         params = SamplingParams(**sampling)
         stop = frozenset({3}) if with_stop else frozenset()
         assert rig.decode(prompt, params, stop, alpha=alpha) == rig.plain(prompt, params, stop)
         counts = rig.engine.policy.counts
         assert counts.drafted == counts.judged + counts.discarded
-
-
-def _let_workers_move_while_stage_0_computes(rig: Rig, turns: list[int]) -> None:
-    """Step a worker whenever stage 0 asks between its layers whether to go on."""
-    forward = rig.models[0].forward
-    pattern = iter(turns * 1000)
-
-    def stepping(inputs, position, interrupted=lambda: False):
-        def asked() -> bool:
-            rank = next(pattern, 0)
-            if rank:
-                rig.workers[rank - 1].step(0.0)
-            return interrupted()
-
-        return forward(inputs, position, asked)
-
-    rig.models[0].forward = stepping  # type: ignore[method-assign]
 
 
 @settings(max_examples=60)

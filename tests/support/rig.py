@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -68,6 +69,24 @@ class Rig:
         if rank is not None and self.workers[rank - 1].step(0.0):
             return True
         return any(worker.step(0.0) for worker in self.workers)
+
+    def move_while_stage_0_computes(self, turns: Sequence[int]) -> None:
+        """Step workers in the order of ``turns`` whenever stage 0 asks whether to go on.
+
+        A 0 hands back to stage 0; several turns before it make verdicts queue up.
+        """
+        forward = self.models[0].forward
+        pattern = itertools.cycle(turns)
+
+        def stepping(inputs, position, interrupted=lambda: False):
+            def asked() -> bool:
+                for rank in itertools.takewhile(bool, itertools.islice(pattern, 6)):
+                    self.workers[rank - 1].step(0.0)
+                return interrupted()
+
+            return forward(inputs, position, asked)
+
+        self.models[0].forward = stepping  # type: ignore[method-assign]
 
     def decode(
         self,

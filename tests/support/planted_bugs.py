@@ -1,0 +1,203 @@
+"""Bugs to plant in the engine, the protocol and the cache, as patches; the product has no switch.
+
+Each is a slip that somebody could make: a forgotten check, a position off by one, a list that is
+appended to where it is addressed by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ppsd.engine import llm, pipeline
+from ppsd.engine.engine import Engine
+from ppsd.model.cache import KVCache
+from ppsd.speculation import policy
+from ppsd.speculation.policy import Emit, Policy
+from ppsd.speculation.sampling import Sampler, gumbel
+from ppsd.transport.inprocess import InProcessEndpoint
+from ppsd.worker.judge import Judge, TokenHistory
+from ppsd.worker.messages import Block
+
+Patch = pytest.MonkeyPatch
+Plant = Callable[[Patch], None]
+BUGS: dict[str, Plant] = {}
+
+
+def bug(name: str) -> Callable[[Plant], Plant]:
+    def register(plant: Plant) -> Plant:
+        BUGS[name] = plant
+        return plant
+
+    return register
+
+
+@bug("key/value row of a rolled-back position kept")
+def _(patch: Patch) -> None:
+    reserve, advance = KVCache.reserve, KVCache.advance
+
+    def remembering(self, position, rows):
+        tensors = (*self.keys, *self.values)
+        self.kept = [t[:, position].clone() for t in tensors] if position < self.length else []
+        reserve(self, position, rows)
+
+    def restoring(self, position, rows):
+        advance(self, position, rows)
+        for tensor, row in zip((*self.keys, *self.values), self.kept, strict=bool(self.kept)):
+            tensor[:, position] = row
+
+    patch.setattr(KVCache, "reserve", remembering)
+    patch.setattr(KVCache, "advance", restoring)
+
+
+@bug("position one too far after a resync, gaps in the cache allowed")
+def _(patch: Patch) -> None:
+    feed_row = Policy._feed_row
+
+    def shifted(self):
+        feed = feed_row(self)
+        off = int(self.counts.resyncs > 0)
+        return replace(feed, position=feed.position + off, block=feed.block + off)
+
+    def unchecked(self, position, rows):
+        self.length = position
+
+    patch.setattr(Policy, "_feed_row", shifted)
+    patch.setattr(KVCache, "reserve", unchecked)
+
+
+@bug("verdict of an older epoch accepted")
+def _(patch: Patch) -> None:
+    take = Engine._take
+    newest = lambda self, verdict: take(self, replace(verdict, epoch=self.policy.epoch))  # noqa: E731
+    patch.setattr(Engine, "_take", newest)
+
+
+@bug("stale blocks computed and their verdicts accepted")
+def _(patch: Patch) -> None:
+    BUGS["verdict of an older epoch accepted"](patch)
+    patch.setattr(InProcessEndpoint, "epoch", lambda self: 0)
+
+
+@bug("epochs start anew with every mode")
+def _(patch: Patch) -> None:
+    init = Engine.__init__
+
+    def forgetful(self, pipeline, *args, **settings):
+        init(self, pipeline, *args, **settings)
+        pipeline.epoch = 1
+
+    patch.setattr(Engine, "__init__", forgetful)
+
+
+@bug("noise keyed by step instead of position")
+def _(patch: Patch) -> None:
+    def draw(self, logits, history, stream):
+        self.step = getattr(self, "step", len(history) - 1) + 1
+        values = self.process(logits, history)
+        if not self._params.greedy:
+            values = values + gumbel(self._params.seed, self.step, self._vocab_size, stream)
+        return int(values.argmax())
+
+    patch.setattr(Sampler, "draw", draw)
+
+
+@bug("penalties count rejected drafts")
+def _(patch: Patch) -> None:
+    def append(self, position, tokens):
+        self.end = position if tokens.numel() > 1 else getattr(self, "end", position)
+        self.end = 0 if position == 0 else self.end
+        room = len(self._tokens) - self.end
+        self._tokens[self.end : self.end + tokens.numel()] = tokens[:room]
+        self.end += tokens.numel()
+
+    patch.setattr(TokenHistory, "write", append)
+
+
+def change_emits(patch: Patch, change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> None:
+    """Say other tokens wherever the target's own token follows accepted drafts."""
+    on_verdict = Policy._on_verdict
+
+    def changed(self, event):
+        return [
+            replace(c, tokens=change(c.tokens))
+            if isinstance(c, Emit) and 0 < c.accepted < len(c.tokens)
+            else c
+            for c in on_verdict(self, event)
+        ]
+
+    patch.setattr(Policy, "_on_verdict", changed)
+
+
+@bug("bonus token dropped")
+def _(patch: Patch) -> None:
+    change_emits(patch, lambda tokens: tokens[:-1])
+
+
+@bug("bonus token said twice")
+def _(patch: Patch) -> None:
+    change_emits(patch, lambda tokens: (*tokens, tokens[-1]))
+
+
+@bug("drafts accepted without comparing")
+def _(patch: Patch) -> None:
+    def trusting(drafts, targets):
+        count = min(len(drafts), len(targets))
+        return count, targets[count] if count < len(targets) else None
+
+    patch.setattr(policy, "accept", trusting)
+
+
+@bug("correction said but not fed")
+def _(patch: Patch) -> None:
+    replace_drafts = Policy._replace_drafts
+
+    def keeping(self, position, token, missed):
+        draft = self._tokens[position] if missed else token
+        replace_drafts(self, position, draft, missed)
+
+    patch.setattr(Policy, "_replace_drafts", keeping)
+
+
+def overlook(patch: Patch, reason: str) -> None:
+    """See the end of a request only in the last token of a verdict."""
+    until_end = Policy._until_end
+
+    def last_only(self, targets):
+        cut, end = until_end(self, targets)
+        return (targets, None) if end == reason and len(cut) < len(targets) else (cut, end)
+
+    patch.setattr(Policy, "_until_end", last_only)
+
+
+@bug("stop token inside an accepted run overlooked")
+def _(patch: Patch) -> None:
+    overlook(patch, "stop")
+
+
+@bug("rows of a block shipped from the wrong offset")
+def _(patch: Patch) -> None:
+    def rolled(slot, epoch, position, parent, judge, tokens, hidden):
+        return Block(slot, epoch, position, parent, judge, tokens, torch.roll(hidden, 1, 0))
+
+    patch.setattr(pipeline, "Block", rolled)
+
+
+@bug("one verdict copied to all rows of a block")
+def _(patch: Patch) -> None:
+    verdict = Judge.verdict
+
+    def copied(self, block, hidden):
+        said = verdict(self, block, hidden)
+        return replace(said, tokens=said.tokens[:1].expand_as(said.tokens))
+
+    patch.setattr(Judge, "verdict", copied)
+
+
+@bug("rows reused beyond the common prefix")
+def _(patch: Patch) -> None:
+    common_prefix = llm._common_prefix
+    patch.setattr(llm, "_common_prefix", lambda a, b: min(len(a), common_prefix(a, b) + 1))

@@ -1,0 +1,174 @@
+"""Stages: rows are addressed by position, and chained stages are the whole model in any split."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppsd.config import EngineConfig, balanced_split
+from ppsd.errors import ConfigError, ProtocolError
+from ppsd.model.cache import KVCache
+from ppsd.model.source import ModelFiles, describe
+from ppsd.model.stage import Stage, StagePlan, tensor_names
+from ppsd.model.transformer import reference_logits
+from ppsd.model.weights import expected_shapes, open_source
+from tests.support.tiny_models import LAYERS
+
+WIDE, CPU = torch.float64, torch.device("cpu")
+TOKENS = torch.tensor([5, 7, 9, 200, 31, 8, 77, 12])
+
+
+class Model:
+    """A tiny model opened by hand: any of its stages, and its reference logits."""
+
+    def __init__(self, path) -> None:
+        self.spec = describe(ModelFiles("tiny", path, is_gguf=False))
+        self.source = open_source(path)
+
+    def stage(self, first: int, last: int) -> Stage:
+        return Stage(self.spec, StagePlan(first, last, 32, WIDE, CPU), self.source)
+
+    def chain(self, bounds: tuple[int, ...]) -> list[Stage]:
+        return [self.stage(a, b) for a, b in pairwise(bounds)]
+
+    def reference(self, tokens: torch.Tensor) -> torch.Tensor:
+        return reference_logits(self.spec, self.source, tokens, WIDE)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> Model:
+    return Model(tiny_model())
+
+
+def run(stages: list[Stage], tokens: torch.Tensor, position: int = 0) -> torch.Tensor:
+    rows: torch.Tensor | None = tokens
+    for stage in stages:
+        assert rows is not None
+        rows = stage.forward(rows, position)
+    assert rows is not None
+    return stages[-1].logits(rows)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("stages", range(1, LAYERS + 1))
+def test_every_split_of_every_size_is_the_reference_model(model, stages) -> None:
+    expected = model.reference(TOKENS)
+    for cuts in combinations(range(1, LAYERS), stages - 1):
+        chain = model.chain((0, *cuts, LAYERS))
+        close(run(chain, TOKENS[:3]), expected[:3])
+        for p in range(3, len(TOKENS)):  # then token by token, over the cache
+            close(run(chain, TOKENS[p : p + 1], p), expected[p : p + 1])
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-biased"])
+def test_stages_own_every_tensor_and_share_only_a_tied_embedding(tiny_model, family) -> None:
+    spec = Model(tiny_model(family)).spec
+    for cuts in combinations(range(1, LAYERS), 2):
+        owned = [n for a, b in pairwise((0, *cuts, LAYERS)) for n in tensor_names(spec, a, b)]
+        assert set(owned) == set(expected_shapes(spec))
+        twice = {name for name in owned if owned.count(name) > 1}
+        assert twice == ({"model.embed_tokens.weight"} if spec.tie_embeddings else set())
+
+
+@pytest.mark.parametrize("position", range(8))
+def test_rewriting_a_position_rolls_back_everything_after_it(model, position) -> None:
+    chain = model.chain((0, 2, LAYERS))
+    run(chain, TOKENS)
+    changed = TOKENS[: position + 1].clone()
+    changed[position] = 150
+    close(run(chain, changed[position:], position), model.reference(changed)[position:])
+    assert [stage.cache.length for stage in chain] == [position + 1] * 2
+    if position < 6:
+        with pytest.raises(ProtocolError, match=f"position {position + 2} .* holds"):
+            chain[0].forward(TOKENS[:1], position + 2)
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("position", [3, 8])
+def test_an_interrupted_forward_leaves_nothing_that_counts(model, layer, position) -> None:
+    """Rows half written at ``position`` are void, and those before it are as they were."""
+    stage = model.stage(0, LAYERS)
+    run([stage], TOKENS)
+    asked = iter([False] * layer + [True])
+    assert stage.forward(torch.tensor([99, 98]), position, lambda: next(asked)) is None
+    assert stage.cache.length == position
+    with pytest.raises(ProtocolError, match="do not fit"):
+        stage.forward(TOKENS[:1], position + 1)
+    again = torch.cat([TOKENS[:position], torch.tensor([44, 45, 46])])
+    close(run([stage], again[position:], position), model.reference(again)[position:])
+
+
+def test_a_cache_refuses_gaps_negative_positions_and_overflow() -> None:
+    cache = KVCache(1, 2, 8, 4, WIDE, CPU)
+    cache.reserve(0, 5)
+    cache.advance(0, 5)
+    for position, rows in [(6, 1), (-1, 1), (5, 4), (0, 9)]:
+        with pytest.raises(ProtocolError, match="holds 5 of 8"):
+            cache.reserve(position, rows)
+        assert cache.length == 5, "a refusal changes nothing"
+    cache.reserve(5, 3)
+    cache.advance(5, 3)
+    assert cache.length == 8
+
+
+costs = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+
+
+def covers(bounds: tuple[int, ...], layers: int) -> bool:
+    """Every layer is in exactly one stage, in order, and no stage is empty."""
+    return [i for a, b in pairwise(bounds) for i in range(a, b)] == list(range(layers)) and all(
+        a < b for a, b in pairwise(bounds)
+    )
+
+
+def slowest(bounds: tuple[int, ...], layer_costs: list[int], extra: float) -> float:
+    sums = [sum(layer_costs[a:b]) for a, b in pairwise(bounds)]
+    return max(sums[0] + extra, *sums)
+
+
+@given(costs, st.data())
+def test_a_balanced_split_covers_all_layers_and_no_split_is_better(layer_costs, data) -> None:
+    layers = len(layer_costs)
+    stages = data.draw(st.integers(1, layers))
+    extra = data.draw(st.integers(0, 12))
+    bounds = balanced_split(layer_costs, stages, extra)
+    assert len(bounds) == stages + 1
+    assert covers(bounds, layers)
+    every = ((0, *cuts, layers) for cuts in combinations(range(1, layers), stages - 1))
+    assert slowest(bounds, layer_costs, extra) == min(slowest(b, layer_costs, extra) for b in every)
+
+
+@given(costs, st.data())
+def test_boundaries_cover_all_layers_or_are_refused_by_name(layer_costs, data) -> None:
+    layers = len(layer_costs)
+    stages = data.draw(st.integers(1, 13))
+    exit_layer = data.draw(st.none() | st.integers(0, 13)) if stages > 1 else None
+    mode = "ppsd" if stages > 1 else "autoregressive"
+    config = EngineConfig(stages=stages, exit_layer=exit_layer, mode=mode)
+    possible = stages <= layers and (exit_layer is None or 1 <= exit_layer <= layers - stages + 1)
+    if not possible:
+        with pytest.raises(ConfigError, match=r"stages|exit_layer"):
+            config.boundaries(layer_costs, 0.0)
+        return
+    bounds = config.boundaries(layer_costs, 2.0)
+    assert len(bounds) == stages + 1
+    assert covers(bounds, layers)
+    assert exit_layer in (None, bounds[1])
+
+
+@given(costs, st.lists(st.integers(-1, 13), min_size=1, max_size=5))
+def test_a_given_split_is_taken_as_it_is_or_refused(layer_costs, cuts) -> None:
+    config = EngineConfig(split=tuple(cuts))
+    bounds = (0, *cuts, len(layer_costs))
+    if covers(bounds, len(layer_costs)):
+        assert config.boundaries(layer_costs, 0.0) == bounds
+    else:
+        with pytest.raises(ConfigError, match=r"split|stages"):
+            config.boundaries(layer_costs, 0.0)

@@ -1,0 +1,259 @@
+"""Exit heads: on disk and back, refused when they do not fit, and never ahead of the true rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ppsd.engine.drafter import MAX_LAG_ROWS, HeadDrafter
+from ppsd.errors import HeadError
+from ppsd.model.exit_head import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ExitHead,
+    HeadConfig,
+    head_tensor_shapes,
+    load_head,
+    read_head_config,
+    save_head,
+    untrained_head,
+)
+from ppsd.model.source import ModelFiles, describe
+from ppsd.model.stage import Stage, StagePlan
+from ppsd.model.transformer import reference_logits
+from ppsd.model.weights import EMBEDDING, FINAL_NORM, fingerprint, open_source
+from ppsd.speculation.sampling import Sampler, Stream
+from ppsd.types import SamplingParams
+from tests.support.tiny_models import VOCAB, save_perfect_head
+
+WIDE = torch.float64
+EXIT = 4
+PLAN = StagePlan(0, EXIT, 64, WIDE, torch.device("cpu"))
+DRAFT_IDS = [0, 3, 4, 99, 200, 299]
+
+
+class Tiny:
+    """The tiny model, heads made for it, and how to load them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spec = describe(ModelFiles("tiny", path, is_gguf=False))
+        self.source = open_source(path)
+        self.mark = fingerprint(self.spec, self.source)
+
+    def config(self, **changes) -> HeadConfig:
+        fixed = {"kind": "transformer", "exit_layer": EXIT, "layers": 1, "draft_vocab": None}
+        return HeadConfig(**fixed | changes, base_model="tiny", fingerprint=self.mark)
+
+    def save(self, directory: Path, config: HeadConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        shapes = head_tensor_shapes(config, self.spec)
+        weights = {name: torch.randn(shape, dtype=WIDE) / 3 for name, shape in shapes.items()}
+        if config.draft_vocab is not None:
+            weights["draft_ids"] = torch.tensor(DRAFT_IDS)
+        save_head(directory, config, weights)
+        return weights
+
+    def load(self, directory: Path, plan: StagePlan = PLAN) -> ExitHead:
+        return load_head(directory, self.spec, plan, self.source, self.mark)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model) -> Tiny:
+    return Tiny(tiny_model())
+
+
+@pytest.fixture(scope="module")
+def head_dir(tiny, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("head")
+    tiny.save(directory, tiny.config())
+    return directory
+
+
+def hidden(rows: int, seed: int = 5) -> torch.Tensor:
+    return torch.randn((rows, 32), dtype=WIDE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "norm", "layers": 0},
+        {"layers": 2, "trained": False},
+        {"draft_vocab": len(DRAFT_IDS), "provenance": {"steps": 3}, "metrics": {"top1": 0.5}},
+    ],
+)
+def test_saved_heads_come_back(tiny, tmp_path, changes) -> None:
+    config = tiny.config(**changes)
+    weights = tiny.save(tmp_path, config)
+    assert read_head_config(tmp_path) == config
+    head = tiny.load(tmp_path)
+    direct = ExitHead(config, tiny.spec, PLAN, dict(weights), head.lm_head)
+    rows = hidden(5)
+    got, expected = (h.logits(h.forward(rows, 0)) for h in (head, direct))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    assert torch.equal(head.norm, weights["norm.weight"])
+
+
+def test_a_draft_vocabulary_scores_its_tokens_as_the_full_one_does(tiny, tmp_path) -> None:
+    weights = tiny.save(tmp_path / "part", tiny.config(draft_vocab=len(DRAFT_IDS)))
+    weights.pop("draft_ids")
+    save_head(tmp_path / "full", tiny.config(), weights)
+    full, part = tiny.load(tmp_path / "full"), tiny.load(tmp_path / "part")
+    expected = full.logits(full.forward(hidden(3), 0))
+    got = part.logits(part.forward(hidden(3), 0))
+    assert got.shape == (3, VOCAB)
+    torch.testing.assert_close(got[:, DRAFT_IDS], expected[:, DRAFT_IDS], rtol=0, atol=1e-12)
+    others = sorted(set(range(VOCAB)) - set(DRAFT_IDS))
+    assert (got[:, others] == -torch.inf).all()
+
+
+def test_an_untrained_head_is_the_models_own_norm_and_lm_head(tiny) -> None:
+    head = untrained_head(tiny.spec, PLAN, tiny.source, tiny.mark)
+    rows = hidden(4)
+    norm, table = tiny.source.load(FINAL_NORM, WIDE), tiny.source.load(EMBEDDING, WIDE)
+    expected = torch.nn.functional.rms_norm(rows, (32,), norm, tiny.spec.rms_norm_eps) @ table.T
+    torch.testing.assert_close(head.logits(head.forward(rows, 0)), expected, rtol=0, atol=1e-10)
+    assert not head.config.trained
+
+
+def test_a_head_of_the_remaining_layers_is_the_model(tiny, tmp_path) -> None:
+    """Stage 0's rows through a perfect head give the reference's logits."""
+    tokens = torch.tensor([5, 7, 9, 200, 31])
+    head = tiny.load(save_perfect_head(tmp_path, tiny.path, EXIT))
+    rows = Stage(tiny.spec, PLAN, tiny.source).forward(tokens, 0)
+    assert rows is not None
+    expected = reference_logits(tiny.spec, tiny.source, tokens, WIDE)
+    torch.testing.assert_close(head.logits(head.forward(rows, 0)), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[8], [3, 5], [1, 6, 1]])
+def test_rows_in_a_block_equal_rows_one_by_one(tiny, head_dir, sizes) -> None:
+    rows = hidden(8)
+    single, block = tiny.load(head_dir), tiny.load(head_dir)
+    expected = torch.cat([single.forward(rows[i : i + 1], i) for i in range(8)])
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    parts = [block.forward(rows[a : a + n], a) for a, n in zip(starts, sizes, strict=True)]
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-12)
+
+
+# Refusals
+
+
+def change_json(directory: Path, **changes: object) -> None:
+    path = directory / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": 2}, "format 1"),
+        ({"kind": "mamba"}, "'mamba'"),
+        ({"kind": "norm"}, "'norm' with 1 layers"),
+        ({"layers": 0}, "'transformer' with 0 layers"),
+        ({"layers": "one"}, "layers must be .* 'one'"),
+        ({"layers": -1}, "layers must be .* -1"),
+        ({"exit_layer": None}, "exit_layer must be .* None"),
+        ({"draft_vocab": 0}, "draft_vocab must be .* 0"),
+        ({"fingerprint": 5}, "fingerprint must be a text, got 5"),
+        ({"unknown": 1}, "unknown"),
+        ({"fingerprint": "f" * 64}, "belongs to tiny .*ffffffffffff"),
+        ({"exit_layer": 3}, "reads layer 3, but stage 0 ends at layer 4"),
+        ({"layers": 2}, r"head.safetensors does not hold .*layers\.1"),
+        ({"draft_vocab": 6}, "head.safetensors does not hold .*draft_ids"),
+    ],
+)
+def test_a_foreign_or_damaged_configuration_is_named(tiny, tmp_path, changes, words) -> None:
+    tiny.save(tmp_path, tiny.config())
+    change_json(tmp_path, **changes)
+    with pytest.raises(HeadError, match=words) as caught:
+        tiny.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"null", b'{"format": 1}'])
+def test_a_configuration_that_is_no_head_is_named(tiny, tmp_path, content) -> None:
+    (tmp_path / CONFIG_FILE).write_bytes(content)
+    with pytest.raises(HeadError, match=CONFIG_FILE):
+        tiny.load(tmp_path)
+
+
+def test_missing_and_truncated_files_are_named(tiny, tmp_path) -> None:
+    with pytest.raises(HeadError, match=f"no exit head at .*{CONFIG_FILE} is missing"):
+        tiny.load(tmp_path / "nowhere")
+    tiny.save(tmp_path, tiny.config())
+    weights = tmp_path / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(HeadError, match=r"cannot read .*safetensors"):
+        tiny.load(tmp_path)
+    weights.unlink()
+    with pytest.raises(HeadError, match=r"cannot read .*safetensors"):
+        tiny.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "draft_ids",
+    [
+        torch.tensor([0, 3, 4, 99, 200, 300]),
+        torch.tensor([-1, 3, 4, 99, 200, 299]),
+        torch.tensor([0, 3, 3, 99, 200, 299]),
+        torch.tensor([0.0, 3, 4, 99, 200, 299]),
+        torch.tensor([0, 3, 4, 99, 200, 299], dtype=torch.int32),
+    ],
+)
+def test_draft_ids_that_are_no_vocabulary_are_named(tiny, tmp_path, draft_ids) -> None:
+    config = tiny.config(draft_vocab=6)
+    weights = tiny.save(tmp_path, config)
+    save_head(tmp_path, config, weights | {"draft_ids": draft_ids})
+    with pytest.raises(HeadError, match="draft_ids must be int64 and ascend within"):
+        tiny.load(tmp_path)
+
+
+def test_a_tensor_of_another_shape_is_named(tiny, tmp_path) -> None:
+    weights = tiny.save(tmp_path, tiny.config())
+    save_head(tmp_path, tiny.config(), weights | {"norm.weight": torch.ones(31)})
+    with pytest.raises(HeadError, match=r"norm\.weight is \(31,\), not \(32,\)"):
+        tiny.load(tmp_path)
+
+
+# Lag and rollback
+
+steps = st.lists(
+    st.tuples(
+        st.integers(0, 3),  # how far back to write
+        st.integers(1, MAX_LAG_ROWS + 3),  # how many rows
+        st.booleans(),  # whether to draft afterwards
+    ),
+    min_size=1,
+    max_size=7,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(steps)
+def test_a_draft_depends_on_the_true_rows_only(tiny, head_dir, steps) -> None:
+    """However rows came, lagged and were taken back: a fresh head that sees them says the same."""
+    drafter = HeadDrafter(tiny.load(head_dir))
+    sampler = Sampler(SamplingParams(temperature=0.9, seed=1), 1, frozenset(), VOCAB)
+    true = hidden(0)
+    for seed, (back, rows, draft) in enumerate([*steps, (0, 1, True)]):
+        start = max(0, len(true) - back)
+        if start + rows > 60:
+            break
+        true = torch.cat([true[:start], hidden(rows, seed)])
+        drafter.observe(start, true[start:])
+        if not draft:
+            continue
+        fresh = HeadDrafter(tiny.load(head_dir))
+        fresh.observe(0, true)
+        history = torch.arange(len(true))
+        token = drafter.draft(sampler, history, Stream.DRAFT)
+        assert token == fresh.draft(sampler, history, Stream.DRAFT)
+        torch.testing.assert_close(
+            drafter.probabilities(len(true)), fresh.probabilities(len(true)), rtol=0, atol=1e-9
+        )

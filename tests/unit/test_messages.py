@@ -1,0 +1,258 @@
+"""The protocol: what is encoded comes back, and other bytes are refused with one error only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ppsd.errors import ProtocolError
+from ppsd.types import SamplingParams
+from ppsd.worker import messages
+from ppsd.worker.messages import (
+    DTYPES,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    VERSION,
+    Begin,
+    Block,
+    Control,
+    Message,
+    Status,
+    Verdict,
+    decode,
+    encode,
+    frame_bytes,
+)
+
+words = st.integers(0, 2**16 - 1)
+positions = st.integers(0, 2**31 - 1)
+epochs = st.integers(0, 2**64 - 1)
+ids = st.integers(-(2**63), 2**63 - 1)
+
+
+@st.composite
+def rows_of_numbers(draw: st.DrawFn, rows: int, min_width: int = 0) -> torch.Tensor:
+    width, dtype = draw(st.integers(min_width, 5)), draw(st.sampled_from(DTYPES))
+    size = rows * width * dtype.itemsize
+    bits = draw(st.binary(min_size=size, max_size=size))  # any bits: NaN must survive too
+    return torch.tensor(list(bits), dtype=torch.uint8).view(dtype).view(rows, width)
+
+
+def token_ids(count: int) -> st.SearchStrategy[torch.Tensor]:
+    lists = st.lists(ids, min_size=count, max_size=count)
+    return lists.map(lambda values: torch.tensor(values, dtype=torch.int64))
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> Block:
+    rows = draw(st.integers(1, 4))
+    return Block(
+        slot=draw(words),
+        epoch=draw(epochs),
+        position=draw(positions),
+        parent=draw(st.integers(-1, 2**31 - 1)),
+        judge=draw(st.integers(0, rows)),
+        tokens=draw(token_ids(rows)),
+        hidden=draw(rows_of_numbers(rows)),
+    )
+
+
+@st.composite
+def verdicts(draw: st.DrawFn) -> Verdict:
+    judged = draw(st.integers(0, 4))
+    logits = draw(st.none() | rows_of_numbers(judged, min_width=1))
+    return Verdict(
+        slot=draw(words),
+        epoch=draw(epochs),
+        source=draw(words),
+        position=draw(positions),
+        rows=draw(st.integers(judged, 9)),
+        tokens=draw(token_ids(judged)),
+        logits=logits,
+    )
+
+
+params = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, 100),
+    top_p=st.floats(0.01, 1),
+    logit_bias=st.dictionaries(st.integers(0, 99), st.floats(-100, 100), max_size=3),
+    seed=st.integers(0, 2**63 - 1),
+    stop=st.lists(st.text(min_size=1, max_size=5), max_size=3).map(tuple),
+    stop_token_ids=st.lists(st.integers(0, 99), max_size=3).map(tuple),
+    ignore_eos=st.booleans(),
+)
+begins = st.builds(
+    Begin,
+    slot=words,
+    params=params,
+    prompt_length=positions,
+    stop_ids=st.lists(positions, max_size=4).map(tuple),
+    vocab_size=positions,
+    want_logits=st.booleans(),
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+statuses = st.builds(Status, words, st.text(), st.dictionaries(st.text(), json_values, max_size=4))
+all_messages = st.one_of(blocks(), verdicts(), begins, st.builds(Control, st.text()), statuses)
+
+
+def frame(message: Message) -> torch.Tensor:
+    return torch.cat(encode(message))
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        bits = a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
+    return type(a) is type(b) and a == b
+
+
+@given(all_messages)
+@example(Verdict(0, 1, 2, 3, 4, torch.zeros(0, dtype=torch.int64)))
+def test_round_trip_of_every_message(message) -> None:
+    if isinstance(message, Verdict) and message.logits is not None and not message.tokens.numel():
+        return  # nothing judged has no logits; the judge sends None
+    back = decode(frame(message))
+    assert type(back) is type(message)
+    for f in fields(message):
+        assert same(getattr(message, f.name), getattr(back, f.name)), f.name
+
+
+def test_a_decoded_message_does_not_share_the_frames_memory() -> None:
+    hidden = torch.arange(6.0).view(2, 3)
+    bits = frame(Block(0, 1, 0, -1, 2, torch.tensor([4, 5]), hidden))
+    block = decode(bits)
+    assert isinstance(block, Block)
+    bits.zero_()
+    assert block.tokens.tolist() == [4, 5]
+    assert torch.equal(block.hidden, hidden)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frames_fit_what_the_geometry_reserves(dtype) -> None:
+    hidden = torch.zeros(500, 90, dtype=dtype)
+    block = Block(0, 1, 0, -1, 500, torch.zeros(500, dtype=torch.int64), hidden)
+    assert frame(block).numel() == frame_bytes(500, 90, dtype)
+    assert frame_bytes(1, 1, dtype) == HEADER_BYTES + messages.CONTROL_BYTES
+
+
+def refused_or_read(bits: torch.Tensor) -> Message | None:
+    """Any bytes are a message or a ProtocolError; every other exception is a bug."""
+    try:
+        return decode(bits)
+    except ProtocolError:
+        return None
+
+
+@given(all_messages, st.data())
+@settings(max_examples=150)
+def test_truncated_and_lengthened_frames_are_refused(message, data) -> None:
+    bits = frame(message)
+    cut = data.draw(st.integers(0, bits.numel() - 1))
+    for damaged in (bits[:cut], torch.cat([bits, torch.zeros(1 + cut, dtype=torch.uint8)])):
+        with pytest.raises(ProtocolError):
+            decode(damaged)
+
+
+@given(all_messages, st.lists(st.tuples(st.integers(0), st.integers(0, 7)), min_size=1, max_size=4))
+@settings(max_examples=250)
+def test_flipped_bits_never_raise_anything_else(message, flips) -> None:
+    bits = frame(message)
+    for place, bit in flips:
+        bits[place % bits.numel()] ^= 1 << bit
+    refused_or_read(bits)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(data) -> None:
+    assert refused_or_read(torch.tensor(list(data), dtype=torch.uint8)) is None
+
+
+def headed(body: bytes, **changes: int) -> torch.Tensor:
+    """A frame with a body of any content under an otherwise well-formed header."""
+    header = {
+        "magic": MAGIC, "version": VERSION, "kind": 1, "dtype": 1, "flags": 0, "slot": 0,
+        "source": 0, "epoch": 1, "position": 0, "parent": -1, "rows": 1, "judge": 1, "width": 2,
+        "bytes": len(body),
+    }  # fmt: skip
+    assert set(changes) <= set(header)
+    packed = HEADER.pack(*(header | changes).values())
+    return torch.tensor(list(packed + body), dtype=torch.uint8)
+
+
+ROW = bytes(8 + 2 * 4)
+
+
+def test_the_header_used_below_is_well_formed() -> None:
+    assert isinstance(decode(headed(ROW)), Block)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"magic": 1}, "magic 0x1"),
+        ({"version": VERSION + 1}, f"version {VERSION + 1}"),
+        ({"kind": 77}, "cannot be read|unknown kind"),
+        ({"dtype": 9}, "dtype 9"),
+        ({"rows": 2**31 - 1, "judge": 0}, "not 2147483647 rows"),
+        ({"rows": -1}, "-1 rows"),
+        ({"rows": 0, "judge": 0}, "0 rows"),
+        ({"position": -5}, "at -5"),
+        ({"judge": 2}, "2 verdicts"),
+        ({"judge": -1}, "-1 verdicts"),
+        ({"width": 2**32 - 1}, "of 4294967295"),
+        ({"bytes": 2**63}, "announces 9223372036854775808"),
+        ({"kind": 2, "judge": -1}, "-1 tokens"),
+        ({"kind": 2, "judge": 2**31 - 1}, "body of 16 bytes"),
+    ],
+)
+def test_absurd_headers_are_named(changes, words) -> None:
+    with pytest.raises(ProtocolError, match=words):
+        decode(headed(ROW, **changes))
+
+
+GOOD = {
+    "params": SamplingParams().to_json(),
+    "prompt_length": 3,
+    "stop_ids": [],
+    "vocab_size": 9,
+    "want_logits": False,
+}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        None, 7, [], "text", {}, {**GOOD, "params": 3}, {**GOOD, "params": []},
+        {**GOOD, "params": {**GOOD["params"], "logit_bias": []}},
+        {**GOOD, "params": {**GOOD["params"], "logit_bias": {"x": 1}}},
+        {**GOOD, "params": {**GOOD["params"], "temperature": -1}},
+        {**GOOD, "params": {**GOOD["params"], "unknown": 1}},
+        {**GOOD, "prompt_length": float("inf")}, {**GOOD, "prompt_length": None},
+        {**GOOD, "stop_ids": 5}, {**GOOD, "stop_ids": ["x"]}, {**GOOD, "vocab_size": "many"},
+    ],
+)  # fmt: skip
+def test_a_begin_of_another_shape_is_refused(record) -> None:
+    with pytest.raises(ProtocolError, match="cannot be read"):
+        decode(headed(json.dumps(record).encode(), kind=3))
+    assert isinstance(decode(headed(json.dumps(GOOD).encode(), kind=3)), Begin)
+
+
+@pytest.mark.parametrize("kind", [3, 4, 5])
+@pytest.mark.parametrize(
+    "body", [b"", b"\xff\xfe", b"[" * 60_000, b'{"verb":1}', b'{"kind":"ready","fields":[]}']
+)
+def test_other_json_is_refused(kind, body) -> None:
+    with pytest.raises(ProtocolError, match="cannot be read"):
+        decode(headed(body, kind=kind))
