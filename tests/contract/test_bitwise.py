@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from ppsd import LLM, SamplingParams
 from ppsd.bench.verify import Verification, verify
@@ -120,9 +121,9 @@ def test_larger_blocks_differ_by_no_more_than_rounding(open_tiny, dtype, schedul
 
 
 def check_rounding(result: Verification, dtype: str) -> None:
-    """What may turn a token is a few units of the last place of logits around 16."""
-    unit = {"float32": 2.0**-19, "bfloat16": 2.0**-3, "float16": 2.0**-6}[dtype]
-    assert max(c.max_logit_difference for c in result.comparisons) <= 32 * unit
+    """Rounding moves these logits by 16 to 42 units; a wrong row would move them by their size."""
+    unit = torch.finfo(getattr(torch, dtype)).eps
+    assert max(c.max_logit_difference for c in result.comparisons) <= 64 * unit
 
 
 @pytest.mark.weights
