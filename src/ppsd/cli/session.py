@@ -42,7 +42,8 @@ def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
         raise typer.Exit(0)
     console = log_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         tasks = [bar.add_task(f"loading stage {rank}") for rank in range(_stages(options))]
 
         def progress(rank: int, done: int, total: int) -> None:
