@@ -15,6 +15,7 @@ ACCEPTANCES = ("coupled", "rejection")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 DEFAULT_CONTEXT = 8192
 MAX_STAGES = 64
+MAX_LAYERS = 1024
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class EngineConfig:
         _one_of("acceptance", self.acceptance, ACCEPTANCES)
         _one_of("dtype", self.dtype, DTYPES)
         _integer("stages", self.stages, 1, MAX_STAGES)
+        for layer in self.split or ():
+            _integer("split", layer, 1, MAX_LAYERS)
         _integer("threads_per_stage", self.threads_per_stage, 0, 1024)
         _integer("prefill_chunk", self.prefill_chunk, 1, 8192)
         for name, value in (("timeout", self.timeout), ("init_timeout", self.init_timeout)):

@@ -62,6 +62,8 @@ class StageFailedError(PipelineError):
     def __init__(self, message: str, remote_traceback: str = "") -> None:
         super().__init__(message)
         self.remote_traceback = remote_traceback
+        if remote_traceback:
+            self.add_note(remote_traceback)  # Python prints it below an uncaught error
 
 
 class PipelineTimeoutError(PipelineError):

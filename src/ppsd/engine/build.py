@@ -17,7 +17,7 @@ import torch
 
 from ppsd.config import DEFAULT_CONTEXT, EngineConfig, available_cores
 from ppsd.engine.drafter import HeadDrafter
-from ppsd.engine.pipeline import Pipeline
+from ppsd.engine.pipeline import Pipeline, raise_if_lost
 from ppsd.errors import ConfigError, InsufficientMemoryError
 from ppsd.model.exit_head import (
     HeadConfig,
@@ -44,7 +44,7 @@ from ppsd.worker.process import (
 )
 
 RUNTIME_BYTES = 400 << 20  # what Python and PyTorch take in each process, measured at 0.3 GiB
-CLOSE_GRACE_S = 2.0
+CLOSE_GRACE_S = 1.0  # leaving takes a worker milliseconds
 
 Progress = Callable[[int, int, int], None]  # rank, tensors loaded, tensors in all
 
@@ -80,13 +80,19 @@ class Layout:
 
     def cores(self, rank: int) -> tuple[int, ...]:
         """CPUs that a stage stays on; empty when there are not enough for all."""
-        if not self.pinned or "RANK" in os.environ:  # of other hosts nothing is known
+        if not self.pinned or on_torchrun():  # of other hosts nothing is known
             return ()
         return tuple(available_cores()[rank * self.threads : (rank + 1) * self.threads])
 
 
+def on_torchrun() -> bool:
+    """Whether torchrun started this process, and so the other ranks, maybe on other hosts."""
+    return "RANK" in os.environ
+
+
 def plan_layout(config: EngineConfig, files: ModelFiles) -> tuple[Layout, TensorSource]:
     """Check the configuration against the model's files without loading weights."""
+    _check_devices(config)
     spec = describe(files)
     source = open_source(files.path)
     check_shapes(source, spec)
@@ -111,6 +117,16 @@ def plan_layout(config: EngineConfig, files: ModelFiles) -> tuple[Layout, Tensor
         pinned=threads * config.stages <= len(cores),
     )
     return layout, source
+
+
+def _check_devices(config: EngineConfig) -> None:
+    """Raise ConfigError for a device that is not here; torchrun's other ranks see for themselves."""
+    for rank in range(1 if on_torchrun() else config.stages):
+        try:
+            torch.empty(0, device=config.device(rank))
+        except (RuntimeError, AssertionError) as error:  # each backend refuses in its own way
+            allowed = "devices that PyTorch finds here, such as cpu or cuda:0"
+            raise ConfigError("devices", config.device(rank), allowed) from error
 
 
 def _head_config(config: EngineConfig, spec: ModelSpec, mark: str) -> HeadConfig | None:
@@ -138,10 +154,11 @@ def _draft_cost(spec: ModelSpec, head: HeadConfig | None) -> float:
 def _context(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_context is None:
         return min(spec.max_context, DEFAULT_CONTEXT)
-    if not 2 <= config.max_context <= spec.max_context:
-        allowed = f"in [2, {spec.max_context}], what {spec.name} was made for"
-        raise ConfigError("max_context", config.max_context, allowed)
-    return config.max_context
+    wanted = config.max_context
+    if not isinstance(wanted, int) or not 2 <= wanted <= spec.max_context:
+        allowed = f"an integer in [2, {spec.max_context}], what {spec.name} was made for"
+        raise ConfigError("max_context", wanted, allowed)
+    return wanted
 
 
 def stage_bytes(layout: Layout, rank: int) -> int:
@@ -159,8 +176,12 @@ def stage_bytes(layout: Layout, rank: int) -> int:
     return weights + cache + head + RUNTIME_BYTES
 
 
-def check_memory(layout: Layout, ranks: range) -> None:
-    """Raise InsufficientMemoryError, with the numbers, when these ranks cannot fit this host."""
+def check_memory(layout: Layout) -> None:
+    """Raise InsufficientMemoryError, with the numbers, when the stages here cannot fit this host.
+
+    Under torchrun that is stage 0 for certain; nothing is known of where the others are.
+    """
+    ranks = range(1 if on_torchrun() else layout.stages)
     needed = [stage_bytes(layout, rank) for rank in ranks]
     free = psutil.virtual_memory().available
     if sum(needed) > free:
@@ -208,7 +229,12 @@ class RunningPipeline:
         endpoint, workers = self._connect(supervisor)
         self._cleanup.callback(endpoint.close)
         plan = layout.plan(0, config.device(0))
-        stage = Stage(layout.spec, plan, self._source, lambda d, t: progress(0, d, t))
+
+        def loaded(done: int, total: int) -> None:
+            raise_if_lost(endpoint, supervisor.check)
+            progress(0, done, total)
+
+        stage = Stage(layout.spec, plan, self._source, loaded)
         pipeline = Pipeline(
             stage,
             endpoint,
@@ -294,10 +320,16 @@ class RunningPipeline:
         return SharedMemoryEndpoint(segment, geometry, 0, self.layout.pinned)
 
     def _connect_distributed(self, geometry: Geometry, supervisor: Supervisor) -> Endpoint:
-        from ppsd.transport.rendezvous import free_port, init_group_from_environment, send_text
+        from ppsd.transport.rendezvous import (
+            free_port,
+            init_group_from_environment,
+            leave_group,
+            send_text,
+        )
 
+        self._cleanup.callback(leave_group)
         ranks = range(1, geometry.size)
-        if "RANK" in os.environ:  # torchrun started the other ranks
+        if on_torchrun():
             timeout = self._config.init_timeout
             _, size = init_group_from_environment(timeout)
             if size != geometry.size:
@@ -308,7 +340,7 @@ class RunningPipeline:
         master = ("127.0.0.1", free_port())
         for rank in ranks:
             supervisor.start(self._worker_config(rank, geometry, master=master))
-        return open_endpoint(self._worker_config(0, geometry, master=master))
+        return open_endpoint(self._worker_config(0, geometry, master=master), supervisor.check)
 
     def _worker_config(
         self,
@@ -333,6 +365,7 @@ class RunningPipeline:
             cores=layout.cores(rank),
             spin=layout.pinned,
             timeout=config.timeout,
+            init_timeout=config.init_timeout,
             trace=config.trace,
             geometry=asdict(geometry),
             segment=segment,

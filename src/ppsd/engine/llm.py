@@ -92,7 +92,8 @@ class LLM:
 
     ``LLM(model, stages=2, mode="ppsd", …)`` takes the fields of EngineConfig. ``progress`` is
     called with (stage, tensors loaded, tensors in all) while weights load. Raises ConfigError,
-    ModelError, InsufficientMemoryError before anything runs, and PipelineError when a stage fails.
+    ModelError, InsufficientMemoryError before anything runs, and PipelineError when a stage fails;
+    after that the workers are gone, and every request raises the same error.
     """
 
     def __init__(
@@ -106,12 +107,14 @@ class LLM:
         self.config = EngineConfig(model=model, **settings)
         files = resolve_model(model)
         self.layout, source = plan_layout(self.config, files)
-        check_memory(self.layout, range(self.layout.stages))
+        self._drafts = drafter is not None or self.layout.head is not None
+        self._check_head(self.config)
+        check_memory(self.layout)
         self.tokenizer = Tokenizer.load(files.path)
         self.trace = TraceLog()
         self._running = RunningPipeline(self.config, self.layout, source)
-        self._pipeline = self._running.open(progress)
         self._finalizer = weakref.finalize(self, self._running.close)
+        self._pipeline = self._running.open(progress)
         if drafter is not None:
             self._pipeline.drafter = drafter
         self._rows: tuple[int, ...] = ()  # tokens whose rows every stage holds
@@ -134,6 +137,7 @@ class LLM:
 
     def close(self) -> None:
         """Stop the workers and free everything; may be called twice."""
+        self._broken = self._broken or PipelineError("this LLM is closed")
         self._finalizer()
 
     @property
@@ -151,8 +155,7 @@ class LLM:
         ):
             allowed = f"within block {largest.block} and in-flight {largest.in_flight} set at start"
             raise ConfigError("mode", mode, allowed)
-        if schedule.drafts and self._pipeline.drafter is None:
-            raise ConfigError("mode", mode, "autoregressive without an exit head")
+        self._check_head(config)
         self.config = config
         self._engine = Engine(
             self._pipeline,
@@ -161,6 +164,10 @@ class LLM:
             prefill_chunk=config.prefill_chunk,
         )
         self._rows, self._chunked = (), 0  # the head has no rows from plain decoding
+
+    def _check_head(self, config: EngineConfig) -> None:
+        if config.schedule.drafts and not self._drafts:
+            raise ConfigError("mode", config.mode, "autoregressive without an exit head")
 
     def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, reuse: bool = False
@@ -211,8 +218,10 @@ class LLM:
         """Token ids of a prompt: text as it is, ids checked, messages by the chat template."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
-        elif messages := [dict(m) for m in prompt if isinstance(m, Mapping)]:
-            ids = self.tokenizer.encode_chat(messages)
+        elif not isinstance(prompt, Sequence):
+            raise ConfigError("prompt", prompt, "a text, token ids or chat messages")
+        elif prompt and isinstance(prompt[0], Mapping):
+            ids = self.tokenizer.encode_chat([_checked_message(m) for m in prompt])
         else:
             ids = [self._checked_id(token) for token in prompt]
         limit = self.layout.max_context
@@ -339,6 +348,12 @@ class LLM:
     def write_trace(self, path: Path) -> None:
         """Write the Chrome trace of all requests so far (needs ``trace=True``)."""
         self.trace.write(path, self.layout.bounds)
+
+
+def _checked_message(message: object) -> dict[str, str]:
+    if not isinstance(message, Mapping) or not all(isinstance(v, str) for v in message.values()):
+        raise ConfigError("message", message, "a mapping such as {'role': 'user', 'content': …}")
+    return dict(message)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

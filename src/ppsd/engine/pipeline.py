@@ -15,16 +15,55 @@ from typing import Any
 import torch
 
 from ppsd.engine.drafter import Drafter
-from ppsd.errors import PipelineTimeoutError, PpsdError, ProtocolError, StageFailedError
+from ppsd.errors import (
+    InsufficientMemoryError,
+    ModelError,
+    NonFiniteError,
+    PipelineTimeoutError,
+    PpsdError,
+    ProtocolError,
+    StageFailedError,
+    StageLostError,
+    UnsupportedModelError,
+)
 from ppsd.model.stage import StageModel
 from ppsd.speculation.policy import Drafted, Feed, Judged
 from ppsd.speculation.sampling import Sampler, Stream
 from ppsd.transport.base import Endpoint
-from ppsd.worker.judge import Judge, TokenHistory
+from ppsd.worker.judge import Judge, TokenHistory, require_finite
 from ppsd.worker.messages import Begin, Block, Control, Message, Status, Verdict, decode, encode
 from ppsd.worker.recorder import Recorder
 
 CHECK_S = 0.05  # how often a wait looks after the worker processes
+ENDING_S = 0.5  # a process closes its connections so long, at most, before it counts as ended
+ANSWER_S = 1.0  # a stage that works answers a report sooner
+
+NAMED_ERRORS = {  # a worker's sentence says it all; other exceptions come with their traceback
+    kind.__name__: kind
+    for kind in (
+        InsufficientMemoryError,
+        ModelError,
+        NonFiniteError,
+        PipelineTimeoutError,
+        ProtocolError,
+        StageLostError,
+        UnsupportedModelError,
+    )
+}
+
+
+def raise_if_lost(endpoint: Endpoint, check: Callable[[], None]) -> None:
+    """Raise when a worker process has ended: what it said of that itself, else what ``check`` says.
+
+    Frames that wait at ``endpoint`` are lost then.
+    """
+    try:
+        check()
+    except StageLostError:
+        with contextlib.suppress(StageLostError):  # which may be but a consequence
+            while (received := endpoint.receive(0.0)) is not None:
+                _raise_failure(decode(received[1]))
+        raise
 
 
 class Pipeline:
@@ -96,6 +135,7 @@ class Pipeline:
         self.recorder.add(start, kind, feed.epoch, feed.position, len(feed.tokens))
         if hidden is None:
             return None
+        require_finite(hidden, 0, feed.position)
         self._open.append(hidden)
         if feed.ship:  # before drafting, so that a miss never pays for the draft
             self._ship(feed)
@@ -124,7 +164,10 @@ class Pipeline:
         start = time.monotonic_ns()
         position = feed.position + len(feed.tokens)
         history = self._history.before(position)
-        token = self.drafter.draft(self._sampler, history, self.draft_stream)
+        try:
+            token = self.drafter.draft(self._sampler, history, self.draft_stream)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} (exit head, position {position})") from error
         self.recorder.add(start, "draft", feed.epoch, position, 1)
         return Drafted(feed.epoch, position, token)
 
@@ -148,26 +191,61 @@ class Pipeline:
     def _wait_for(self, what: str) -> Message:
         deadline = time.monotonic() + self._timeout
         while (message := self._receive(CHECK_S)) is None:
-            self._check()
+            raise_if_lost(self._endpoint, self._check)
             if time.monotonic() > deadline:
-                raise PipelineTimeoutError(f"no stage sent {what} for {self._timeout:g} s")
+                silent = self._first_silent_stage()
+                raise PipelineTimeoutError(
+                    f"no stage sent {what} for {self._timeout:g} s; {silent}"
+                )
         return message
+
+    def _first_silent_stage(self) -> str:
+        """Ask all stages for a report, which each passes on before it answers."""
+        waiting = set(range(1, self.size))
+        deadline = time.monotonic() + ANSWER_S
+        with contextlib.suppress(PipelineTimeoutError):
+            self._endpoint.send(1, encode(Control("report")), CHECK_S)
+            while waiting and time.monotonic() < deadline:
+                message = self._receive(CHECK_S)
+                if isinstance(message, Status):
+                    waiting.discard(message.source)
+        return f"stage {min(waiting)} does not answer" if waiting else "all stages answer"
 
     def _receive(self, timeout: float) -> Message | None:
-        received = self._endpoint.receive(timeout)
-        if received is None:
-            return None
-        message = decode(received[1], self._endpoint.rows)
-        if isinstance(message, Status) and message.kind == "failed":
-            raise _remote_failure(message)
+        try:
+            received = self._endpoint.receive(timeout)
+            if received is None:
+                return None
+            message = decode(received[1], self._endpoint.rows)
+            _raise_failure(message)
+        except StageLostError:
+            self._await_ending()
+            raise
         return message
 
+    def _await_ending(self) -> None:
+        """A connection broke: raise what tells more about it, if a worker process ends of it."""
+        deadline = time.monotonic() + ENDING_S
+        while time.monotonic() < deadline:
+            raise_if_lost(self._endpoint, self._check)
+            time.sleep(CHECK_S / 10)
+
     def _send(self, message: Message) -> None:
-        try:
-            self._endpoint.send(1, encode(message), self._timeout)
-        except PipelineTimeoutError:
-            self._check()
-            raise
+        parts = encode(message)
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                return self._endpoint.send(1, parts, CHECK_S)
+            except StageLostError:
+                self._await_ending()
+                raise
+            except PipelineTimeoutError:
+                raise_if_lost(self._endpoint, self._check)
+                if time.monotonic() > deadline:
+                    silent = "stage 1 does not answer"
+                    raise PipelineTimeoutError(
+                        f"no room for {self._timeout:g} s; {silent}"
+                    ) from None
 
     def wait_ready(self, timeout: float, progress: Callable[[int, int, int], None]) -> list[Status]:
         """Wait until every further stage is loaded; ``progress(rank, done, total)`` meanwhile."""
@@ -176,7 +254,7 @@ class Pipeline:
         while len(ready) < self.size - 1:
             message = self._receive(CHECK_S)
             if message is None:
-                self._check()
+                raise_if_lost(self._endpoint, self._check)
                 if time.monotonic() > deadline:
                     missing = sorted(set(range(1, self.size)) - set(ready))
                     raise PipelineTimeoutError(f"stages {missing} not ready after {timeout:g} s")
@@ -213,12 +291,16 @@ def _expect_verdict(message: Message) -> Verdict:
     return message
 
 
-def _remote_failure(status: Status) -> StageFailedError:
-    fields = status.fields
-    return StageFailedError(
-        f"stage {status.source} failed: {fields['error']}: {fields['message']}",
-        fields["traceback"],
-    )
+def _raise_failure(message: Message) -> None:
+    """Raise here what a worker raised there; its pipeline errors name their stage themselves."""
+    if not isinstance(message, Status) or message.kind != "failed":
+        return
+    fields, stage = message.fields, f"stage {message.source}"
+    kind = NAMED_ERRORS.get(fields["error"])
+    if kind is None:
+        text = f"{stage} failed: {fields['error']}: {fields['message']}"
+        raise StageFailedError(text, fields["traceback"])
+    raise kind(fields["message"] if fields["pipeline"] else f"{stage}: {fields['message']}")
 
 
 def _merge_report(into: dict[str, Any], status: Status) -> set[int]:

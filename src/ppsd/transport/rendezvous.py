@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -28,15 +29,23 @@ POLL_SECONDS = 0.02
 MAX_TEXT_BYTES = 1 << 24
 
 
-def init_group(rank: int, size: int, host: str, port: int, timeout: float) -> None:
+def init_group(
+    rank: int,
+    size: int,
+    host: str,
+    port: int,
+    timeout: float,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Form the default group of ``size`` ranks that meet at rank 0's ``host:port``.
 
+    Rank 0 calls ``check`` while it waits; it raises when a rank is known not to come any more.
     Raises PipelineError when the address is in use or the ranks disagree on who they are, and
     PipelineTimeoutError naming the ranks that did not join within ``timeout`` seconds.
     """
     try:
         store = _open_store(rank, host, port, timeout)
-        _meet(store, rank, size, timeout)
+        _meet(store, rank, size, timeout, check)
         limit = timedelta(seconds=timeout)
         group_store = PrefixStore("group", store)
         dist.init_process_group(
@@ -57,6 +66,12 @@ def init_group_from_environment(timeout: float) -> tuple[int, int]:
         raise ConfigError("MASTER_ADDR", host, "rank 0's host name, as torchrun sets it")
     init_group(rank, size, host, port, timeout)
     return rank, size
+
+
+def leave_group() -> None:
+    """Undo ``init_group``, so that this process can form another group; no endpoint may be open."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _number(name: str) -> int:
@@ -90,7 +105,7 @@ def _open_store(rank: int, host: str, port: int, timeout: float) -> Store:
     return PrefixStore(f"ppsd/{attempt}", store)
 
 
-def _meet(store: Store, rank: int, size: int, timeout: float) -> None:
+def _meet(store: Store, rank: int, size: int, timeout: float, check: Callable[[], None]) -> None:
     """Return when all ranks are known to be here; raise the same error on all when they are not."""
     if rank == 0:
         store.set("size", str(size))
@@ -101,16 +116,17 @@ def _meet(store: Store, rank: int, size: int, timeout: float) -> None:
     if store.add(f"rank {rank}", 1) > 1:
         raise PipelineError(f"rank {rank} was started twice")
     if rank == 0:
-        store.set("missing", _missing_ranks(store, size, timeout))
+        store.set("missing", _missing_ranks(store, size, timeout, check))
     if missing := _get(store, "missing", timeout):
         raise PipelineTimeoutError(f"did not join within {timeout} s: rank {missing}")
 
 
-def _missing_ranks(store: Store, size: int, timeout: float) -> str:
+def _missing_ranks(store: Store, size: int, timeout: float, check: Callable[[], None]) -> str:
     deadline = time.monotonic() + timeout
     while missing := [rank for rank in range(size) if not store.check([f"rank {rank}"])]:
         if time.monotonic() > deadline:
             break
+        check()
         time.sleep(POLL_SECONDS)
     return ", ".join(map(str, missing))
 

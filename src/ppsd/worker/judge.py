@@ -13,6 +13,14 @@ from ppsd.speculation.sampling import Sampler
 from ppsd.worker.messages import Begin, Block, Verdict
 
 
+def require_finite(hidden: torch.Tensor, rank: int, position: int) -> None:
+    """Raise NonFiniteError unless all of a stage's output rows [n, C] at ``position``… are finite."""
+    finite = torch.isfinite(hidden)
+    if not finite.all():
+        row = int((~finite.all(dim=1)).nonzero()[0])
+        raise NonFiniteError(f"stage {rank} computed NaN or infinity at position {position + row}")
+
+
 class TokenHistory:
     """The tokens fed so far, addressed by position like the key/value cache."""
 

@@ -13,7 +13,7 @@ import torch
 from ppsd.errors import PipelineError, ProtocolError
 from ppsd.model.stage import StageModel
 from ppsd.transport.base import Endpoint
-from ppsd.worker.judge import Judge
+from ppsd.worker.judge import Judge, require_finite
 from ppsd.worker.messages import (
     CONTROL_BYTES,
     Begin,
@@ -86,15 +86,17 @@ class Worker:
             return
         start = time.monotonic_ns()
         hidden = self._stage.forward(block.hidden, block.position, stale)
-        answer: Message | None = None
-        if hidden is not None and self._judge is not None:
-            answer = self._judge.verdict(block, hidden)
-        elif hidden is not None:
-            answer = replace(block, hidden=hidden)
+        answer = None if hidden is None else self._answer(block, hidden)
         kind = "cancelled" if answer is None else "verify" if block.judge else "prefill"
         self._recorder.add(start, kind, block.epoch, block.position, block.tokens.numel())
         if answer is not None:
             self._send(0 if self._judge is not None else self.rank + 1, answer)
+
+    def _answer(self, block: Block, hidden: torch.Tensor) -> Message:
+        require_finite(hidden, self.rank, block.position)
+        if self._judge is not None:
+            return self._judge.verdict(block, hidden)
+        return replace(block, hidden=hidden)
 
     def _on_control(self, control: Control) -> None:
         if control.verb == "stop":

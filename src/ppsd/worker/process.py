@@ -1,9 +1,8 @@
-"""Stage workers as processes: the program a worker runs, and rank 0's hold on its children.
+"""Stage workers as processes: what a worker does, and rank 0's hold on its children.
 
-``python -m ppsd.worker.process`` reads one JSON line from standard input (WorkerConfig) and
-serves its stage. The parent keeps that pipe open: its end of file tells a worker, whatever it is
-doing, that the parent is gone. Workers start from this module and not from the caller's script,
-so no ``if __name__ == "__main__"`` guard is needed there.
+``python -m ppsd.worker`` reads one JSON line from standard input (WorkerConfig) and serves its
+stage until that pipe ends. Workers start from that program and not from the caller's script, so
+no ``if __name__ == "__main__"`` guard is needed there.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +32,7 @@ from ppsd.worker.loop import Worker, failure_status
 from ppsd.worker.messages import VERSION, Status, encode
 
 IDLE_WAIT_S = 1.0  # how long one wait for work lasts; a longer pause just waits again
+SIGNS_OF_LIFE_S = 5.0  # rank 0 gives one a second, however short the wait for a stage may be
 STDERR_TAIL = 2000  # characters of a dead worker's last words that an error quotes
 
 
@@ -43,7 +42,8 @@ class WorkerConfig:
 
     ``segment`` is the shared-memory file descriptor, ``master`` (host, port) the torch.distributed
     rendezvous; neither is set under torchrun. ``cores`` are the CPUs to stay on, empty for any.
-    ``own_gpus``: every stage has a GPU of its own, so rows travel from GPU to GPU.
+    ``own_gpus``: every stage has a GPU of its own, so rows travel from GPU to GPU. Times are those
+    of EngineConfig.
     """
 
     rank: int
@@ -59,6 +59,7 @@ class WorkerConfig:
     cores: tuple[int, ...]
     spin: bool
     timeout: float
+    init_timeout: float
     trace: bool
     geometry: dict[str, int]
     segment: int | None = None
@@ -88,8 +89,8 @@ def pin(cores: Sequence[int]) -> None:
         os.sched_setaffinity(0, cores)
 
 
-def open_endpoint(config: WorkerConfig) -> Endpoint:
-    """Join the transport the configuration names."""
+def open_endpoint(config: WorkerConfig, check: Callable[[], None] = lambda: None) -> Endpoint:
+    """Join the transport the configuration names; ``check`` is called while others are awaited."""
     geometry = Geometry(**config.geometry)
     if config.segment is not None:
         from ppsd.transport.shared_memory import SharedMemoryEndpoint
@@ -99,9 +100,10 @@ def open_endpoint(config: WorkerConfig) -> Endpoint:
     from ppsd.transport.rendezvous import init_group
 
     if config.master is not None:
-        init_group(config.rank, geometry.size, *config.master, config.timeout)
+        init_group(config.rank, geometry.size, *config.master, config.init_timeout, check)
     apart = torch.device(config.device) if config.own_gpus else None
-    return DistributedEndpoint(geometry, config.rank, config.timeout, apart)
+    patience = max(config.timeout, SIGNS_OF_LIFE_S)
+    return DistributedEndpoint(geometry, config.rank, patience, apart)
 
 
 def serve_rank(model: str | None, timeout: float) -> None:
@@ -171,25 +173,6 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
     return Worker(config.rank, stage, endpoint, judge, timeout=config.timeout, trace=config.trace)
 
 
-def _die_with_parent() -> None:
-    """Wait for the end of standard input, then leave at once, whatever else is going on."""
-    sys.stdin.buffer.read()
-    os._exit(1)
-
-
-def main() -> int:
-    """Entry point of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to handle
-    config = WorkerConfig.from_json(sys.stdin.readline())
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    try:
-        serve(config)
-    except Exception as error:
-        print(f"stage {config.rank}: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 class Supervisor:
     """The worker processes of rank 0: started together, watched, and never left behind."""
 
@@ -197,60 +180,72 @@ class Supervisor:
         self._children: dict[int, tuple[subprocess.Popen[str], IO[str]]] = {}
 
     def start(self, config: WorkerConfig) -> None:
-        """Start the worker of ``config.rank``."""
-        stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed by close)
-        child = subprocess.Popen(
-            [sys.executable, "-m", "ppsd.worker.process"],
-            stdin=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            pass_fds=() if config.segment is None else (config.segment,),
-            env=os.environ | {"OMP_NUM_THREADS": str(config.threads)},
-        )
-        self._children[config.rank] = (child, stderr)
+        """Start the worker of ``config.rank``; raises StageLostError when the system cannot."""
+        try:
+            output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (see close)
+            child = subprocess.Popen(
+                [sys.executable, "-m", "ppsd.worker"],
+                stdin=subprocess.PIPE,
+                stdout=output,  # standard output is for answers
+                stderr=output,
+                text=True,
+                pass_fds=() if config.segment is None else (config.segment,),
+                env=os.environ | {"OMP_NUM_THREADS": str(config.threads)},
+                process_group=0,  # Ctrl-C is rank 0's to handle
+            )
+        except OSError as error:
+            raise StageLostError(f"stage {config.rank} cannot be started: {error}") from error
+        self._children[config.rank] = (child, output)
         assert child.stdin is not None
-        child.stdin.write(json.dumps(asdict(config)) + "\n")
-        child.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # gone already; check() tells why
+            child.stdin.write(json.dumps(asdict(config)) + "\n")
+            child.stdin.flush()
 
     def check(self) -> None:
-        """Raise StageLostError naming the first worker that is no longer running."""
-        for rank, (child, stderr) in self._children.items():
-            if child.poll() is not None:
-                stderr.seek(0)
-                raise StageLostError(
-                    f"stage {rank} (pid {child.pid}) {_ending(child.returncode)}"
-                    f"{_quote(stderr.read()[-STDERR_TAIL:])}"
-                )
+        """Raise StageLostError naming a worker that is no longer running.
+
+        One that a signal killed is named first: others may have left because it was gone.
+        """
+        codes = {rank: child.poll() for rank, (child, _) in self._children.items()}
+        ended = {rank: code for rank, code in codes.items() if code is not None}
+        if ended:
+            rank = min(ended, key=lambda rank: (ended[rank] >= 0, rank))
+            child, output = self._children[rank]
+            output.seek(0)
+            raise StageLostError(
+                f"stage {rank} (pid {child.pid}) {_ending(ended[rank])}"
+                f"{_quote(output.read()[-STDERR_TAIL:])}"
+            )
 
     def pids(self) -> dict[int, int]:
         """Process ids by rank."""
         return {rank: child.pid for rank, (child, _) in self._children.items()}
 
     def close(self, grace: float) -> None:
-        """Let workers leave by themselves for ``grace`` seconds, then kill what is left."""
+        """End the workers' standard input, so that they leave; kill those left after ``grace`` s.
+
+        That takes milliseconds; only a worker that is stopped or swapped out needs to be killed.
+        """
+        for child, _ in self._children.values():
+            assert child.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
         deadline = time.monotonic() + grace
-        for child, stderr in self._children.values():
+        for child, output in self._children.values():
             try:
                 child.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-            assert child.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.close()
-            stderr.close()
+            output.close()
         self._children.clear()
 
 
 def _ending(code: int) -> str:
     if code < 0:
-        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
+        return f"was killed by signal {-code} ({signal.strsignal(-code)})"
     return f"exited with code {code}"
 
 
 def _quote(text: str) -> str:
     return f"; its last words:\n{text.strip()}" if text.strip() else ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

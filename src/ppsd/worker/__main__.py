@@ -1,0 +1,36 @@
+"""The program of a worker process: it dies with its parent from its first moment, then serves.
+
+The parent keeps a pipe to standard input open. Its end tells a worker, whatever it is doing, to
+leave at once. PyTorch takes seconds to import, so the watch begins before that.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+
+def _die_with_parent() -> None:
+    while os.read(0, 1):  # not sys.stdin: its lock would be held when the interpreter ends
+        pass
+    os._exit(1)
+
+
+def main() -> int:
+    """Serve the stage that the line of JSON on standard input describes."""
+    line = sys.stdin.readline()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    from ppsd.worker.process import WorkerConfig, serve
+
+    config = WorkerConfig.from_json(line)
+    try:
+        serve(config)
+    except Exception as error:
+        print(f"stage {config.rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

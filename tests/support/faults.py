@@ -1,0 +1,172 @@
+"""Faults planted in worker processes from outside, and workers that start in milliseconds.
+
+``ForkedWorker`` stands in for subprocess.Popen: a real process with its own memory, signals and
+exit code, but forked from a parent that has imported PyTorch already.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NoReturn
+
+import psutil
+import torch
+
+import ppsd.worker.__main__ as worker_program
+from ppsd.cli import app
+from ppsd.errors import ModelError
+from ppsd.model.stage import Stage
+
+PATIENCE = 5.0  # seconds: what a fault may take until nothing is left of it
+
+
+def die(result: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze(result: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return result
+
+
+def spin(result: Any) -> Any:
+    while True:
+        pass
+
+
+def slow(result: Any) -> Any:
+    time.sleep(0.05)
+    return result
+
+
+def fail(result: Any) -> Any:
+    raise ValueError("planted")
+
+
+def refuse(result: Any) -> Any:
+    raise ModelError("planted.safetensors: tensor x is missing")
+
+
+def nan(result: Any) -> Any:
+    return None if result is None else result * float("nan")
+
+
+def infinity(result: Any) -> Any:
+    return None if result is None else torch.full_like(result, float("inf"))
+
+
+def plant(first_layer: int, moment: str, act: str) -> None:
+    """Let the stage that begins at ``first_layer`` ``act`` in this process, at every ``moment``."""
+    name = "_load" if moment == "load" else "forward"
+    original = getattr(Stage, name)
+
+    def replaced(stage: Stage, *arguments: Any) -> Any:
+        result = original(stage, *arguments)
+        now = moment == "load" or (moment == "prefill") == (arguments[1] == 0)
+        hit = now and stage.plan.first == first_layer
+        return globals()[act](result) if hit else result
+
+    setattr(Stage, name, replaced)
+
+
+class Forked:
+    """What is used of a Popen, for a child that runs ``program`` with these standard files."""
+
+    def __init__(
+        self, program: Callable[[], int], *standard: int, keep: Iterable[int] = ()
+    ) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            _be_child(program, standard, keep)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            time.sleep(0.005)
+        assert self.returncode is not None
+        return self.returncode
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+class ForkedWorker(Forked):
+    """Takes a Popen's place in Supervisor; ``sabotage`` runs in the child before its program."""
+
+    sabotage: Callable[[], None] = staticmethod(lambda: None)
+
+    def __init__(self, command: list[str], *, stdout: Any, pass_fds: Any, **_: Any) -> None:
+        theirs, ours = os.pipe()
+        super().__init__(self._work, theirs, stdout.fileno(), stdout.fileno(), keep=pass_fds)
+        os.close(theirs)
+        self.stdin = os.fdopen(ours, "w")
+
+    def _work(self) -> int:
+        os.setpgid(0, 0)
+        self.sabotage()
+        return worker_program.main()
+
+
+def forked_cli(arguments: list[str], out: int, err: int) -> Forked:
+    """Run the command line in a child of its own process group."""
+
+    def program() -> int:
+        os.setpgid(0, 0)
+        sys.argv = ["ppsd", *arguments]
+        return app.main()
+
+    with open(os.devnull) as nothing:
+        return Forked(program, nothing.fileno(), out, err)
+
+
+def _be_child(program: Callable[[], int], standard: Sequence[int], keep: Iterable[int]) -> NoReturn:
+    code = 1
+    try:
+        for target, fd in enumerate(standard):
+            os.dup2(fd, target)
+        for kept, following in pairwise([2, *sorted(keep), 4096]):
+            os.closerange(kept + 1, following)
+        sys.stdin = open(0, closefd=False)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        code = program()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def gone(pids: Iterable[int]) -> bool:
+    """Whether these processes have ended, or do within PATIENCE; zombies count as ended."""
+    deadline = time.monotonic() + PATIENCE
+    while any(map(_running, pids)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,262 @@
+"""What is refused before anything runs, and in which words: field, value, and what is allowed."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ppsd import LLM, SamplingParams
+from ppsd.cli import app
+from ppsd.engine import build
+from ppsd.errors import (
+    ConfigError,
+    HeadError,
+    InsufficientMemoryError,
+    ModelError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
+from ppsd.model.stage import Stage
+from tests.support.tiny_models import save_perfect_head
+
+TinyModel = Callable[[str], Path]
+
+
+def open_llm(model: Path, **settings: object) -> LLM:
+    fixed = {"dtype": "float64", "transport": "inprocess", "threads_per_stage": 1}
+    return LLM(str(model), **fixed | settings)
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail when weights are loaded or workers started."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("it went ahead")
+
+    monkeypatch.setattr(build.RunningPipeline, "open", refuse)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"stages": 7}, "stages must be an integer in [1, 6], got 7"),
+        ({"stages": 0}, "stages must be an integer in [1, 64], got 0"),
+        ({"split": (4, 2)}, "split must be ascending layers in [1, 5], got (4, 2)"),
+        ({"split": (6,)}, "split must be ascending layers in [1, 5], got (6,)"),
+        ({"split": (2.5,)}, "split must be an integer in [1, 1024], got 2.5"),
+        ({"exit_layer": 0}, "exit_layer must be an integer in [1, 5], got 0"),
+        ({"exit_layer": 6}, "exit_layer must be an integer in [1, 5], got 6"),
+        ({"exit_layer": "4"}, "exit_layer must be an integer in [1, 5], got '4'"),
+        ({"exit_layer": 5, "stages": 3}, "exit_layer must be an integer in [1, 4], got 5"),
+        (
+            {"exit_layer": 3, "split": (2,)},
+            "exit_layer must be the end of stage 0, 2 in this split, got 3",
+        ),
+        ({"mode": "fast"}, "mode must be one of autoregressive, draft-then-verify, ppsd, got"),
+        ({"head": "none"}, "mode must be autoregressive without an exit head, got 'ppsd'"),
+        (
+            {"stages": 1, "mode": "draft-then-verify"},
+            "drafting needs an exit inside the model, got 'draft-then-verify'",
+        ),
+        ({"block": 0}, "block must be an integer in [1, 64], got 0"),
+        ({"dtype": "int8"}, "float16, got 'int8'"),
+        ({"devices": ("gpu9",)}, "devices must be devices that PyTorch finds here, such as cpu or"),
+        ({"devices": ("cpu",) * 3}, "devices must be one device or 2, one a stage, got"),
+        ({"max_context": 1}, "max_context must be an integer in [2, 512], what llama"),
+        ({"max_context": 513}, "was made for, got 513"),
+        ({"max_context": 3.5}, "was made for, got 3.5"),
+        ({"timeout": math.nan}, "timeout must be a number of seconds in (0, 1e6), got nan"),
+        ({"transport": "carrier-pigeon"}, "distributed, inprocess, got 'carrier-pigeon'"),
+    ],
+    ids=str,
+)
+def test_settings(tiny_model: TinyModel, settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_llm(tiny_model("llama"), **settings)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"temperature": -0.1}, "temperature must be a number in [0, 100], got -0.1"),
+        ({"temperature": math.nan}, "temperature must be a number in [0, 100], got nan"),
+        ({"temperature": "hot"}, "temperature must be a number in [0, 100], got 'hot'"),
+        ({"top_k": -2}, "top_k must be an integer in [0, 2147483647], got -2"),
+        ({"top_k": 2.5}, "top_k must be an integer in [0, 2147483647], got 2.5"),
+        ({"top_p": 0}, "top_p must be a number in (0, 1], got 0"),
+        ({"min_p": 1.1}, "min_p must be a number in [0, 1], got 1.1"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number in (0, 100], got 0"),
+        ({"presence_penalty": 2.1}, "presence_penalty must be a number in [-2, 2], got 2.1"),
+        ({"frequency_penalty": -3}, "frequency_penalty must be a number in [-2, 2], got -3"),
+        ({"seed": -1}, "seed must be an integer in [0, 9223372036854775807], got -1"),
+        ({"max_tokens": 0}, "max_tokens must be an integer in [1, 2147483647], got 0"),
+        ({"max_tokens": 5, "min_tokens": 6}, "min_tokens must be an integer in [0, 5], got 6"),
+        ({"n": 0}, "n must be an integer in [1, 1024], got 0"),
+        ({"stop": ("",)}, "stop must be non-empty strings of at most 1024 chars, got ''"),
+        ({"stop": ("x",) * 17}, "stop must be at most 16 strings, got '17 strings'"),
+        (
+            {"logit_bias": {3: math.inf}},
+            "logit_bias must be finite numbers in [-100, 100], got inf",
+        ),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids must be an integer in [0, 2147483647], got -1"),
+    ],
+    ids=str,
+)
+def test_sampling_values(values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SamplingParams(**values)  # type: ignore[arg-type]
+    assert str(caught.value) == sentence
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model: TinyModel) -> Iterator[LLM]:
+    with open_llm(tiny_model("llama"), max_context=64) as llm:
+        yield llm
+
+
+PROMPTS = [
+    ("", "prompt must be of 1 to 63 tokens (the context holds 64), got '0 tokens'"),
+    ([], "prompt must be of 1 to 63 tokens (the context holds 64), got '0 tokens'"),
+    ([5] * 64, "prompt must be of 1 to 63 tokens (the context holds 64), got '64 tokens'"),
+    ("x" * 500, "(the context holds 64), got '500 tokens'"),
+    ([-1], "prompt token id must be an integer in [0, 295], got -1"),
+    ([299], "prompt token id must be an integer in [0, 295], got 299"),
+    ([2**63], "prompt token id must be an integer in [0, 295], got 9223372036854775808"),
+    ([True], "prompt token id must be an integer in [0, 295], got True"),
+    ([[]], "prompt token id must be an integer in [0, 295], got []"),
+    (5, "prompt must be a text, token ids or chat messages, got 5"),
+    ("\udcff", "prompt must be valid Unicode, without lone surrogates, got '\\udcff'"),
+    ([{"role": "user", "content": None}], "message must be a mapping such as {'role': 'user'"),
+    ([{"role": "user", "content": "hi"}, 5], "message must be a mapping such as {'role': 'user'"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "sentence"), PROMPTS, ids=range(len(PROMPTS)))
+def test_prompts(llm: LLM, prompt: object, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        llm.generate(prompt)  # type: ignore[arg-type]
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"n": 2}, "n must be 1 at temperature 0, where all samples are equal, got 2"),
+        ({"logit_bias": {296: 1.0}}, "logit_bias token id must be in [0, 295], the model's vocab"),
+        ({"stop_token_ids": (296,)}, "stop token id must be in [0, 295], the model's vocabulary"),
+    ],
+    ids=str,
+)
+def test_a_refused_request_harms_nobody(llm: LLM, values: dict[str, object], sentence: str) -> None:
+    before = llm.generate([5, 6], SamplingParams(max_tokens=4))[0].token_ids
+    with pytest.raises(ConfigError) as caught:
+        llm.generate([5, 6], SamplingParams(**values))  # type: ignore[arg-type]
+    assert sentence in str(caught.value)
+    assert llm.generate([5, 6], SamplingParams(max_tokens=4))[0].token_ids == before
+
+
+def test_the_context_may_be_filled_to_the_last_position(llm: LLM) -> None:
+    (completion,) = llm.generate([5] * 63, SamplingParams(max_tokens=9, ignore_eos=True))
+    assert (len(completion.token_ids), completion.finish_reason) == (1, "length")
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_models_that_are_missing_damaged_or_foreign(tiny_model: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model '/no/such' does not exist; allowed are a directo"):
+        open_llm(Path("/no/such"))
+    copy = Path(shutil.copytree(tiny_model("llama"), tmp_path / "copy"))
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ModelError, match=f"{weights}: not a readable safetensors file"):
+        open_llm(copy)
+    weights.unlink()
+    with pytest.raises(ModelError, match=f"{copy}: has neither model.safetensors nor"):
+        open_llm(copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    with pytest.raises(UnsupportedModelError, match="architecture 'mamba' is not supported; supp"):
+        open_llm(copy)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_heads_of_another_model_or_exit(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    head = str(save_perfect_head(tmp_path / "head", model, 3))
+    with pytest.raises(HeadError, match="reads layer 3, but stage 0 ends at layer 2; choose"):
+        open_llm(model, split=(2,), head=head)
+    with pytest.raises(HeadError, match=r"belongs to .* \(\w{12}\), not to .* \(\w{12}\)"):
+        open_llm(tiny_model("qwen2"), head=head)
+    with pytest.raises(HeadError, match=r"no exit head at /no/such: head.json is missing"):
+        open_llm(model, head="/no/such")
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_memory_is_estimated_before_loading(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(available=800 << 20)
+    monkeypatch.setattr(build.psutil, "virtual_memory", lambda: free)
+    numbers = r"about 0\.78 GiB here \(stage 0 0\.39, stage 1 0\.39\), but 0\.78 GiB are free"
+    with pytest.raises(InsufficientMemoryError, match=numbers):
+        open_llm(tiny_model("llama"))
+    monkeypatch.setenv("RANK", "0")  # the other stages are, for all we know, on other hosts
+    with pytest.raises(AssertionError, match="it went ahead"):
+        open_llm(tiny_model("llama"))
+
+
+@pytest.mark.parametrize(("stage", "first"), [(0, 0), (1, 2), (2, 4)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_not_a_number_is_never_sampled(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, stage: int, first: int, value: float
+) -> None:
+    original = Stage.forward
+
+    def spoilt(self: Stage, inputs: torch.Tensor, position: int, *rest: object) -> object:
+        hidden = original(self, inputs, position, *rest)  # type: ignore[arg-type]
+        if hidden is not None and self.plan.first == first and position + len(inputs) > 9:
+            hidden[9 - position] = value
+        return hidden
+
+    monkeypatch.setattr(Stage, "forward", spoilt)
+    with open_llm(tiny_model("llama"), split=(2, 4)) as llm:
+        with pytest.raises(NonFiniteError, match=f"stage {stage} computed NaN .* position 9$"):
+            llm.generate(list(range(3, 15)))
+        with pytest.raises(NonFiniteError, match=f"stage {stage} computed"):
+            llm.generate([5])
+
+
+def test_a_head_of_nonsense_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    head = save_perfect_head(tmp_path / "head", model, 2, sign=math.nan)
+    with open_llm(model, head=str(head)) as llm, pytest.raises(NonFiniteError, match="exit head"):
+        llm.generate([5, 6])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["generate", ""], "prompt must be a non-empty text, or '-' with text on standard input"),
+        (["generate", "hi", "-m", "/no/such"], "model '/no/such' does not exist; allowed are"),
+        (["generate", "hi", "--top-p", "2"], "top_p must be a number in (0, 1], got 2.0"),
+        (["generate", "hi", "--split", "a"], "split must be integers separated by commas, got"),
+    ],
+    ids=lambda value: value[-1],
+)
+def test_the_command_line_says_it_in_one_line(
+    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ppsd", *arguments])
+    assert app.main() == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"ppsd: {sentence}")
+    assert err.count("\n") == 1
