@@ -29,7 +29,7 @@ samplings = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(
     data=st.data(),
     stages=st.integers(2, 5),

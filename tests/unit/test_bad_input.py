@@ -245,7 +245,7 @@ def test_a_head_of_nonsense_is_named(tiny_model: TinyModel, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["generate", ""], "prompt must be a non-empty text, or '-' with text on standard input"),
+        (["generate", ""], "prompt must be a non-empty text, got ''"),
         (["generate", "hi", "-m", "/no/such"], "model '/no/such' does not exist; allowed are"),
         (["generate", "hi", "--top-p", "2"], "top_p must be a number in (0, 1], got 2.0"),
         (["generate", "hi", "--split", "a"], "split must be integers separated by commas, got"),
