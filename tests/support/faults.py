@@ -142,8 +142,8 @@ def _be_child(program: Callable[[], int], standard: Sequence[int], keep: Iterabl
             os.dup2(fd, target)
         for kept, following in pairwise([2, *sorted(keep), 4096]):
             os.closerange(kept + 1, following)
-        sys.stdin = open(0, closefd=False)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        streams = (open(fd, mode, closefd=False) for fd, mode in enumerate("rww"))  # noqa: SIM115
+        sys.stdin, sys.stdout, sys.stderr = streams
         code = program()
     except SystemExit as end:
         code = int(end.code or 0)

@@ -120,7 +120,7 @@ def plan_layout(config: EngineConfig, files: ModelFiles) -> tuple[Layout, Tensor
 
 
 def _check_devices(config: EngineConfig) -> None:
-    """Raise ConfigError for a device that is not here; torchrun's other ranks see for themselves."""
+    """Raise ConfigError for a device that is not here; torchrun's ranks look for themselves."""
     for rank in range(1 if on_torchrun() else config.stages):
         try:
             torch.empty(0, device=config.device(rank))

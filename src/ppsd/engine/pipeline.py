@@ -35,7 +35,7 @@ from ppsd.worker.messages import Begin, Block, Control, Message, Status, Verdict
 from ppsd.worker.recorder import Recorder
 
 CHECK_S = 0.05  # how often a wait looks after the worker processes
-ENDING_S = 0.5  # a process closes its connections so long, at most, before it counts as ended
+ENDING_S = 0.5  # from a process closing its connections until it counts as ended, at most
 ANSWER_S = 1.0  # a stage that works answers a report sooner
 
 NAMED_ERRORS = {  # a worker's sentence says it all; other exceptions come with their traceback
@@ -224,7 +224,7 @@ class Pipeline:
         return message
 
     def _await_ending(self) -> None:
-        """A connection broke: raise what tells more about it, if a worker process ends of it."""
+        """After a connection broke: raise the better error if a worker process turns out to end."""
         deadline = time.monotonic() + ENDING_S
         while time.monotonic() < deadline:
             raise_if_lost(self._endpoint, self._check)

@@ -14,7 +14,7 @@ from ppsd.worker.messages import Begin, Block, Verdict
 
 
 def require_finite(hidden: torch.Tensor, rank: int, position: int) -> None:
-    """Raise NonFiniteError unless all of a stage's output rows [n, C] at ``position``… are finite."""
+    """Raise NonFiniteError unless a stage's output rows [n, C] at ``position``… are finite."""
     finite = torch.isfinite(hidden)
     if not finite.all():
         row = int((~finite.all(dim=1)).nonzero()[0])
