@@ -177,7 +177,7 @@ def even_split(layers: int, stages: int, exit_layer: int | None = None) -> tuple
         return (layers,)
     first = layers // stages if exit_layer is None else exit_layer
     rest, others = layers - first, stages - 1
-    if not 1 <= first or rest < others:
+    if first < 1 or rest < others:
         raise ConfigError("exit_layer", first, f"in [1, {layers - others}] for {stages} stages")
     return (first, *(rest // others + (k >= others - rest % others) for k in range(others)))
 
@@ -190,7 +190,9 @@ def paper_split(layers: int, exit_layer: int) -> tuple[int, ...]:
     return (exit_layer,) * full + ((left,) if left else ())
 
 
-def uniform(split: Sequence[int], layer: float, link: Link | None = None, **costs: Any) -> CostModel:
+def uniform(
+    split: Sequence[int], layer: float, link: Link | None = None, **costs: Any
+) -> CostModel:
     """Build a pipeline of equal layers on equal links; ``costs`` are CostModel's other fields."""
     links = (link or Link(),) * len(split) if len(split) > 1 else ()
     return CostModel(tuple(StageCost(n, layer) for n in split), links, **costs)

@@ -1,4 +1,4 @@
-"""Model shapes and hardware as data, and the cost model they predict. Predictions, not measurements.
+"""Model shapes and hardware as data, and the cost they predict: nothing here is measured.
 
 A decoded token reads every weight once, so a layer's time is its bytes over memory bandwidth: the
 lower bound that batch-1 decoding approaches. Caches, kernel launches and activations are left out.

@@ -247,9 +247,7 @@ class Simulator:
             self._now += times.lm_head
             self._record(start, "verify", feed, feed.judge)
         tokens = (RIGHT,) * feed.judge
-        verdict = Judged(
-            feed.epoch, feed.block, end - feed.judge + 1, tokens, self._cost.size - 1
-        )
+        verdict = Judged(feed.epoch, feed.block, end - feed.judge + 1, tokens, self._cost.size - 1)
         self._sent.append(Sent(self._now + times.first_hop, verdict, rows, times))
         if len(self._sent) == 1:
             self._arrival = self._serve(self._sent[0])

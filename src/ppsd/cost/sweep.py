@@ -32,7 +32,8 @@ class Scenario:
     """What is simulated: a way to build the cost of any split, and the request.
 
     ``alphas`` holds (exit layer, α) points between which α is interpolated; one point is a
-    constant. ``block`` and ``in_flight`` override the modes' own; ``jitter`` as in Simulator.
+    constant; ``recorded`` acceptances take their place. ``block`` and ``in_flight`` override the
+    modes' own; ``jitter`` as in Simulator.
     """
 
     build: BuildCost
@@ -46,6 +47,7 @@ class Scenario:
     in_flight: int | None = None
     jitter: float = 0.0
     prompt_tokens: int = 1
+    recorded: tuple[float, ...] | None = None
 
     def cost(self) -> CostModel:
         """Return the cost of this scenario's split."""
@@ -53,6 +55,8 @@ class Scenario:
 
     def alpha(self, exit_layer: int) -> float:
         """α of an exit head after ``exit_layer``, constant beyond the outermost points."""
+        if self.recorded is not None:
+            return float(np.mean(self.recorded))
         exits, rates = zip(*sorted(self.alphas), strict=True)
         return float(np.interp(exit_layer, exits, rates))
 
@@ -66,7 +70,8 @@ class Scenario:
 
     def run(self, mode: str, cost: CostModel, *, trace: bool = False) -> Simulated:
         """Simulate one mode; the same positions are accepted in all of them."""
-        hits = acceptance(self.alpha(cost.exit_layer), self.tokens, self.seed)
+        rates = self.recorded or self.alpha(cost.exit_layer)
+        hits = acceptance(rates, self.tokens, self.seed)
         return simulate(
             cost,
             self.schedule(mode),
@@ -101,10 +106,10 @@ def _row(
         "alpha": round(alpha, 6),
         "hop_ms": round(cost.links[0].latency * 1e3, 6) if cost.links else 0.0,
         "ms_per_token": round(run.token_time * 1e3, 6),
-        "tokens_per_second": round(1 / run.token_time, 4),
-        "speedup": round(plain / run.token_time, 4),
-        "model_speedup": round(float(cost.speedup(alpha, schedule)), 4),
-        "paper_speedup": round(paper, 4) if mode == "ppsd" else None,
+        "tokens_per_second": round(1 / run.token_time, 2),
+        "speedup": round(plain / run.token_time, 3),
+        "model_speedup": round(float(cost.speedup(alpha, schedule)), 3),
+        "paper_speedup": round(paper, 3) if mode == "ppsd" else None,
         "busy_share": " ".join(f"{busy / run.seconds:.3f}" for busy in run.busy),
     }
 
@@ -133,7 +138,8 @@ def _hops(scenario: Scenario) -> list[tuple[Scenario, CostModel]]:
     cost = scenario.cost()
 
     def with_hop(seconds: float) -> CostModel:
-        return replace(cost, links=tuple(replace(link, latency=seconds) for link in cost.links))
+        links = tuple(replace(link, latency=seconds) for link in cost.links)
+        return replace(cost, links=links, cancel=seconds)  # a cancel is a message too
 
     return [(scenario, with_hop(seconds)) for seconds in HOPS]
 
