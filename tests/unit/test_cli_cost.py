@@ -92,7 +92,7 @@ def test_gantt_charts_are_traces_of_the_same_tokens(tmp_path: Path) -> None:
         (["--model", "vicuna-7b"], "together with --hardware"),
         (["--model", "nope", "--hardware", "wan"], "model must be a config.json, or one of"),
         (["--model", "vicuna-7b", "--hardware", "abacus"], "hardware must be one of h100-nvlink"),
-        (["--layer-ms", "-1"], "layer must be a finite number"),
+        (["--layer-ms", "0"], "layer must be finite and at least"),
         (["--plot", "x.png"], "together with --sweep"),
     ],
 )

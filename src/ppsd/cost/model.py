@@ -17,6 +17,8 @@ from ppsd.cost.theory import Array, token_time
 from ppsd.errors import ConfigError
 from ppsd.speculation.policy import Schedule
 
+MIN_LAYER = 1e-7  # seconds; the simulator counts nanoseconds and may shorten a layer by jitter
+
 
 @dataclass(frozen=True)
 class StageCost:
@@ -28,7 +30,8 @@ class StageCost:
     def __post_init__(self) -> None:
         if self.layers < 1:
             raise ConfigError("layers", self.layers, "at least 1 in every stage")
-        _check_times(layer=self.layer)
+        if not MIN_LAYER <= self.layer < math.inf:
+            raise ConfigError("layer", self.layer, f"finite and at least {MIN_LAYER:g} seconds")
 
 
 @dataclass(frozen=True)

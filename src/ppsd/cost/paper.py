@@ -8,7 +8,6 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 
 import ppsd
 from ppsd.cost import theory
-from ppsd.cost.model import CostModel, even_split, paper_split, uniform
+from ppsd.cost.model import CostModel, Link, even_split, paper_split, uniform
 from ppsd.cost.plot import plot_gantt, plot_lines, require_matplotlib
 from ppsd.cost.presets import HARDWARE, find_hardware, find_shape, predict
 from ppsd.cost.simulator import acceptance, simulate
@@ -150,7 +149,8 @@ def _draft_then_verify(report: Report) -> None:
         "(1 − α^m)/(1 − α) tokens (m − 1 drafts and the target's own). Below the break-even α it "
         "is slower than plain decoding. *bare*: layers only. *with head*: an exit head worth one "
         "layer, and each further row of a block costing 5 % of the first. A dash: always slower. "
-        "PPSD's break-even is α = 0 in the same model."
+        "By Eq. 7 PPSD breaks even at α = 0 where E divides N. At E = 24 Eq. 7 itself is below 1 "
+        "for α < 2/3, because it rounds N/E up; stages that do not wait for a common tick are not."
     )
     cases = [(e, m) for e in EXITS for m in BLOCKS]
     report.table("break_even", [_break_even_row(e, m) for e, m in cases])
@@ -210,6 +210,16 @@ def _exits(report: Report) -> None:
         "falls with E; how fast decides the rest, and only a trained head can tell."
     )
     report.table("exit", [_exit_row(alpha) for alpha in ALPHAS])
+    exits = list(range(1, N // 2 + 1))
+    lines = {f"α = {alpha}": (exits, _speeds_by_exit(exits, alpha)) for alpha in ALPHAS}
+    labels = ("exit layer E, four workers", "speedup over plain decoding")
+    draw = partial(plot_lines, lines, labels, f"Predicted: {MODEL} on {MACHINE}")
+    report.plot("exit", "speedup against exit layer", draw)
+
+
+def _speeds_by_exit(exits: Sequence[int], alpha: float) -> list[float]:
+    build = partial(predict, find_shape(MODEL), find_hardware(MACHINE))
+    return [float(build(even_split(N, 4, e)).speedup(alpha, Schedule(1, 4))) for e in exits]
 
 
 def _exit_row(alpha: float) -> Row:
@@ -270,15 +280,13 @@ def _gantt(report: Report) -> None:
         f"{GANTT_TOKENS} tokens, four stages of 8 layers of 1 ms, a head of 1 ms, hops of 0.2 ms; "
         f"the same drafts are right in all three (α = {GANTT_ALPHA}, seed {GANTT_SEED})."
     )
-    build = partial(_gantt_cost)
-    scenario = Scenario(build, N, 4, 8, ((0, GANTT_ALPHA),), GANTT_TOKENS, GANTT_SEED)
+    scenario = Scenario(_gantt_cost, N, 4, 8, ((0, GANTT_ALPHA),), GANTT_TOKENS, GANTT_SEED)
     runs = {mode: scenario.run(mode, scenario.cost(), trace=True) for mode in MODES}
     report.plot("gantt", "Gantt charts", partial(plot_gantt, runs))
 
 
 def _gantt_cost(split: Sequence[int]) -> CostModel:
-    cost = uniform(split, 1e-3, head=1e-3)
-    return replace(cost, links=tuple(replace(link, latency=2e-4) for link in cost.links))
+    return uniform(split, 1e-3, Link(2e-4), head=1e-3, cancel=2e-4)
 
 
 def _provenance(tokens: int, seed: int) -> str:

@@ -264,11 +264,11 @@ class Simulator:
 
         From ``until`` on stages know that it is stale: none starts it, and one stops early.
         """
-        free, busy = self._free, self._busy
+        free, busy, noise, slices = self._free, self._busy, self._noise, self._slices
         arrival = sent.at
         for k, (service, hop) in enumerate(sent.times.later):
-            if self._noise is not None:
-                service = round(service * next(self._noise))
+            if noise is not None:
+                service = round(service * next(noise))
             start = arrival if arrival > free[k] else free[k]
             end = start + service
             if end > until:
@@ -277,7 +277,7 @@ class Simulator:
                 end = self._stop(sent, k, start, service, until)
             free[k] = end
             busy[k + 1] += end - start
-            if self._slices is not None:
+            if slices is not None:
                 self._draw(sent, k + 1, start, end, end < start + service)
             arrival = end + hop
         return arrival
