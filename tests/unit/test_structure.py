@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transport": set(),
     "worker": {"transport", "model", "speculation"},
     "engine": {"config", "worker", "transport", "model", "speculation"},
-    "cost": {"speculation", "__init__"},
+    "cost": {"speculation"},
     "bench": {"config", "engine", "model", "speculation"},
     "cli": {"config", "engine", "bench", "worker", "cost", "speculation"},
     "__main__": {"cli"},
