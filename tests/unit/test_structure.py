@@ -21,8 +21,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transport": set(),
     "worker": {"transport", "model", "speculation"},
     "engine": {"config", "worker", "transport", "model", "speculation"},
+    "cost": {"speculation"},
     "bench": {"config", "engine", "model", "speculation"},
-    "cli": {"config", "engine", "bench", "worker"},
+    "cli": {"config", "engine", "bench", "worker", "cost", "speculation"},
     "__main__": {"cli"},
     "__init__": {"engine"},
 }
@@ -94,6 +95,6 @@ def test_no_pickle_anywhere() -> None:
 
 def test_the_policy_and_the_command_line_do_not_import_torch() -> None:
     """The simulator runs the policy alone, and --help has to be instant."""
-    for module in ("ppsd.speculation.policy", "ppsd.cli.app", "ppsd.config"):
+    for module in ("ppsd.speculation.policy", "ppsd.cli.app", "ppsd.config", "ppsd.cost.paper"):
         code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, module

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ppsd.errors import ConfigError, ProtocolError
 from ppsd.speculation.accept import accept
@@ -62,8 +63,7 @@ def schedule_for(
     )
 
 
-@dataclass(frozen=True)
-class Feed:
+class Feed(NamedTuple):
     """Run ``tokens`` at ``position``… through stage 0 as rows of the block begun at ``block``.
 
     ``ship``: the block is complete, send it on. ``judge``: how many of the block's last rows the
@@ -79,16 +79,14 @@ class Feed:
     draft: bool
 
 
-@dataclass(frozen=True)
-class Emit:
+class Emit(NamedTuple):
     """Commit ``tokens``: the first ``accepted`` were drafts, the others are the target's own."""
 
     tokens: tuple[int, ...]
     accepted: int
 
 
-@dataclass(frozen=True)
-class Finish:
+class Finish(NamedTuple):
     """The request is over; ``reason`` is ``stop``, ``length`` or ``abort``."""
 
     reason: str
@@ -97,8 +95,7 @@ class Finish:
 Command = Feed | Emit | Finish
 
 
-@dataclass(frozen=True)
-class Drafted:
+class Drafted(NamedTuple):
     """A head's guess for ``position``; ``stage`` names the stage whose boundary it sits on."""
 
     epoch: int
@@ -107,8 +104,7 @@ class Drafted:
     stage: int = 0
 
 
-@dataclass(frozen=True)
-class Judged:
+class Judged(NamedTuple):
     """The target's tokens for the positions after the judged rows of the block at ``block``.
 
     ``tokens[i]`` is for position ``first + i``; ``stage`` names the stage that speaks.
@@ -188,12 +184,10 @@ class Policy:
 
     def on(self, event: Event) -> list[Command]:
         """Take one answer of the pipeline; return what to do next."""
+        stale = self.finished or event.epoch != self.epoch
         if isinstance(event, Drafted):
-            self.counts.drafted += 1
-        if self.finished or event.epoch != self.epoch:
-            self.counts.discarded += isinstance(event, Drafted)
-            return []
-        return self._on_draft(event) if isinstance(event, Drafted) else self._on_verdict(event)
+            return self._on_draft(event, stale)
+        return [] if stale else self._on_verdict(event)
 
     def stop(self, reason: str) -> list[Command]:
         """End the request now, for a reason the policy cannot see (stop string, client gone)."""
@@ -204,8 +198,9 @@ class Policy:
         waiting = self._committed <= position < len(self._tokens)
         return self._tokens[position] if waiting else None
 
-    def _on_draft(self, event: Drafted) -> list[Command]:
-        if event.position != len(self._tokens):  # the verdict was faster than the head
+    def _on_draft(self, event: Drafted, stale: bool) -> list[Command]:
+        self.counts.drafted += 1
+        if stale or event.position != len(self._tokens):  # the verdict was faster than the head
             self.counts.discarded += 1
             return []
         self._tokens.append(event.token)

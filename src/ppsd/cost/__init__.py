@@ -1,0 +1,1 @@
+"""What decoding costs: theory, cost model, simulator, reports. Plain floats, no torch."""
