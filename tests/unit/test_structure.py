@@ -22,7 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "worker": {"transport", "model", "speculation"},
     "engine": {"config", "worker", "transport", "model", "speculation"},
     "bench": {"config", "engine", "model", "speculation"},
-    "cli": {"config", "engine", "bench", "worker"},
+    "train": {"model"},
+    "cli": {"config", "engine", "bench", "worker", "model", "train"},
     "__main__": {"cli"},
     "__init__": {"engine"},
 }

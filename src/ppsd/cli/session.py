@@ -20,6 +20,10 @@ UNTRAINED_NOTICE = (
     "The exit head is untrained (the model's own final norm and LM head): its drafts will rarely "
     "be accepted, so expect no speedup. Output is exact all the same."
 )
+NO_HEAD_NOTICE = (
+    "No trained exit head fits {model}{exit}, so decoding is plain, without speculation. To train "
+    "one: ppsd distill{option} --exit-layer {layer} --data FILE --self-generate --out {place}"
+)
 
 
 def log_console() -> Console:
@@ -52,6 +56,8 @@ def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
     with llm:
         if llm.layout.head is not None and not llm.layout.head.trained:
             console.print(UNTRAINED_NOTICE, style="yellow", highlight=False)
+        if options.head == "auto" and options.stages > 1 and llm.layout.head is None:
+            console.print(_no_head_notice(options, llm), style="yellow", highlight=False)
         if llm.layout.spec.context_note:
             console.print(llm.layout.spec.context_note, style="yellow", highlight=False)
         yield llm
@@ -59,3 +65,17 @@ def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
 
 def _stages(options: PipelineOptions) -> int:
     return options.stages if options.split is None else options.split.count(",") + 2
+
+
+def _no_head_notice(options: PipelineOptions, llm: LLM) -> str:
+    from ppsd.model.head_library import local_root
+
+    name = llm.layout.spec.name
+    wanted = llm.layout.bounds[1]
+    return NO_HEAD_NOTICE.format(
+        model=name,
+        exit="" if options.exit_layer is None else f" at exit layer {wanted}",
+        option="" if options.model is None else f" --model {options.model}",
+        layer=wanted,
+        place=local_root() / name,
+    )

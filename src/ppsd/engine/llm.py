@@ -69,7 +69,7 @@ class LLM:
     ) -> None:
         self.config = EngineConfig(model=model, **settings)
         files = resolve_model(model)
-        self.layout, source = plan_layout(self.config, files)
+        self.config, self.layout, source = plan_layout(self.config, files)
         check_memory(self.layout, range(self.layout.stages))
         self.tokenizer = Tokenizer.load(files.path)
         self.trace = TraceLog()
