@@ -24,9 +24,10 @@ class EngineConfig:
 
     ``split`` gives the layers at which later stages begin (``(8, 16)`` is three stages);
     otherwise ``stages`` stages are balanced by weight, the first ending at ``exit_layer`` when
-    that is given. ``head`` is a head directory, ``untrained`` or ``none``. ``devices`` names
-    one device for all stages or one each. ``threads_per_stage`` 0 shares the cores evenly.
-    Times are seconds. Raises ConfigError for values that no model could make right.
+    that is given. ``head`` is a head directory, ``auto`` (the best one found), ``untrained`` or
+    ``none``. ``devices`` names one device for all stages or one each. ``threads_per_stage`` 0
+    shares the cores evenly. Times are seconds. Raises ConfigError for values that no model could
+    make right.
     """
 
     model: str | None = None

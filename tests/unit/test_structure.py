@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"config", "worker", "transport", "model", "speculation"},
     "cost": {"speculation"},
     "bench": {"config", "engine", "model", "speculation"},
-    "cli": {"config", "engine", "bench", "worker", "cost", "speculation"},
+    "train": {"model"},
+    "cli": {"config", "engine", "bench", "worker", "cost", "speculation", "model", "train"},
     "__main__": {"cli"},
     "__init__": {"engine"},
 }

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from ppsd.cli import chat, generate, paper, simulate, verify
+from ppsd.cli import chat, distill, generate, heads, paper, simulate, verify
 from ppsd.cli.options import grouped
 from ppsd.errors import PpsdError, StageFailedError
 
@@ -21,6 +21,8 @@ app = typer.Typer(
 app.command("generate")(grouped(generate.generate))
 app.command("chat")(grouped(chat.chat))
 app.command("verify")(grouped(verify.verify))
+app.command("distill")(grouped(distill.distill))
+app.add_typer(heads.app, name="heads")
 app.command("simulate")(grouped(simulate.simulate))
 app.command("paper")(grouped(paper.paper))
 

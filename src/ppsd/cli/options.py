@@ -25,12 +25,13 @@ PIPELINE = "Pipeline"
 SAMPLING = "Sampling"
 
 
-def _flag(help_text: str, *names: str, panel: str, metavar: str | None = None) -> Any:
+def flag(help_text: str, *names: str, panel: str, metavar: str | None = None) -> Any:
+    """A command-line option shown in the given panel of --help."""
     return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar)
 
 
-_pipeline = functools.partial(_flag, panel=PIPELINE)
-_sampling = functools.partial(_flag, panel=SAMPLING)
+_pipeline = functools.partial(flag, panel=PIPELINE)
+_sampling = functools.partial(flag, panel=SAMPLING)
 
 
 @dataclass
@@ -50,8 +51,10 @@ class PipelineOptions:
         int | None, _pipeline("Layer the exit head reads; the end of stage 0.")
     ] = None
     head: Annotated[
-        str, _pipeline("Exit head: a directory, 'untrained', or 'none'.", metavar="HEAD")
-    ] = "untrained"
+        str,
+        _pipeline("Exit head: a directory, 'auto' (the best found), 'untrained' or 'none'.",
+                  metavar="HEAD"),
+    ] = "untrained"  # fmt: skip
     mode: Annotated[
         str,
         _pipeline("autoregressive, draft-then-verify or ppsd.", metavar="MODE"),
@@ -88,7 +91,7 @@ class PipelineOptions:
     def settings(self) -> dict[str, Any]:
         """Keyword arguments for ``LLM``."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        split = None if self.split is None else _integers("split", self.split)
+        split = None if self.split is None else integers("split", self.split)
         return fields | {"split": split, "devices": tuple(self.devices.split(","))}
 
 
@@ -124,7 +127,7 @@ class SamplingOptions:
         from ppsd.types import SamplingParams
 
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        stop_ids = _integers("stop_token_ids", self.stop_token_ids or "")
+        stop_ids = integers("stop_token_ids", self.stop_token_ids or "")
         changed = {"stop": tuple(self.stop or ()), "stop_token_ids": stop_ids, "n": samples}
         bias = _bias(self.logit_bias or "")
         params = SamplingParams(**fields | changed | {"logit_bias": bias})
@@ -133,7 +136,8 @@ class SamplingOptions:
         return params
 
 
-def _integers(name: str, text: str) -> tuple[int, ...]:
+def integers(name: str, text: str) -> tuple[int, ...]:
+    """Read ``4,8,15``; raises ConfigError naming the option."""
     try:
         return tuple(int(part) for part in text.split(",") if part)
     except ValueError:
@@ -181,6 +185,12 @@ def _expand(parameter: inspect.Parameter, group: Any) -> Sequence[inspect.Parame
         return [parameter.replace(kind=keyword)]
     hints = get_type_hints(group, include_extras=True)
     return [
-        inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name])
+        inspect.Parameter(f.name, keyword, default=_default(f), annotation=hints[f.name])
         for f in dataclasses.fields(group)
     ]
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """A flag without a default must be given."""
+    missing = field.default is dataclasses.MISSING
+    return inspect.Parameter.empty if missing else field.default

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
 
 UNTRAINED_NOTICE = "untrained exit head: few drafts will be accepted; exact, but no faster"
+NO_HEAD_NOTICE = (
+    "no trained exit head fits {model}{exit}, so decoding is plain; to train one: "
+    "ppsd distill{option} --exit-layer {layer} --data FILE --self-generate --out {place}"
+)
 
 
 @contextmanager
@@ -45,13 +49,34 @@ def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
 
         llm = LLM(progress=progress, **options.settings(), **more)
     with llm:
-        head = llm.layout.head
-        untrained = head is not None and not head.trained and llm.config.schedule.drafts
-        for notice in (UNTRAINED_NOTICE if untrained else "", llm.layout.spec.context_note):
-            if notice:
-                console.print(notice, style="yellow")
+        for notice in _notices(options, llm):
+            console.print(notice, style="yellow")
         yield llm
+
+
+def _notices(options: PipelineOptions, llm: LLM) -> list[str]:
+    """What the user should know before the answer."""
+    head, notices = llm.layout.head, []
+    if head is not None and not head.trained and llm.config.schedule.drafts:
+        notices.append(UNTRAINED_NOTICE)
+    if options.head == "auto" and options.stages > 1 and head is None:
+        notices.append(_no_head_notice(options, llm))
+    return notices + [note for note in (llm.layout.spec.context_note,) if note]
 
 
 def _stages(options: PipelineOptions) -> int:
     return options.stages if options.split is None else options.split.count(",") + 2
+
+
+def _no_head_notice(options: PipelineOptions, llm: LLM) -> str:
+    from ppsd.model.head_library import local_root
+
+    name = llm.layout.spec.name
+    wanted = llm.layout.bounds[1]
+    return NO_HEAD_NOTICE.format(
+        model=name,
+        exit="" if options.exit_layer is None else f" at exit layer {wanted}",
+        option="" if options.model is None else f" --model {options.model}",
+        layer=wanted,
+        place=local_root() / name,
+    )

@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from ppsd.config import DEFAULT_CONTEXT, EngineConfig, available_cores
+from ppsd.engine.choose_head import choose_head, draft_cost, layer_costs
 from ppsd.engine.drafter import HeadDrafter
 from ppsd.engine.pipeline import Pipeline, raise_if_lost
 from ppsd.errors import ConfigError, InsufficientMemoryError
@@ -90,17 +91,24 @@ def on_torchrun() -> bool:
     return "RANK" in os.environ
 
 
-def plan_layout(config: EngineConfig, files: ModelFiles) -> tuple[Layout, TensorSource]:
-    """Check the configuration against the model's files without loading weights."""
+def plan_layout(
+    config: EngineConfig, files: ModelFiles
+) -> tuple[EngineConfig, Layout, TensorSource]:
+    """Check the configuration against the model's files without loading weights.
+
+    The configuration comes back with head ``auto`` replaced by what was found.
+    """
     _check_devices(config)
     spec = describe(files)
     source = open_source(files.path)
     check_shapes(source, spec)
     mark = fingerprint(spec, source)
+    if config.head == "auto":
+        config = choose_head(config, spec, mark)
     head = _head_config(config, spec, mark)
     if head is not None and head.trained and config.split is None and config.exit_layer is None:
         config = config.replaced(exit_layer=head.exit_layer)
-    bounds = config.boundaries(_layer_costs(spec), _draft_cost(spec, head))
+    bounds = config.boundaries(layer_costs(spec), draft_cost(spec, head))
     if head is not None and head.trained:
         check_head(head, spec, mark, bounds[1], config.head)
     cores = available_cores()
@@ -116,7 +124,7 @@ def plan_layout(config: EngineConfig, files: ModelFiles) -> tuple[Layout, Tensor
         threads=threads,
         pinned=threads * config.stages <= len(cores),
     )
-    return layout, source
+    return config, layout, source
 
 
 def _check_devices(config: EngineConfig) -> None:
@@ -135,20 +143,6 @@ def _head_config(config: EngineConfig, spec: ModelSpec, mark: str) -> HeadConfig
     if config.head == "untrained":
         return HeadConfig("norm", 0, 0, None, spec.name, mark, trained=False)
     return read_head_config(Path(config.head))
-
-
-def _layer_costs(spec: ModelSpec) -> list[float]:
-    """Parameters read per token by each layer, the LM head counted with the last."""
-    costs = [float(spec.layer_parameters)] * spec.num_layers
-    costs[-1] += spec.head_parameters
-    return costs
-
-
-def _draft_cost(spec: ModelSpec, head: HeadConfig | None) -> float:
-    if head is None:
-        return 0.0
-    scored = spec.vocab_size if head.draft_vocab is None else head.draft_vocab
-    return float(head.layers * spec.layer_parameters + scored * spec.hidden_size)
 
 
 def _context(config: EngineConfig, spec: ModelSpec) -> int:
@@ -171,7 +165,7 @@ def stage_bytes(layout: Layout, rank: int) -> int:
     if first and last and spec.tie_embeddings:
         tables = 1
     cache = layers * spec.kv_bytes_per_position(layout.dtype) * layout.max_context
-    head = int(_draft_cost(spec, layout.head)) * size if first else 0
+    head = int(draft_cost(spec, layout.head)) * size if first else 0
     weights = (parameters + tables * spec.embedding_parameters) * size
     return weights + cache + head + RUNTIME_BYTES
 

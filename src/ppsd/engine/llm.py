@@ -106,7 +106,7 @@ class LLM:
     ) -> None:
         self.config = EngineConfig(model=model, **settings)
         files = resolve_model(model)
-        self.layout, source = plan_layout(self.config, files)
+        self.config, self.layout, source = plan_layout(self.config, files)
         self._drafts = drafter is not None or self.layout.head is not None
         self._check_head(self.config)
         check_memory(self.layout)

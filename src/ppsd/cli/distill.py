@@ -1,0 +1,277 @@
+"""``ppsd distill``: train exit heads on what the model itself says."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from ppsd.cli.display import log_console
+from ppsd.cli.options import flag, integers
+from ppsd.train.settings import DistillConfig
+
+if TYPE_CHECKING:
+    from ppsd.train.distill import StepReport, Trainer
+    from ppsd.train.evaluate import Agreement
+    from ppsd.train.records import DataFile, Record
+    from ppsd.train.run import DataSummary, Teacher
+    from ppsd.train.targets import GenerateReport
+
+GENERATED = "generated.jsonl"
+HEAD, DATA, TRAINING, GENERATION = "Head", "Data", "Training", "Self-generation"
+
+
+@dataclass
+class TrainingOptions:
+    """The fields of DistillConfig as text."""
+
+    exit_layer: Annotated[
+        str, flag("Layers to read, one head each: 4,8,15.", panel=HEAD, metavar="L,…")
+    ]
+    head: Annotated[str, flag("transformer or norm.", panel=HEAD, metavar="KIND")] = "transformer"
+    head_layers: Annotated[int, flag("Decoder layers of a transformer head.", panel=HEAD)] = 1
+    init: Annotated[
+        str,
+        flag("Begin as the model's last layers, or those after the exit.", panel=HEAD,
+             metavar="last|exit"),
+    ] = "last"  # fmt: skip
+    draft_vocab: Annotated[
+        int, flag("Score the most frequent target tokens only; 0 scores all.", panel=HEAD)
+    ] = 8192
+    max_length: Annotated[int, flag("Tokens of an example; answers are cut.", panel=DATA)] = 1024
+    all_positions: Annotated[
+        bool, flag("Prompts count too, not answers only.", "--all-positions", panel=DATA)
+    ] = False
+    raw: Annotated[bool, flag("No chat template.", "--raw", panel=DATA)] = False
+    validation: Annotated[int, flag("Examples held out, at most a tenth.", panel=DATA)] = 64
+    kl_weight: Annotated[float, flag("Weight of KL(model ‖ head).", panel=TRAINING)] = 1.0
+    ce_weight: Annotated[float, flag("Weight of cross-entropy.", panel=TRAINING)] = 0.1
+    learning_rate: Annotated[float, flag("Peak of the schedule.", panel=TRAINING)] = 1e-3
+    warmup: Annotated[float, flag("Share of the steps with a rising rate.", panel=TRAINING)] = 0.05
+    weight_decay: Annotated[float, flag("Of AdamW.", panel=TRAINING)] = 0.01
+    clip: Annotated[float, flag("Largest gradient norm of a head.", panel=TRAINING)] = 1.0
+    epochs: Annotated[int, flag("Passes over the data.", panel=TRAINING)] = 1
+    batch_tokens: Annotated[int, flag("Padded tokens of a step.", panel=TRAINING)] = 2048
+    seed: Annotated[int, flag("Of data order, held-out choice and noise.", panel=TRAINING)] = 0
+    dtype: Annotated[
+        str, flag("auto, bfloat16, float32 or float64.", panel=TRAINING, metavar="DTYPE")
+    ] = "auto"
+
+    def config(self) -> DistillConfig:
+        """The checked configuration."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        exits = integers("exit_layer", fields.pop("exit_layer"))
+        return DistillConfig(exits, kind=fields.pop("head"), **fields)
+
+
+@dataclass
+class GenerationOptions:
+    """The fields of GenerateConfig as text, and whether to generate at all."""
+
+    self_generate: Annotated[
+        bool, flag(f"The model writes the targets, into {GENERATED} beside the heads.",
+                   "--self-generate", panel=GENERATION),
+    ] = False  # fmt: skip
+    generate_only: Annotated[
+        bool, flag("Write the targets and stop.", "--generate-only", panel=GENERATION)
+    ] = False
+    generate_batch: Annotated[int, flag("Sequences at once.", panel=GENERATION)] = 64
+    max_new: Annotated[int, flag("Tokens of a target.", panel=GENERATION)] = 256
+    temperature: Annotated[float, flag("0 is greedy.", panel=GENERATION)] = 0.0
+
+
+def distill(
+    training: TrainingOptions,
+    generation: GenerationOptions,
+    data: Annotated[
+        list[str],
+        typer.Option(help="JSONL of prompt/target, messages or text; a text file; a hub dataset. "
+                     "May be repeated.", metavar="FILE"),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the run; a stopped run goes on there.")],
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="Directory, .gguf file or hub id.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes PyTorch's choice.")] = 0,
+    validate_every: Annotated[int, typer.Option(help="Steps between validations.", min=1)] = 100,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
+) -> None:  # fmt: skip
+    """Train exit heads by self-distillation; the same command continues a stopped run."""
+    config = training.config()
+    from ppsd.train.records import read_data
+
+    records, files = read_data(data)
+    _set_threads(threads)
+    teacher = _load(model, config, device)
+    if generation.self_generate or generation.generate_only:
+        written = _generate(teacher, records, generation, config.seed, out)
+        if generation.generate_only:
+            return
+        records, more = read_data([str(written)])
+        files = [*files, *more]
+    _train(teacher, config, records, files, out, (validate_every, checkpoint_every))
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if threads > 0:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _bar(description: str, total: int, fields: str) -> Iterator[tuple[Progress, TaskID]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        TextColumn("{task.percentage:.0f}%"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn(fields),
+    )
+    # Steps take seconds: an estimate from the last half minute would jump about.
+    with Progress(*columns, console=log_console(), speed_estimate_period=600.0) as bar:
+        yield bar, bar.add_task(description, total=total, note="")
+
+
+def _load(model: str | None, config: DistillConfig, device: str) -> Teacher:
+    from ppsd.train.run import load_teacher
+
+    with _bar("loading the model", 1, "{task.completed} of {task.total}") as (bar, task):
+        return load_teacher(
+            model, config, device, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+
+
+def _generate(
+    teacher: Teacher,
+    records: Sequence[Record],
+    options: GenerationOptions,
+    seed: int,
+    out: Path,
+) -> Path:
+    from ppsd.train.checkpoint import RunDirectory
+    from ppsd.train.selfgen import GenerateConfig
+    from ppsd.train.targets import write_targets
+
+    config = GenerateConfig(options.generate_batch, options.max_new, options.temperature, seed)
+    path = RunDirectory(out, {}).path / GENERATED
+    fields = "{task.completed:,} of {task.total:,} prompts · {task.fields[note]}"
+    with _bar("writing targets", len(records), fields) as (bar, task):
+
+        def report(r: GenerateReport) -> None:
+            if r.tokens == 0:  # what an earlier call wrote must not count as this one's speed
+                bar.reset(task, total=r.total, completed=r.done, note="")
+            note = f"{_speed(r.tokens, bar.tasks[0].elapsed)} tokens/s"
+            bar.update(task, completed=r.done, total=r.total, note=note)
+
+        skipped = write_targets(teacher.stage, records, teacher.encoding, config, path, report)
+    if skipped:
+        text = f"{skipped} prompts leave no room for an answer within max_length and were skipped"
+        log_console().print(text, highlight=False)
+    return path
+
+
+def _speed(tokens: int, seconds: float | None) -> str:
+    return f"{tokens / seconds:.0f}" if seconds else "–"
+
+
+def _train(
+    teacher: Teacher,
+    config: DistillConfig,
+    records: Sequence[Record],
+    files: Sequence[DataFile],
+    out: Path,
+    every: tuple[int, int],
+) -> None:
+    from ppsd.train.distill import Cadence
+    from ppsd.train.result import Origin, save_heads
+    from ppsd.train.run import prepare_run
+
+    console = log_console()
+    trainer, summary = prepare_run(teacher, config, records, files, out, Cadence(*every))
+    console.print(_data_line(summary, config), highlight=False)
+    agreement = _run(trainer)
+    name = teacher.stage.spec.name
+    origin = Origin(name, teacher.fingerprint, files, summary.lost_mass, _command())
+    places = save_heads(trainer, origin, agreement)
+    _plot(trainer)
+    console.print(_result_table(places, agreement))
+    console.print(_throughput_line(trainer.directory.metrics()), highlight=False)
+
+
+def _run(trainer: Trainer) -> dict[int, Agreement]:
+    start = -1
+    fields = "{task.fields[note]}"
+    with _bar("training", trainer.total_tokens, fields) as (bar, task):
+
+        def report(r: StepReport) -> None:
+            nonlocal start
+            if start < 0:  # a resumed run's speed is that of what it does now
+                start = r.tokens
+                bar.reset(task, total=r.total_tokens, completed=r.tokens, note="")
+            loss = "/".join(f"{x:.2f}" for x in r.loss.values())
+            alpha = "/".join(f"{x:.3f}" for x in r.alpha.values())
+            speed = _speed(r.tokens - start, bar.tasks[0].elapsed)
+            note = f"{speed} tokens/s · loss {loss} · α {alpha}"
+            bar.update(task, completed=r.tokens, note=note)
+
+        return trainer.run(report)
+
+
+def _command() -> str:
+    return shlex.join(["ppsd", *sys.argv[1:]])
+
+
+def _data_line(summary: DataSummary, config: DistillConfig) -> str:
+    scored = "all tokens"
+    if config.draft_vocab:
+        scored = f"{config.draft_vocab:,} tokens, {summary.lost_mass:.2%} of targets outside it"
+    return (
+        f"{summary.examples:,} examples, {summary.tokens:,} tokens, {summary.targets:,} of them "
+        f"targets; {summary.cut} cut and {summary.dropped} dropped at max_length "
+        f"{config.max_length}; {summary.held_out} more held out; draft vocabulary: {scored}"
+    )
+
+
+def _plot(trainer: Trainer) -> None:
+    from ppsd.train.plot import FILE, can_plot, plot_run
+
+    if can_plot():
+        plot_run(trainer.directory.metrics(), trainer.directory.path / FILE)
+    else:
+        log_console().print("no plot without matplotlib: pip install 'ppsd-llm[train]'")
+
+
+def _result_table(places: dict[int, Path], agreement: dict[int, Agreement]) -> Table:
+    table = Table("exit", "held-out α", "top 4", "head", box=None, pad_edge=False)
+    for layer, path in places.items():
+        found = agreement[layer]
+        table.add_row(str(layer), f"{found.alpha:.3f}", f"{found.top4:.3f}", str(path))
+    return table
+
+
+def _throughput_line(metrics: Sequence[dict[str, Any]]) -> str:
+    steps = [record for record in metrics if "loss" in record]
+    tokens = steps[-1]["tokens"]
+    whole, forward = (sum(s[name] for s in steps) for name in ("seconds", "forward_seconds"))
+    return (
+        f"{tokens / whole:.0f} tokens/s, {forward / whole:.2f} of the frozen forward's own "
+        f"{tokens / forward:.0f} tokens/s"
+    )

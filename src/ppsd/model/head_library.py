@@ -1,0 +1,85 @@
+"""Where exit heads are found: those shipped with the package, and the user's own.
+
+Imported by engine/ and cli/. Loads no weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppsd.errors import HeadError
+from ppsd.model.exit_head import CONFIG_FILE, WEIGHTS_FILE, HeadConfig, read_head_config
+from ppsd.model.sidecar import cache_root
+
+SHIPPED = Path(__file__).parents[1] / "heads"
+
+
+@dataclass(frozen=True)
+class FoundHead:
+    """A head directory; ``config`` is None when it is damaged, and ``problem`` says how."""
+
+    path: Path
+    shipped: bool
+    config: HeadConfig | None
+    problem: str = ""
+
+    @property
+    def alpha(self) -> float | None:
+        """Agreement on held-out text as measured in training, None where it was not."""
+        try:
+            return float(self.config.metrics["validation"]["alpha"]) if self.config else None
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(f.stat().st_size for f in self.path.iterdir() if f.is_file())
+
+
+def local_root() -> Path:
+    """Return $PPSD_HEADS, else ``heads`` in ppsd's cache directory."""
+    own = os.environ.get("PPSD_HEADS")
+    return Path(own) if own else cache_root() / "heads"
+
+
+def find_heads() -> list[FoundHead]:
+    """All head directories: shipped ones first, each group by path."""
+    return [*_below(SHIPPED, shipped=True), *_below(local_root(), shipped=False)]
+
+
+def _below(root: Path, *, shipped: bool) -> list[FoundHead]:
+    """Heads anywhere below ``root``, without those a run is just writing."""
+    places = sorted(file.parent for file in root.rglob(CONFIG_FILE))
+    return [_describe(p, shipped) for p in places if not p.name.startswith(".")]
+
+
+def _describe(path: Path, shipped: bool) -> FoundHead:
+    try:
+        config = read_head_config(path)
+        if not (path / WEIGHTS_FILE).is_file():
+            raise HeadError(f"{path} has no {WEIGHTS_FILE}")
+    except HeadError as error:
+        return FoundHead(path, shipped, None, str(error))
+    return FoundHead(path, shipped, config)
+
+
+def suitable(
+    heads: Iterable[FoundHead], fingerprint: str, exit_layer: int | None
+) -> list[FoundHead]:
+    """Trained heads for a model, and for one exit layer unless that is None; the best α first.
+
+    Heads whose α nobody measured come last; among equals the shipped one wins.
+    """
+    fitting = [
+        h
+        for h in heads
+        if h.config is not None
+        and h.config.trained
+        and h.config.fingerprint == fingerprint
+        and exit_layer in (None, h.config.exit_layer)
+    ]
+    return sorted(fitting, key=lambda h: -1.0 if h.alpha is None else h.alpha, reverse=True)

@@ -1,0 +1,97 @@
+"""The frozen model over batches of whole sequences, without a key/value cache. Within train/ only.
+
+Rows of all sequences are flattened to n = B·T, so weights and row functions are those of
+inference; only attention sees the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ppsd.model.layers import LayerWeights, Rope, linear, mlp, project_qkv, rms_norm
+from ppsd.model.spec import ModelSpec
+from ppsd.model.stage import Stage
+
+# q [n, H, D], k [n, K, D], v [n, K, D] to [n, H·D]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class RopeRows(Rope):
+    """Rotary rows of arbitrary positions [n], one for each flattened row."""
+
+    def __init__(self, rope: Rope, positions: torch.Tensor) -> None:
+        self.cos = rope.cos[positions]
+        self.sin = rope.sin[positions]
+
+
+def by_sequence(rows: torch.Tensor, sequences: int) -> torch.Tensor:
+    """Flattened rows [B·T, heads, D] as [B, heads, T, D]."""
+    return rows.reshape(sequences, -1, *rows.shape[1:]).transpose(1, 2)
+
+
+def causal_attention(sequences: int) -> Attention:
+    """Attention of every row to its own sequence's rows up to itself; rows are [B·T, …]."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (by_sequence(t, sequences) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    return attention
+
+
+def whole_sequences(rope: Rope, sequences: int, length: int) -> RopeRows:
+    """Rotary rows of ``sequences`` flattened sequences that all begin at position 0."""
+    device = rope.cos.device
+    return RopeRows(rope, torch.arange(length, device=device).repeat(sequences))
+
+
+def batched_layer(
+    x: torch.Tensor,
+    weights: LayerWeights,
+    spec: ModelSpec,
+    rope: RopeRows,
+    attention: Attention,
+) -> torch.Tensor:
+    """One decoder layer for flattened rows ``x`` [n, C]; gradients flow where asked for."""
+    normed = rms_norm(x, weights.input_norm, spec.rms_norm_eps)
+    attended = attention(*project_qkv(normed, weights, spec, rope, 0))
+    x = x + linear(attended, weights.o, weights.o_bias)
+    return x + mlp(rms_norm(x, weights.post_norm, spec.rms_norm_eps), weights)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one frozen forward gives: rows [B·T, C] after each exit layer, and after the last."""
+
+    exits: dict[int, torch.Tensor]
+    last: torch.Tensor
+
+
+@torch.no_grad()
+def teacher_forward(model: Stage, tokens: torch.Tensor, exits: Collection[int]) -> Features:
+    """Run the unsplit ``model`` over ``tokens`` [B, T]; padding belongs at the end of a row.
+
+    The one forward serves all ``exits``. Memory: the rows of one layer, and those kept.
+    """
+    assert model.embedding is not None, "the teacher holds all layers"
+    rope = whole_sequences(model.rope, *tokens.shape)
+    attention = causal_attention(tokens.shape[0])
+    x = model.embedding[tokens.flatten()]
+    kept: dict[int, torch.Tensor] = {}
+    for done, weights in enumerate(model.layers, start=1):
+        x = batched_layer(x, weights, model.spec, rope, attention)
+        if done in exits:
+            kept[done] = x
+    return Features(kept, x)
+
+
+def teacher_rows(model: Stage, features: Features, rows: torch.Tensor) -> torch.Tensor:
+    """Final-normed rows [len(rows), C] of the teacher: times an LM head they are its logits."""
+    assert model.norm is not None
+    with torch.no_grad():
+        return rms_norm(features.last[rows], model.norm, model.spec.rms_norm_eps)

@@ -1,0 +1,141 @@
+"""A run's directory: checkpoints and metrics that survive a kill, a full disk and a restart.
+
+Within train/ only. Nothing is ever overwritten in place: a file is whole, or is the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ppsd.errors import PpsdError
+from ppsd.model.exit_head import HeadConfig, save_head
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that changes while training; the data position is a function of ``step``."""
+
+    step: int
+    tokens: int
+    tensors: Mapping[str, torch.Tensor]
+
+
+class RunDirectory:
+    """Files of one run, whose ``settings`` decide whether it may be continued."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self._settings = json.loads(json.dumps(settings))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PpsdError(f"cannot create {path}: {error.strerror}") from error
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Replace the checkpoint; raises PpsdError with the old one untouched."""
+        state = {"step": checkpoint.step, "tokens": checkpoint.tokens, "settings": self._settings}
+        tensors = {name: t.detach().cpu() for name, t in checkpoint.tensors.items()}
+        write_whole(self.path / CHECKPOINT, save(tensors, {"state": json.dumps(state)}))
+
+    def load(self) -> Checkpoint | None:
+        """The last checkpoint, None in a fresh directory; raises PpsdError for another run's."""
+        path = self.path / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise PpsdError(f"{path} is not a checkpoint that can be read: {error}") from error
+        self._check_same(state["settings"])
+        return Checkpoint(state["step"], state["tokens"], tensors)
+
+    def _check_same(self, other: Mapping[str, Any]) -> None:
+        names = sorted(other.keys() | self._settings.keys())
+        changed = [n for n in names if other.get(n) != self._settings.get(n)]
+        if changed:
+            name = changed[0]
+            raise PpsdError(
+                f"{self.path} holds another run: {name} was {other.get(name)!r} and is now "
+                f"{self._settings.get(name)!r}; give another --out, or the same settings to resume"
+            )
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to the metrics."""
+        append_line(self.path / METRICS, record)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All metrics so far; an unfinished last line is left out."""
+        return read_lines(self.path / METRICS)
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget what will be done again: later steps, and validations from ``step`` on."""
+        kept = [r for r in self.metrics() if r["step"] < step + ("loss" in r)]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        write_whole(self.path / METRICS, text.encode())
+
+    def write_head(self, name: str, config: HeadConfig, weights: dict[str, torch.Tensor]) -> Path:
+        """Write a head directory as a whole and return its path."""
+        place, draft = self.path / name, self.path / f".{name}.new"
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            save_head(draft, config, weights)
+            shutil.rmtree(place, ignore_errors=True)
+            draft.rename(place)
+        except (OSError, SafetensorError) as error:
+            raise PpsdError(
+                f"cannot write {place}: {error}; the checkpoint holds the trained weights, so the "
+                "same command will finish once there is room"
+            ) from error
+        return place
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old or the new one; raises PpsdError."""
+    draft = path.with_name(path.name + ".new")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        kept = "; the one before is untouched" if path.exists() else ""
+        raise PpsdError(f"cannot write {path}: {error.strerror}{kept}") from error
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append a JSON line and hand it to the system at once; raises PpsdError."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise PpsdError(
+            f"cannot write {path}: {error.strerror}; nothing written so far is lost, the same "
+            "command will go on from there"
+        ) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSONL file that grows; none if it is absent, and no torn last line."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

@@ -1,0 +1,197 @@
+"""From records to padded batches: tokens, which positions count, order, and draft vocabulary.
+
+Within train/ only. Everything here is a function of its arguments, seeds included, so a resumed
+run sees the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ppsd.errors import ConfigError, PpsdError
+from ppsd.model.tokenizer import Tokenizer
+from ppsd.train.records import Record
+
+POOL_BATCHES = 32  # batches are cut from a shuffled pool of so many, sorted by length
+OUTSIDE = -1  # label of a token outside the draft vocabulary
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids [L] (int32); the tokens from index ``start`` on are what the head must guess."""
+
+    tokens: torch.Tensor
+    start: int
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """The tokens to be guessed."""
+        return self.tokens[self.start :]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised data, and what did not fit: ``cut`` answers lost their end, ``dropped`` all."""
+
+    examples: list[Example]
+    cut: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How records become tokens; ``model`` is the fingerprint whose ``target_ids`` are valid."""
+
+    tokenizer: Tokenizer
+    max_length: int
+    model: str
+    eos: int | None
+    raw: bool = False
+    all_positions: bool = False
+
+    def prompt(self, record: Record) -> list[int]:
+        """Prompt ids as inference makes them: by chat template, or the plain text."""
+        if self.raw:
+            return self.tokenizer.encode("\n".join(m["content"] for m in record.messages))
+        return self.tokenizer.encode_chat(list(record.messages))
+
+    def target(self, record: Record) -> list[int]:
+        """The answer's ids: exactly those the model wrote, or the text's with its end token."""
+        if record.target is None:
+            raise PpsdError(
+                f"{record.where} has a prompt but no target; add --self-generate to let the "
+                "model write one"
+            )
+        if record.target_ids and record.model == self.model:
+            return list(record.target_ids)
+        return self._plain(record.target) + ([] if self.eos is None else [self.eos])
+
+    def windows(self, record: Record) -> list[Example]:
+        """Running text in windows of ``max_length``; every token but the first counts."""
+        assert record.text is not None
+        ids = torch.tensor(self.tokenizer.encode(record.text), dtype=torch.int32)
+        return [Example(part, 1) for part in torch.split(ids, self.max_length) if len(part) > 1]
+
+    def _plain(self, text: str) -> list[int]:
+        """Ids of a continuation: without the special tokens that begin a prompt."""
+        opening = self.tokenizer.encode("")
+        ids = self.tokenizer.encode(text)
+        return ids[len(opening) :] if ids[: len(opening)] == opening else ids
+
+
+def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
+    """Tokenise; raises PpsdError when nothing is left that fits."""
+    examples: list[Example] = []
+    cut = dropped = 0
+    for record in records:
+        if record.text is not None:
+            examples += encoding.windows(record)
+            continue
+        prompt = encoding.prompt(record)
+        ids = prompt + encoding.target(record)
+        if len(prompt) >= encoding.max_length or len(ids) == len(prompt):
+            dropped += 1
+            continue
+        cut += len(ids) > encoding.max_length
+        start = 1 if encoding.all_positions else max(1, len(prompt))
+        tokens = torch.tensor(ids[: encoding.max_length], dtype=torch.int32)
+        examples.append(Example(tokens, start))
+    if not examples:
+        raise PpsdError(
+            f"no training example fits in max_length {encoding.max_length} ({dropped} prompts are "
+            "as long or longer, or have an empty target)"
+        )
+    return Corpus(examples, cut, dropped)
+
+
+def hold_out(
+    examples: Sequence[Example], wanted: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Split into training and validation; at most a tenth, at least one, is held out."""
+    if len(examples) < 2:
+        raise PpsdError("training needs at least 2 examples, one of them held out for validation")
+    count = max(1, min(wanted, len(examples) // 10))
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [examples[i] for i in sorted(order[count:])], [examples[i] for i in order[:count]]
+
+
+def choose_draft_vocab(
+    examples: Iterable[Example], size: int, vocab_size: int
+) -> tuple[torch.Tensor, float]:
+    """The ``size`` most frequent target tokens, ascending [size], and the share of targets lost.
+
+    Among equally frequent tokens the lower id wins.
+    """
+    if not 0 < size <= vocab_size:
+        raise ConfigError("draft_vocab", size, f"in [1, {vocab_size}], or 0 for all tokens")
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for example in examples:
+        counts += torch.bincount(example.targets.long(), minlength=vocab_size)
+    chosen = counts.argsort(descending=True, stable=True)[:size].sort().values
+    lost = 1.0 - counts[chosen].sum().item() / max(1, int(counts.sum()))
+    return chosen, lost
+
+
+def plan_epoch(
+    lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int
+) -> list[tuple[int, ...]]:
+    """Indices of each batch of one epoch: shuffled, but alike in length within a batch.
+
+    A batch holds at most ``batch_tokens`` padded tokens, or one longer example.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    pool = max(1, POOL_BATCHES * batch_tokens * len(lengths) // max(1, sum(lengths)))
+    batches: list[tuple[int, ...]] = []
+    for first in range(0, len(order), pool):
+        batches += _cut(order[first : first + pool], lengths, batch_tokens)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def _cut(
+    indices: Sequence[int], lengths: Sequence[int], batch_tokens: int
+) -> list[tuple[int, ...]]:
+    batches: list[list[int]] = []
+    for index in sorted(indices, key=lambda i: (lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * lengths[index] > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return [tuple(batch) for batch in batches]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``tokens`` [B, T] padded at the end; flattened row ``rows[i]`` must guess ``targets[i]``.
+
+    ``size`` counts tokens without padding.
+    """
+
+    tokens: torch.Tensor
+    rows: torch.Tensor
+    targets: torch.Tensor
+    size: int
+
+
+def make_batch(examples: Sequence[Example], device: torch.device) -> Batch:
+    """Pad to the longest example and list the positions that count."""
+    length = max(len(e.tokens) for e in examples)
+    tokens = torch.zeros(len(examples), length, dtype=torch.int64)
+    rows = []
+    for i, example in enumerate(examples):
+        tokens[i, : len(example.tokens)] = example.tokens
+        rows.append(torch.arange(example.start - 1, len(example.tokens) - 1) + i * length)
+    targets = torch.cat([e.targets for e in examples]).long()
+    size = sum(len(e.tokens) for e in examples)
+    return Batch(tokens.to(device), torch.cat(rows).to(device), targets.to(device), size)
+
+
+def label_table(draft_ids: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
+    """Each token's index in the draft vocabulary [V], OUTSIDE where it has none."""
+    if draft_ids is None:
+        return torch.arange(vocab_size)
+    table = torch.full((vocab_size,), OUTSIDE)
+    table[draft_ids] = torch.arange(len(draft_ids))
+    return table

@@ -1,0 +1,221 @@
+"""The training loop: one frozen forward a batch teaches a head at each exit layer.
+
+Imported by cli/. The only randomness is the order of the data, a function of the seed, so a run
+that is killed and continued ends with the same weights on the same machine and thread count.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ppsd.errors import PpsdError
+from ppsd.model.stage import Stage
+from ppsd.train.batched import teacher_forward, teacher_rows, whole_sequences
+from ppsd.train.checkpoint import Checkpoint, RunDirectory
+from ppsd.train.data import Batch, Example, label_table, make_batch, plan_epoch
+from ppsd.train.evaluate import Agreement, evaluate, prepare
+from ppsd.train.losses import LossWeights, chunked_losses
+from ppsd.train.settings import BETAS, DistillConfig
+from ppsd.train.student import Student
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Where a run stands: ``alpha`` holds the newest validation, by exit layer."""
+
+    step: int
+    steps: int
+    tokens: int
+    total_tokens: int
+    loss: dict[int, float]
+    alpha: dict[int, float]
+
+
+Report = Callable[[StepReport], None]
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Steps between validations and between checkpoints; neither touches the weights."""
+
+    validate: int = 100
+    checkpoint: int = 50
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is trained on: examples, and the draft vocabulary [Vd] ascending (None for all)."""
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    draft_ids: torch.Tensor | None
+
+
+class Trainer:
+    """Heads, optimizer and data of one run; ``run`` trains from wherever the directory stands."""
+
+    def __init__(
+        self,
+        model: Stage,
+        config: DistillConfig,
+        lesson: Lesson,
+        directory: RunDirectory,
+        cadence: Cadence,
+    ) -> None:
+        assert model.lm_head is not None, "the teacher holds all layers"
+        self.config = config
+        self.directory = directory
+        self.step = self.tokens = 0
+        self._model = model
+        self._lesson = lesson
+        self._cadence = cadence
+        device, spec = model.plan.device, model.spec
+        self.draft_ids = None if lesson.draft_ids is None else lesson.draft_ids.to(device)
+        self._lm_head = model.lm_head if self.draft_ids is None else model.lm_head[self.draft_ids]
+        self._labels = label_table(lesson.draft_ids, spec.vocab_size).to(device)
+        self.students = [
+            Student(model, layer, config.layers, config.first_copied(layer, spec.num_layers))
+            for layer in config.exit_layers
+        ]
+        self._parameters = {n: p for s in self.students for n, p in s.parameters()}
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(), betas=BETAS, weight_decay=config.weight_decay
+        )
+        lengths = [len(e.tokens) for e in lesson.train]
+        self._plan = [
+            batch
+            for epoch in range(config.epochs)
+            for batch in plan_epoch(lengths, config.batch_tokens, config.seed, epoch)
+        ]
+        self.total_tokens = sum(lengths) * config.epochs
+        self._held = prepare(model, lesson.held_out, config.exit_layers, config.batch_tokens)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return len(self._plan)
+
+    def run(self, report: Report) -> dict[int, Agreement]:
+        """Train to the end and return the agreement of the heads as rounded for saving."""
+        self._resume()
+        agreement = self._validate()
+        while self.step < self.steps:
+            losses = self._train_step()
+            if self.step % self._cadence.checkpoint == 0 or self.step == self.steps:
+                self._save()
+            if self.step % self._cadence.validate == 0:
+                agreement = self._validate()
+            alpha = {layer: a.alpha for layer, a in agreement.items()}
+            report(StepReport(self.step, self.steps, self.tokens, self.total_tokens, losses, alpha))
+        for student in self.students:
+            student.round_to(torch.bfloat16)
+        return self._validate(final=True)
+
+    def _train_step(self) -> dict[int, float]:
+        started = time.perf_counter()
+        examples = [self._lesson.train[i] for i in self._plan[self.step]]
+        batch = make_batch(examples, self._model.plan.device)
+        losses, record = self._losses(batch)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        norms = [_clip(student, self.config.clip) for student in self.students]
+        rate = self.config.rate(self.step, self.steps)
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._check_finite(losses, norms)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += batch.size
+        by_exit = dict(zip(self.config.exit_layers, losses.tolist(), strict=True))
+        seconds = time.perf_counter() - started
+        self.directory.log(
+            {"step": self.step, "tokens": self.tokens, "rate": rate, "loss": by_exit}
+            | {"gradient_norm": norms, "seconds": round(seconds, 4), **record}
+        )
+        return by_exit
+
+    def _losses(self, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Losses [exits], and what else is worth logging of the step."""
+        started = time.perf_counter()
+        sequences, length = batch.tokens.shape
+        features = teacher_forward(self._model, batch.tokens, self.config.exit_layers)
+        teacher = teacher_rows(self._model, features, batch.rows)
+        self._synchronize()
+        forward_seconds = time.perf_counter() - started
+        rope = whole_sequences(self._model.rope, sequences, length)
+        with self._precision():
+            normed = [
+                s.forward(features.exits[s.exit_layer], rope, sequences, batch.rows)
+                for s in self.students
+            ]
+        weights = LossWeights(self.config.kl_weight, self.config.ce_weight)
+        labels = self._labels[batch.targets]
+        losses, kl, ce = chunked_losses(
+            torch.stack(normed), teacher, self._lm_head, labels, weights
+        )
+        record = {"kl": kl.tolist(), "ce": ce.tolist(), "targets": len(batch.targets)}
+        return losses, record | {"forward_seconds": round(forward_seconds, 4)}
+
+    def _synchronize(self) -> None:
+        if self._model.plan.device.type == "cuda":
+            torch.cuda.synchronize(self._model.plan.device)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        """Parameters stay float32; products are taken in the model's dtype where it is narrower."""
+        plan = self._model.plan
+        if plan.dtype != torch.bfloat16:
+            return nullcontext()
+        return torch.autocast(plan.device.type, dtype=plan.dtype)
+
+    def _check_finite(self, losses: torch.Tensor, norms: Sequence[float]) -> None:
+        if not all(math.isfinite(x) for x in (*losses.tolist(), *norms)):
+            raise PpsdError(
+                f"training diverged at step {self.step + 1} (loss {losses.tolist()}); start again "
+                f"with a learning_rate below {self.config.learning_rate:g} in another directory"
+            )
+
+    def _validate(self, *, final: bool = False) -> dict[int, Agreement]:
+        found = {
+            s.exit_layer: evaluate(
+                s, self._model, self._held, self._lm_head, self.draft_ids, self._precision()
+            )
+            for s in self.students
+        }
+        shown = {str(layer): agreement.to_json() for layer, agreement in found.items()}
+        name = "final" if final else "validation"
+        self.directory.log({"step": self.step, "tokens": self.tokens, name: shown})
+        return found
+
+    def _save(self) -> None:
+        tensors = dict(self._parameters)
+        for name, parameter in self._parameters.items():
+            state = self._optimizer.state[parameter]
+            tensors |= {f"{moment}/{name}": state[moment] for moment in MOMENTS}
+        self.directory.save(Checkpoint(self.step, self.tokens, tensors))
+
+    @torch.no_grad()
+    def _resume(self) -> None:
+        checkpoint = self.directory.load()
+        if checkpoint is None:
+            self.directory.rewind_metrics(-1)
+            return
+        self.step, self.tokens = checkpoint.step, checkpoint.tokens
+        for name, parameter in self._parameters.items():
+            parameter.copy_(checkpoint.tensors[name])
+            moments = {m: checkpoint.tensors[f"{m}/{name}"].to(parameter.device) for m in MOMENTS}
+            self._optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+        self.directory.rewind_metrics(self.step)
+
+
+def _clip(student: Student, limit: float) -> float:
+    """Clip one head's gradients to a total norm, as if it were trained alone; return the norm."""
+    parameters = [p for _, p in student.parameters()]
+    return float(torch.nn.utils.clip_grad_norm_(parameters, limit))

@@ -1,0 +1,87 @@
+"""How often a head agrees with the model on held-out text, teacher forced. Within train/ only.
+
+The frozen model runs over the held-out data once; only its features stay in memory: one row of C
+numbers a token and exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from ppsd.model.stage import Stage
+from ppsd.train.batched import teacher_forward, teacher_rows, whole_sequences
+from ppsd.train.data import Batch, Example, make_batch, plan_epoch
+from ppsd.train.student import Student
+
+TOP = 4
+CHUNK_ROWS = 256  # rows whose logits over the whole vocabulary exist at once
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Shares of positions where the model's greedy token is the head's first, or among its four."""
+
+    alpha: float
+    top4: float
+
+    def to_json(self) -> dict[str, float]:
+        """Rounded for people; a percent has four digits."""
+        return {"alpha": round(self.alpha, 6), "top4": round(self.top4, 6)}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One batch of held-out text: hidden rows at each exit, and the model's greedy tokens [n]."""
+
+    batch: Batch
+    exits: dict[int, torch.Tensor]
+    greedy: torch.Tensor
+
+
+def prepare(
+    model: Stage, examples: Sequence[Example], exits: Sequence[int], batch_tokens: int
+) -> list[HeldOut]:
+    """Run the model over the held-out examples."""
+    lengths = [len(e.tokens) for e in examples]
+    held = []
+    for indices in plan_epoch(lengths, batch_tokens, 0, 0):
+        batch = make_batch([examples[i] for i in indices], model.plan.device)
+        features = teacher_forward(model, batch.tokens, exits)
+        rows = teacher_rows(model, features, batch.rows)
+        assert model.lm_head is not None
+        greedy = [(part @ model.lm_head.T).argmax(-1) for part in torch.split(rows, CHUNK_ROWS)]
+        held.append(HeldOut(batch, features.exits, torch.cat(greedy)))
+    return held
+
+
+@torch.no_grad()
+def evaluate(
+    student: Student,
+    model: Stage,
+    held: Sequence[HeldOut],
+    lm_head: torch.Tensor,
+    draft_ids: torch.Tensor | None,
+    precision: AbstractContextManager[object],
+) -> Agreement:
+    """Agreement of one head; tokens outside its draft vocabulary count as misses."""
+    first = among = total = 0
+    for part in held:
+        sequences, length = part.batch.tokens.shape
+        rope = whole_sequences(model.rope, sequences, length)
+        hidden = part.exits[student.exit_layer]
+        with precision:
+            normed = student.forward(hidden, rope, sequences, part.batch.rows)
+        for rows, greedy in zip(
+            torch.split(normed, CHUNK_ROWS), torch.split(part.greedy, CHUNK_ROWS), strict=True
+        ):
+            best = (rows.to(lm_head.dtype) @ lm_head.T).topk(min(TOP, len(lm_head)), -1).indices
+            ids = best if draft_ids is None else draft_ids[best]
+            hits = ids == greedy[:, None]
+            first += int(hits[:, 0].sum())
+            among += int(hits.sum())
+            total += len(greedy)
+    return Agreement(first / total, among / total)

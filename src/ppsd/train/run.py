@@ -1,0 +1,136 @@
+"""Putting a run together: the frozen teacher, the data, and the trainer in its directory.
+
+Imported by cli/.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ppsd.errors import ConfigError
+from ppsd.model.source import describe, resolve_model
+from ppsd.model.stage import Stage, StagePlan
+from ppsd.model.tokenizer import Tokenizer
+from ppsd.model.weights import check_shapes, fingerprint, open_source
+from ppsd.train.checkpoint import RunDirectory
+from ppsd.train.data import Encoding, choose_draft_vocab, encode_all, hold_out
+from ppsd.train.distill import Cadence, Lesson, Trainer
+from ppsd.train.records import DataFile, Record
+from ppsd.train.settings import DistillConfig
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen model in one piece, and how its text becomes tokens."""
+
+    stage: Stage
+    fingerprint: str
+    encoding: Encoding
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What the data amounts to, in examples and tokens."""
+
+    examples: int
+    held_out: int
+    tokens: int
+    targets: int
+    cut: int
+    dropped: int
+    lost_mass: float
+
+
+def load_teacher(
+    model: str | None,
+    config: DistillConfig,
+    device: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Teacher:
+    """Load the whole model on one device; raises ModelError or ConfigError before weights."""
+    files = resolve_model(model)
+    spec = describe(files)
+    config.check_model(spec.num_layers, spec.max_context)
+    source = open_source(files.path)
+    check_shapes(source, spec)
+    mark = fingerprint(spec, source)
+    tokenizer = Tokenizer.load(files.path)
+    place = open_device(device)
+    dtype = compute_dtype(config.dtype, place)
+    plan = StagePlan(0, spec.num_layers, config.max_length, dtype, place)
+    ends = [*tokenizer.eos_ids, *spec.eos_ids]
+    encoding = Encoding(
+        tokenizer,
+        config.max_length,
+        mark,
+        eos=ends[0] if ends else None,
+        raw=config.raw,
+        all_positions=config.all_positions,
+    )
+    return Teacher(Stage(spec, plan, source, progress), mark, encoding)
+
+
+def open_device(name: str) -> torch.device:
+    """Return the device; on a GPU also ask for kernels whose results repeat bit for bit."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).splitlines()[0]
+        raise ConfigError("device", name, f"cpu or a GPU that PyTorch can use ({text})") from error
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device multiplies it natively, else float32."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def prepare_run(
+    teacher: Teacher,
+    config: DistillConfig,
+    records: Sequence[Record],
+    files: Sequence[DataFile],
+    out: Path,
+    cadence: Cadence,
+) -> tuple[Trainer, DataSummary]:
+    """Tokenise, hold out, choose the draft vocabulary, and open the run's directory."""
+    corpus = encode_all(records, teacher.encoding)
+    train, held_out = hold_out(corpus.examples, config.validation, config.seed)
+    draft_ids, lost = None, 0.0
+    vocab_size = teacher.stage.spec.vocab_size
+    if config.draft_vocab:
+        draft_ids, lost = choose_draft_vocab(train, config.draft_vocab, vocab_size)
+    plan = teacher.stage.plan
+    settings = config.to_json() | {
+        "model": teacher.fingerprint,
+        "data": [file.sha256 for file in files],
+        "compute": f"{plan.dtype} on {plan.device.type}",
+    }
+    directory = RunDirectory(out, settings)
+    trainer = Trainer(teacher.stage, config, Lesson(train, held_out, draft_ids), directory, cadence)
+    summary = DataSummary(
+        examples=len(train),
+        held_out=len(held_out),
+        tokens=sum(len(e.tokens) for e in train),
+        targets=sum(len(e.targets) for e in train),
+        cut=corpus.cut,
+        dropped=corpus.dropped,
+        lost_mass=lost,
+    )
+    return trainer, summary

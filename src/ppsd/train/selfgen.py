@@ -1,0 +1,243 @@
+"""The model writes its own training targets: many sequences at once, finished rows replaced.
+
+Imported by cli/. Rows are addressed by position, as everywhere: row i of the cache is one
+sequence whose next token is written at its own length, so no padding is ever attended to.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from ppsd.errors import ConfigError
+from ppsd.model.layers import linear, rms_norm
+from ppsd.model.stage import Stage
+from ppsd.train.batched import Attention, RopeRows, batched_layer, by_sequence, causal_attention
+
+PREFILL_TOKENS = 4096  # padded prompt tokens that run at once
+REFILL_SHARE = 8  # new prompts wait until one row in so many is free: together they cost less
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How targets are written: ``temperature`` 0 is greedy; ``batch`` rows at once.
+
+    Noise is a function of ``seed`` and the prompt, so the batch a prompt shares does not matter.
+    """
+
+    batch: int = 64
+    max_new: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("generate_batch", self.batch), ("max_new", self.max_new)):
+            if value < 1:
+                raise ConfigError(name, value, "an integer of at least 1")
+        if not 0 <= self.temperature <= 100:
+            raise ConfigError("temperature", self.temperature, "a number in [0, 100]")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be answered; ``key`` (hexadecimal) names it and seeds its noise."""
+
+    key: str
+    prompt: Sequence[int]
+
+
+@dataclass
+class _Row:
+    """One sequence being written."""
+
+    request: Request
+    limit: int
+    generator: torch.Generator
+    output: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return len(self.request.prompt) + len(self.output)
+
+
+class BatchCache:
+    """Keys and values [rows, K, capacity, D] of every layer; rows in use come first."""
+
+    def __init__(self, model: Stage, rows: int, capacity: int) -> None:
+        spec, plan = model.spec, model.plan
+        shape = (spec.num_layers, rows, spec.num_kv_heads, capacity, spec.head_dim)
+        self.keys = torch.zeros(shape, dtype=plan.dtype, device=plan.device).unbind()
+        self.values = torch.zeros(shape, dtype=plan.dtype, device=plan.device).unbind()
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy one sequence's rows over another's."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def filling(self, layer: int, first: int, sequences: int) -> Attention:
+        """Attention of new prompts, whose keys and values go to rows ``first``…."""
+        inner = causal_attention(sequences)
+
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            for cache, new in ((self.keys[layer], k), (self.values[layer], v)):
+                rows = by_sequence(new, sequences)
+                cache[first : first + sequences, :, : rows.shape[2]] = rows
+            return inner(q, k, v)
+
+        return attention
+
+    def extending(self, layer: int, positions: torch.Tensor, longest: int) -> Attention:
+        """Attention of one new token a sequence, at ``positions`` [rows in use]."""
+        count = len(positions)
+        rows = torch.arange(count, device=positions.device)
+        reach = torch.arange(longest, device=positions.device)
+        mask = (reach <= positions[:, None])[:, None, None]
+
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            keys, values = self.keys[layer], self.values[layer]
+            keys[rows, :, positions] = k
+            values[rows, :, positions] = v
+            # query heads that share a key/value head are taken as rows of it
+            grouped = q.reshape(count, k.shape[1], -1, q.shape[2])
+            keys, values = keys[:count, :, :longest], values[:count, :, :longest]
+            return F.scaled_dot_product_attention(grouped, keys, values, mask).flatten(1)
+
+        return attention
+
+
+class BatchGenerator:
+    """Answers requests in whatever order they finish.
+
+    Memory: weights, and 2·layers·batch·K·D numbers for each position of the longest sequence.
+    ``vocab_size`` is the tokenizer's: padded ids beyond it are never chosen.
+    """
+
+    def __init__(
+        self,
+        model: Stage,
+        config: GenerateConfig,
+        *,
+        eos_ids: Collection[int],
+        vocab_size: int,
+        max_length: int,
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._eos_ids = frozenset(eos_ids)
+        self._vocab_size = vocab_size
+        self._max_length = max_length
+        self._rows: list[_Row] = []
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[int]]]:
+        """Yield each request with its new tokens; those end with an end token unless cut off.
+
+        Every prompt must be shorter than ``max_length``.
+        """
+        if not requests:
+            return
+        waiting = deque(requests)
+        longest = max(len(r.prompt) for r in requests) + self._config.max_new
+        capacity = min(longest, self._max_length)
+        self._cache = BatchCache(self._model, self._config.batch, capacity)
+        while waiting or self._rows:
+            self._refill(waiting)
+            yield from self._finished()
+            if self._rows:
+                self._step()
+                yield from self._finished()
+
+    def _refill(self, waiting: deque[Request]) -> None:
+        free = self._config.batch - len(self._rows)
+        if self._rows and free * REFILL_SHARE < self._config.batch:
+            return
+        while waiting and free:
+            chosen: list[Request] = []
+            while waiting and len(chosen) < free and _fits([*chosen, waiting[0]]):
+                chosen.append(waiting.popleft())
+            self._prefill(chosen)
+            free -= len(chosen)
+
+    def _prefill(self, requests: list[Request]) -> None:
+        model, count = self._model, len(requests)
+        length = max(len(r.prompt) for r in requests)
+        tokens = torch.zeros(count, length, dtype=torch.int64)
+        for i, request in enumerate(requests):
+            tokens[i, : len(request.prompt)] = torch.tensor(request.prompt)
+        device = model.plan.device
+        positions = torch.arange(length, device=device).repeat(count)
+        first = len(self._rows)
+        hidden = self._forward(
+            tokens.flatten(), positions, lambda layer: self._cache.filling(layer, first, count)
+        )
+        ends = [i * length + len(r.prompt) - 1 for i, r in enumerate(requests)]
+        new = [self._row(request) for request in requests]
+        self._rows += new
+        self._choose(new, hidden[torch.tensor(ends, device=device)])
+
+    def _row(self, request: Request) -> _Row:
+        limit = min(self._config.max_new, self._max_length - len(request.prompt))
+        seed = (int(request.key, 16) ^ self._config.seed) % 2**63
+        return _Row(request, limit, torch.Generator().manual_seed(seed))
+
+    def _step(self) -> None:
+        device = self._model.plan.device
+        tokens = torch.tensor([row.output[-1] for row in self._rows])
+        lengths = [row.length - 1 for row in self._rows]  # the newest token is not cached yet
+        positions = torch.tensor(lengths, device=device)
+        longest = max(lengths) + 1
+        hidden = self._forward(
+            tokens, positions, lambda layer: self._cache.extending(layer, positions, longest)
+        )
+        self._choose(self._rows, hidden)
+
+    def _forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, attention: Callable[[int], Attention]
+    ) -> torch.Tensor:
+        model = self._model
+        assert model.embedding is not None
+        x = model.embedding[tokens.to(model.plan.device)]
+        rope = RopeRows(model.rope, positions)
+        for layer, weights in enumerate(model.layers):
+            x = batched_layer(x, weights, model.spec, rope, attention(layer))
+        return x
+
+    def _choose(self, rows: Sequence[_Row], hidden: torch.Tensor) -> None:
+        """Append each row's next token."""
+        model = self._model
+        assert model.norm is not None
+        assert model.lm_head is not None
+        normed = rms_norm(hidden, model.norm, model.spec.rms_norm_eps)
+        scores = linear(normed, model.lm_head[: self._vocab_size]).float()
+        if self._config.temperature > 0:
+            noise = torch.stack([_gumbel(row.generator, scores.shape[1]) for row in rows])
+            scores = scores / self._config.temperature + noise.to(scores.device)
+        for row, token in zip(rows, scores.argmax(-1).tolist(), strict=True):
+            row.output.append(token)
+
+    def _finished(self) -> Iterator[tuple[Request, list[int]]]:
+        """Take out rows that are done; the last row in use moves into each gap."""
+        for i in range(len(self._rows) - 1, -1, -1):
+            row = self._rows[i]
+            if row.output[-1] not in self._eos_ids and len(row.output) < row.limit:
+                continue
+            last = self._rows.pop()
+            if last is not row:
+                self._cache.move(len(self._rows), i, last.length)
+                self._rows[i] = last
+            yield row.request, row.output
+
+
+def _fits(requests: Sequence[Request]) -> bool:
+    padded = len(requests) * max(len(r.prompt) for r in requests)
+    return len(requests) == 1 or padded <= PREFILL_TOKENS
+
+
+def _gumbel(generator: torch.Generator, count: int) -> torch.Tensor:
+    uniform = torch.rand(count, generator=generator).clamp_(min=torch.finfo(torch.float32).tiny)
+    return -(-uniform.log()).log()

@@ -1,0 +1,116 @@
+"""What a training run is: every number that decides the weights, checked before work begins.
+
+Within train/ and cli/. Does not import PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ppsd.errors import ConfigError
+
+KINDS = ("transformer", "norm")
+INITS = ("exit", "last")
+DTYPES = ("auto", "float32", "bfloat16", "float64")
+BETAS = (0.9, 0.95)  # a run has hundreds of steps, too few for AdamW's usual 0.999
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """One run that trains a head at each of ``exit_layers``.
+
+    ``kind`` transformer has ``head_layers`` decoder layers, which begin as copies of the model's
+    last layers (``init`` last) or of those after the exit (exit). ``draft_vocab`` 0 scores all
+    tokens. ``warmup`` is a share of all steps. ``batch_tokens`` counts padding. ``validation``
+    examples are held out, at most a tenth. Raises ConfigError.
+    """
+
+    exit_layers: tuple[int, ...]
+    kind: str = "transformer"
+    head_layers: int = 1
+    init: str = "last"
+    draft_vocab: int = 8192
+    kl_weight: float = 1.0
+    ce_weight: float = 0.1
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    epochs: int = 1
+    batch_tokens: int = 2048
+    max_length: int = 1024
+    all_positions: bool = False
+    raw: bool = False
+    validation: int = 64
+    seed: int = 0
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("head", self.kind, KINDS)
+        _one_of("init", self.init, INITS)
+        _one_of("dtype", self.dtype, DTYPES)
+        for name in ("head_layers", "epochs", "batch_tokens", "validation"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("max_length", self.max_length, 2)
+        _at_least("seed", self.seed, 0)
+        for name in ("kl_weight", "ce_weight", "weight_decay", "warmup"):
+            _real(name, getattr(self, name))
+        for name in ("learning_rate", "clip"):
+            _real(name, getattr(self, name), positive=True)
+        if self.kl_weight + self.ce_weight == 0:
+            raise ConfigError("kl_weight", 0.0, "above 0 when ce_weight is 0")
+        if not self.exit_layers or len(set(self.exit_layers)) < len(self.exit_layers):
+            raise ConfigError("exit_layer", self.exit_layers, "one or more different layers")
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of each head."""
+        return self.head_layers if self.kind == "transformer" else 0
+
+    def check_model(self, num_layers: int, max_context: int) -> None:
+        """Raise ConfigError for what a model of this size cannot do."""
+        for layer in self.exit_layers:
+            if not 1 <= layer < num_layers:
+                raise ConfigError("exit_layer", layer, f"in [1, {num_layers - 1}] for this model")
+            if self.init == "exit" and layer + self.layers > num_layers:
+                allowed = f"at most {num_layers - layer}, the layers after exit {layer}"
+                raise ConfigError("head_layers", self.head_layers, allowed)
+        if self.head_layers > num_layers:
+            raise ConfigError("head_layers", self.head_layers, f"at most {num_layers}")
+        if self.max_length > max_context:
+            allowed = f"at most {max_context}, the context this model was made for"
+            raise ConfigError("max_length", self.max_length, allowed)
+
+    def first_copied(self, exit_layer: int, num_layers: int) -> int:
+        """The model's layer that a head's first layer begins as."""
+        return exit_layer if self.init == "exit" else num_layers - self.layers
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step: linear warm-up, then a cosine down to zero."""
+        rising = max(1, round(self.warmup * steps))
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        done = (step - rising) / max(1, steps - rising)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def to_json(self) -> dict[str, Any]:
+        """For provenance, and to tell whether a checkpoint belongs to this run."""
+        return asdict(self) | {"exit_layers": list(self.exit_layers)}
+
+
+def _one_of(name: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(name, value, "one of " + ", ".join(allowed))
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise ConfigError(name, value, f"an integer of at least {low}")
+
+
+def _real(name: str, value: float, *, positive: bool = False) -> None:
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ConfigError(name, value, "a number above 0" if positive else "a number, 0 or more")

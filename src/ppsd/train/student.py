@@ -1,0 +1,97 @@
+"""An exit head in training: float32 parameters in inference's fused form. Within train/ only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from ppsd.model.layers import LayerWeights, rms_norm
+from ppsd.model.spec import ModelSpec
+from ppsd.model.stage import Stage
+from ppsd.model.weights import layer_prefix
+from ppsd.train.batched import RopeRows, batched_layer, causal_attention
+
+
+class Student:
+    """A head at one exit layer; ``layers`` 0 is the ``norm`` kind.
+
+    It begins as the model's own final norm and, for a ``transformer``, as copies of the decoder
+    layers from ``first_copied`` on.
+    """
+
+    def __init__(self, model: Stage, exit_layer: int, layers: int, first_copied: int) -> None:
+        assert model.norm is not None
+        self.exit_layer = exit_layer
+        self.spec = model.spec
+        self.norm = _parameter(model.norm)
+        copied = model.layers[first_copied : first_copied + layers]
+        self.layers = [_trainable(weights) for weights in copied]
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All parameters with names that stay the same from run to run."""
+        yield f"{self.exit_layer}.norm", self.norm
+        for i, weights in enumerate(self.layers):
+            for field in fields(weights):
+                if (tensor := getattr(weights, field.name)) is not None:
+                    yield f"{self.exit_layer}.{i}.{field.name}", tensor
+
+    def forward(
+        self, hidden: torch.Tensor, rope: RopeRows, sequences: int, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows [B·T, C] after the exit layer to normed rows [len(rows), C] before the LM head."""
+        x = hidden
+        for weights in self.layers:
+            x = batched_layer(x, weights, self.spec, rope, causal_attention(sequences))
+        return rms_norm(x[rows], self.norm, self.spec.rms_norm_eps)
+
+    def export(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Tensors by the names and shapes of ``exit_head.head_tensor_shapes``, on the CPU."""
+        weights = {"norm.weight": self.norm}
+        for i, layer in enumerate(self.layers):
+            weights |= unfuse_layer(layer, self.spec, layer_prefix(i))
+        return {name: t.detach().to("cpu", dtype) for name, t in weights.items()}
+
+    @torch.no_grad()
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Round all parameters to what ``dtype`` can hold, as saving in it would."""
+        for _, parameter in self.parameters():
+            parameter.copy_(parameter.to(dtype))
+
+
+def _parameter(tensor: torch.Tensor) -> torch.Tensor:
+    wide = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
+    return tensor.detach().to(wide, copy=True).requires_grad_()
+
+
+def _trainable(weights: LayerWeights) -> LayerWeights:
+    held = {f.name: getattr(weights, f.name) for f in fields(weights)}
+    copies: dict[str, Any] = {n: t if t is None else _parameter(t) for n, t in held.items()}
+    return LayerWeights(**copies)
+
+
+def unfuse_layer(weights: LayerWeights, spec: ModelSpec, prefix: str) -> dict[str, torch.Tensor]:
+    """The inverse of ``stage.fuse_layer``: one layer's tensors by their canonical names."""
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    projections = {
+        ("q_proj", "k_proj", "v_proj"): ("self_attn", weights.qkv, weights.qkv_bias),
+        ("o_proj",): ("self_attn", weights.o, weights.o_bias),
+        ("gate_proj", "up_proj"): ("mlp", weights.gate_up, weights.gate_up_bias),
+        ("down_proj",): ("mlp", weights.down, weights.down_bias),
+    }
+    sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    named = {
+        "input_layernorm.weight": weights.input_norm,
+        "post_attention_layernorm.weight": weights.post_norm,
+        "self_attn.q_norm.weight": weights.q_norm,
+        "self_attn.k_norm.weight": weights.k_norm,
+    }
+    for names, (block, weight, bias) in projections.items():
+        rows = [sizes.get(name, weight.shape[0] // len(names)) for name in names]
+        for kind, fused in (("weight", weight), ("bias", bias)):
+            parts = [None] * len(names) if fused is None else torch.split(fused, rows)
+            for name, part in zip(names, parts, strict=True):
+                named[f"{block}.{name}.{kind}"] = part
+    return {prefix + name: tensor for name, tensor in named.items() if tensor is not None}

@@ -1,0 +1,108 @@
+"""Self-generated targets as a file that grows: written as answers finish, continued after a stop.
+
+Imported by cli/.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppsd.errors import PpsdError
+from ppsd.model.stage import Stage
+from ppsd.train.checkpoint import append_line, read_lines, write_whole
+from ppsd.train.data import Encoding
+from ppsd.train.records import Record
+from ppsd.train.selfgen import BatchGenerator, GenerateConfig, Request
+
+POOL = 1024  # prompts of like length are answered together, within pools of so many
+
+
+@dataclass(frozen=True)
+class GenerateReport:
+    """Where generation stands: prompts answered, of how many, and tokens written by this call."""
+
+    done: int
+    total: int
+    tokens: int
+
+
+def write_targets(
+    model: Stage,
+    records: Sequence[Record],
+    encoding: Encoding,
+    config: GenerateConfig,
+    path: Path,
+    report: Callable[[GenerateReport], None],
+) -> int:
+    """Answer every distinct prompt of ``records`` into the JSONL ``path``; give the number skipped.
+
+    Prompts that ``path`` already answers are not asked again; those that leave no room for an
+    answer are skipped. Raises PpsdError when ``path`` was written with other settings.
+    """
+    prompts = {r.key: r for r in records if r.messages}
+    if not prompts:
+        raise PpsdError("self-generation needs prompts, and the data has none (only plain text)")
+    stamp = {"model": encoding.model, **_stamp(config)}
+    done = _answered(path, stamp)
+    waiting = [Request(k, encoding.prompt(r)) for k, r in prompts.items() if k not in done]
+    fitting = [r for r in waiting if len(r.prompt) < encoding.max_length]
+    skipped = len(waiting) - len(fitting)
+    total, tokens = len(prompts) - skipped, 0
+    answered = total - len(fitting)
+    report(GenerateReport(answered, total, tokens))
+    eos_ids = {*model.spec.eos_ids, *encoding.tokenizer.eos_ids}
+    generator = BatchGenerator(
+        model,
+        config,
+        eos_ids=eos_ids,
+        vocab_size=min(model.spec.vocab_size, encoding.tokenizer.vocab_size),
+        max_length=encoding.max_length,
+    )
+    for request, ids in generator.run(_order(fitting, config.seed)):
+        record = prompts[request.key]
+        target = {"target": encoding.tokenizer.decode(ids), "target_ids": ids}
+        about = {"key": request.key, **dict(record.about), "messages": list(record.messages)}
+        ending = {"finish_reason": "stop" if ids[-1] in eos_ids else "length"}
+        append_line(path, about | target | ending | stamp)
+        answered, tokens = answered + 1, tokens + len(ids)
+        report(GenerateReport(answered, total, tokens))
+    return skipped
+
+
+def _stamp(config: GenerateConfig) -> dict[str, Any]:
+    """What decides an answer; the batch does not."""
+    return {name: value for name, value in asdict(config).items() if name != "batch"}
+
+
+def _answered(path: Path, stamp: dict[str, Any]) -> set[str]:
+    """Keys in ``path``; drops a last line that a kill cut short."""
+    try:
+        rows = read_lines(path)
+        for name, value in stamp.items():
+            if other := [row[name] for row in rows if row[name] != value]:
+                raise PpsdError(
+                    f"{path} was written with {name} {other[0]!r}, not {value!r}; give another "
+                    "--out, or the same settings to continue it"
+                )
+        keys = {str(row["key"]) for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise PpsdError(f"{path} does not hold self-generated targets: {error!r}") from error
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return keys
+
+
+def _order(requests: Iterable[Request], seed: int) -> list[Request]:
+    """Shuffled, so that a part of the file is a fair sample, and alike in length within a pool."""
+    requests = sorted(requests, key=lambda r: r.key)
+    order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(seed)).tolist()
+    pools = (order[first : first + POOL] for first in range(0, len(order), POOL))
+    return [
+        requests[i] for pool in pools for i in sorted(pool, key=lambda i: -len(requests[i].prompt))
+    ]

@@ -1,0 +1,84 @@
+"""Finding heads, choosing the best for model and exit, and plain decoding without any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ppsd.config import EngineConfig
+from ppsd.engine.choose_head import choose_head
+from ppsd.model import head_library
+from ppsd.model.exit_head import CONFIG_FILE, HeadConfig, save_head
+from ppsd.model.head_library import find_heads, suitable
+from ppsd.model.source import describe, resolve_model
+from ppsd.model.spec import ModelSpec
+
+
+@pytest.fixture
+def spec(tiny_model: Callable[[str], Path]) -> ModelSpec:
+    return describe(resolve_model(str(tiny_model("llama"))))
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_library, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setenv("PPSD_HEADS", str(tmp_path / "local"))
+
+
+def put(place: Path, exit_layer: int, alpha: float | None, **changes: object) -> None:
+    metrics = {} if alpha is None else {"validation": {"alpha": alpha}}
+    config = HeadConfig("norm", exit_layer, 0, None, "tiny", "mark", metrics=metrics)
+    save_head(place, replace(config, **changes), {"norm.weight": torch.ones(4)})  # type: ignore[arg-type]
+
+
+def test_shipped_and_local_heads_are_found_and_damage_is_told(tmp_path: Path) -> None:
+    put(tmp_path / "shipped" / "a", 2, 0.5)
+    put(tmp_path / "local" / "run" / "b", 3, None)
+    put(tmp_path / "local" / ".c.new", 3, None)
+    put(tmp_path / "local" / "d", 3, None)
+    (tmp_path / "local" / "d" / CONFIG_FILE).write_text("{")
+    found = find_heads()
+    assert [(h.path.name, h.shipped, h.alpha) for h in found] == [
+        ("a", True, 0.5),
+        ("d", False, None),
+        ("b", False, None),
+    ]
+    assert "is not a head configuration" in found[1].problem
+
+
+def test_the_best_for_model_and_exit_wins(tmp_path: Path) -> None:
+    put(tmp_path / "local" / "unmeasured", 2, None)
+    put(tmp_path / "local" / "good", 2, 0.6)
+    put(tmp_path / "local" / "better", 2, 0.7)
+    put(tmp_path / "local" / "other-exit", 3, 0.9)
+    put(tmp_path / "local" / "other-model", 2, 0.9, fingerprint="other")
+    put(tmp_path / "local" / "untrained", 2, 0.9, trained=False)
+    names = [h.path.name for h in suitable(find_heads(), "mark", 2)]
+    assert names == ["better", "good", "unmeasured"]
+    assert suitable(find_heads(), "mark", None)[0].path.name == "other-exit"
+
+
+def test_auto_takes_the_exit_of_least_expected_time(tmp_path: Path, spec: ModelSpec) -> None:
+    """A late exit is right more often, but with the stage it makes slowest nothing is gained."""
+    put(tmp_path / "local" / "early", 2, 0.6)
+    put(tmp_path / "local" / "late", 5, 0.62)
+    chosen = choose_head(EngineConfig(), spec, "mark")
+    assert Path(chosen.head).name == "early"
+    fixed = choose_head(EngineConfig(exit_layer=5), spec, "mark")
+    assert Path(fixed.head).name == "late"
+    split = choose_head(EngineConfig(split=(2, 4)), spec, "mark")
+    assert (Path(split.head).name, split.split) == ("early", (2, 4))
+
+
+def test_a_head_that_no_split_suits_is_passed_over(tmp_path: Path, spec: ModelSpec) -> None:
+    put(tmp_path / "local" / "late", 5, 0.9)
+    assert choose_head(EngineConfig(stages=3), spec, "mark").head == "none"
+
+
+def test_without_a_head_decoding_is_plain(spec: ModelSpec) -> None:
+    chosen = choose_head(EngineConfig(block=1, in_flight=2), spec, "mark")
+    assert (chosen.head, chosen.mode) == ("none", "autoregressive")

@@ -1,0 +1,172 @@
+"""Records, tokens, draft vocabulary, batches: what is trained on, and clear refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppsd.errors import ConfigError, PpsdError
+from ppsd.model.tokenizer import Tokenizer
+from ppsd.train.data import (
+    Encoding,
+    Example,
+    choose_draft_vocab,
+    encode_all,
+    hold_out,
+    label_table,
+    make_batch,
+    plan_epoch,
+)
+from ppsd.train.records import parse_row, read_data
+from tests.support.teachers import random_examples
+
+
+@pytest.fixture
+def encoding(tiny_model: Callable[[str], Path]) -> Encoding:
+    return Encoding(Tokenizer.load(tiny_model("llama")), 40, "me", eos=2)
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_every_assistant_turn_is_a_target() -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    row = {"messages": [{"role": r, "content": c} for r, c in turns]}
+    found = [(len(r.messages), r.target) for r in parse_row(row, "here")]
+    assert found == [(1, "b"), (3, "d"), (5, None)]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "holds no training data"),
+        ("\n \n", "holds no training data"),
+        ('{"prompt": "a", "target": "b"}\n{"prompt": ', "line 2: not JSON"),
+        ('{"question": "a"}\n', "line 1: needs an object with prompt"),
+        ('{"prompt": ""}\n', "line 1: needs"),
+        ('{"messages": []}\n', "line 1: needs"),
+        ('{"messages": [{"role": "user"}]}\n', "line 1: needs"),
+        ("[1]\n", "line 1: needs"),
+    ],
+)
+def test_bad_files_are_refused_by_line(tmp_path: Path, content: str, complaint: str) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(PpsdError, match=complaint):
+        read_data([str(tmp_path / "x.jsonl")])
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe")
+    for name in ("x.txt", "missing.txt"):
+        with pytest.raises(PpsdError, match=f"cannot read training data from .*{name}"):
+            read_data([str(tmp_path / name)])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="it is installed")
+def test_hub_names_need_the_datasets_package() -> None:
+    with pytest.raises(ConfigError, match="data must be a file, or a hub dataset with the package"):
+        read_data(["owner/name"])
+
+
+def test_targets_begin_after_the_chat_prompt_and_end_with_eos(
+    tmp_path: Path, encoding: Encoding
+) -> None:
+    records, _ = read_data([write(tmp_path / "x.jsonl", {"prompt": "box", "target": "five"})])
+    (example,) = encode_all(records, encoding).examples
+    prompt = encoding.tokenizer.encode_chat([{"role": "user", "content": "box"}])
+    assert example.tokens[: example.start].tolist() == prompt
+    assert example.targets.tolist() == [*encoding.tokenizer.encode("five"), 2]
+
+
+def test_exact_ids_count_only_for_the_model_that_wrote_them(
+    tmp_path: Path, encoding: Encoding
+) -> None:
+    messages = [{"role": "user", "content": "box"}]
+    row = {"messages": messages, "target": "a", "target_ids": [7, 8], "model": "me"}
+    records, _ = read_data([write(tmp_path / "x.jsonl", row, row | {"model": "other"})])
+    mine, others = encode_all(records, encoding).examples
+    assert mine.targets.tolist() == [7, 8]
+    assert others.targets.tolist() == [*encoding.tokenizer.encode("a"), 2]
+
+
+def test_long_answers_are_cut_and_long_prompts_dropped(tmp_path: Path, encoding: Encoding) -> None:
+    rows = [("a", "b"), ("a", "xy" * 40), ("xy" * 40, "b")]
+    path = write(tmp_path / "x.jsonl", *({"prompt": p, "target": t} for p, t in rows))
+    records, _ = read_data([path])
+    corpus = encode_all(records, encoding)
+    assert (len(corpus.examples), corpus.cut, corpus.dropped) == (2, 1, 1)
+    assert len(corpus.examples[1].tokens) == 40
+    with pytest.raises(PpsdError, match="no training example fits in max_length 40"):
+        encode_all(records[2:], encoding)
+
+
+def test_a_missing_target_names_the_row(tmp_path: Path, encoding: Encoding) -> None:
+    records, _ = read_data([write(tmp_path / "x.jsonl", {"prompt": "a"})])
+    with pytest.raises(PpsdError, match="line 1 has a prompt but no target; add --self-generate"):
+        encode_all(records, encoding)
+
+
+def test_plain_text_becomes_windows_that_lose_nothing(tmp_path: Path, encoding: Encoding) -> None:
+    (tmp_path / "x.txt").write_text("pack my box with five dozen jugs " * 9)
+    records, _ = read_data([str(tmp_path / "x.txt")])
+    examples = encode_all(records, encoding).examples
+    joined = torch.cat([e.tokens for e in examples]).tolist()
+    assert joined == encoding.tokenizer.encode("pack my box with five dozen jugs " * 9)
+    assert {e.start for e in examples} == {1}
+
+
+def test_draft_vocabulary_is_the_most_frequent_targets() -> None:
+    def example(prompt: list[int], target: list[int]) -> Example:
+        return Example(torch.tensor(prompt + target, dtype=torch.int32), len(prompt))
+
+    examples = [example([9, 9, 9], [5, 5, 5, 7]), example([9], [7, 3, 1, 5])]
+    ids, lost = choose_draft_vocab(examples, 3, 12)
+    assert ids.tolist() == [1, 5, 7]  # 1 and 3 are equally frequent
+    assert lost == pytest.approx(1 / 8)
+    assert label_table(ids, 12)[torch.tensor([1, 3, 7])].tolist() == [0, -1, 2]
+    with pytest.raises(ConfigError, match="draft_vocab"):
+        choose_draft_vocab(examples, 13, 12)
+
+
+@given(
+    st.lists(st.integers(2, 50), min_size=1, max_size=60), st.integers(1, 120), st.integers(0, 3)
+)
+def test_an_epoch_takes_every_example_once(lengths: list[int], budget: int, seed: int) -> None:
+    batches = plan_epoch(lengths, budget, seed, 1)
+    assert Counter(i for b in batches for i in b) == Counter(range(len(lengths)))
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches)
+    assert batches == plan_epoch(lengths, budget, seed, 1)
+
+
+def test_epochs_differ_in_order() -> None:
+    lengths = [5] * 64
+    assert plan_epoch(lengths, 20, 0, 0) != plan_epoch(lengths, 20, 0, 1)
+
+
+def test_batch_rows_stand_before_their_targets() -> None:
+    examples = random_examples(4)
+    batch = make_batch(examples, torch.device("cpu"))
+    following = torch.roll(batch.tokens, -1, 1).flatten()
+    assert torch.equal(following[batch.rows], batch.targets)
+    assert batch.targets.tolist() == [t for e in examples for t in e.targets.tolist()]
+    assert batch.size == sum(len(e.tokens) for e in examples)
+
+
+def test_held_out_examples_are_not_trained_on() -> None:
+    examples = random_examples(50)
+    train, held = hold_out(examples, 64, 0)
+    assert len(held) == 5
+    assert {id(e) for e in train} | {id(e) for e in held} == {id(e) for e in examples}
+    assert not {id(e) for e in train} & {id(e) for e in held}
+    with pytest.raises(PpsdError, match="at least 2 examples"):
+        hold_out(examples[:1], 1, 0)

@@ -1,0 +1,179 @@
+"""The training loop: it learns, resumes exactly, trains heads apart, and refuses clearly."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ppsd.errors import ConfigError, PpsdError
+from ppsd.train.checkpoint import CHECKPOINT, RunDirectory
+from ppsd.train.distill import StepReport, Trainer
+from ppsd.train.settings import DistillConfig
+from tests.support.teachers import tiny_config, tiny_teacher, tiny_trainer
+
+Models = Callable[[str], Path]
+
+
+class StoppedError(Exception):
+    pass
+
+
+def ignore(report: StepReport) -> None:
+    pass
+
+
+def stop_at(step: int) -> Callable[[StepReport], None]:
+    def report(r: StepReport) -> None:
+        if r.step == step:
+            raise StoppedError
+
+    return report
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [p.detach() for s in trainer.students for _, p in s.parameters()]
+
+
+def test_it_learns(tiny_model: Models, tmp_path: Path) -> None:
+    config = tiny_config(2, 4, epochs=8, learning_rate=1e-2)
+    trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
+    losses: list[dict[int, float]] = []
+    trainer.run(lambda r: losses.append(r.loss))
+    for layer in (2, 4):
+        first, last = (sum(x[layer] for x in part) for part in (losses[:5], losses[-5:]))
+        assert last < 0.7 * first
+
+
+@pytest.mark.parametrize("stop", [3, 4, 7])
+def test_a_stopped_run_ends_with_the_same_weights(
+    tiny_model: Models, tmp_path: Path, stop: int
+) -> None:
+    config = tiny_config(2, 4, epochs=2)
+    teacher = tiny_teacher(tiny_model("llama"), config)
+    whole = tiny_trainer(teacher, config, tmp_path / "whole", checkpoint=3, validate=4)
+    whole.run(ignore)
+    with pytest.raises(StoppedError):
+        tiny_trainer(teacher, config, tmp_path / "cut", checkpoint=3, validate=4).run(stop_at(stop))
+    again = tiny_trainer(teacher, config, tmp_path / "cut", checkpoint=3, validate=4)
+    again.run(ignore)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+    logged = [[(r["step"], r.get("loss")) for r in t.directory.metrics()] for t in (whole, again)]
+    assert [x for x in logged[0] if x[1]] == [x for x in logged[1] if x[1]]
+
+
+def test_heads_trained_together_equal_heads_trained_apart(
+    tiny_model: Models, tmp_path: Path
+) -> None:
+    both = tiny_config(2, 4)
+    teacher = tiny_teacher(tiny_model("llama"), both)
+    together = tiny_trainer(teacher, both, tmp_path / "both")
+    together.run(ignore)
+    apart = tiny_trainer(teacher, tiny_config(4), tmp_path / "one")
+    apart.run(ignore)
+    pairs = zip(together.students[1].parameters(), apart.students[0].parameters(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def test_a_head_that_is_the_rest_of_the_model_always_agrees(
+    tiny_model: Models, tmp_path: Path
+) -> None:
+    config = tiny_config(3, head_layers=3, draft_vocab=0, learning_rate=1e-12)
+    trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
+    trainer.run(ignore)
+    logged = [r["validation"]["3"] for r in trainer.directory.metrics() if "validation" in r]
+    assert logged[0] == {"alpha": 1.0, "top4": 1.0}
+
+
+def test_the_draft_vocabulary_costs_agreement(tiny_model: Models, tmp_path: Path) -> None:
+    """A perfect head misses exactly the greedy tokens it cannot say."""
+    config = tiny_config(3, head_layers=3, learning_rate=1e-12)
+    trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
+    trainer.run(ignore)
+    greedy = torch.cat([part.greedy for part in trainer._held])
+    sayable = (greedy % 3 == 0).double().mean().item()  # tiny_trainer drafts every third token
+    first = next(r for r in trainer.directory.metrics() if "validation" in r)
+    assert first["validation"]["3"]["alpha"] == pytest.approx(sayable, abs=1e-6)
+
+
+def test_another_run_in_the_same_directory_is_refused(tiny_model: Models, tmp_path: Path) -> None:
+    RunDirectory(tmp_path, {"seed": 0})
+    config = tiny_config()
+    trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
+    trainer.run(ignore)
+    with pytest.raises(PpsdError, match="holds another run: seed was None and is now 1"):
+        RunDirectory(tmp_path, {"seed": 1}).load()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(epochs=2)
+    teacher = tiny_teacher(tiny_model("llama"), config)
+    with pytest.raises(StoppedError):
+        tiny_trainer(teacher, config, tmp_path, checkpoint=2).run(stop_at(3))
+    before = (tmp_path / CHECKPOINT).read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "rewind_metrics", lambda self, step: None)
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(PpsdError, match="No space left on device; the one before is untouched"):
+            tiny_trainer(teacher, config, tmp_path, checkpoint=2).run(ignore)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert not list(tmp_path.glob("*.new"))
+    assert tiny_trainer(teacher, config, tmp_path, checkpoint=2).run(ignore)
+
+
+def test_divergence_stops_the_run(tiny_model: Models, tmp_path: Path) -> None:
+    config = tiny_config(learning_rate=1e300, clip=1e300)
+    trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
+    with pytest.raises(PpsdError, match="diverged at step"):
+        trainer.run(ignore)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"exit_layers": ()}, "exit_layer"),
+        ({"exit_layers": (3, 3)}, "exit_layer"),
+        ({"kind": "mlp"}, "head must be one of"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"kl_weight": float("nan")}, "kl_weight"),
+        ({"kl_weight": 0.0, "ce_weight": 0.0}, "kl_weight"),
+        ({"epochs": 0}, "epochs"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        DistillConfig(**{"exit_layers": (3,), **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (tiny_config(6), r"exit_layer must be in \[1, 5\]"),
+        (tiny_config(4, init="exit", head_layers=3), "head_layers must be at most 2"),
+        (tiny_config(max_length=1024), "max_length must be at most 512, the context"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(
+    tiny_model: Models, config: DistillConfig, complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        tiny_teacher(tiny_model("llama"), config)
+
+
+def test_the_rate_warms_up_and_falls_to_zero() -> None:
+    config = tiny_config(learning_rate=1.0, warmup=0.1)
+    rates = [config.rate(step, 100) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert max(rates) == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == pytest.approx(0.0, abs=1e-12)

@@ -1,0 +1,108 @@
+"""Self-generation says what transformers says in any batch, and continues where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ppsd.errors import PpsdError
+from ppsd.train.data import encode_all
+from ppsd.train.records import Record, read_data
+from ppsd.train.run import Teacher
+from ppsd.train.selfgen import BatchGenerator, GenerateConfig, Request
+from ppsd.train.targets import GenerateReport, write_targets
+from tests.support.teachers import tiny_config, tiny_teacher
+from tests.support.tiny_models import VOCAB, reference_generate
+
+PROMPTS = [[5 + i, *range(20, 20 + (7 * i) % 11)] for i in range(9)]
+REQUESTS = [Request(f"{i:x}", prompt) for i, prompt in enumerate(PROMPTS)]
+NEW = 12
+
+
+@pytest.fixture
+def teacher(tiny_model: Callable[[str], Path]) -> Teacher:
+    return tiny_teacher(tiny_model("llama"), tiny_config())
+
+
+def answers(teacher: Teacher, config: GenerateConfig, **changes: object) -> dict[str, list[int]]:
+    settings = {"eos_ids": {2}, "vocab_size": VOCAB - 4, "max_length": 64, **changes}
+    generator = BatchGenerator(teacher.stage, config, **settings)  # type: ignore[arg-type]
+    return {request.key: ids for request, ids in generator.run(REQUESTS)}
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_greedy_equals_transformers(
+    teacher: Teacher, tiny_model: Callable[[str], Path], batch: int
+) -> None:
+    found = answers(teacher, GenerateConfig(batch, NEW))
+    for request in REQUESTS:
+        plain = reference_generate(tiny_model("llama"), list(request.prompt), NEW)
+        assert found[request.key] == plain
+
+
+def test_rows_that_end_early_do_not_disturb_the_others(teacher: Teacher) -> None:
+    plain = answers(teacher, GenerateConfig(64, NEW))
+    ends = {ids[i % 5] for i, ids in enumerate(plain.values())}
+    stopped = answers(teacher, GenerateConfig(3, NEW), eos_ids=ends)
+    for key, ids in plain.items():
+        end = next((i for i, token in enumerate(ids) if token in ends), NEW - 1)
+        assert stopped[key] == ids[: end + 1]
+    assert len({len(ids) for ids in stopped.values()}) > 2
+
+
+def test_the_context_limits_answers(teacher: Teacher) -> None:
+    found = answers(teacher, GenerateConfig(4, NEW), max_length=14)
+    assert [len(found[r.key]) for r in REQUESTS] == [min(NEW, 14 - len(p)) for p in PROMPTS]
+
+
+def test_sampling_depends_on_seed_and_prompt_not_on_the_batch(teacher: Teacher) -> None:
+    one, many = (answers(teacher, GenerateConfig(b, NEW, 1.0, seed=5)) for b in (1, 64))
+    other = answers(teacher, GenerateConfig(64, NEW, 1.0, seed=6))
+    assert one == many
+    assert sum(other[key] != many[key] for key in many) > len(many) // 2
+
+
+def records(count: int) -> list[Record]:
+    return [Record("here", ({"role": "user", "content": f"box {i}"},)) for i in range(count)]
+
+
+def write(teacher: Teacher, path: Path, rows: list[Record], **changes: object) -> int:
+    config = GenerateConfig(**{"batch": 4, "max_new": 6, **changes})  # type: ignore[arg-type]
+    reports: list[GenerateReport] = []
+    write_targets(teacher.stage, rows, teacher.encoding, config, path, reports.append)
+    assert reports[-1].done == reports[-1].total
+    return reports[-1].tokens
+
+
+def test_a_stopped_file_is_continued(teacher: Teacher, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    write(teacher, whole, records(10))
+    lines = whole.read_text().splitlines(keepends=True)
+    cut.write_text("".join(lines[:4]) + lines[4][:25])  # killed while writing
+    written = write(teacher, cut, [*records(10), *records(3)])
+    assert written == sum(len(json.loads(line)["target_ids"]) for line in lines[4:])
+    assert sorted(cut.read_text().splitlines()) == sorted(line.strip() for line in lines)
+
+
+def test_its_output_is_training_data_of_the_same_tokens(teacher: Teacher, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    write(teacher, path, records(5))
+    found, _ = read_data([str(path)])
+    examples = encode_all(found, teacher.encoding).examples
+    written = [json.loads(line)["target_ids"] for line in path.read_text().splitlines()]
+    assert [e.targets.tolist() for e in examples] == written
+
+
+def test_files_of_other_settings_are_refused(teacher: Teacher, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    write(teacher, path, records(2))
+    with pytest.raises(PpsdError, match=r"was written with temperature 0\.0, not 0\.5"):
+        write(teacher, path, records(2), temperature=0.5)
+    path.write_text("{}\n")
+    with pytest.raises(PpsdError, match="does not hold self-generated targets"):
+        write(teacher, path, records(2))
+    with pytest.raises(PpsdError, match="needs prompts"):
+        write(teacher, path, [Record("here", text="plain")])
