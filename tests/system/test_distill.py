@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from ppsd.cli.app import app
 from ppsd.errors import PpsdError
@@ -38,18 +38,22 @@ def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
             "2,4", "--threads", "1", *fixed, *more]  # fmt: skip
 
 
-def run(*args: str) -> str:
+def invoke(*args: str) -> Result:
     result = CliRunner().invoke(app, list(args))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
-    return result.output
+    return result
+
+
+def run(*args: str) -> str:
+    return invoke(*args).stdout
 
 
 def test_killed_and_continued_ends_with_the_same_heads(
     tiny_model: Models, data: Path, tmp_path: Path
 ) -> None:
-    schedule = ("--epochs", "12", "--checkpoint-every", "5", "--validate-every", "7")
+    schedule = ("--epochs", "8", "--checkpoint-every", "5", "--validate-every", "7")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = arguments(tiny_model("llama"), data, cut, *schedule)
     process = subprocess.Popen(
@@ -100,8 +104,8 @@ def test_without_heads_generate_says_how_to_get_one(
 ) -> None:
     monkeypatch.setenv("PPSD_HEADS", str(tmp_path))
     model = str(tiny_model("llama"))
-    output = run("generate", "-m", model, "--transport", "inprocess", "-n", "2", "hello")
-    said = " ".join(output.split())
+    result = invoke("generate", "-m", model, "--transport", "inprocess", "-n", "2", "hello")
+    said = " ".join(result.stderr.split())
     assert "so decoding is plain, without speculation" in said
     assert f"ppsd distill --model {model} --exit-layer" in said
 
