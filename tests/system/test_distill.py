@@ -91,7 +91,8 @@ def test_heads_describe_themselves_and_are_put_to_use(
         (layer, json.loads((out / f"transformer-{layer}" / "head.json").read_text())["metrics"]
          ["validation"]["alpha"]) for layer in (2, 4)
     }  # fmt: skip
-    common = ("generate", "-m", model, "--transport", "inprocess", "-n", "8", "--json", "hello")
+    common = ("generate", "-m", model, "--head", "auto", "--transport", "inprocess")
+    common += ("-n", "8", "--json", "hello")
     drafted = json.loads(run(*common, "--exit-layer", "2"))
     monkeypatch.setenv("PPSD_HEADS", str(tmp_path / "nothing"))
     plain = json.loads(run(*common))
