@@ -36,6 +36,7 @@ from ppsd.worker.recorder import Recorder
 
 CHECK_S = 0.05  # how often a wait looks after the worker processes
 ENDING_S = 0.5  # from a process closing its connections until it counts as ended, at most
+LAST_FRAMES = 32  # more than may wait, among them a dead worker's account of itself
 ANSWER_S = 1.0  # a stage that works answers a report sooner
 
 NAMED_ERRORS = {  # a worker's sentence says it all; other exceptions come with their traceback
@@ -60,9 +61,10 @@ def raise_if_lost(endpoint: Endpoint, check: Callable[[], None]) -> None:
     try:
         check()
     except StageLostError:
-        with contextlib.suppress(StageLostError):  # which may be but a consequence
-            while (received := endpoint.receive(0.0)) is not None:
-                _raise_failure(decode(received[1]))
+        for _ in range(LAST_FRAMES):
+            with contextlib.suppress(StageLostError):  # which may be but a consequence
+                if (received := endpoint.receive(0.0)) is not None:
+                    _raise_failure(decode(received[1]))
         raise
 
 

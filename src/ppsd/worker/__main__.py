@@ -18,15 +18,19 @@ def _die_with_parent() -> None:
 
 
 def main() -> int:
-    """Serve the stage that the line of JSON on standard input describes."""
+    """Serve the stage that the line of JSON on standard input describes.
+
+    What is raised goes to rank 0 by message; standard error is for when that cannot get through.
+    """
     line = sys.stdin.readline()
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    from ppsd.errors import PpsdError
     from ppsd.worker.process import WorkerConfig, serve
 
     config = WorkerConfig.from_json(line)
     try:
         serve(config)
-    except Exception as error:
+    except PpsdError as error:
         print(f"stage {config.rank}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
