@@ -165,10 +165,9 @@ def test_boundaries_cover_all_layers_or_are_refused_by_name(layer_costs, data) -
 
 @given(costs, st.lists(st.integers(-1, 13), min_size=1, max_size=5))
 def test_a_given_split_is_taken_as_it_is_or_refused(layer_costs, cuts) -> None:
-    config = EngineConfig(split=tuple(cuts))
     bounds = (0, *cuts, len(layer_costs))
     if covers(bounds, len(layer_costs)):
-        assert config.boundaries(layer_costs, 0.0) == bounds
+        assert EngineConfig(split=tuple(cuts)).boundaries(layer_costs, 0.0) == bounds
     else:
         with pytest.raises(ConfigError, match=r"split|stages"):
-            config.boundaries(layer_costs, 0.0)
+            EngineConfig(split=tuple(cuts)).boundaries(layer_costs, 0.0)

@@ -73,10 +73,10 @@ def test_gantt_charts_are_traces_of_the_same_tokens(tmp_path: Path) -> None:
     for mode in ("autoregressive", "draft-then-verify", "ppsd"):
         events = json.loads((tmp_path / f"{mode}.json").read_text())["traceEvents"]
         pieces = [e for e in events if e["ph"] == "X"]
-        assert {e["tid"] for e in pieces} == {0, 1, 2}
+        assert {e["tid"] for e in pieces} == {1, 2, 3}
         drafted = any(e["name"] == "draft" for e in pieces)
         assert drafted == (mode != "autoregressive")
-        last_rows = [e["args"] for e in pieces if e["tid"] == 2 and e["name"] == "verify"]
+        last_rows = [e["args"] for e in pieces if e["tid"] == 3 and e["name"] == "verify"]
         assert max(row["position"] + row["rows"] for row in last_rows) == 12
     assert (tmp_path / "gantt.png").stat().st_size > 5000
 
