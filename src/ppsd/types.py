@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -90,7 +90,9 @@ def _check_real(
         raise ConfigError(name, value, f"a number in {'(' if low_open else '['}{low:g}, {high:g}]")
 
 
-def _check_bias(bias: Mapping[int, float]) -> None:
+def _check_bias(bias: object) -> None:
+    if not isinstance(bias, Mapping):
+        raise ConfigError("logit_bias", bias, "a mapping of token ids to numbers")
     if len(bias) > MAX_LOGIT_BIAS:
         raise ConfigError("logit_bias", f"{len(bias)} entries", f"at most {MAX_LOGIT_BIAS} entries")
     for token, value in bias.items():
@@ -100,7 +102,9 @@ def _check_bias(bias: Mapping[int, float]) -> None:
 
 
 def _check_stop(stop: object) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)  # type: ignore[arg-type]
+    if not isinstance(stop, Iterable):
+        raise ConfigError("stop", stop, "a text or several texts")
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(strings) > MAX_STOP_STRINGS:
         raise ConfigError("stop", f"{len(strings)} strings", f"at most {MAX_STOP_STRINGS} strings")
     for text in strings:

@@ -260,3 +260,11 @@ def test_the_command_line_says_it_in_one_line(
     err = capsys.readouterr().err
     assert err.startswith(f"ppsd: {sentence}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("stop", 5), ("stop", None), ("logit_bias", [1.0]), ("logit_bias", None)]
+)
+def test_sampling_fields_of_another_type_are_named(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field):
+        SamplingParams(**{field: value})

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import typer.main
 
-from ppsd import LLM, SamplingParams
+from ppsd import LLM, SamplingParams, __version__
 from ppsd.cli import chat, display
 from ppsd.cli.app import app, main
 from ppsd.engine.llm import Chunk
@@ -101,6 +101,10 @@ def expected(tiny_model) -> Callable[..., str]:
 
 def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
+
+
+def test_version(ppsd) -> None:
+    assert ppsd("--version").out == f"ppsd {__version__}\n"
 
 
 @pytest.mark.parametrize("verb", FLAGS)
