@@ -59,6 +59,7 @@ class RunDirectory:
         try:
             with safe_open(path, framework="pt") as file:
                 state = json.loads(file.metadata()["state"])
+                # safetensors files are no mappings: keys() is all they offer
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise PpsdError(f"{path} is not a checkpoint that can be read: {error}") from error
