@@ -9,6 +9,7 @@ import torch
 from ppsd.train.checkpoint import RunDirectory
 from ppsd.train.data import Example
 from ppsd.train.distill import Cadence, Lesson, Trainer
+from ppsd.train.features import live_features
 from ppsd.train.run import Teacher, load_teacher
 from ppsd.train.settings import DistillConfig
 
@@ -35,5 +36,6 @@ def random_examples(count: int, seed: int = 0) -> list[Example]:
 def tiny_trainer(teacher: Teacher, config: DistillConfig, out: Path, **every: int) -> Trainer:
     examples = random_examples(36)
     ids = torch.arange(0, 300, 3) if config.draft_vocab else None
-    lesson = Lesson(examples[4:], examples[:4], ids)
+    features = live_features(teacher.stage, config.exit_layers)
+    lesson = Lesson(examples[4:], examples[:4], ids, features)
     return Trainer(teacher.stage, config, lesson, RunDirectory(out, {}), Cadence(**every))

@@ -107,6 +107,10 @@ def distill(
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="Directory, .gguf file or hub id.")
     ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(help="Keep the frozen model's rows here: later epochs and runs read them."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes PyTorch's choice.")] = 0,
     validate_every: Annotated[int, typer.Option(help="Steps between validations.", min=1)] = 100,
@@ -125,7 +129,7 @@ def distill(
             return
         records, more = read_data([str(written)])
         files = [*files, *more]
-    _train(teacher, config, records, files, out, (validate_every, checkpoint_every))
+    _train(teacher, config, records, files, out, features, (validate_every, checkpoint_every))
 
 
 def _set_threads(threads: int) -> None:
@@ -198,6 +202,7 @@ def _train(
     records: Sequence[Record],
     files: Sequence[DataFile],
     out: Path,
+    features: Path | None,
     every: tuple[int, int],
 ) -> None:
     from ppsd.train.distill import Cadence
@@ -205,7 +210,17 @@ def _train(
     from ppsd.train.run import prepare_run
 
     console = log_console()
-    trainer, summary = prepare_run(teacher, config, records, files, out, Cadence(*every))
+    with _bar("running the frozen model", 1, "{task.fields[note]}") as (bar, task):
+        bar.update(task, visible=features is not None)
+
+        def filling(done: int, total: int) -> None:
+            note = f"{done:,} of {total:,} tokens · {_speed(done, bar.tasks[0].elapsed)} tokens/s"
+            bar.update(task, completed=done, total=total, note=note)
+
+        cadence = Cadence(*every)
+        trainer, summary = prepare_run(
+            teacher, config, records, files, out, cadence, features, filling
+        )
     console.print(_data_line(summary, config), highlight=False)
     agreement = _run(trainer)
     name = teacher.stage.spec.name
@@ -213,7 +228,7 @@ def _train(
     places = save_heads(trainer, origin, agreement)
     _plot(trainer)
     console.print(_result_table(places, agreement))
-    console.print(_throughput_line(trainer.directory.metrics()), highlight=False)
+    console.print(_throughput_line(trainer.directory.metrics(), features), highlight=False)
 
 
 def _run(trainer: Trainer) -> dict[int, Agreement]:
@@ -267,10 +282,12 @@ def _result_table(places: dict[int, Path], agreement: dict[int, Agreement]) -> T
     return table
 
 
-def _throughput_line(metrics: Sequence[dict[str, Any]]) -> str:
+def _throughput_line(metrics: Sequence[dict[str, Any]], features: Path | None) -> str:
     steps = [record for record in metrics if "loss" in record]
     tokens = steps[-1]["tokens"]
     whole, forward = (sum(s[name] for s in steps) for name in ("seconds", "forward_seconds"))
+    if features is not None:
+        return f"{tokens / whole:.0f} tokens/s with the frozen model's rows read from {features}"
     return (
         f"{tokens / whole:.0f} tokens/s, {forward / whole:.2f} of the frozen forward's own "
         f"{tokens / forward:.0f} tokens/s"

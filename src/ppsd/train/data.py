@@ -169,6 +169,7 @@ class Batch:
     ``size`` counts tokens without padding.
     """
 
+    examples: tuple[Example, ...]
     tokens: torch.Tensor
     rows: torch.Tensor
     targets: torch.Tensor
@@ -185,7 +186,8 @@ def make_batch(examples: Sequence[Example], device: torch.device) -> Batch:
         rows.append(torch.arange(example.start - 1, len(example.tokens) - 1) + i * length)
     targets = torch.cat([e.targets for e in examples]).long()
     size = sum(len(e.tokens) for e in examples)
-    return Batch(tokens.to(device), torch.cat(rows).to(device), targets.to(device), size)
+    rows_kept = torch.cat(rows).to(device)
+    return Batch(tuple(examples), tokens.to(device), rows_kept, targets.to(device), size)
 
 
 def label_table(draft_ids: torch.Tensor | None, vocab_size: int) -> torch.Tensor:

@@ -17,10 +17,11 @@ import torch
 
 from ppsd.errors import PpsdError
 from ppsd.model.stage import Stage
-from ppsd.train.batched import teacher_forward, teacher_rows, whole_sequences
+from ppsd.train.batched import teacher_rows, whole_sequences
 from ppsd.train.checkpoint import Checkpoint, RunDirectory
 from ppsd.train.data import Batch, Example, label_table, make_batch, plan_epoch
 from ppsd.train.evaluate import Agreement, evaluate, prepare
+from ppsd.train.features import FeatureSource
 from ppsd.train.losses import LossWeights, chunked_losses
 from ppsd.train.settings import BETAS, DistillConfig
 from ppsd.train.student import Student
@@ -53,11 +54,12 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is trained on: examples, and the draft vocabulary [Vd] ascending (None for all)."""
+    """What is trained on: examples, their rows, and the draft vocabulary [Vd] (None for all)."""
 
     train: Sequence[Example]
     held_out: Sequence[Example]
     draft_ids: torch.Tensor | None
+    features: FeatureSource
 
 
 class Trainer:
@@ -97,7 +99,7 @@ class Trainer:
             for batch in plan_epoch(lengths, config.batch_tokens, config.seed, epoch)
         ]
         self.total_tokens = sum(lengths) * config.epochs
-        self._held = prepare(model, lesson.held_out, config.exit_layers, config.batch_tokens)
+        self._held = prepare(model, lesson.held_out, lesson.features, config.batch_tokens)
 
     @property
     def steps(self) -> int:
@@ -146,7 +148,7 @@ class Trainer:
         """Losses [exits], and what else is worth logging of the step."""
         started = time.perf_counter()
         sequences, length = batch.tokens.shape
-        features = teacher_forward(self._model, batch.tokens, self.config.exit_layers)
+        features = self._lesson.features(batch)
         teacher = teacher_rows(self._model, features, batch.rows)
         self._synchronize()
         forward_seconds = time.perf_counter() - started

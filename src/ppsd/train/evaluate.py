@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from ppsd.model.stage import Stage
-from ppsd.train.batched import teacher_forward, teacher_rows, whole_sequences
+from ppsd.train.batched import teacher_rows, whole_sequences
 from ppsd.train.data import Batch, Example, make_batch, plan_epoch
+from ppsd.train.features import FeatureSource
 from ppsd.train.student import Student
 
 TOP = 4
@@ -43,14 +44,14 @@ class HeldOut:
 
 
 def prepare(
-    model: Stage, examples: Sequence[Example], exits: Sequence[int], batch_tokens: int
+    model: Stage, examples: Sequence[Example], source: FeatureSource, batch_tokens: int
 ) -> list[HeldOut]:
-    """Run the model over the held-out examples."""
+    """Take the model's rows of the held-out examples, and what it would say greedily."""
     lengths = [len(e.tokens) for e in examples]
     held = []
     for indices in plan_epoch(lengths, batch_tokens, 0, 0):
         batch = make_batch([examples[i] for i in indices], model.plan.device)
-        features = teacher_forward(model, batch.tokens, exits)
+        features = source(batch)
         rows = teacher_rows(model, features, batch.rows)
         assert model.lm_head is not None
         greedy = [(part @ model.lm_head.T).argmax(-1) for part in torch.split(rows, CHUNK_ROWS)]

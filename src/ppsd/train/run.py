@@ -20,6 +20,7 @@ from ppsd.model.weights import check_shapes, fingerprint, open_source
 from ppsd.train.checkpoint import RunDirectory
 from ppsd.train.data import Encoding, choose_draft_vocab, encode_all, hold_out
 from ppsd.train.distill import Cadence, Lesson, Trainer
+from ppsd.train.features import FeatureSource, FeatureStore, live_features
 from ppsd.train.records import DataFile, Record
 from ppsd.train.settings import DistillConfig
 
@@ -31,6 +32,11 @@ class Teacher:
     stage: Stage
     fingerprint: str
     encoding: Encoding
+
+    @property
+    def compute(self) -> str:
+        """In what the frozen model is computed: results differ between these."""
+        return f"{self.stage.plan.dtype} on {self.stage.plan.device.type}"
 
 
 @dataclass(frozen=True)
@@ -108,22 +114,34 @@ def prepare_run(
     files: Sequence[DataFile],
     out: Path,
     cadence: Cadence,
+    store: Path | None = None,
+    filling: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Trainer, DataSummary]:
-    """Tokenise, hold out, choose the draft vocabulary, and open the run's directory."""
+    """Tokenise, hold out, choose the draft vocabulary, and open the run's directory.
+
+    With a ``store`` the frozen model runs now, over what that directory does not hold yet:
+    ``filling(tokens done, tokens in all)``.
+    """
     corpus = encode_all(records, teacher.encoding)
     train, held_out = hold_out(corpus.examples, config.validation, config.seed)
     draft_ids, lost = None, 0.0
     vocab_size = teacher.stage.spec.vocab_size
     if config.draft_vocab:
         draft_ids, lost = choose_draft_vocab(train, config.draft_vocab, vocab_size)
-    plan = teacher.stage.plan
     settings = config.to_json() | {
         "model": teacher.fingerprint,
         "data": [file.sha256 for file in files],
-        "compute": f"{plan.dtype} on {plan.device.type}",
+        "compute": teacher.compute,
+        "features": store is not None,
     }
     directory = RunDirectory(out, settings)
-    trainer = Trainer(teacher.stage, config, Lesson(train, held_out, draft_ids), directory, cadence)
+    features: FeatureSource = live_features(teacher.stage, config.exit_layers)
+    if store is not None:
+        mark = f"{teacher.fingerprint} in {teacher.compute}"
+        features = kept = FeatureStore(store, teacher.stage, config.exit_layers, mark)
+        kept.fill(corpus.examples, filling)
+    lesson = Lesson(train, held_out, draft_ids, features)
+    trainer = Trainer(teacher.stage, config, lesson, directory, cadence)
     summary = DataSummary(
         examples=len(train),
         held_out=len(held_out),

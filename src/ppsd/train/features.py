@@ -1,0 +1,161 @@
+"""Rows of the frozen model kept on disk, so that later epochs and runs need not compute them.
+
+Within train/ only. A directory holds one file of bfloat16 rows for each kept layer, and an index:
+a header line, then a line for each example that is whole in all files. Files only grow; what a
+kill left behind the last indexed row is written over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppsd.errors import PpsdError
+from ppsd.model.stage import Stage
+from ppsd.train.batched import Features, teacher_forward
+from ppsd.train.checkpoint import append_line, read_lines, write_whole
+from ppsd.train.data import Batch, Example, make_batch, plan_epoch
+
+INDEX = "index.jsonl"
+STORED = torch.bfloat16
+FILL_TOKENS = 4096  # padded tokens that run at once
+
+FeatureSource = Callable[[Batch], Features]
+
+
+def live_features(model: Stage, exits: Collection[int]) -> FeatureSource:
+    """Rows computed when they are needed."""
+    return lambda batch: teacher_forward(model, batch.tokens, exits)
+
+
+class FeatureStore:
+    """Rows after each of ``layers`` and after the last one, C numbers each; a FeatureSource.
+
+    Disk: 2·C bytes a token for each kept layer and the last; memory: a batch. Rows are rounded to
+    bfloat16, which inference works in. ``compute`` says what made them. Raises PpsdError when
+    ``path`` holds rows of another model or lacks a layer.
+    """
+
+    def __init__(self, path: Path, model: Stage, layers: Sequence[int], compute: str) -> None:
+        self._path = path
+        self._model = model
+        self._wanted = tuple(layers)
+        self._layers = tuple(sorted(layers))
+        self._header = {"width": model.spec.hidden_size, "compute": compute}
+        self._places: dict[str, int] = {}  # first row of an example
+        self._rows = 0
+        self._maps: dict[int, torch.Tensor] = {}
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            header, *lines = self._read_index() or [self._create()]
+            kept = tuple(header.pop("layers"))
+            if header != self._header or not set(self._layers) <= set(kept):
+                raise PpsdError(
+                    f"{self._path} holds rows of layers {kept} computed as {header}, not of "
+                    f"{self._layers} as {self._header}; give another --features"
+                )
+            for line in lines:
+                self._note(line["example"], line["rows"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PpsdError(f"cannot use {self._path} for --features: {error}") from error
+        self._layers = kept
+
+    def _read_index(self) -> list[dict[str, Any]]:
+        """Lines of the index; one that a kill cut short is taken out of the file."""
+        path = self._path / INDEX
+        lines = read_lines(path)
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        return lines
+
+    def _create(self) -> dict[str, Any]:
+        header = {"layers": list(self._layers), **self._header}
+        append_line(self._path / INDEX, header)
+        return header
+
+    def _note(self, name: str, rows: int) -> None:
+        self._places[name] = self._rows
+        self._rows += rows
+
+    def fill(self, examples: Sequence[Example], report: Callable[[int, int], None]) -> None:
+        """Compute what is missing; ``report(tokens done, tokens in all)`` of that."""
+        missing = list(
+            {name: e for e in examples if (name := _name(e)) not in self._places}.values()
+        )
+        lengths = [len(e.tokens) for e in missing]
+        done, total = 0, sum(lengths)
+        for indices in plan_epoch(lengths, FILL_TOKENS, 0, 0):
+            batch = make_batch([missing[i] for i in indices], self._model.plan.device)
+            self._append(batch)
+            done += batch.size
+            report(done, total)
+
+    def _append(self, batch: Batch) -> None:
+        features = teacher_forward(self._model, batch.tokens, self._layers)
+        inside = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+        for i, example in enumerate(batch.examples):
+            inside[i, : len(example.tokens)] = True
+        for layer, rows in self._named(features).items():
+            kept = rows[inside.flatten().to(rows.device)].to("cpu", STORED)
+            self._write(layer, kept)
+        for example in batch.examples:
+            append_line(
+                self._path / INDEX, {"example": _name(example), "rows": len(example.tokens)}
+            )
+            self._note(_name(example), len(example.tokens))
+
+    def _named(self, features: Features) -> dict[int, torch.Tensor]:
+        return features.exits | {self._model.spec.num_layers: features.last}
+
+    def _write(self, layer: int, rows: torch.Tensor) -> None:
+        content = rows.contiguous().view(torch.uint8).numpy().tobytes()
+        offset = self._rows * rows.shape[1] * STORED.itemsize
+        try:
+            with open(self._file(layer), "r+b" if self._file(layer).exists() else "w+b") as file:
+                while content:
+                    written = os.pwrite(file.fileno(), content, offset)
+                    content, offset = content[written:], offset + written
+        except OSError as error:
+            raise PpsdError(
+                f"cannot write {self._file(layer)}: {error.strerror}; rows written so far are kept"
+            ) from error
+
+    def _file(self, layer: int) -> Path:
+        return self._path / f"layer-{layer}.bf16"
+
+    def __call__(self, batch: Batch) -> Features:
+        """Rows of a batch, zero where it is padded."""
+        last = self._model.spec.num_layers
+        exits = {layer: self._read(layer, batch) for layer in self._wanted}
+        return Features(exits, self._read(last, batch))
+
+    def _read(self, layer: int, batch: Batch) -> torch.Tensor:
+        plan, width = self._model.plan, self._model.spec.hidden_size
+        padded = torch.zeros(*batch.tokens.shape, width, dtype=plan.dtype)
+        stored = self._map(layer)
+        for i, example in enumerate(batch.examples):
+            first, length = self._places[_name(example)], len(example.tokens)
+            padded[i, :length] = stored[first : first + length]
+        return padded.flatten(0, 1).to(plan.device)
+
+    def _map(self, layer: int) -> torch.Tensor:
+        width = self._model.spec.hidden_size
+        found = self._maps.get(layer)
+        if found is None or len(found) < self._rows:
+            size = self._rows * width
+            found = torch.from_file(str(self._file(layer)), False, size, dtype=STORED)
+            found = self._maps[layer] = found.view(-1, width)
+        return found
+
+
+def _name(example: Example) -> str:
+    return hashlib.sha256(example.tokens.numpy().tobytes()).hexdigest()[:24]
