@@ -206,6 +206,7 @@ def _train(
     every: tuple[int, int],
 ) -> None:
     from ppsd.train.distill import Cadence
+    from ppsd.train.records import prompt_digests
     from ppsd.train.result import Origin, save_heads
     from ppsd.train.run import prepare_run
 
@@ -224,7 +225,8 @@ def _train(
     console.print(_data_line(summary, config), highlight=False)
     agreement = _run(trainer)
     name = teacher.stage.spec.name
-    origin = Origin(name, teacher.fingerprint, files, summary.lost_mass, _command())
+    prompts = prompt_digests(records)
+    origin = Origin(name, teacher.fingerprint, files, prompts, summary.lost_mass, _command())
     places = save_heads(trainer, origin, agreement)
     _plot(trainer)
     console.print(_result_table(places, agreement))

@@ -7,7 +7,7 @@ A head directory holds ``head.json`` (what it is and for which model) and ``head
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ FORMAT = 1
 KINDS = ("norm", "transformer")
 CONFIG_FILE = "head.json"
 WEIGHTS_FILE = "head.safetensors"
+PROMPTS_FILE = "prompts.txt"
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,19 @@ class HeadConfig:
         return {"format": FORMAT, **asdict(self)}
 
 
-def save_head(directory: Path, config: HeadConfig, weights: dict[str, torch.Tensor]) -> None:
-    """Write a head directory; ``weights`` are those of ``head_tensor_shapes``."""
+def save_head(
+    directory: Path,
+    config: HeadConfig,
+    weights: dict[str, torch.Tensor],
+    prompts: Iterable[str] = (),
+) -> None:
+    """Write a head directory; ``weights`` are those of ``head_tensor_shapes``.
+
+    ``prompts`` are digests of what it was trained on, so that others can check for overlap.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous() for name, t in weights.items()}, directory / WEIGHTS_FILE)
+    (directory / PROMPTS_FILE).write_text("".join(f"{digest}\n" for digest in prompts))
     (directory / CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=1) + "\n")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +90,18 @@ class RunDirectory:
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_whole(self.path / METRICS, text.encode())
 
-    def write_head(self, name: str, config: HeadConfig, weights: dict[str, torch.Tensor]) -> Path:
-        """Write a head directory as a whole and return its path."""
+    def write_head(
+        self,
+        name: str,
+        config: HeadConfig,
+        weights: dict[str, torch.Tensor],
+        prompts: Sequence[str],
+    ) -> Path:
+        """Write a head directory (see ``save_head``) as a whole and return its path."""
         place, draft = self.path / name, self.path / f".{name}.new"
         try:
             shutil.rmtree(draft, ignore_errors=True)
-            save_head(draft, config, weights)
+            save_head(draft, config, weights, prompts)
             shutil.rmtree(place, ignore_errors=True)
             draft.rename(place)
         except (OSError, SafetensorError) as error:

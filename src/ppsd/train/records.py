@@ -46,6 +46,18 @@ class Record:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def prompt_digest(text: str) -> str:
+    """Sixteen hexadecimal digits of a prompt, the same whatever its case and white space."""
+    return hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest()[:16]
+
+
+def prompt_digests(records: Iterable[Record]) -> list[str]:
+    """Digests of everything users say in ``records``, and of running texts; ascending."""
+    texts = {r.text for r in records if r.text is not None}
+    said = {m["content"] for r in records for m in r.messages if m["role"] == "user"}
+    return sorted({prompt_digest(text) for text in texts | said})
+
+
 @dataclass(frozen=True)
 class DataFile:
     """Where records came from, for provenance."""

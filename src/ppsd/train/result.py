@@ -26,11 +26,12 @@ GIT_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of a run beyond its settings."""
+    """What is known of a run beyond its settings; ``prompts`` are digests (see save_head)."""
 
     base_model: str
     fingerprint: str
     data: Sequence[DataFile]
+    prompts: Sequence[str]
     lost_mass: float
     command: str
 
@@ -57,7 +58,7 @@ def save_heads(
             metrics={"validation": agreement[layer].to_json(), "lost_mass": origin.lost_mass},
         )
         name = f"{trainer.config.kind}-{layer}"
-        places[layer] = trainer.directory.write_head(name, config, weights)
+        places[layer] = trainer.directory.write_head(name, config, weights, origin.prompts)
     return places
 
 
