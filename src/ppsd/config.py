@@ -110,7 +110,7 @@ class EngineConfig:
 
     def replaced(self, **changes: object) -> EngineConfig:
         """A checked copy with some fields changed."""
-        return replace(self, **changes)  # type: ignore[arg-type]
+        return replace(self, **changes)  # type: ignore[arg-type]  # checked by __post_init__
 
 
 def balanced_split(

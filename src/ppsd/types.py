@@ -84,8 +84,12 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
 def _check_real(
     name: str, value: object, low: float, high: float, *, low_open: bool = False
 ) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    inside = number and (low < value if low_open else low <= value) and value <= high  # type: ignore[operator]
+    inside = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and (low < value if low_open else low <= value)
+        and value <= high
+    )
     if not inside:
         raise ConfigError(name, value, f"a number in {'(' if low_open else '['}{low:g}, {high:g}]")
 

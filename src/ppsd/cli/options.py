@@ -155,7 +155,9 @@ def _bias(text: str) -> dict[int, float]:
 def grouped(verb: Callable[..., None]) -> Callable[..., None]:
     """Let a verb take option dataclasses as parameters; their fields become its flags."""
     hints = get_type_hints(verb, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    groups: dict[str, Any] = {
+        name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)
+    }
     parameters = [
         expanded
         for name, parameter in inspect.signature(verb).parameters.items()
@@ -165,7 +167,7 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def wrapper(**flags: Any) -> None:
         arguments = {
-            name: group(**{f.name: flags.pop(f.name) for f in dataclasses.fields(group)})  # type: ignore[operator]
+            name: group(**{f.name: flags.pop(f.name) for f in dataclasses.fields(group)})
             for name, group in groups.items()
         }
         try:
@@ -174,7 +176,8 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
             print(file=sys.stderr)  # what comes next starts below the ^C
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
-    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    signature = inspect.Signature(parameters)
+    wrapper.__signature__ = signature  # type: ignore[attr-defined]  # typeshed lacks it
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
 

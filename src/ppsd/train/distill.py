@@ -127,7 +127,7 @@ class Trainer:
         examples = [self._lesson.train[i] for i in self._plan[self.step]]
         batch = make_batch(examples, self._model.plan.device)
         losses, record = self._losses(batch)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         norms = [_clip(student, self.config.clip) for student in self.students]
         rate = self.config.rate(self.step, self.steps)
         self._optimizer.param_groups[0]["lr"] = rate

@@ -47,7 +47,9 @@ def chunked_losses(
     either into logits and is frozen. Never more than three logit matrices of CHUNK_ROWS rows
     exist: the gradient of each chunk is taken to ``features`` at once.
     """
-    losses: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _Chunked.apply(  # type: ignore[no-untyped-call]
+    losses: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    # PyTorch leaves Function.apply without types
+    losses = _Chunked.apply(  # type: ignore[no-untyped-call]
         features, teacher, lm_head, labels, weights
     )
     return losses

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in its stubs
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ppsd.errors import (
