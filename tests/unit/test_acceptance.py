@@ -182,6 +182,7 @@ def test_the_engine_agrees_in_the_decode_report(
     assert report["offline"] == {"judged": total, "accepted": accepted}
     assert (report["equal_tokens"], report["compared"]) == (len(answers), total)
     assert (report["differing"], wrong["differing"]) == (0, total)
+    assert report["late"] == 0
     assert parted["equal_tokens"] == 0
     assert parted["compared"] == sum(min(a.judged, len(a.tokens) - a.start - 3) for a in answers)
 

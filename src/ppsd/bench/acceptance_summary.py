@@ -128,14 +128,17 @@ def decode(
 
     ``equal_tokens``: prompts whose tokens are all the same. ``compared`` positions have the same
     prefix in both; at ``differing`` of them the draft was accepted in one and not in the other.
+    ``late``: drafts for which the engine had its verdict first, so that they were not judged, in
+    prompts with equal tokens; these differ where the draft was right.
     """
-    judged = accepted = equal = compared = differing = 0
+    judged = accepted = equal = compared = differing = late = 0
     for answer, outcome in zip(answers, outcomes, strict=True):
         said = llm.run(answer.tokens[: answer.start], params)
         judged += said.stats.counts.judged
         accepted += said.stats.counts.accepted
         parting = first_difference(said.token_ids, answer.tokens[answer.start :])
         equal += parting is None
+        late += (answer.judged - said.stats.counts.judged) * (parting is None)
         same = slice(answer.judged if parting is None else min(parting, answer.judged))
         pairs = list(zip(said.accepted[same], outcome.hits[same], strict=True))
         compared += len(pairs)
@@ -152,4 +155,5 @@ def decode(
         "equal_tokens": equal,
         "compared": compared,
         "differing": differing,
+        "late": late,
     }

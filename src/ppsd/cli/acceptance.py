@@ -144,8 +144,7 @@ def _answers(
 ) -> list[Answer]:
     from ppsd.bench.acceptance import write_answers
 
-    # another precision may say something else
-    path = out / f"generated-{_dtype(teacher)}.jsonl"
+    path = out / f"generated-{_dtype(teacher)}.jsonl"  # another precision may say something else
     with progress.writing(len(tasks)) as report:
         return write_answers(teacher, tasks, params, work.generate_batch, path, report)
 
@@ -260,50 +259,55 @@ def _write(out: Path, result: dict[str, Any], outcomes: Mapping[str, Sequence[Ou
 
 
 def _show(result: dict[str, Any], by: str) -> None:
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     heads = result["heads"]
-    console.print(_overall(heads))
-    console.print(_view(heads, by))
-    first = result["first_right"]
-    shares = " · ".join(f"{label} {share:.1%}" for label, share in first["shares"].items())
-    console.print(f"\nfirst head that is right, by exit layer: {shares}")
+    for table in (_overall(heads), _worth(heads), _view(heads, by)):
+        console.print(table)
+        console.print()
+    shares = result["first_right"]["shares"].items()
+    firsts = " · ".join(f"{label} {share:.1%}" for label, share in shares)
+    console.print(f"first head that is right, by exit layer: {firsts}")
     for label, found in heads.items():
         if "decoded" in found:
             console.print(_decoded(label, found["decoded"]))
     some = next(iter(heads.values()))
     left_out = f", {result['left_out']} left out as too long" if result["left_out"] else ""
+    console.print(f"{some['judged']:,} drafts of {some['prompts']} answers judged{left_out}")
     console.print(
-        f"{some['judged']:,} drafts of {some['prompts']} answers judged{left_out}; computed in "
-        f"{result['dtype']}. Expected: {some['expected']['stages']} equal devices, times by "
-        "parameters read, no hops"
+        f"computed in {result['dtype']}; expected: {some['expected']['stages']} equal devices, "
+        "times by parameters read, hops free"
     )
 
 
 def _overall(heads: Mapping[str, Any]) -> Table:
-    names = ("head", "exit", "α", "95 % interval", "top 2", "top 4", "top 8", "not drafted",
-             "held-out α", "cost in layers", "expected", "ρ*")  # fmt: skip
+    names = ("head", "exit", "α", "95 % interval", "top 2", "top 4", "top 8")
     table = Table(*names, box=None, pad_edge=False)
     for label, h in heads.items():
-        low_high = "–" if h["interval"] is None else "{:.3f}–{:.3f}".format(*h["interval"])
-        held_out = (h["held_out"] or {}).get("alpha")
+        between = "–" if h["interval"] is None else "{:.3f}–{:.3f}".format(*h["interval"])
+        tops = (f"{h['top'][k]:.3f}" for k in ("2", "4", "8"))
+        table.add_row(label, str(h["exit_layer"]), f"{h['alpha']:.3f}", between, *tops)
+    return table
+
+
+def _worth(heads: Mapping[str, Any]) -> Table:
+    names = ("head", "held-out α", "outside its vocabulary", "layer-times", "expected", "ρ*")
+    table = Table(*names, box=None, pad_edge=False)
+    for label, h in heads.items():
+        held_out, expected = (h["held_out"] or {}).get("alpha"), h["expected"]
         table.add_row(
             label,
-            str(h["exit_layer"]),
-            f"{h['alpha']:.3f}",
-            low_high,
-            *(f"{h['top'][k]:.3f}" for k in ("2", "4", "8")),
-            f"{h['outside']:.1%}",
             "–" if held_out is None else f"{held_out:.3f}",
-            f"{h['expected']['head_layers']:.2f}",
-            f"{h['expected']['speedup']:.2f}×",
-            f"{h['expected']['paper']:.2f}×",
+            f"{h['outside']:.1%}",
+            f"{expected['head_layers']:.2f}",
+            f"{expected['speedup']:.2f}×",
+            f"{expected['paper']:.2f}×",
         )
     return table
 
 
 def _view(heads: Mapping[str, Any], by: str) -> Table:
     """α of every head in every category, or in every bucket of positions."""
-    table = Table(by, "judged", *heads, box=None, pad_edge=False, title="α", title_justify="left")
+    table = Table(by, "judged", *(f"{label} α" for label in heads), box=None, pad_edge=False)
     rows: dict[str, list[dict[str, Any]]] = {}
     for found in heads.values():
         part = found[VIEWS[by]]
@@ -325,5 +329,5 @@ def _decoded(label: str, d: Mapping[str, Any]) -> str:
     return (
         f"{label} decoded: {d['accepted']} of {d['judged']} accepted ({rate}); computed at once: "
         f"{off['accepted']} of {off['judged']}; {d['equal_tokens']} of {d['prompts']} answers "
-        f"equal, {d['differing']} of {d['compared']} drafts judged differently"
+        f"equal, {d['differing']} of {d['compared']} drafts judged differently, {d['late']} too late to be judged"
     )
