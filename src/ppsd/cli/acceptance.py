@@ -107,6 +107,7 @@ def acceptance(
         raise ConfigError("by", by, "one of " + ", ".join(VIEWS))
     paths, params, tasks = subject.paths(), subject.params(), subject.tasks()
     from ppsd.bench.acceptance import load_candidates
+    from ppsd.bench.acceptance_summary import expected_speed
     from ppsd.train.checkpoint import RunDirectory
 
     config = _settings(subject, work, paths)
@@ -114,6 +115,8 @@ def acceptance(
     progress.set_threads(work.threads)
     teacher = progress.load(subject.model, config, work.device)
     candidates = load_candidates(paths, teacher)
+    for c in candidates:  # a number of stages that does not suit should not be found out at the end
+        expected_speed(teacher.stage.spec, c.head.config, 0.0, subject.stages)
     answers = _answers(teacher, tasks, params, work, out)
     outcomes = _measure(teacher, candidates, answers, params, work, out)
     result = _result(subject, teacher, candidates, outcomes)
@@ -329,5 +332,6 @@ def _decoded(label: str, d: Mapping[str, Any]) -> str:
     return (
         f"{label} decoded: {d['accepted']} of {d['judged']} accepted ({rate}); computed at once: "
         f"{off['accepted']} of {off['judged']}; {d['equal_tokens']} of {d['prompts']} answers "
-        f"equal, {d['differing']} of {d['compared']} drafts judged differently, {d['late']} too late to be judged"
+        f"equal, {d['differing']} of {d['compared']} drafts judged differently, "
+        f"{d['late']} too late to be judged"
     )
