@@ -44,6 +44,13 @@ FLAGS = {
     "chat": "--system --highlight --stats",
     "verify": "prompts --limit --json",
 }
+OWN_FLAGS = {
+    "acceptance": (
+        "--head --data --out --model -m --limit --max-tokens -n --temperature -t --seed --raw "
+        "--decode --stages --max-length --dtype --device --threads --generate-batch "
+        "--batch-tokens --by --json"
+    ),
+}
 VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -107,12 +114,13 @@ def test_version(ppsd) -> None:
     assert ppsd("--version").out == f"ppsd {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", FLAGS)
+@pytest.mark.parametrize("verb", [*FLAGS, *OWN_FLAGS])
 def test_flags_are_frozen_and_explained(ppsd, verb) -> None:
     """Renaming a flag breaks scripts: this list changes only on purpose."""
     parameters = [p for p in VERBS[verb].params if p.name != "help"]
     names = [name for p in parameters for name in p.opts]
-    assert sorted(names) == sorted(f"{PIPELINE} {SAMPLING} {FLAGS[verb]}".split())
+    shared = f"{PIPELINE} {SAMPLING} {FLAGS[verb]}" if verb in FLAGS else OWN_FLAGS[verb]
+    assert sorted(names) == sorted(shared.split())
     shown = ppsd(verb, "--help").out
     for parameter in parameters:
         assert parameter.help.endswith((".", "…")), parameter.name

@@ -5,22 +5,15 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
+from ppsd.cli import progress
 from ppsd.cli.display import log_console
 from ppsd.cli.options import flag, integers
 from ppsd.train.settings import DistillConfig
@@ -30,7 +23,6 @@ if TYPE_CHECKING:
     from ppsd.train.evaluate import Agreement
     from ppsd.train.records import DataFile, Record
     from ppsd.train.run import DataSummary, Teacher
-    from ppsd.train.targets import GenerateReport
 
 GENERATED = "generated.jsonl"
 HEAD, DATA, TRAINING, GENERATION = "Head", "Data", "Training", "Self-generation"
@@ -121,8 +113,8 @@ def distill(
     from ppsd.train.records import read_data
 
     records, files = read_data(data)
-    _set_threads(threads)
-    teacher = _load(model, config, device)
+    progress.set_threads(threads)
+    teacher = progress.load(model, config, device)
     if generation.self_generate or generation.generate_only:
         written = _generate(teacher, records, generation, config.seed, out)
         if generation.generate_only:
@@ -130,37 +122,6 @@ def distill(
         records, more = read_data([str(written)])
         files = [*files, *more]
     _train(teacher, config, records, files, out, features, (validate_every, checkpoint_every))
-
-
-def _set_threads(threads: int) -> None:
-    import torch
-
-    if threads > 0:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _bar(description: str, total: int, fields: str) -> Iterator[tuple[Progress, TaskID]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
-        TextColumn("{task.percentage:.0f}%"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn(fields),
-    )
-    # Steps take seconds: an estimate from the last half minute would jump about.
-    with Progress(*columns, console=log_console(), speed_estimate_period=600.0) as bar:
-        yield bar, bar.add_task(description, total=total, note="")
-
-
-def _load(model: str | None, config: DistillConfig, device: str) -> Teacher:
-    from ppsd.train.run import load_teacher
-
-    with _bar("loading the model", 1, "{task.completed} of {task.total}") as (bar, task):
-        return load_teacher(
-            model, config, device, lambda done, total: bar.update(task, completed=done, total=total)
-        )
 
 
 def _generate(
@@ -176,24 +137,12 @@ def _generate(
 
     config = GenerateConfig(options.generate_batch, options.max_new, options.temperature, seed)
     path = RunDirectory(out, {}).path / GENERATED
-    fields = "{task.completed:,} of {task.total:,} prompts · {task.fields[note]}"
-    with _bar("writing targets", len(records), fields) as (bar, task):
-
-        def report(r: GenerateReport) -> None:
-            if r.tokens == 0:  # what an earlier call wrote must not count as this one's speed
-                bar.reset(task, total=r.total, completed=r.done, note="")
-            note = f"{_speed(r.tokens, bar.tasks[0].elapsed)} tokens/s"
-            bar.update(task, completed=r.done, total=r.total, note=note)
-
+    with progress.writing(len(records)) as report:
         skipped = write_targets(teacher.stage, records, teacher.encoding, config, path, report)
     if skipped:
         text = f"{skipped} prompts leave no room for an answer within max_length and were skipped"
         log_console().print(text, highlight=False)
     return path
-
-
-def _speed(tokens: int, seconds: float | None) -> str:
-    return f"{tokens / seconds:.0f}" if seconds else "–"
 
 
 def _train(
@@ -236,7 +185,7 @@ def _train(
 def _run(trainer: Trainer) -> dict[int, Agreement]:
     start = -1
     fields = "{task.fields[note]}"
-    with _bar("training", trainer.total_tokens, fields) as (bar, task):
+    with progress.bar("training", trainer.total_tokens, fields) as (bar, task):
 
         def report(r: StepReport) -> None:
             nonlocal start
@@ -245,7 +194,7 @@ def _run(trainer: Trainer) -> dict[int, Agreement]:
                 bar.reset(task, total=r.total_tokens, completed=r.tokens, note="")
             loss = "/".join(f"{x:.2f}" for x in r.loss.values())
             alpha = "/".join(f"{x:.3f}" for x in r.alpha.values())
-            speed = _speed(r.tokens - start, bar.tasks[0].elapsed)
+            speed = progress.speed(r.tokens - start, bar.tasks[0].elapsed)
             note = f"{speed} tokens/s · loss {loss} · α {alpha}"
             bar.update(task, completed=r.tokens, note=note)
 

@@ -25,9 +25,9 @@ PIPELINE = "Pipeline"
 SAMPLING = "Sampling"
 
 
-def flag(help_text: str, *names: str, panel: str, metavar: str | None = None) -> Any:
+def flag(help_text: str, *names: str, panel: str, **limits: Any) -> Any:
     """A command-line option shown in the given panel of --help."""
-    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar)
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, **limits)
 
 
 _pipeline = functools.partial(flag, panel=PIPELINE)

@@ -7,12 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
+from ppsd.cli.options import flag
 from ppsd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,13 +34,9 @@ PRINTED = {
 }
 
 
-def _flag(help_text: str, *names: str, panel: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel=panel, **limits)
-
-
-_request = functools.partial(_flag, panel="Pipeline and request")
-_times = functools.partial(_flag, panel="Times, or a preset in their place")
-_output = functools.partial(_flag, panel="Output")
+_request = functools.partial(flag, panel="Pipeline and request")
+_times = functools.partial(flag, panel="Times, or a preset in their place")
+_output = functools.partial(flag, panel="Output")
 
 
 @dataclass

@@ -58,7 +58,7 @@ def plot_sweep(rows: Sequence[Row], axis: str, title: str, path: Path) -> None:
     if axis == "hop":
         axes.set_xscale("symlog", linthresh=0.01)
     axes.legend(title="points: simulated, lines: model", fontsize=8, title_fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_lines(
@@ -76,7 +76,7 @@ def plot_lines(
         axes.axhline(level, color="0.4", lw=0.8, ls="--")
         axes.text(0.01, level, f" {name}", fontsize=8, va="bottom")
     axes.legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_gantt(runs: Mapping[str, Simulated], path: Path) -> None:
@@ -96,7 +96,7 @@ def plot_gantt(runs: Mapping[str, Simulated], path: Path) -> None:
     charts[-1, 0].set_xlabel("simulated time (ms)")
     bars = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in KIND_COLOUR.values()]
     figure.legend(bars, KIND_COLOUR, ncols=len(bars), fontsize=8, loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:
@@ -109,7 +109,11 @@ def _figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure and forget it; raises PpsdError."""
     figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})  # equal runs give equal files
+    try:  # without a date and version in it, equal runs give equal files
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+    except OSError as error:
+        raise PpsdError(f"cannot write {path}: {error.strerror}") from error
     require_matplotlib().close(figure)

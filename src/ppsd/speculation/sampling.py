@@ -98,10 +98,14 @@ class Sampler:
 
     def draw(self, logits: Tensor, history: Tensor, stream: Stream) -> int:
         """Sample with the noise of ``stream`` (Gumbel-max); ties go to the lowest id."""
+        return _argmax(self.scores(logits, history, stream))
+
+    def scores(self, logits: Tensor, history: Tensor, stream: Stream) -> Tensor:
+        """What ``draw`` takes the maximum of, [vocab_size]: processed logits and their noise."""
         values = self.process(logits, history)
         if not self._params.greedy:
             values = values + gumbel(self._params.seed, len(history), self._vocab_size, stream)
-        return _argmax(values)
+        return values
 
     def probabilities(self, logits: Tensor, history: Tensor) -> Tensor:
         """The distribution ``draw`` samples from, float64 [vocab_size]; one-hot if greedy."""

@@ -1,4 +1,6 @@
-"""The frozen model over batches of whole sequences, without a key/value cache. Within train/ only.
+"""The frozen model and its heads over batches of whole sequences, without a key/value cache.
+
+Imported by bench/.
 
 Rows of all sequences are flattened to n = B·T, so weights and row functions are those of
 inference; only attention sees the batch.
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ppsd.model.exit_head import ExitHead
 from ppsd.model.layers import LayerWeights, Rope, linear, mlp, project_qkv, rms_norm
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage
@@ -66,28 +69,41 @@ def batched_layer(
 
 @dataclass(frozen=True)
 class Features:
-    """What one frozen forward gives: rows [B·T, C] after each exit layer, and after the last."""
+    """What one frozen forward gives: rows [B·T, C] after each exit layer, and at its end."""
 
     exits: dict[int, torch.Tensor]
     last: torch.Tensor
 
 
 @torch.no_grad()
-def teacher_forward(model: Stage, tokens: torch.Tensor, exits: Collection[int]) -> Features:
+def teacher_forward(
+    model: Stage, tokens: torch.Tensor, exits: Collection[int], depth: int | None = None
+) -> Features:
     """Run the unsplit ``model`` over ``tokens`` [B, T]; padding belongs at the end of a row.
 
-    The one forward serves all ``exits``. Memory: the rows of one layer, and those kept.
+    The one forward serves all ``exits``; it ends after ``depth`` layers, all by default. Memory:
+    the rows of one layer, and those kept.
     """
     assert model.embedding is not None, "the teacher holds all layers"
     rope = whole_sequences(model.rope, *tokens.shape)
     attention = causal_attention(tokens.shape[0])
     x = model.embedding[tokens.flatten()]
     kept: dict[int, torch.Tensor] = {}
-    for done, weights in enumerate(model.layers, start=1):
+    for done, weights in enumerate(model.layers[:depth], start=1):
         x = batched_layer(x, weights, model.spec, rope, attention)
         if done in exits:
             kept[done] = x
     return Features(kept, x)
+
+
+@torch.no_grad()
+def head_forward(head: ExitHead, hidden: torch.Tensor, sequences: int) -> torch.Tensor:
+    """``ExitHead.forward`` for whole sequences: rows [B·T, C] after the exit layer to [B·T, C]."""
+    rope = whole_sequences(head.rope, sequences, len(hidden) // sequences)
+    x = hidden
+    for weights in head.layers:
+        x = batched_layer(x, weights, head.spec, rope, causal_attention(sequences))
+    return x
 
 
 def teacher_rows(model: Stage, features: Features, rows: torch.Tensor) -> torch.Tensor:

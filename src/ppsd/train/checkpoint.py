@@ -1,6 +1,7 @@
 """A run's directory: checkpoints and metrics that survive a kill, a full disk and a restart.
 
-Within train/ only. Nothing is ever overwritten in place: a file is whole, or is the one before.
+Imported by cli/ and bench/ too. Nothing is ever overwritten in place: a file is whole, or is the
+one before.
 """
 
 from __future__ import annotations
@@ -138,6 +139,14 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
             f"cannot write {path}: {error.strerror}; nothing written so far is lost, the same "
             "command will go on from there"
         ) from error
+
+
+def continue_lines(path: Path) -> list[dict[str, Any]]:
+    """``read_lines`` of a file to be appended to: a last line that a kill cut short is removed."""
+    rows = read_lines(path)
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return rows
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

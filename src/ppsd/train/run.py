@@ -1,6 +1,6 @@
 """Putting a run together: the frozen teacher, the data, and the trainer in its directory.
 
-Imported by cli/.
+Imported by cli/ and bench/.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ppsd.errors import ConfigError
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.tokenizer import Tokenizer
-from ppsd.model.weights import check_shapes, fingerprint, open_source
+from ppsd.model.weights import TensorSource, check_shapes, fingerprint, open_source
 from ppsd.train.checkpoint import RunDirectory
 from ppsd.train.data import Encoding, choose_draft_vocab, encode_all, hold_out
 from ppsd.train.distill import Cadence, Lesson, Trainer
@@ -27,9 +27,10 @@ from ppsd.train.settings import DistillConfig
 
 @dataclass(frozen=True)
 class Teacher:
-    """The frozen model in one piece, and how its text becomes tokens."""
+    """The frozen model in one piece, where its weights are, and how its text becomes tokens."""
 
     stage: Stage
+    source: TensorSource
     fingerprint: str
     encoding: Encoding
 
@@ -78,7 +79,7 @@ def load_teacher(
         raw=config.raw,
         all_positions=config.all_positions,
     )
-    return Teacher(Stage(spec, plan, source, progress), mark, encoding)
+    return Teacher(Stage(spec, plan, source, progress), source, mark, encoding)
 
 
 def open_device(name: str) -> torch.device:

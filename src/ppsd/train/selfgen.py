@@ -18,6 +18,8 @@ from ppsd.model.layers import linear, rms_norm
 from ppsd.model.stage import Stage
 from ppsd.train.batched import Attention, RopeRows, batched_layer, by_sequence, causal_attention
 
+Noise = Callable[[int, int], torch.Tensor]  # position, count: standard Gumbel noise [count]
+
 PREFILL_TOKENS = 4096  # padded prompt tokens that run at once
 REFILL_SHARE = 8  # new prompts wait until one row in so many is free: together they cost less
 
@@ -26,7 +28,7 @@ REFILL_SHARE = 8  # new prompts wait until one row in so many is free: together 
 class GenerateConfig:
     """How targets are written: ``temperature`` 0 is greedy; ``batch`` rows at once.
 
-    Noise is a function of ``seed`` and the prompt, so the batch a prompt shares does not matter.
+    The batch a prompt shares never matters.
     """
 
     batch: int = 64
@@ -44,7 +46,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to be answered; ``key`` (hexadecimal) names it and seeds its noise."""
+    """A prompt to be answered; ``key`` (hexadecimal) names it."""
 
     key: str
     prompt: Sequence[int]
@@ -56,7 +58,7 @@ class _Row:
 
     request: Request
     limit: int
-    generator: torch.Generator
+    noise: Noise
     output: list[int] = field(default_factory=list)
 
     @property
@@ -114,7 +116,8 @@ class BatchGenerator:
     """Answers requests in whatever order they finish.
 
     Memory: weights, and 2·layers·batch·K·D numbers for each position of the longest sequence.
-    ``vocab_size`` is the tokenizer's: padded ids beyond it are never chosen.
+    ``vocab_size`` is the tokenizer's: padded ids beyond it are never chosen. ``noise`` gives each
+    request its own; by default it is a function of the seed and the prompt.
     """
 
     def __init__(
@@ -125,12 +128,14 @@ class BatchGenerator:
         eos_ids: Collection[int],
         vocab_size: int,
         max_length: int,
+        noise: Callable[[Request], Noise] | None = None,
     ) -> None:
         self._model = model
         self._config = config
         self._eos_ids = frozenset(eos_ids)
         self._vocab_size = vocab_size
         self._max_length = max_length
+        self._noise = noise or self._prompt_noise
         self._rows: list[_Row] = []
 
     @torch.inference_mode()
@@ -182,8 +187,12 @@ class BatchGenerator:
 
     def _row(self, request: Request) -> _Row:
         limit = min(self._config.max_new, self._max_length - len(request.prompt))
+        return _Row(request, limit, self._noise(request))
+
+    def _prompt_noise(self, request: Request) -> Noise:
         seed = (int(request.key, 16) ^ self._config.seed) % 2**63
-        return _Row(request, limit, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return lambda position, count: _gumbel(generator, count)
 
     def _step(self) -> None:
         device = self._model.plan.device
@@ -215,7 +224,7 @@ class BatchGenerator:
         normed = rms_norm(hidden, model.norm, model.spec.rms_norm_eps)
         scores = linear(normed, model.lm_head[: self._vocab_size]).float()
         if self._config.temperature > 0:
-            noise = torch.stack([_gumbel(row.generator, scores.shape[1]) for row in rows])
+            noise = torch.stack([row.noise(row.length, scores.shape[1]) for row in rows])
             scores = scores / self._config.temperature + noise.to(scores.device)
         for row, token in zip(rows, scores.argmax(-1).tolist(), strict=True):
             row.output.append(token)

@@ -1,11 +1,10 @@
 """Self-generated targets as a file that grows: written as answers finish, continued after a stop.
 
-Imported by cli/.
+Imported by cli/ and bench/.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ import torch
 
 from ppsd.errors import PpsdError
 from ppsd.model.stage import Stage
-from ppsd.train.checkpoint import append_line, read_lines, write_whole
+from ppsd.train.checkpoint import append_line, continue_lines
 from ppsd.train.data import Encoding
 from ppsd.train.records import Record
-from ppsd.train.selfgen import BatchGenerator, GenerateConfig, Request
+from ppsd.train.selfgen import BatchGenerator, GenerateConfig, Noise, Request
 
 POOL = 1024  # prompts of like length are answered together, within pools of so many
 
@@ -39,6 +38,7 @@ def write_targets(
     config: GenerateConfig,
     path: Path,
     report: Callable[[GenerateReport], None],
+    noise: Callable[[Request], Noise] | None = None,
 ) -> int:
     """Answer every distinct prompt of ``records`` into the JSONL ``path``; give the number skipped.
 
@@ -63,6 +63,7 @@ def write_targets(
         eos_ids=eos_ids,
         vocab_size=min(model.spec.vocab_size, encoding.tokenizer.vocab_size),
         max_length=encoding.max_length,
+        noise=noise,
     )
     for request, ids in generator.run(_order(fitting, config.seed)):
         record = prompts[request.key]
@@ -81,21 +82,18 @@ def _stamp(config: GenerateConfig) -> dict[str, Any]:
 
 
 def _answered(path: Path, stamp: dict[str, Any]) -> set[str]:
-    """Keys in ``path``; drops a last line that a kill cut short."""
+    """Keys in ``path``."""
     try:
-        rows = read_lines(path)
+        rows = continue_lines(path)
         for name, value in stamp.items():
             if other := [row[name] for row in rows if row[name] != value]:
                 raise PpsdError(
                     f"{path} was written with {name} {other[0]!r}, not {value!r}; give another "
                     "--out, or the same settings to continue it"
                 )
-        keys = {str(row["key"]) for row in rows}
+        return {str(row["key"]) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise PpsdError(f"{path} does not hold self-generated targets: {error!r}") from error
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return keys
 
 
 def _order(requests: Iterable[Request], seed: int) -> list[Request]:

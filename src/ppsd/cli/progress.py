@@ -1,0 +1,79 @@
+"""Progress of long work on standard error: loading a frozen model, and letting it write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from ppsd.cli.display import log_console
+from ppsd.train.settings import DistillConfig
+
+if TYPE_CHECKING:
+    from ppsd.train.run import Teacher
+    from ppsd.train.targets import GenerateReport
+
+
+@contextmanager
+def bar(description: str, total: int, fields: str) -> Iterator[tuple[Progress, TaskID]]:
+    """A bar with ETA; ``fields`` is rich's format of what else it shows."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        TextColumn("{task.percentage:.0f}%"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn(fields),
+    )
+    # Steps take seconds: an estimate from the last half minute would jump about.
+    with Progress(*columns, console=log_console(), speed_estimate_period=600.0) as shown:
+        yield shown, shown.add_task(description, total=total, note="")
+
+
+def speed(count: int, seconds: float | None) -> str:
+    """How many a second, for a bar."""
+    return f"{count / seconds:.0f}" if seconds else "–"
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of this process; 0 leaves PyTorch's choice."""
+    import torch
+
+    if threads > 0:
+        torch.set_num_threads(threads)
+
+
+def load(model: str | None, config: DistillConfig, device: str) -> Teacher:
+    """Load the frozen model with a bar."""
+    from ppsd.train.run import load_teacher
+
+    with bar("loading the model", 1, "{task.completed} of {task.total}") as (shown, task):
+        return load_teacher(
+            model,
+            config,
+            device,
+            lambda done, total: shown.update(task, completed=done, total=total),
+        )
+
+
+@contextmanager
+def writing(prompts: int) -> Iterator[Callable[[GenerateReport], None]]:
+    """A bar for ``write_targets``, whose ``report`` this gives."""
+    fields = "{task.completed:,} of {task.total:,} prompts · {task.fields[note]}"
+    with bar("writing targets", prompts, fields) as (shown, task):
+
+        def report(r: GenerateReport) -> None:
+            if r.tokens == 0:  # what an earlier call wrote must not count as this one's speed
+                shown.reset(task, total=r.total, completed=r.done, note="")
+            note = f"{speed(r.tokens, shown.tasks[0].elapsed)} tokens/s"
+            shown.update(task, completed=r.done, total=r.total, note=note)
+
+        yield report
