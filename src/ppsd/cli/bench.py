@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ppsd.cli.display import log_console, pace_label
+from ppsd.cli import progress
+from ppsd.cli.display import pace_label
 from ppsd.cli.options import PipelineOptions, flag, grouped, numbers
 from ppsd.cli.session import open_llm
 from ppsd.errors import ConfigError
@@ -151,20 +151,14 @@ def _measured(
         bench = oracle.OracleBench(llm, variants, tasks, options.tokens)
         names, ids = [v.name for v in variants], [task.id for task in tasks]
         cells = runner.interleaved(names, ids, options.repeats)
-        with _progress(len(cells)) as advance:
-            runner.run(cells, results, bench.measure, lambda cell: advance(cell.variant))
+        fields = "{task.completed} of {task.total} · {task.fields[note]}"
+        with progress.bar("measuring", len(cells), fields) as (bar, task):
+
+            def done(cell: runner.Cell) -> None:
+                bar.update(task, advance=1, note=f"{cell.variant}, task {cell.task}")
+
+            runner.run(cells, results, bench.measure, done)
         yield llm, results
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    console = log_console()
-    text = TextColumn("{task.description}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("measuring", total=total)
-        yield lambda name: bar.update(task, advance=1, description=name)
 
 
 def _label(llm: LLM, results: Results) -> str:
