@@ -17,10 +17,11 @@ import torch
 
 from ppsd.config import DEFAULT_CONTEXT, EngineConfig, available_cores
 from ppsd.engine.choose_head import choose_head, draft_cost, layer_costs
-from ppsd.engine.drafter import HeadDrafter
+from ppsd.engine.drafter import Drafter, HeadDrafter, PacedDrafter
 from ppsd.engine.pipeline import Pipeline, raise_if_lost
 from ppsd.errors import ConfigError, InsufficientMemoryError
 from ppsd.model.exit_head import (
+    ExitHead,
     HeadConfig,
     check_head,
     load_head,
@@ -29,13 +30,14 @@ from ppsd.model.exit_head import (
 )
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stage import Stage, StagePlan
+from ppsd.model.stage import Stage, StageModel, StagePlan
 from ppsd.model.weights import TensorSource, check_shapes, fingerprint, open_source
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
 from ppsd.worker.judge import Judge
 from ppsd.worker.loop import Worker
 from ppsd.worker.messages import frame_bytes
+from ppsd.worker.pace import paced
 from ppsd.worker.process import (
     Supervisor,
     WorkerConfig,
@@ -43,6 +45,7 @@ from ppsd.worker.process import (
     open_endpoint,
     pin,
 )
+from ppsd.worker.recorder import Recorder
 
 RUNTIME_BYTES = 400 << 20  # what Python and PyTorch take in each process, measured at 0.3 GiB
 CLOSE_GRACE_S = 1.0  # leaving takes a worker milliseconds
@@ -228,16 +231,18 @@ class RunningPipeline:
             raise_if_lost(endpoint, supervisor.check)
             progress(0, done, total)
 
-        stage = Stage(layout.spec, plan, self._source, loaded)
+        own = Stage(layout.spec, plan, self._source, loaded)
+        recorder = Recorder(config.trace)
+        stage = self._paced(own, 0, recorder)
         pipeline = Pipeline(
             stage,
             endpoint,
-            self._drafter(stage, plan),
+            self._drafter(own, plan),
             max_context=layout.max_context,
             timeout=config.timeout,
             judge=Judge(stage, 0, layout.max_context) if layout.stages == 1 else None,
             check=supervisor.check,
-            trace=config.trace,
+            recorder=recorder,
         )
         self._cleanup.callback(pipeline.close)
         if not workers:
@@ -245,19 +250,22 @@ class RunningPipeline:
             self.memory_peaks = [memory_peak(), *(s.fields["memory_peak"] for s in ready)]
         return pipeline
 
-    def _drafter(self, stage: Stage, plan: StagePlan) -> HeadDrafter | None:
-        layout = self.layout
+    def _drafter(self, stage: Stage, plan: StagePlan) -> Drafter | None:
+        layout, pace = self.layout, self._config.pace_of(0)
         if layout.head is None:
             return None
-        embedding = stage.embedding
-        if not layout.head.trained:
-            head = untrained_head(layout.spec, plan, self._source, layout.fingerprint, embedding)
-        else:
-            directory = Path(self._config.head)
-            head = load_head(
-                directory, layout.spec, plan, self._source, layout.fingerprint, embedding
-            )
-        return HeadDrafter(head)
+        drafter = HeadDrafter(self._load_head(layout.head, stage, plan))
+        if not pace:
+            return drafter
+        layers = draft_cost(layout.spec, layout.head) / layout.spec.layer_parameters
+        return PacedDrafter(drafter, pace / len(stage.layers) * layers)
+
+    def _load_head(self, head: HeadConfig, stage: Stage, plan: StagePlan) -> ExitHead:
+        layout, embedding = self.layout, stage.embedding
+        if not head.trained:
+            return untrained_head(layout.spec, plan, self._source, layout.fingerprint, embedding)
+        directory = Path(self._config.head)
+        return load_head(directory, layout.spec, plan, self._source, layout.fingerprint, embedding)
 
     def _hold_threads(self) -> None:
         """Pin this thread and set PyTorch's thread count; both are put back by ``close``."""
@@ -298,11 +306,16 @@ class RunningPipeline:
 
     def _inprocess_worker(self, hub: InProcessHub, rank: int) -> Worker:
         config, layout = self._config, self.layout
-        stage = Stage(layout.spec, layout.plan(rank, config.device(rank)), self._source)
+        own = Stage(layout.spec, layout.plan(rank, config.device(rank)), self._source)
+        recorder = Recorder(config.trace)
+        stage = self._paced(own, rank, recorder)
         judge = Judge(stage, rank, layout.max_context) if stage.is_last else None
         return Worker(
-            rank, stage, hub.endpoint(rank), judge, timeout=config.timeout, trace=config.trace
+            rank, stage, hub.endpoint(rank), judge, timeout=config.timeout, recorder=recorder
         )
+
+    def _paced(self, stage: Stage, rank: int, recorder: Recorder) -> StageModel:
+        return paced(stage, self._config.pace_of(rank), self._config.schedule.block, recorder)
 
     def _connect_shared_memory(self, geometry: Geometry, supervisor: Supervisor) -> Endpoint:
         from ppsd.transport.shared_memory import SharedMemoryEndpoint, create_segment
@@ -365,4 +378,6 @@ class RunningPipeline:
             segment=segment,
             master=master,
             own_gpus=_own_gpus(config),
+            pace=config.pace_of(rank),
+            block=config.schedule.block,
         )
