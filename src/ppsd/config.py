@@ -26,8 +26,9 @@ class EngineConfig:
     otherwise ``stages`` stages are balanced by weight, the first ending at ``exit_layer`` when
     that is given. ``head`` is a head directory, ``auto`` (the best one found), ``untrained`` or
     ``none``. ``devices`` names one device for all stages or one each. ``threads_per_stage`` 0
-    shares the cores evenly. Times are seconds. Raises ConfigError for values that no model could
-    make right.
+    shares the cores evenly. Times are seconds; ``pace`` is what a stage takes for one block (LM
+    head included) on the emulated device, one for all stages or one each, nothing for real time.
+    Raises ConfigError for values that no model could make right.
     """
 
     model: str | None = None
@@ -48,6 +49,7 @@ class EngineConfig:
     timeout: float = 60.0
     init_timeout: float = 300.0
     trace: bool = False
+    pace: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.split is not None:
@@ -67,7 +69,17 @@ class EngineConfig:
                 raise ConfigError(name, value, "a number of seconds in (0, 1e6)")
         if len(self.devices) not in (1, self.stages):
             raise ConfigError("devices", self.devices, f"one device or {self.stages}, one a stage")
+        self._check_pace()
         self._check_schedule()
+
+    def _check_pace(self) -> None:
+        object.__setattr__(self, "pace", tuple(self.pace))
+        if len(self.pace) not in (0, 1, self.stages):
+            raise ConfigError("pace", self.pace, f"one time or {self.stages}, one a stage")
+        for seconds in self.pace:
+            if not isinstance(seconds, int | float) or not 0 < seconds < self.timeout:
+                allowed = f"seconds above 0 and below the timeout of {self.timeout:g}"
+                raise ConfigError("pace", seconds, allowed)
 
     def _check_schedule(self) -> None:
         if self.schedule.drafts and self.stages == 1:
@@ -87,6 +99,10 @@ class EngineConfig:
     def device(self, rank: int) -> str:
         """Device of a stage."""
         return self.devices[rank if len(self.devices) > 1 else 0]
+
+    def pace_of(self, rank: int) -> float:
+        """Seconds a block takes on a stage's emulated device, 0 for as fast as it goes."""
+        return self.pace[rank if len(self.pace) > 1 else 0] if self.pace else 0.0
 
     def boundaries(self, layer_costs: Sequence[float], first_extra: float) -> tuple[int, ...]:
         """The split [0, …, N] for a model of these layer costs; the last one may hold an LM head.

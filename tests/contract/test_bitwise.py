@@ -40,7 +40,7 @@ def with_oracle(llm: LLM, text: str, params: SamplingParams) -> None:
     mode, block, in_flight = llm.config.mode, llm.config.block, llm.config.in_flight
     llm.use("autoregressive")
     plain = llm.run(prompt, params).token_ids
-    llm._pipeline.drafter = OracleDrafter([*prompt, *plain], 0.5, VOCAB)
+    llm.draft_with(OracleDrafter([*prompt, *plain], 0.5, VOCAB))
     llm.use(mode, block, in_flight)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from ppsd.config import EngineConfig
     from ppsd.engine.llm import LLM, Chunk, Completion
     from ppsd.engine.sequence import Piece
 
@@ -43,7 +44,7 @@ def summarize(llm: LLM, completion: Completion) -> None:
     speed, rate = stats.tokens_per_second, counts.acceptance_rate
     first = f"{stats.prefill_seconds:.2f} s to the first"
     parts = [
-        llm.config.mode,
+        llm.config.mode + pace_label(llm.config, stats.overruns),
         f"{stats.new_tokens} tokens ({completion.finish_reason})",
         first if speed is None else f"{first}, then {speed:.1f} a second",
     ]
@@ -57,6 +58,15 @@ def summarize(llm: LLM, completion: Completion) -> None:
             _line([accepted, f"{counts.discarded} discarded", f"{counts.resyncs} resyncs"])
         )
     console.print(_stage_table(llm, completion))
+
+
+def pace_label(config: EngineConfig, overruns: int) -> str:
+    """What has to stand beside every figure of paced stages; nothing for real time."""
+    if not config.pace:
+        return ""
+    pace = ", ".join(f"{seconds:g}" for seconds in config.pace)
+    late = f"; {overruns} blocks took longer" if overruns else ""
+    return f" (PACED: emulated stages of {pace} s a block{late})"
 
 
 def _line(parts: Iterable[str]) -> str:

@@ -85,6 +85,11 @@ class PipelineOptions:
         int | None, _pipeline("Positions the cache holds; the model's, at most 8192.")
     ] = None
     prefill_chunk: Annotated[int, _pipeline("Prompt tokens that travel together.")] = 128
+    pace: Annotated[
+        str | None,
+        _pipeline("Emulate devices: seconds a stage takes for a block, one or one a stage.",
+                  metavar="S,…"),
+    ] = None  # fmt: skip
     timeout: Annotated[float, _pipeline("Seconds to wait for a stage.")] = 60.0
     init_timeout: Annotated[float, _pipeline("Seconds to wait for loading and joining.")] = 300.0
 
@@ -92,7 +97,8 @@ class PipelineOptions:
         """Keyword arguments for ``LLM``."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         split = None if self.split is None else integers("split", self.split)
-        return fields | {"split": split, "devices": tuple(self.devices.split(","))}
+        pace = numbers("pace", self.pace or "")
+        return fields | {"split": split, "devices": tuple(self.devices.split(",")), "pace": pace}
 
 
 @dataclass
@@ -142,6 +148,14 @@ def integers(name: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part)
     except ValueError:
         raise ConfigError(name, text, "integers separated by commas") from None
+
+
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    """Read ``0.06,0.08``; raises ConfigError naming the option."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part)
+    except ValueError:
+        raise ConfigError(name, text, "numbers separated by commas") from None
 
 
 def _bias(text: str) -> dict[int, float]:

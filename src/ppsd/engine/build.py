@@ -29,13 +29,14 @@ from ppsd.model.exit_head import (
 )
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stage import Stage, StagePlan
+from ppsd.model.stage import Stage, StageModel, StagePlan
 from ppsd.model.weights import TensorSource, check_shapes, fingerprint, open_source
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
 from ppsd.worker.judge import Judge
 from ppsd.worker.loop import Worker
 from ppsd.worker.messages import frame_bytes
+from ppsd.worker.pace import paced
 from ppsd.worker.process import (
     Supervisor,
     WorkerConfig,
@@ -43,6 +44,7 @@ from ppsd.worker.process import (
     open_endpoint,
     pin,
 )
+from ppsd.worker.recorder import Recorder
 
 RUNTIME_BYTES = 400 << 20  # what Python and PyTorch take in each process, measured at 0.3 GiB
 CLOSE_GRACE_S = 1.0  # leaving takes a worker milliseconds
@@ -228,16 +230,18 @@ class RunningPipeline:
             raise_if_lost(endpoint, supervisor.check)
             progress(0, done, total)
 
-        stage = Stage(layout.spec, plan, self._source, loaded)
+        own = Stage(layout.spec, plan, self._source, loaded)
+        recorder = Recorder(config.trace)
+        stage = self._paced(own, 0, recorder)
         pipeline = Pipeline(
             stage,
             endpoint,
-            self._drafter(stage, plan),
+            self._drafter(own, plan),
             max_context=layout.max_context,
             timeout=config.timeout,
             judge=Judge(stage, 0, layout.max_context) if layout.stages == 1 else None,
             check=supervisor.check,
-            trace=config.trace,
+            recorder=recorder,
         )
         self._cleanup.callback(pipeline.close)
         if not workers:
@@ -298,11 +302,16 @@ class RunningPipeline:
 
     def _inprocess_worker(self, hub: InProcessHub, rank: int) -> Worker:
         config, layout = self._config, self.layout
-        stage = Stage(layout.spec, layout.plan(rank, config.device(rank)), self._source)
+        own = Stage(layout.spec, layout.plan(rank, config.device(rank)), self._source)
+        recorder = Recorder(config.trace)
+        stage = self._paced(own, rank, recorder)
         judge = Judge(stage, rank, layout.max_context) if stage.is_last else None
         return Worker(
-            rank, stage, hub.endpoint(rank), judge, timeout=config.timeout, trace=config.trace
+            rank, stage, hub.endpoint(rank), judge, timeout=config.timeout, recorder=recorder
         )
+
+    def _paced(self, stage: Stage, rank: int, recorder: Recorder) -> StageModel:
+        return paced(stage, self._config.pace_of(rank), self._config.schedule.block, recorder)
 
     def _connect_shared_memory(self, geometry: Geometry, supervisor: Supervisor) -> Endpoint:
         from ppsd.transport.shared_memory import SharedMemoryEndpoint, create_segment
@@ -365,4 +374,6 @@ class RunningPipeline:
             segment=segment,
             master=master,
             own_gpus=_own_gpus(config),
+            pace=config.pace_of(rank),
+            block=config.schedule.block,
         )

@@ -115,6 +115,7 @@ class LLM:
         self._running = RunningPipeline(self.config, self.layout, source)
         self._finalizer = weakref.finalize(self, self._running.close)
         self._pipeline = self._running.open(progress)
+        self._head = self._pipeline.drafter
         if drafter is not None:
             self._pipeline.drafter = drafter
         self._rows: tuple[int, ...] = ()  # tokens whose rows every stage holds
@@ -144,6 +145,13 @@ class LLM:
     def memory_peaks(self) -> list[int]:
         """Peak memory of each stage's process after loading, bytes."""
         return self._running.memory_peaks
+
+    def draft_with(self, drafter: Drafter | None) -> None:
+        """Take the drafts of the next requests from ``drafter``; None: from the exit head again."""
+        self._check_idle()
+        self._pipeline.drafter = self._head if drafter is None else drafter
+        self._drafts = self._pipeline.drafter is not None
+        self.use(self.config.mode, self.config.block, self.config.in_flight)
 
     def use(self, mode: str, block: int | None = None, in_flight: int | None = None) -> None:
         """Decode the next requests in another mode on the same workers."""

@@ -85,7 +85,7 @@ class Pipeline:
         timeout: float,
         judge: Judge | None = None,
         check: Callable[[], None] = lambda: None,
-        trace: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
         self.drafter = drafter
         self.draft_stream = Stream.TARGET
@@ -93,7 +93,7 @@ class Pipeline:
         self.size = endpoint.size
         self.epoch = 1  # only ever grows, whichever engine drives: answers of old work stay old
         self._closed = False
-        self.recorder = Recorder(trace)
+        self.recorder = recorder or Recorder()
         self._stage = stage
         self._endpoint = endpoint
         self._timeout = timeout

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppsd.speculation.policy import Counts
+from ppsd.worker.recorder import OVERRUN
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class RequestStats:
         decoded = self.new_tokens - 1
         return decoded / self.decode_seconds if decoded > 0 and self.decode_seconds > 0 else None
 
+    @property
+    def overruns(self) -> int:
+        """Blocks whose real work took longer than the pace; their times are not the pace's."""
+        return sum(stage.blocks.get(OVERRUN, 0) for stage in self.stages)
+
     def to_json(self) -> dict[str, Any]:
         """The fields that ``ppsd generate --json`` prints about a request."""
         counts = self.counts
@@ -57,6 +63,7 @@ class RequestStats:
             "decode_seconds": self.decode_seconds,
             "tokens_per_second": self.tokens_per_second,
             "stage_busy_share": [stage.busy_share for stage in self.stages],
+            "overruns": self.overruns,
         }
 
 

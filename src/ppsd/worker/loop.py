@@ -44,7 +44,7 @@ class Worker:
         judge: Judge | None,
         *,
         timeout: float,
-        trace: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
         self.rank = rank
         self.stopped = False
@@ -52,7 +52,7 @@ class Worker:
         self._endpoint = endpoint
         self._judge = judge
         self._timeout = timeout
-        self._recorder = Recorder(trace)
+        self._recorder = recorder or Recorder()
 
     def step(self, timeout: float) -> bool:
         """Handle one message; False when none came within ``timeout`` seconds."""

@@ -30,6 +30,8 @@ from ppsd.transport.base import Endpoint, Geometry
 from ppsd.worker.judge import Judge
 from ppsd.worker.loop import Worker, failure_status
 from ppsd.worker.messages import VERSION, Status, encode
+from ppsd.worker.pace import paced
+from ppsd.worker.recorder import Recorder
 
 IDLE_WAIT_S = 1.0  # how long one wait for work lasts; a longer pause just waits again
 SIGNS_OF_LIFE_S = 5.0  # rank 0 gives one a second, however short the wait for a stage may be
@@ -43,7 +45,7 @@ class WorkerConfig:
     ``segment`` is the shared-memory file descriptor, ``master`` (host, port) the torch.distributed
     rendezvous; neither is set under torchrun. ``cores`` are the CPUs to stay on, empty for any.
     ``own_gpus``: every stage has a GPU of its own, so rows travel from GPU to GPU. Times are those
-    of EngineConfig.
+    of EngineConfig; ``block`` is the most rows of a block that is no piece of a prompt.
     """
 
     rank: int
@@ -65,6 +67,8 @@ class WorkerConfig:
     segment: int | None = None
     master: tuple[str, int] | None = None
     own_gpus: bool = False
+    pace: float = 0.0
+    block: int = 1
     protocol: int = VERSION
 
     @classmethod
@@ -167,10 +171,12 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
         getattr(torch, config.dtype),
         torch.device(config.device),
     )
-    stage = Stage(spec, plan, open_source(Path(config.model_path)), progress)
+    loaded = Stage(spec, plan, open_source(Path(config.model_path)), progress)
+    recorder = Recorder(config.trace)
+    stage = paced(loaded, config.pace, config.block, recorder)
     judge = Judge(stage, config.rank, config.max_context) if stage.is_last else None
     say(Status(config.rank, "ready", {"pid": os.getpid(), "memory_peak": memory_peak()}))
-    return Worker(config.rank, stage, endpoint, judge, timeout=config.timeout, trace=config.trace)
+    return Worker(config.rank, stage, endpoint, judge, timeout=config.timeout, recorder=recorder)
 
 
 class Supervisor:

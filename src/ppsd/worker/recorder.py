@@ -10,6 +10,7 @@ from collections import Counter, deque
 from typing import Any
 
 MAX_SLICES = 200_000  # bounds a trace's memory; the oldest slices are dropped first
+OVERRUN = "overrun"  # counts blocks of a paced stage that took longer than its pace
 
 Slice = tuple[int, int, str, int, int, int]  # start, end, kind, epoch, position, rows
 
