@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "worker": {"transport", "model", "speculation"},
     "engine": {"config", "worker", "transport", "model", "speculation"},
     "cost": {"speculation"},
-    "bench": {"config", "cost", "engine", "model", "speculation", "train"},
+    "bench": {"config", "engine", "worker", "cost", "model", "speculation", "train"},
     "train": {"model"},
     "cli": {"config", "engine", "bench", "worker", "cost", "speculation", "model", "train"},
     "__main__": {"cli"},

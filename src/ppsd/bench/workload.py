@@ -21,6 +21,11 @@ class Task:
     messages: tuple[dict[str, str], ...]
 
 
+def default_tasks() -> list[Task]:
+    """One short prompt, for measurements that do not depend on what is said."""
+    return [Task("sky", "text", _user("Explain in simple words why the sky is blue."))]
+
+
 def load_tasks(path: Path, limit: int | None = None) -> list[Task]:
     """Read tasks from a JSONL file (one object a line) or a text file (one prompt a line).
 

@@ -20,7 +20,7 @@ PROCESS = 1  # Perfetto keeps process and thread 0 for the system's idle task
 Event = dict[str, Any]
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """One slice of a lane; times in nanoseconds (see worker.recorder.Slice)."""
 
     start: int
@@ -35,13 +35,18 @@ class TraceLog:
     """Collects reports over a session's requests and writes one file."""
 
     def __init__(self) -> None:
-        self._lanes: dict[int, list[_Piece]] = {}
+        self._lanes: dict[int, list[Piece]] = {}
 
     def add(self, reports: list[dict[str, Any]]) -> None:
         """Take the slices of one request's reports, by rank."""
         for rank, report in enumerate(reports):
             lane = self._lanes.setdefault(rank, [])
-            lane += [_Piece(*piece) for piece in report.get("slices", [])]
+            lane += [Piece(*piece) for piece in report.get("slices", [])]
+
+    def take(self) -> list[list[Piece]]:
+        """Return the slices so far by rank, in order of time, and forget them."""
+        lanes, self._lanes = self._lanes, {}
+        return [sorted(lanes[rank]) for rank in sorted(lanes)]
 
     def write(self, path: Path, bounds: tuple[int, ...]) -> None:
         """Write the Chrome trace-event JSON; times in microseconds since the first slice."""
@@ -77,7 +82,7 @@ class TraceLog:
             yield _flow("f", number, *later[-1], origin)
 
 
-def _by_row(lane: list[_Piece]) -> dict[tuple[int, int], _Piece]:
+def _by_row(lane: list[Piece]) -> dict[tuple[int, int], Piece]:
     """The slice that worked on each (epoch, position)."""
     return {
         (piece.epoch, piece.position + i): piece
@@ -87,7 +92,7 @@ def _by_row(lane: list[_Piece]) -> dict[tuple[int, int], _Piece]:
     }
 
 
-def _lane_events(rank: int, lane: list[_Piece], origin: int, end: int) -> Iterator[Event]:
+def _lane_events(rank: int, lane: list[Piece], origin: int, end: int) -> Iterator[Event]:
     before = origin
     for piece in lane:
         yield from _idle(rank, before, piece.start, origin)
@@ -107,7 +112,7 @@ def _slice(rank: int, start: int, end: int, origin: int, kind: str, args: Event)
     return event | _place(rank, start, origin)
 
 
-def _flow(phase: str, number: int, rank: int, piece: _Piece, origin: int) -> Event:
+def _flow(phase: str, number: int, rank: int, piece: Piece, origin: int) -> Event:
     """An arrow's beginning (s), step (t) or end (f), bound to the slice around it."""
     event = {"ph": phase, "id": number, "name": "token", "cat": "flow", "bp": "e"}
     return event | _place(rank, (piece.start + piece.end) // 2, origin)

@@ -1,0 +1,114 @@
+"""Requests timed on one pipeline in several modes, with drafts by an oracle of chosen acceptance.
+
+An oracle peeks at the plain output, so figures show the pipeline apart from the quality of a head;
+all of them say so. Used by efficiency.py and predict.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from ppsd.bench.runner import Cell, Measurement
+from ppsd.bench.timeline import Timeline, block_times
+from ppsd.bench.workload import Task
+from ppsd.engine.drafter import OracleDrafter
+from ppsd.engine.llm import LLM, Completion
+from ppsd.errors import ConfigError, PpsdError
+from ppsd.types import SamplingParams
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A mode, and the acceptance rate of its oracle's drafts."""
+
+    mode: str
+    block: int | None = None
+    in_flight: int | None = None
+    alpha: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What measurements of it are called."""
+        return PLAIN if self.alpha is None else f"{self.mode} α={self.alpha:g}"
+
+
+def placeholder() -> OracleDrafter:
+    """A drafter to open a pipeline with, that has no exit head of its own."""
+    return OracleDrafter([], 0.0, 2)
+
+
+class OracleBench:
+    """Measures variants on a pipeline opened with ``trace=True`` and at least two stages.
+
+    Every request makes exactly ``tokens`` tokens after the first. Raises PpsdError when a mode with
+    blocks of one token says anything but what plain decoding says.
+    """
+
+    def __init__(
+        self, llm: LLM, variants: Sequence[Variant], tasks: Sequence[Task], tokens: int
+    ) -> None:
+        self._llm = llm
+        self._variants = {variant.name: variant for variant in variants}
+        self._prompts = {task.id: llm.encode(task.messages) for task in tasks}
+        self._plain: dict[str, list[int]] = {}
+        longest = max(len(prompt) for prompt in self._prompts.values())
+        room = llm.layout.max_context - longest - 1
+        if not 1 <= tokens <= room:
+            raise ConfigError("tokens", tokens, f"in [1, {room}] for these prompts")
+        self._params = SamplingParams(max_tokens=tokens + 1, ignore_eos=True)
+
+    def measure(self, cell: Cell) -> Measurement:
+        """Run one request and time it."""
+        prompt, variant = self._prompts[cell.task], self._variants[cell.variant]
+        if cell.task not in self._plain:  # also warms up
+            self._plain[cell.task] = self._timed(prompt, Variant("autoregressive"))[0]
+        plain = self._plain[cell.task]
+        if variant.alpha is not None:
+            vocabulary = self._llm.layout.spec.vocab_size
+            self._llm.draft_with(OracleDrafter([*prompt, *plain], variant.alpha, vocabulary))
+        self._llm.trace.take()
+        tokens, first, end, completion = self._timed(prompt, variant)
+        equal = tokens == plain
+        if not equal and self._llm.config.schedule.block == 1:
+            raise PpsdError(f"{cell.variant} on task {cell.task} differs from plain decoding")
+        details = {"equal": equal, "overruns": completion.stats.overruns}
+        return Measurement(
+            *cell,
+            tokens=len(tokens) - 1,
+            seconds=(end - first) / 1e9,
+            first_seconds=completion.stats.prefill_seconds,
+            counts=asdict(completion.stats.counts),
+            hits="".join("01"[accepted] for accepted in completion.accepted),
+            details=details | self._timeline(first, end),
+        )
+
+    def _timed(self, prompt: list[int], variant: Variant) -> tuple[list[int], int, int, Completion]:
+        """The tokens, and when the first and the last of them came (ns)."""
+        self._llm.use(variant.mode, variant.block, variant.in_flight)
+        stream = self._llm.stream(prompt, self._params)
+        first = end = 0
+        while True:
+            try:
+                chunk = next(stream)
+            except StopIteration as stop:
+                completion: Completion = stop.value
+                return list(completion.token_ids), first, end, completion
+            if chunk.token_ids:
+                end = time.monotonic_ns()
+                first = first or end
+
+    def _timeline(self, first: int, end: int) -> dict[str, object]:
+        lanes = self._llm.trace.take()
+        timeline = Timeline(lanes, self._llm.config.schedule.in_flight)
+        return {
+            "stages": [
+                {str(rows): asdict(times) for rows, times in stage.items()}
+                for stage in block_times(lanes, first)
+            ],
+            "path": asdict(timeline.path(first, end)),
+            "gaps": timeline.gaps(first).means(),
+        }

@@ -1,0 +1,178 @@
+"""The core of every benchmark: interleaved runs, kept as JSON lines, resumed where they stopped.
+
+A benchmark is a plan of cells and a function that measures one; summaries are pure functions of
+the measurements. Used by efficiency.py and predict.py.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ppsd.errors import ConfigError, PpsdError
+
+
+class Cell(NamedTuple):
+    """One thing to measure: a variant on a task, for the repeat-th time."""
+
+    variant: str
+    task: str
+    repeat: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one cell cost.
+
+    ``tokens`` came in ``seconds``, counted from the first token, which is in neither; it took
+    ``first_seconds``. ``counts`` are those of the policy; ``hits`` has a 1 for each of the tokens
+    that was an accepted draft, the first token included; ``details`` belong to the benchmark.
+    """
+
+    variant: str
+    task: str
+    repeat: int
+    tokens: int
+    seconds: float
+    first_seconds: float
+    counts: dict[str, int]
+    hits: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cell(self) -> Cell:
+        """What was measured."""
+        return Cell(self.variant, self.task, self.repeat)
+
+    @property
+    def token_time(self) -> float:
+        """Seconds per token."""
+        return self.seconds / self.tokens
+
+    @property
+    def alpha(self) -> float:
+        """Share of the timed tokens that were accepted drafts: α as realised, for blocks of one."""
+        return self.hits[1:].count("1") / self.tokens
+
+
+def interleaved(variants: Sequence[str], tasks: Sequence[str], repeats: int) -> list[Cell]:
+    """All cells, so ordered that a drift of the machine meets all variants alike.
+
+    Each repeat runs all variants on a task before the next; every other repeat in reverse.
+    """
+    if repeats < 1:
+        raise ConfigError("repeats", repeats, "at least 1")
+    return [
+        Cell(variant, task, repeat)
+        for repeat in range(repeats)
+        for task in tasks
+        for variant in (variants[::-1] if repeat % 2 else variants)
+    ]
+
+
+class Results:
+    """Measurements in a file of JSON lines, or in memory without a ``path``.
+
+    The first line holds the ``settings`` that all of them share, and their provenance. Opening a
+    file continues it; a line that a kill cut off is dropped. Raises PpsdError for a file of other
+    settings, or one that cannot be read or written.
+    """
+
+    def __init__(
+        self, path: Path | None, settings: dict[str, Any], provenance: dict[str, Any]
+    ) -> None:
+        self.path = path
+        self.measurements: dict[Cell, Measurement] = {}
+        self.provenance = [provenance]
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as they will be read
+        lines = self._read() if path is not None and path.exists() else []
+        for line in lines[1:]:
+            self._take(line)
+        if lines and lines[0].get("settings") != self.settings:
+            raise PpsdError(f"{path} holds measurements of other settings; use another file")
+        if lines:
+            self.provenance = [*lines[0]["provenance"], provenance]
+        self._write({"settings": self.settings, "provenance": self.provenance}, "w")
+        for measurement in self.measurements.values():
+            self._write(asdict(measurement))
+
+    def __contains__(self, cell: Cell) -> bool:
+        return cell in self.measurements
+
+    def add(self, measurement: Measurement) -> None:
+        """Keep a measurement, on disk before this returns."""
+        self.measurements[measurement.cell] = measurement
+        self._write(asdict(measurement))
+
+    def get(self, cell: Cell) -> Measurement:
+        """The measurement of a cell."""
+        return self.measurements[cell]
+
+    def _take(self, line: dict[str, Any]) -> None:
+        try:
+            measurement = Measurement(**line)
+        except TypeError as error:
+            raise PpsdError(f"{self.path} holds a line that is no measurement: {error}") from error
+        self.measurements[measurement.cell] = measurement
+
+    def _read(self) -> list[dict[str, Any]]:
+        assert self.path is not None
+        try:
+            whole, _, _torn = self.path.read_text().rpartition("\n")
+            return [json.loads(line) for line in whole.splitlines()]
+        except (OSError, ValueError) as error:
+            raise PpsdError(f"cannot read measurements from {self.path}: {error}") from error
+
+    def _write(self, record: dict[str, Any], mode: str = "a") -> None:
+        if self.path is None:
+            return
+        try:
+            with self.path.open(mode) as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise PpsdError(f"cannot write measurements to {self.path}: {error}") from error
+
+
+def run(
+    cells: Sequence[Cell],
+    results: Results,
+    measure: Callable[[Cell], Measurement],
+    done: Callable[[Cell], None] = lambda cell: None,
+) -> None:
+    """Measure the cells that ``results`` does not hold yet; ``done`` is called for every cell."""
+    for cell in cells:
+        if cell not in results:
+            results.add(measure(cell))
+        done(cell)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of ``count`` values."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles (inclusive) of at least one value."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0], 1)
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, low, high, len(values))
+
+
+def pairs(
+    results: Results, variant: str, baseline: str
+) -> Iterator[tuple[Measurement, Measurement]]:
+    """Each measurement of ``variant`` with the baseline's of the same task and repeat."""
+    for cell, measurement in results.measurements.items():
+        partner = cell._replace(variant=baseline)
+        if cell.variant == variant and partner in results:
+            yield measurement, results.get(partner)

@@ -1,0 +1,231 @@
+"""``ppsd bench``: the pipeline against theory, and against the simulator."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ppsd.cli.display import log_console, pace_label
+from ppsd.cli.options import PipelineOptions, flag, grouped, numbers
+from ppsd.cli.session import open_llm
+from ppsd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ppsd.bench import efficiency, predict
+    from ppsd.bench.oracle import Variant
+    from ppsd.bench.runner import Results, Spread
+    from ppsd.bench.workload import Task
+    from ppsd.engine.llm import LLM
+
+app = typer.Typer(help="Measure the pipeline against theory.", no_args_is_help=True)
+_bench = functools.partial(flag, panel="Benchmark")
+
+ORACLE_LABEL = "ORACLE drafts: acceptance is chosen, not a head's"
+
+
+@dataclass
+class BenchOptions:
+    """What is measured how often, and where it goes."""
+
+    prompts: Annotated[
+        Path | None, _bench("JSONL or text file of prompts; one short prompt if left out.")
+    ] = None
+    limit: Annotated[int | None, _bench("Take so many prompts, evenly from the file.")] = None
+    alphas: Annotated[
+        str | None, _bench("Acceptance rates of the oracle's drafts.", metavar="α,…")
+    ] = None
+    tokens: Annotated[int, _bench("Timed tokens of each request.")] = 128
+    repeats: Annotated[int, _bench("Repeats of every mode, interleaved.")] = 7
+    out: Annotated[
+        Path | None, _bench("Keep each measurement here (JSON lines), and continue from it.")
+    ] = None
+    as_json: Annotated[bool, _bench("Print one JSON object.", "--json")] = False
+
+    def tasks(self) -> list[Task]:
+        """The prompts."""
+        from ppsd.bench.workload import default_tasks, load_tasks
+
+        return default_tasks() if self.prompts is None else load_tasks(self.prompts, self.limit)
+
+    def rates(self, default: tuple[float, ...]) -> tuple[float, ...]:
+        """The oracle's acceptance rates."""
+        rates = default if self.alphas is None else numbers("alphas", self.alphas)
+        if not rates or not all(0 <= rate <= 1 for rate in rates):
+            raise ConfigError("alphas", self.alphas, "rates in [0, 1] separated by commas")
+        return rates
+
+
+@app.command("efficiency")
+@grouped
+def bench_efficiency(pipeline: PipelineOptions, options: BenchOptions) -> None:
+    """Compare PPSD's speedup over plain decoding with theory, and say where the rest goes."""
+    from ppsd.bench import efficiency
+
+    _check(pipeline, ("mode", "block", "head"))
+    variants = efficiency.variants(options.rates(efficiency.ALPHAS), pipeline.in_flight)
+    with _measured("efficiency", pipeline, options, variants, block=1) as (llm, results):
+        rows = efficiency.summarize(results, [v.name for v in variants if v.alpha is not None])
+        plain = efficiency.plain_summary(results)
+        if options.as_json:
+            record = {"plain": plain, "rows": [asdict(row) for row in rows]}
+            print(json.dumps(_record(llm, results) | record, indent=1))
+        else:
+            _show_efficiency(llm, plain, rows)
+
+
+@app.command("predict")
+@grouped
+def bench_predict(pipeline: PipelineOptions, options: BenchOptions) -> None:
+    """Compare the simulator's token times with the engine's, in all three modes."""
+    from ppsd.bench import predict
+    from ppsd.speculation.policy import DEFAULT_BLOCK, schedule_for
+
+    _check(pipeline, ("mode", "in_flight", "head"))
+    block = pipeline.block or DEFAULT_BLOCK
+    variants = predict.variants(options.rates(predict.ALPHAS), block)
+    with _measured("predict", pipeline, options, variants, block) as (llm, results):
+        stages = llm.layout.stages
+        schedules = {v.name: schedule_for(v.mode, stages, v.block, v.in_flight) for v in variants}
+        rows = predict.summarize(results, schedules, predict.shape_of(llm.layout, llm.config))
+        if options.as_json:
+            record = {"rows": [asdict(row) for row in rows]}
+            print(json.dumps(_record(llm, results) | record, indent=1))
+        else:
+            _show_predictions(llm, rows)
+
+
+def _check(pipeline: PipelineOptions, own: Sequence[str]) -> None:
+    """Refuse flags that the benchmark would have to ignore."""
+    for field in dataclasses.fields(pipeline):
+        value = getattr(pipeline, field.name)
+        if field.name in own and value != field.default:
+            raise ConfigError(field.name, value, "left out: this benchmark sets its own")
+    if pipeline.stages == 1 and pipeline.split is None:
+        raise ConfigError("stages", 1, "at least 2")
+
+
+@contextmanager
+def _measured(
+    verb: str,
+    pipeline: PipelineOptions,
+    options: BenchOptions,
+    variants: Sequence[Variant],
+    block: int,
+) -> Iterator[tuple[LLM, Results]]:
+    """Open the pipeline, run what is not measured yet, and give all measurements."""
+    tasks = options.tasks()
+    mode = "ppsd" if block == 1 else "draft-then-verify"
+    changed = dataclasses.replace(pipeline, head="none", mode=mode, block=block)
+    from ppsd.bench import oracle, runner
+    from ppsd.bench.provenance import provenance
+
+    with open_llm(changed, trace=True, drafter=oracle.placeholder()) as llm:
+        config = llm.config
+        settings = {
+            "verb": verb,
+            "variants": [variant.name for variant in variants],
+            "tasks": [task.id for task in tasks],
+            "tokens": options.tokens,
+            "bounds": llm.layout.bounds,
+            "config": asdict(config),
+        }
+        results = runner.Results(options.out, settings, provenance(config))
+        bench = oracle.OracleBench(llm, variants, tasks, options.tokens)
+        names, ids = [v.name for v in variants], [task.id for task in tasks]
+        cells = runner.interleaved(names, ids, options.repeats)
+        with _progress(len(cells)) as advance:
+            runner.run(cells, results, bench.measure, lambda cell: advance(cell.variant))
+        yield llm, results
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    console = log_console()
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("measuring", total=total)
+        yield lambda name: bar.update(task, advance=1, description=name)
+
+
+def _record(llm: LLM, results: Results) -> dict[str, Any]:
+    """What every ``--json`` object begins with."""
+    config = llm.config
+    return {
+        "label": ORACLE_LABEL + pace_label(config, 0),
+        "stages": llm.layout.stages,
+        "bounds": llm.layout.bounds,
+        "pace": config.pace or None,
+        "settings": results.settings,
+        "repeats": 1 + max(cell.repeat for cell in results.measurements),
+        "provenance": results.provenance,
+    }
+
+
+def _head_line(llm: LLM, overruns: int) -> str:
+    bounds = ",".join(map(str, llm.layout.bounds))
+    return f"{ORACLE_LABEL} · {llm.layout.stages} stages at {bounds}" + pace_label(
+        llm.config, overruns
+    )
+
+
+def _show_efficiency(llm: LLM, plain: dict[str, Any], rows: Sequence[efficiency.Row]) -> None:
+    console = Console(highlight=False, markup=False)
+    overruns = sum(row.overruns for row in rows) + plain["overruns"]
+    console.print(_head_line(llm, overruns), soft_wrap=True)
+    stages = " + ".join(f"{stage['median'] * 1e3:.2f}" for stage in plain["stage_times"])
+    console.print(f"plain: {plain['token_time']['median'] * 1e3:.2f} ms a token; stages {stages}")
+    heads = ("α", "speedup", "quartiles", "ρ*", "of ρ*", "bound", "of bound")
+    table = Table(*heads, box=None, pad_edge=False)
+    for row in rows:
+        speedup = (_number(row.speedup.median), _quartiles(row.speedup))
+        paper = (_number(row.paper.median), _share(row.of_paper))
+        model = (_number(row.model.median), _share(row.of_model))
+        table.add_row(_number(row.alpha.median), *speedup, *paper, *model)
+    console.print(table)
+    console.print("\nms a token: measured = ideal + losses (means)")
+    parts = list(rows[0].budget)
+    losses = Table("α", "measured", *parts, box=None, pad_edge=False)
+    for row in rows:
+        times = [row.token_time, *row.budget.values()]
+        losses.add_row(_number(row.alpha.median), *(f"{time * 1e3:.2f}" for time in times))
+    console.print(losses)
+
+
+def _show_predictions(llm: LLM, rows: Sequence[predict.Row]) -> None:
+    console = Console(highlight=False, markup=False)
+    console.print(_head_line(llm, sum(row.overruns for row in rows)), soft_wrap=True)
+    heads = ("mode", "α", "measured ms", "simulated ms", "error", "quartiles", "median |error|")
+    table = Table(*heads, box=None, pad_edge=False)
+    for row in rows:
+        times = [f"{each.median * 1e3:.2f}" for each in (row.measured, row.predicted)]
+        error = row.error
+        quartiles = f"{error.low:+.1%} … {error.high:+.1%}"
+        alpha = _number(row.alpha.median)
+        shown = (f"{error.median:+.1%}", quartiles, f"{row.median_error:.1%}")
+        table.add_row(row.variant, alpha, *times, *shown)
+    console.print(table)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _share(value: Spread) -> str:
+    return f"{value.median:.1%}"
+
+
+def _quartiles(value: Spread) -> str:
+    return f"{value.low:.3f}–{value.high:.3f}"
