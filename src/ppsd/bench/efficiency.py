@@ -130,7 +130,6 @@ class Row:
     of_model: Spread
     token_time: float
     budget: dict[str, float]
-    overruns: int
 
 
 def summarize(results: Results, names: Sequence[str]) -> list[Row]:
@@ -151,7 +150,6 @@ def _row(results: Results, name: str) -> Row | None:
         **{column: spread([getattr(e, column) for e in found]) for column in columns},
         token_time=sum(means.values()),
         budget=means,
-        overruns=sum(fast.details["overruns"] for fast, _ in partners),
     )
 
 
@@ -162,7 +160,6 @@ def plain_summary(results: Results) -> dict[str, Any]:
     return {
         "token_time": asdict(spread([m.token_time for m in plain])),
         "stage_times": [asdict(spread(times)) for times in stages],
-        "overruns": sum(m.details["overruns"] for m in plain),
     }
 
 

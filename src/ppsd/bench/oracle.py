@@ -75,13 +75,14 @@ class OracleBench:
         equal = tokens == plain
         if not equal and self._llm.config.schedule.block == 1:
             raise PpsdError(f"{cell.variant} on task {cell.task} differs from plain decoding")
-        details = {"equal": equal, "overruns": completion.stats.overruns}
+        stats = completion.stats
+        details = {"equal": equal, "overruns": stats.overruns, "blocks": stats.decode_blocks}
         return Measurement(
             *cell,
             tokens=len(tokens) - 1,
             seconds=(end - first) / 1e9,
-            first_seconds=completion.stats.prefill_seconds,
-            counts=asdict(completion.stats.counts),
+            first_seconds=stats.prefill_seconds,
+            counts=asdict(stats.counts),
             hits="".join("01"[accepted] for accepted in completion.accepted),
             details=details | self._timeline(first, end),
         )

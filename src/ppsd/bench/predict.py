@@ -137,7 +137,6 @@ class Row:
     predicted: Spread
     error: Spread
     median_error: float
-    overruns: int
 
 
 def summarize(results: Results, schedules: dict[str, Schedule], shape: Shape) -> list[Row]:
@@ -165,5 +164,4 @@ def _row(
         predicted=spread(predicted),
         error=spread(errors),
         median_error=spread([abs(e) for e in errors]).median,
-        overruns=sum(run.details["overruns"] for run, _ in partners),
     )

@@ -55,8 +55,14 @@ class Measurement:
 
     @property
     def alpha(self) -> float:
-        """Share of the timed tokens that were accepted drafts: α as realised, for blocks of one."""
-        return self.hits[1:].count("1") / self.tokens
+        """Share of judged drafts that were accepted; 0 without any.
+
+        With blocks of one, just what decides the time: the verdict on each but the last token's
+        draft says whether the next token comes a tick or a whole latency later. The last token is
+        never drafted, and the first one's draft is judged.
+        """
+        judged = self.counts["judged"]
+        return self.counts["accepted"] / judged if judged else 0.0
 
 
 def interleaved(variants: Sequence[str], tasks: Sequence[str], repeats: int) -> list[Cell]:
@@ -176,3 +182,8 @@ def pairs(
         partner = cell._replace(variant=baseline)
         if cell.variant == variant and partner in results:
             yield measurement, results.get(partner)
+
+
+def total(results: Results, detail: str) -> int:
+    """Sum of one of the ``details`` over all measurements."""
+    return sum(measurement.details[detail] for measurement in results.measurements.values())

@@ -81,7 +81,7 @@ def bench_efficiency(pipeline: PipelineOptions, options: BenchOptions) -> None:
             record = {"plain": plain, "rows": [asdict(row) for row in rows]}
             print(json.dumps(_record(llm, results) | record, indent=1))
         else:
-            _show_efficiency(llm, plain, rows)
+            _show_efficiency(_label(llm, results), plain, rows)
 
 
 @app.command("predict")
@@ -102,7 +102,7 @@ def bench_predict(pipeline: PipelineOptions, options: BenchOptions) -> None:
             record = {"rows": [asdict(row) for row in rows]}
             print(json.dumps(_record(llm, results) | record, indent=1))
         else:
-            _show_predictions(llm, rows)
+            _show_predictions(_label(llm, results), rows)
 
 
 def _check(pipeline: PipelineOptions, own: Sequence[str]) -> None:
@@ -160,31 +160,35 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
         yield lambda name: bar.update(task, advance=1, description=name)
 
 
+def _label(llm: LLM, results: Results) -> str:
+    """What has to stand beside every figure."""
+    from ppsd.bench.runner import total
+
+    bounds = ",".join(map(str, llm.layout.bounds))
+    pace = pace_label(llm.config, total(results, "overruns"), total(results, "blocks"))
+    return f"{ORACLE_LABEL} · {llm.layout.stages} stages at {bounds}{pace}"
+
+
 def _record(llm: LLM, results: Results) -> dict[str, Any]:
     """What every ``--json`` object begins with."""
-    config = llm.config
+    from ppsd.bench.runner import total
+
     return {
-        "label": ORACLE_LABEL + pace_label(config, 0),
+        "label": _label(llm, results),
         "stages": llm.layout.stages,
         "bounds": llm.layout.bounds,
-        "pace": config.pace or None,
+        "pace": llm.config.pace or None,
+        "overruns": total(results, "overruns"),
+        "blocks": total(results, "blocks"),
         "settings": results.settings,
         "repeats": 1 + max(cell.repeat for cell in results.measurements),
         "provenance": results.provenance,
     }
 
 
-def _head_line(llm: LLM, overruns: int) -> str:
-    bounds = ",".join(map(str, llm.layout.bounds))
-    return f"{ORACLE_LABEL} · {llm.layout.stages} stages at {bounds}" + pace_label(
-        llm.config, overruns
-    )
-
-
-def _show_efficiency(llm: LLM, plain: dict[str, Any], rows: Sequence[efficiency.Row]) -> None:
+def _show_efficiency(label: str, plain: dict[str, Any], rows: Sequence[efficiency.Row]) -> None:
     console = Console(highlight=False, markup=False)
-    overruns = sum(row.overruns for row in rows) + plain["overruns"]
-    console.print(_head_line(llm, overruns), soft_wrap=True)
+    console.print(label, soft_wrap=True)
     stages = " + ".join(f"{stage['median'] * 1e3:.2f}" for stage in plain["stage_times"])
     console.print(f"plain: {plain['token_time']['median'] * 1e3:.2f} ms a token; stages {stages}")
     heads = ("α", "speedup", "quartiles", "ρ*", "of ρ*", "bound", "of bound")
@@ -204,9 +208,9 @@ def _show_efficiency(llm: LLM, plain: dict[str, Any], rows: Sequence[efficiency.
     console.print(losses)
 
 
-def _show_predictions(llm: LLM, rows: Sequence[predict.Row]) -> None:
+def _show_predictions(label: str, rows: Sequence[predict.Row]) -> None:
     console = Console(highlight=False, markup=False)
-    console.print(_head_line(llm, sum(row.overruns for row in rows)), soft_wrap=True)
+    console.print(label, soft_wrap=True)
     heads = ("mode", "α", "measured ms", "simulated ms", "error", "quartiles", "median |error|")
     table = Table(*heads, box=None, pad_edge=False)
     for row in rows:

@@ -44,7 +44,7 @@ def summarize(llm: LLM, completion: Completion) -> None:
     speed, rate = stats.tokens_per_second, counts.acceptance_rate
     first = f"{stats.prefill_seconds:.2f} s to the first"
     parts = [
-        llm.config.mode + pace_label(llm.config, stats.overruns),
+        llm.config.mode + pace_label(llm.config, stats.overruns, stats.decode_blocks),
         f"{stats.new_tokens} tokens ({completion.finish_reason})",
         first if speed is None else f"{first}, then {speed:.1f} a second",
     ]
@@ -60,12 +60,12 @@ def summarize(llm: LLM, completion: Completion) -> None:
     console.print(_stage_table(llm, completion))
 
 
-def pace_label(config: EngineConfig, overruns: int) -> str:
+def pace_label(config: EngineConfig, overruns: int = 0, blocks: int = 0) -> str:
     """What has to stand beside every figure of paced stages; nothing for real time."""
     if not config.pace:
         return ""
     pace = ", ".join(f"{seconds:g}" for seconds in config.pace)
-    late = f"; {overruns} blocks took longer" if overruns else ""
+    late = f"; {overruns} of {blocks} blocks took longer" if blocks else ""
     return f" (PACED: emulated stages of {pace} s a block{late})"
 
 

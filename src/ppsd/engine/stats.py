@@ -41,6 +41,12 @@ class RequestStats:
         return decoded / self.decode_seconds if decoded > 0 and self.decode_seconds > 0 else None
 
     @property
+    def decode_blocks(self) -> int:
+        """Blocks with verdicts that all stages finished, stale ones included."""
+        done = ("forward", "verify")
+        return sum(stage.blocks.get(kind, 0) for stage in self.stages for kind in done)
+
+    @property
     def overruns(self) -> int:
         """Blocks whose real work took longer than the pace; their times are not the pace's."""
         return sum(stage.blocks.get(OVERRUN, 0) for stage in self.stages)
