@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from ppsd.bench.efficiency import alone
 from ppsd.bench.oracle import PLAIN, Variant
 from ppsd.bench.runner import Measurement, Results, Spread, pairs, spread
 from ppsd.cost.model import MIN_LAYER, CostModel, Link, StageCost
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from ppsd.engine.build import Layout
 
 ALPHAS = (0.8, 0.5)
-SEEDS = 5  # simulations with jitter are averaged over so many
 
 
 @dataclass(frozen=True)
@@ -70,35 +70,44 @@ def cost_of(run: Measurement, plain: Measurement, shape: Shape) -> CostModel:
     """Build the cost model of one request from its own stage times and the plain one's links."""
     gaps, links = run.details["gaps"], plain.details["gaps"]["links"]
     sending = gaps["sending"] or 0.0
-    rows = [_rows(stage) for stage in run.details["stages"]]
-    first = _mean(run.details["stages"][0], 1)
-    later = [_mean(s, n) for s, n in zip(run.details["stages"][1:], rows[1:], strict=True)]
-    most = max(rows[1:])
-    alone = [_mean(stage, 1) for stage in plain.details["stages"][1:]]
-    growth = sum(later) / sum(alone)
-    row_cost = max(0.0, (growth - 1) / (most - 1)) if most > 1 else 0.0
-    single = [time / (1 + (most - 1) * row_cost) for time in later]
-    *middle, last = [first, *single]
-    share = shape.layers[-1] / (shape.layers[-1] + shape.head_layers)
-    times = [*middle, last * share]
+    times, row_cost = row_times(run, plain)
+    head_share = shape.head_layers / (shape.layers[-1] + shape.head_layers)
+    lm_head = times[-1] * head_share
+    times[-1] -= lm_head
     return CostModel(
         stages=tuple(
             StageCost(layers, max(MIN_LAYER, time / layers))
             for layers, time in zip(shape.layers, times, strict=True)
         ),
         links=tuple(Link(max(0.0, (gap or 0.0) - sending)) for gap in links),
-        head=max(0.0, gaps["drafting"] or 0.0),
-        lm_head=last * (1 - share),
+        head=gaps["drafting"] or 0.0,
+        lm_head=lm_head,
         row_cost=row_cost,
         overhead=sending,
         source="stage times of the run itself",
     )
 
 
+def row_times(run: Measurement, plain: Measurement) -> tuple[list[float], float]:
+    """Seconds of each stage for one row, and what a further row costs as a share of it.
+
+    Rows enter stage 0 one by one. Later stages see blocks; how much longer these take than the
+    plain run's single rows is put down to their rows, in equal parts.
+    """
+    first, *later = run.details["stages"]
+    singles = alone(plain)[1:]
+    if "1" not in first or not all(later):
+        raise PpsdError("too few tokens to tell the time of a stage; ask for more")
+    rows = max(_rows(stage) for stage in later)
+    times = [_mean(stage, _rows(stage)) for stage in later]
+    if rows == 1:
+        return [_mean(first, 1), *times], 0.0
+    row_cost = max(0.0, (sum(times) / sum(singles) - 1) / (rows - 1))
+    return [_mean(first, 1), *(time / (1 + (rows - 1) * row_cost) for time in times)], row_cost
+
+
 def _rows(stage: dict[str, Any]) -> int:
     """The number of rows that most of a stage's blocks had."""
-    if not stage:
-        raise PpsdError("too few tokens to tell the time of a stage; ask for more")
     return int(max(stage, key=lambda rows: stage[rows]["count"]))
 
 
@@ -106,22 +115,12 @@ def _mean(stage: dict[str, Any], rows: int) -> float:
     return float(stage[str(rows)]["mean"])
 
 
-def jitter_of(run: Measurement) -> float:
-    """σ of the logarithm of stage times in one request: root mean square over the stages."""
-    found = [s[str(_rows(s))]["sigma"] ** 2 for s in run.details["stages"]]
-    return float((sum(found) / len(found)) ** 0.5)
-
-
 def predicted_token_time(
     run: Measurement, plain: Measurement, shape: Shape, schedule: Schedule
 ) -> float:
     """Seconds per token that the simulator expects of a request."""
-    cost, hits = cost_of(run, plain, shape), bytes(map(int, run.hits))
-    sigma = jitter_of(run)
-    times = [
-        simulate(cost, schedule, hits, jitter=sigma, seed=seed).token_time for seed in range(SEEDS)
-    ]
-    return sum(times) / len(times)
+    hits = bytes(map(int, run.hits))
+    return simulate(cost_of(run, plain, shape), schedule, hits).token_time
 
 
 @dataclass(frozen=True)

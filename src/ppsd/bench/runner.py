@@ -68,10 +68,14 @@ class Measurement:
 def interleaved(variants: Sequence[str], tasks: Sequence[str], repeats: int) -> list[Cell]:
     """All cells, so ordered that a drift of the machine meets all variants alike.
 
-    Each repeat runs all variants on a task before the next; every other repeat in reverse.
+    Each repeat runs all variants on a task before the next; every other repeat in reverse. Raises
+    ConfigError for fewer than one repeat, and for names that come twice.
     """
     if repeats < 1:
         raise ConfigError("repeats", repeats, "at least 1")
+    for kind, names in (("variants", variants), ("tasks", tasks)):
+        if len(set(names)) < len(names):
+            raise ConfigError(kind, list(names), "different from one another")
     return [
         Cell(variant, task, repeat)
         for repeat in range(repeats)

@@ -8,7 +8,6 @@ message or a hand-over, and its parts add up to the time between the first and t
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +23,10 @@ NS = 1e-9
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """Seconds of a stage's finished blocks of equal rows; ``sigma`` is that of their logarithm."""
+    """Mean seconds of a stage's finished blocks of equal rows."""
 
     count: int
     mean: float
-    sigma: float
 
 
 @dataclass
@@ -60,20 +58,15 @@ def block_times(lanes: Lanes, begin: int) -> list[dict[int, BlockTimes]]:
     """By stage and rows: the finished decode blocks that began at ``begin`` or later."""
     return [
         {
-            rows: _block_times([(p.end - p.start) * NS for p in pieces if p.rows == rows])
+            rows: _block_times([p for p in pieces if p.rows == rows])
             for rows in sorted({piece.rows for piece in pieces})
         }
         for pieces in ([p for p in lane if _finished(p) and p.start >= begin] for lane in lanes)
     ]
 
 
-def _block_times(seconds: list[float]) -> BlockTimes:
-    return BlockTimes(len(seconds), statistics.fmean(seconds), log_sigma(seconds))
-
-
-def log_sigma(values: Sequence[float]) -> float:
-    """Standard deviation of the logarithms, 0 for a single value."""
-    return statistics.stdev(map(math.log, values)) if len(values) > 1 else 0.0
+def _block_times(pieces: Sequence[Piece]) -> BlockTimes:
+    return BlockTimes(len(pieces), statistics.fmean(p.end - p.start for p in pieces) * NS)
 
 
 def _finished(piece: Piece) -> bool:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure the pipeline against theory.", no_args_is_help=True)
 _bench = functools.partial(flag, panel="Benchmark")
 
+WIDTH = 120
 ORACLE_LABEL = "ORACLE drafts: acceptance is chosen, not a head's"
 
 
@@ -115,6 +116,11 @@ def _check(pipeline: PipelineOptions, own: Sequence[str]) -> None:
         raise ConfigError("stages", 1, "at least 2")
 
 
+def _check_out(out: Path | None) -> None:
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise ConfigError("out", str(out), "a file in a directory that exists")
+
+
 @contextmanager
 def _measured(
     verb: str,
@@ -124,6 +130,7 @@ def _measured(
     block: int,
 ) -> Iterator[tuple[LLM, Results]]:
     """Open the pipeline, run what is not measured yet, and give all measurements."""
+    _check_out(options.out)
     tasks = options.tasks()
     mode = "ppsd" if block == 1 else "draft-then-verify"
     changed = dataclasses.replace(pipeline, head="none", mode=mode, block=block)
@@ -186,8 +193,14 @@ def _record(llm: LLM, results: Results) -> dict[str, Any]:
     }
 
 
+def _table_console() -> Console:
+    """Standard output, wide enough for the tables where it is a file."""
+    width = None if Console().is_terminal else WIDTH
+    return Console(highlight=False, markup=False, width=width)
+
+
 def _show_efficiency(label: str, plain: dict[str, Any], rows: Sequence[efficiency.Row]) -> None:
-    console = Console(highlight=False, markup=False)
+    console = _table_console()
     console.print(label, soft_wrap=True)
     stages = " + ".join(f"{stage['median'] * 1e3:.2f}" for stage in plain["stage_times"])
     console.print(f"plain: {plain['token_time']['median'] * 1e3:.2f} ms a token; stages {stages}")
@@ -209,7 +222,7 @@ def _show_efficiency(label: str, plain: dict[str, Any], rows: Sequence[efficienc
 
 
 def _show_predictions(label: str, rows: Sequence[predict.Row]) -> None:
-    console = Console(highlight=False, markup=False)
+    console = _table_console()
     console.print(label, soft_wrap=True)
     heads = ("mode", "α", "measured ms", "simulated ms", "error", "quartiles", "median |error|")
     table = Table(*heads, box=None, pad_edge=False)

@@ -1,0 +1,123 @@
+"""``ppsd bench`` on a tiny model: flags, labels, files, tables, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer.main
+from click.testing import Result
+from typer.testing import CliRunner
+
+from ppsd.cli.app import app
+from ppsd.errors import ConfigError, PpsdError
+from tests.unit.test_cli import PIPELINE
+
+FLAGS = "--prompts --limit --alphas --tokens --repeats --out --json"
+GROUP = typer.main.get_command(app).commands["bench"]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def small(tiny_model) -> list[str]:
+    """Flags of a pipeline of three tiny stages, and of a short measurement."""
+    pipeline = f"--model {tiny_model()} --split 2,4 --dtype float64 --transport inprocess"
+    return f"{pipeline} --tokens 9 --repeats 2 --alphas 1,0.5".split()
+
+
+def bench(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("verb", ["efficiency", "predict"])
+def test_flags_are_frozen_and_explained(verb) -> None:
+    parameters = [p for p in GROUP.commands[verb].params if p.name != "help"]
+    assert sorted(n for p in parameters for n in p.opts) == sorted(f"{PIPELINE} {FLAGS}".split())
+    assert all(p.help.endswith((".", "…")) for p in parameters)
+
+
+def test_efficiency_as_json(small, tmp_path) -> None:
+    out = tmp_path / "m.jsonl"
+    result = bench("efficiency", *small, "--json", "--out", out, "--pace", "0.003")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["label"].startswith("ORACLE drafts")
+    assert "PACED: emulated stages of 0.003 s" in record["label"]
+    assert (record["stages"], record["bounds"], record["repeats"]) == (3, [0, 2, 4, 6], 2)
+    assert (record["pace"], record["blocks"] > 0) == ([0.003], True)
+    assert record["provenance"][0]["config"]["pace"] == [0.003]
+    assert [row["variant"] for row in record["rows"]] == ["ppsd α=1", "ppsd α=0.5"]
+    for row in record["rows"]:
+        assert row["token_time"] == pytest.approx(sum(row["budget"].values()))
+        assert row["of_paper"]["median"] > 0
+        assert row["budget"]["other"] == 0
+    assert record["rows"][0]["alpha"]["median"] == 1
+    assert all(times["median"] >= 0.003 for times in record["plain"]["stage_times"])
+    assert len(out.read_text().splitlines()) == 1 + 2 * 3
+
+
+def test_a_finished_file_is_shown_again_and_more_repeats_are_added(small, tmp_path) -> None:
+    flags = [*small, "--json", "--out", tmp_path / "m.jsonl"]
+    first = json.loads(bench("efficiency", *flags).stdout)
+    again = json.loads(bench("efficiency", *flags).stdout)
+    assert (again["rows"], again["plain"]) == (first["rows"], first["plain"])
+    more = json.loads(bench("efficiency", *flags, "--repeats", 3).stdout)
+    assert (more["repeats"], more["rows"][0]["speedup"]["count"]) == (3, 3)
+    other = bench("efficiency", *flags, "--tokens", 8)
+    assert "holds measurements of other settings" in str(other.exception)
+
+
+def test_predict_runs_all_modes(small) -> None:
+    result = bench("predict", *small, "--block", 3, "--json")
+    assert result.exit_code == 0, result.output
+    rows = {row["variant"]: row for row in json.loads(result.stdout)["rows"]}
+    assert list(rows) == [
+        "plain",
+        "draft-then-verify α=1",
+        "ppsd α=1",
+        "draft-then-verify α=0.5",
+        "ppsd α=0.5",
+    ]
+    for row in rows.values():
+        assert row["predicted"]["median"] > 0
+        assert row["error"]["count"] == 2
+
+
+@pytest.mark.parametrize("verb", ["efficiency", "predict"])
+def test_tables_carry_their_label(small, verb, tmp_path) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("the quick\nbrown fox\n")
+    result = bench(verb, *small, "--repeats", 1, "--prompts", prompts)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == ("ORACLE drafts: acceptance is chosen, not a head's · 3 stages at 0,2,4,6")
+    assert any(line.startswith("ppsd α=1 " if verb == "predict" else "1.000 ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--mode", "ppsd", "--head", "auto"], "head must be left out: this benchmark sets its"),
+        (["--mode", "autoregressive"], "mode must be left out: this benchmark sets its own"),
+        (["--block", "2"], "block must be left out: this benchmark sets its own"),
+        (["--stages", "1"], "stages must be at least 2, got 1"),
+        (["--alphas", "2"], "alphas must be rates in [0, 1] separated by commas, got '2'"),
+        (["--alphas", "x"], "alphas must be numbers separated by commas, got 'x'"),
+        (["--pace", "x"], "pace must be numbers separated by commas, got 'x'"),
+        (["--out", "/no/where/m"], "out must be a file in a directory that exists"),
+        (["--prompts", "/no/where"], "cannot read prompts from /no/where"),
+        (["--tokens", "0"], "tokens must be in [1, "),
+        (["--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["--alphas", "1,1"], "variants must be different from one another"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tiny_model, arguments, cause) -> None:
+    flags = ["--model", str(tiny_model()), "--dtype", "float64", "--transport", "inprocess"]
+    error = bench("efficiency", *flags, *arguments).exception
+    assert isinstance(error, PpsdError)
+    assert str(error).startswith(cause)
+
+
+def test_predict_sets_its_own_window(tiny_model) -> None:
+    error = bench("predict", "--model", tiny_model(), "--in-flight", 3).exception
+    assert isinstance(error, ConfigError)
+    assert error.field == "in_flight"
