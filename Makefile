@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 DEMO_TOKENS ?= 128
 DEMO_PROMPT ?= "Explain in simple words why the sky is blue."
 
-.PHONY: demo test check install exactness clean
+.PHONY: demo test check install exactness pipeline-bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ppsd generate $(DEMO_PROMPT) --stages 2 --max-tokens $(DEMO_TOKENS) --highlight
@@ -40,6 +40,19 @@ exactness: $(VENV)/.installed
 	  test -s $$out || $(BIN)/ppsd verify $(PROMPTS) --limit 20 -n 64 --dtype $$dtype \
 	    --stages $$stages --temperature $$t --json > $$out.part && mv $$out.part $$out || exit 1; \
 	done; done; done
+
+# The pipeline against theory and against the simulator: two stages on real cores, four and eight
+# paced. A run that stops goes on from its .jsonl file.
+PIPELINE := docs/results/pipeline
+pipeline-bench: $(VENV)/.installed
+	mkdir -p $(PIPELINE)
+	for verb in efficiency predict; do \
+	  for setup in "2 --tokens 128" "4 --pace 0.06 --tokens 64" "8 --pace 0.08 --tokens 64"; do \
+	    out=$(PIPELINE)/$$verb-$${setup%% *}-stages; \
+	    test -s $$out.json || $(BIN)/ppsd bench $$verb --stages $$setup --out $$out.jsonl --json \
+	      > $$out.json.part && mv $$out.json.part $$out.json || exit 1; \
+	  done; \
+	done
 
 clean:
 	rm -rf $(VENV)

@@ -27,7 +27,8 @@ class EngineConfig:
     that is given. ``head`` is a head directory, ``auto`` (the best one found), ``untrained`` or
     ``none``. ``devices`` names one device for all stages or one each. ``threads_per_stage`` 0
     shares the cores evenly. Times are seconds; ``pace`` is what a stage takes for one block (LM
-    head included) on the emulated device, one for all stages or one each, nothing for real time.
+    head included, an exit head's draft comes on top) on the emulated device, one for all stages or
+    one each, nothing for real time.
     Raises ConfigError for values that no model could make right.
     """
 

@@ -35,9 +35,11 @@ def test_flags_are_frozen_and_explained(verb) -> None:
     assert all(p.help.endswith((".", "…")) for p in parameters)
 
 
-def test_efficiency_as_json(small, tmp_path) -> None:
+@pytest.mark.parametrize("transport", ["inprocess", "shared-memory"])
+def test_efficiency_as_json(small, tmp_path, transport) -> None:
     out = tmp_path / "m.jsonl"
-    result = bench("efficiency", *small, "--json", "--out", out, "--pace", "0.003")
+    flags = ["--json", "--out", out, "--pace", "0.003", "--transport", transport]
+    result = bench("efficiency", *small, *flags)
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     assert record["label"].startswith("ORACLE drafts")

@@ -13,7 +13,7 @@ from ppsd.engine.drafter import OracleDrafter
 from ppsd.errors import ConfigError
 from ppsd.worker.pace import PacedStage
 from ppsd.worker.recorder import OVERRUN, Recorder
-from tests.support.tiny_models import VOCAB
+from tests.support.tiny_models import VOCAB, save_perfect_head
 
 ROW = torch.zeros(1, 2)
 ODD = list(range(3, 23))
@@ -123,6 +123,20 @@ def test_a_pace_far_below_the_work_shows_in_the_stats(tiny_model) -> None:
         stats = llm.run(ODD, SamplingParams(max_tokens=5, ignore_eos=True)).stats
     assert stats.overruns == 2 * 4, "each of two stages, each token but the one of the prompt"
     assert stats.to_json()["overruns"] == 8
+
+
+def test_a_head_drafts_at_the_pace_of_its_stage(tiny_model, tmp_path) -> None:
+    """One layer and the vocabulary's 300 rows, in layers of stage 0's two: pace / 2 each."""
+    head = save_perfect_head(tmp_path / "head", tiny_model(), 2)
+    settings = {"dtype": "float64", "split": (2, 4), "transport": "inprocess", "head": str(head)}
+    with LLM(str(tiny_model()), pace=(0.004,), trace=True, **settings) as llm:
+        spec = llm.layout.spec
+        accepted = llm.run(ODD, SamplingParams(max_tokens=8, ignore_eos=True)).accepted
+        drafts = [p.end - p.start for p in llm.trace.take()[0] if p.kind == "draft"]
+    assert sum(accepted) >= 6
+    layers = 4 + spec.vocab_size * spec.hidden_size / spec.layer_parameters
+    assert min(drafts) / 1e9 >= layers * 0.002
+    assert len(drafts) >= 6
 
 
 @pytest.mark.parametrize("pace", [(0.0,), (-1,), (float("nan"),), (60.0,), ("a",), (0.1, 0.1)])

@@ -17,10 +17,11 @@ import torch
 
 from ppsd.config import DEFAULT_CONTEXT, EngineConfig, available_cores
 from ppsd.engine.choose_head import choose_head, draft_cost, layer_costs
-from ppsd.engine.drafter import HeadDrafter
+from ppsd.engine.drafter import Drafter, HeadDrafter, PacedDrafter
 from ppsd.engine.pipeline import Pipeline, raise_if_lost
 from ppsd.errors import ConfigError, InsufficientMemoryError
 from ppsd.model.exit_head import (
+    ExitHead,
     HeadConfig,
     check_head,
     load_head,
@@ -249,19 +250,22 @@ class RunningPipeline:
             self.memory_peaks = [memory_peak(), *(s.fields["memory_peak"] for s in ready)]
         return pipeline
 
-    def _drafter(self, stage: Stage, plan: StagePlan) -> HeadDrafter | None:
-        layout = self.layout
+    def _drafter(self, stage: Stage, plan: StagePlan) -> Drafter | None:
+        layout, pace = self.layout, self._config.pace_of(0)
         if layout.head is None:
             return None
-        embedding = stage.embedding
-        if not layout.head.trained:
-            head = untrained_head(layout.spec, plan, self._source, layout.fingerprint, embedding)
-        else:
-            directory = Path(self._config.head)
-            head = load_head(
-                directory, layout.spec, plan, self._source, layout.fingerprint, embedding
-            )
-        return HeadDrafter(head)
+        drafter = HeadDrafter(self._load_head(layout.head, stage, plan))
+        if not pace:
+            return drafter
+        layers = draft_cost(layout.spec, layout.head) / layout.spec.layer_parameters
+        return PacedDrafter(drafter, pace / len(stage.layers) * layers)
+
+    def _load_head(self, head: HeadConfig, stage: Stage, plan: StagePlan) -> ExitHead:
+        layout, embedding = self.layout, stage.embedding
+        if not head.trained:
+            return untrained_head(layout.spec, plan, self._source, layout.fingerprint, embedding)
+        directory = Path(self._config.head)
+        return load_head(directory, layout.spec, plan, self._source, layout.fingerprint, embedding)
 
     def _hold_threads(self) -> None:
         """Pin this thread and set PyTorch's thread count; both are put back by ``close``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -65,6 +66,29 @@ class HeadDrafter:
     def probabilities(self, position: int) -> torch.Tensor:
         """See Drafter."""
         return self._probabilities.pop(position)
+
+
+class PacedDrafter:
+    """Drafts by ``drafter`` in ``seconds`` each: the head of a paced stage 0 is as slow as it."""
+
+    def __init__(self, drafter: Drafter, seconds: float) -> None:
+        self._drafter = drafter
+        self._seconds = seconds
+
+    def observe(self, position: int, hidden: torch.Tensor) -> None:
+        """See Drafter."""
+        self._drafter.observe(position, hidden)
+
+    def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
+        """See Drafter; nothing interrupts it, as nothing interrupts a head at work."""
+        end = time.monotonic() + self._seconds
+        token = self._drafter.draft(sampler, history, stream)
+        time.sleep(max(0.0, end - time.monotonic()))
+        return token
+
+    def probabilities(self, position: int) -> torch.Tensor:
+        """See Drafter."""
+        return self._drafter.probabilities(position)
 
 
 class OracleDrafter:
