@@ -37,8 +37,9 @@ exactness: $(VENV)/.installed
 	mkdir -p $(EXACTNESS)
 	for dtype in bfloat16 float32; do for stages in 2 3 4; do for t in 0 0.8; do \
 	  out=$(EXACTNESS)/$$dtype-$$stages-stages-temperature-$$t.json; \
-	  test -s $$out || $(BIN)/ppsd verify $(PROMPTS) --limit 20 -n 64 --dtype $$dtype \
-	    --stages $$stages --temperature $$t --json > $$out.part && mv $$out.part $$out || exit 1; \
+	  test -s $$out || { $(BIN)/ppsd verify $(PROMPTS) --limit 20 -n 64 --dtype $$dtype \
+	    --stages $$stages --temperature $$t --json > $$out.part && mv $$out.part $$out; } \
+	    || exit 1; \
 	done; done; done
 
 # The pipeline against theory and against the simulator: two stages on real cores, four and eight
@@ -47,10 +48,10 @@ PIPELINE := docs/results/pipeline
 pipeline-bench: $(VENV)/.installed
 	mkdir -p $(PIPELINE)
 	for verb in efficiency predict; do \
-	  for setup in "2 --tokens 128" "4 --pace 0.06 --tokens 64" "8 --pace 0.08 --tokens 64"; do \
+	  for setup in "2 --split 18 --tokens 128" "4 --pace 0.06 --tokens 64" "8 --pace 0.08 --tokens 64"; do \
 	    out=$(PIPELINE)/$$verb-$${setup%% *}-stages; \
-	    test -s $$out.json || $(BIN)/ppsd bench $$verb --stages $$setup --out $$out.jsonl --json \
-	      > $$out.json.part && mv $$out.json.part $$out.json || exit 1; \
+	    test -s $$out.json || { $(BIN)/ppsd bench $$verb --stages $$setup --out $$out.jsonl --json \
+	      > $$out.json.part && mv $$out.json.part $$out.json; } || exit 1; \
 	  done; \
 	done
 
