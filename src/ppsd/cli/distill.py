@@ -160,11 +160,12 @@ def _train(
     from ppsd.train.run import prepare_run
 
     console = log_console()
-    with _bar("running the frozen model", 1, "{task.fields[note]}") as (bar, task):
+    with progress.bar("running the frozen model", 1, "{task.fields[note]}") as (bar, task):
         bar.update(task, visible=features is not None)
 
         def filling(done: int, total: int) -> None:
-            note = f"{done:,} of {total:,} tokens · {_speed(done, bar.tasks[0].elapsed)} tokens/s"
+            speed = progress.speed(done, bar.tasks[0].elapsed)
+            note = f"{done:,} of {total:,} tokens · {speed} tokens/s"
             bar.update(task, completed=done, total=total, note=note)
 
         cadence = Cadence(*every)
