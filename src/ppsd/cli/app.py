@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from ppsd.cli import acceptance, bench, chat, distill, generate, heads, paper, simulate, verify
+from ppsd.cli import (
+    acceptance,
+    bench,
+    bench_tasks,
+    chat,
+    distill,
+    generate,
+    heads,
+    paper,
+    simulate,
+    verify,
+)
 from ppsd.cli.options import grouped
 from ppsd.errors import PpsdError, StageFailedError
 
@@ -43,6 +54,8 @@ app.command("verify")(grouped(verify.verify))
 app.command("distill")(grouped(distill.distill))
 app.add_typer(heads.app, name="heads")
 app.command("acceptance")(grouped(acceptance.acceptance))
+bench.app.command("tasks")(grouped(bench_tasks.bench_tasks))
+bench.app.command("baselines")(grouped(bench_tasks.bench_baselines))
 app.add_typer(bench.app, name="bench")
 app.command("simulate")(grouped(simulate.simulate))
 app.command("paper")(grouped(paper.paper))

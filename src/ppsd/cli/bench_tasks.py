@@ -1,0 +1,200 @@
+"""``ppsd bench tasks|baselines``: real prompts, trained heads, and other decoders."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from rich.console import Console
+from rich.table import Table
+
+from ppsd.cli import progress
+from ppsd.cli.options import PipelineOptions, flag, integers
+from ppsd.cli.session import open_llm
+from ppsd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ppsd.bench.runner import Cell, Measurement, Results
+    from ppsd.bench.tasks import Summary, Variant
+    from ppsd.bench.workload import Task
+    from ppsd.engine.llm import LLM
+
+_bench = functools.partial(flag, panel="Benchmark")
+ALL = "all"
+GREEDY, SAMPLED = "greedy", "T=1"
+HEADERS = (
+    "group", "variant", "tasks", "tokens/s", "a device", "speedup", "quartiles", "all tokens", "α",
+    "resyncs", "discarded", "differing",
+)  # fmt: skip
+
+
+@dataclass
+class WorkOptions:
+    """What is decoded, how often, and where measurements go."""
+
+    prompts: Annotated[list[Path], _bench("JSONL or text file of prompts; may be repeated.")]
+    limit: Annotated[int | None, _bench("Take so many prompts of each file, evenly.")] = None
+    max_tokens: Annotated[int, _bench("Tokens of an answer.", "-n", "--max-tokens")] = 128
+    repeats: Annotated[int, _bench("Repeats of everything, interleaved.", min=1)] = 1
+    out: Annotated[
+        Path | None, _bench("Keep each measurement here (JSON lines), and continue from it.")
+    ] = None
+    as_json: Annotated[bool, _bench("Print one JSON object.", "--json")] = False
+
+    def tasks(self) -> list[Task]:
+        """All prompts; an id that two files share gets its file's name before it."""
+        from ppsd.bench.workload import load_tasks
+
+        found = [(path, task) for path in self.prompts for task in load_tasks(path, self.limit)]
+        ids = [task.id for _, task in found]
+        if len(set(ids)) == len(ids):
+            return [task for _, task in found]
+        return [replace(task, id=f"{path.stem}/{task.id}") for path, task in found]
+
+
+def bench_tasks(
+    pipeline: PipelineOptions,
+    work: WorkOptions,
+    gammas: Annotated[
+        str, _bench("Draft lengths of draft-then-verify.", metavar="γ,…")
+    ] = "1,2,3,4,5,6,7,8",
+    sampled: Annotated[bool, _bench("Also decode at temperature 1.", "--sampled")] = False,
+) -> None:
+    """Compare plain decoding, draft-then-verify and PPSD on real prompts with a trained head."""
+    lengths = integers("gammas", gammas)
+    tasks = work.tasks()
+    from ppsd.bench.tasks import TaskBench, variants
+    from ppsd.types import SamplingParams
+
+    chosen = variants(lengths)
+    params = {GREEDY: SamplingParams(max_tokens=work.max_tokens)}
+    if sampled:
+        params[SAMPLED] = SamplingParams(1.0, max_tokens=work.max_tokens)
+    with _pipeline(pipeline, chosen) as llm:
+        bench = TaskBench(llm, chosen, tasks, params)
+        names = [v.name for v in chosen]
+        results = _measure("tasks", llm, work, names, tasks, list(params), bench.measure)
+        _report(llm, work, results, _groups(tasks, list(params)))
+
+
+def bench_baselines(pipeline: PipelineOptions, work: WorkOptions) -> None:
+    """Compare the pipeline with other decoders on the same cores, greedily and in one dtype."""
+    tasks = work.tasks()
+    from ppsd.bench.baselines import BaselineBench, OutsiderProcess, outsiders
+    from ppsd.bench.tasks import variants
+    from ppsd.types import SamplingParams
+
+    chosen = variants(())
+    with _pipeline(pipeline, chosen) as llm, ExitStack() as stack:
+        path = llm.layout.files.path
+        dtype = str(llm.layout.dtype).removeprefix("torch.")
+        others = []
+        for outsider in outsiders(llm.layout.bounds[1], path.suffix == ".gguf"):
+            threads = llm.layout.threads * llm.layout.stages
+            others.append(OutsiderProcess(outsider, str(path), dtype, threads))
+            stack.callback(others[-1].close)
+        params = SamplingParams(max_tokens=work.max_tokens)
+        bench = BaselineBench(llm, chosen, others, tasks, params)
+        names = [v.name for v in chosen] + [other.name for other in others]
+        results = _measure("baselines", llm, work, names, tasks, [GREEDY], bench.measure)
+        _report(llm, work, results, _groups(tasks, [GREEDY]))
+
+
+@contextmanager
+def _pipeline(pipeline: PipelineOptions, chosen: Sequence[Variant]) -> Iterator[LLM]:
+    """A pipeline whose buffers suit every variant; raises ConfigError when it has no drafts."""
+    if pipeline.mode != "ppsd" or pipeline.block is not None:
+        raise ConfigError("mode", pipeline.mode, "left out: this benchmark runs all modes")
+    largest = max((v.block or 1 for v in chosen), default=1)
+    mode = "draft-then-verify" if largest > 1 else "ppsd"
+    with open_llm(replace(pipeline, mode=mode, block=largest)) as llm:
+        if llm.layout.head is None:
+            raise ConfigError("head", pipeline.head, "an exit head: drafts are what is measured")
+        yield llm
+
+
+def _measure(
+    verb: str,
+    llm: LLM,
+    work: WorkOptions,
+    names: Sequence[str],
+    tasks: Sequence[Task],
+    settings: Sequence[str],
+    measure: Callable[[Cell], Measurement],
+) -> Results:
+    from ppsd.bench.provenance import provenance
+    from ppsd.bench.runner import Results, interleaved, run
+
+    about = {
+        "verb": verb,
+        "variants": list(names),
+        "tasks": [task.id for task in tasks],
+        "max_tokens": work.max_tokens,
+        "bounds": llm.layout.bounds,
+        "config": asdict(llm.config),
+    }
+    results = Results(work.out, about, provenance(llm.config))
+    ids = [f"{task.id} @ {setting}" for setting in settings for task in tasks]
+    cells = interleaved(list(names), ids, work.repeats)
+    with progress.bar("measuring", len(cells), "{task.fields[note]}") as (bar, task):
+
+        def done(cell: Cell) -> None:
+            bar.update(task, advance=1, note=f"{cell.variant} · {cell.task}")
+
+        run(cells, results, measure, done)
+    return results
+
+
+def _groups(tasks: Sequence[Task], settings: Sequence[str]) -> dict[str, list[str]]:
+    """Names of measured tasks by category, all of them first, for each way of sampling."""
+    groups: dict[str, list[str]] = {}
+    for setting in settings:
+        for task in tasks:
+            for group in (ALL, task.category):
+                name = group if setting == GREEDY else f"{group} {setting}"
+                groups.setdefault(name, []).append(f"{task.id} @ {setting}")
+    return groups
+
+
+def _report(
+    llm: LLM, work: WorkOptions, results: Results, groups: Mapping[str, Sequence[str]]
+) -> None:
+    from ppsd.bench.tasks import summarize
+
+    rows = summarize(results, groups, llm.layout.stages)
+    if work.as_json:
+        record = {
+            "stages": llm.layout.stages,
+            "bounds": llm.layout.bounds,
+            "settings": results.settings,
+            "provenance": results.provenance,
+            "rows": [asdict(row) for row in rows],
+        }
+        print(json.dumps(record, indent=1))
+        return
+    table = Table(*HEADERS, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*_cells(row))
+    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+
+
+def _cells(row: Summary) -> list[str]:
+    return [
+        row.group,
+        row.variant,
+        str(row.tasks),
+        f"{row.speed:.1f}",
+        f"{row.per_device:.1f}",
+        f"{row.ratio:.2f}×",
+        f"{row.paired.low:.2f}–{row.paired.high:.2f}",
+        f"{row.total_ratio:.2f}×",
+        "–" if row.alpha is None else f"{row.alpha:.3f}",
+        str(row.resyncs),
+        str(row.discarded),
+        str(row.differing),
+    ]
