@@ -1,4 +1,4 @@
-"""``ppsd bench tasks|baselines``: real prompts, trained heads, and other decoders."""
+"""``ppsd bench tasks|baselines|report``: real prompts, trained heads, and other decoders."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -103,6 +104,20 @@ def bench_baselines(pipeline: PipelineOptions, work: WorkOptions) -> None:
         names = [v.name for v in chosen] + [other.name for other in others]
         results = _measure("baselines", llm, work, names, tasks, [GREEDY], bench.measure)
         _report(llm, work, results, _groups(tasks, [GREEDY]))
+
+
+def bench_report(
+    results: Annotated[list[Path], typer.Argument(help="--json outputs of bench and acceptance.")],
+    out: Annotated[Path, typer.Option(help="Directory of the page and its plots.")],
+    trace: Annotated[
+        list[Path] | None, typer.Option(help="Trace of generate --trace; may be repeated.")
+    ] = None,
+) -> None:
+    """Turn result files into one Markdown page with plots."""
+    from ppsd.bench.report import read_result, write_report
+
+    page = write_report([read_result(path) for path in results], trace or [], out)
+    print(page)
 
 
 @contextmanager

@@ -1,0 +1,239 @@
+"""Results of ``ppsd bench`` and ``ppsd acceptance`` as one Markdown page with plots.
+
+Each kind of result file has one section; every figure keeps its label and provenance. Numbers come
+from the files alone: nothing is measured or computed anew here. Used by ``ppsd bench report``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ppsd.bench import report_plots as plots
+from ppsd.errors import PpsdError
+
+Record = dict[str, Any]
+PAGE = "report.md"
+ALL = "all"
+PPSD = "ppsd"
+
+
+def read_result(path: Path) -> Record:
+    """A result file; raises PpsdError when it is none of those a report can show."""
+    try:
+        record: Record = json.loads(path.read_text(encoding="utf-8"))
+        kind(record)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise PpsdError(f"{path} is not the --json output of a benchmark ({error!r})") from error
+    return record | {"name": path.stem}
+
+
+def kind(record: Record) -> str:
+    """What a record holds: a bench verb, or ``acceptance``; KeyError for anything else."""
+    found = "acceptance" if "first_right" in record else str(record["settings"]["verb"])
+    if found not in SECTIONS:
+        raise KeyError(found)
+    return found
+
+
+def write_report(records: Sequence[Record], traces: Sequence[Path], out: Path) -> Path:
+    """Write the page and its plots into the directory ``out``; give the page's path."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        parts = ["# Measured results\n"]
+        for name, section in SECTIONS.items():
+            chosen = [record for record in records if kind(record) == name]
+            parts += section(chosen, out) if chosen else []
+        parts += _timelines(traces, out) if traces else []
+        page = out / PAGE
+        page.write_text("\n".join(parts), encoding="utf-8")
+    except OSError as error:
+        raise PpsdError(f"cannot write the report to {out}: {error.strerror}") from error
+    return page
+
+
+def _efficiency(records: Sequence[Record], out: Path) -> Iterator[str]:
+    yield "## Pipeline efficiency\n"
+    yield (
+        "Drafts come from an oracle of chosen acceptance, so this is the pipeline apart from the "
+        "quality of a head. ρ* is the paper's optimum for equal stages; the bound is that of the "
+        "stage times measured in the same run.\n"
+    )
+    plots.efficiency(records, out / "efficiency.png")
+    yield "![speedup against acceptance](efficiency.png)\n"
+    for record in records:
+        yield f"### {record['stages']} stages\n\n{record['label']}\n"
+        heads = ["α", "speedup", "quartiles", "ρ*", "of ρ*", "bound", "of the bound"]
+        yield table(heads, [_efficiency_cells(row) for row in record["rows"]])
+        budget = list(record["rows"][0]["budget"])
+        rows = [
+            [f"{row['alpha']['median']:.2f}", _ms(row["token_time"])]
+            + [_ms(row["budget"][part]) for part in budget]
+            for row in record["rows"]
+        ]
+        yield "Where a token's time goes, milliseconds (means, because they add up):\n"
+        yield table(["α", "measured", *budget], rows)
+        yield _origin(record)
+
+
+def _efficiency_cells(row: Record) -> list[str]:
+    return [
+        f"{row['alpha']['median']:.3f}",
+        f"{row['speedup']['median']:.3f}×",
+        f"{row['speedup']['low']:.3f}–{row['speedup']['high']:.3f}",
+        f"{row['paper']['median']:.3f}×",
+        f"{row['of_paper']['median']:.1%}",
+        f"{row['model']['median']:.3f}×",
+        f"{row['of_model']['median']:.1%}",
+    ]
+
+
+def _predict(records: Sequence[Record], out: Path) -> Iterator[str]:
+    yield "## Simulator against engine\n"
+    yield "The simulator gets the stage times and the acceptance trace of the same run.\n"
+    for record in records:
+        yield f"### {record['stages']} stages\n\n{record['label']}\n"
+        rows = [
+            [row["variant"], f"{row['alpha']['median']:.3f}"]
+            + [_ms(row[name]["median"]) for name in ("measured", "predicted")]
+            + [f"{row['error']['median']:+.1%}", f"{row['median_error']:.1%}"]
+            for row in record["rows"]
+        ]
+        heads = ["mode", "α", "measured ms", "simulated ms", "error", "median of its size"]
+        yield table(heads, rows)
+        yield _origin(record)
+
+
+def _tasks(records: Sequence[Record], out: Path) -> Iterator[str]:
+    yield "## Tasks, with trained heads\n"
+    for record in records:
+        yield f"### {_title(record)}\n"
+        yield from _task_plots(record, out)
+        yield table(TASK_HEADS, [_task_cells(row) for row in record["rows"]])
+        yield _origin(record)
+    if len({record["bounds"][1] for record in records}) > 1:
+        plots.exit_depth(records, out / "exit-depth.png")
+        yield "![speedup and acceptance against exit layer](exit-depth.png)\n"
+
+
+def _task_plots(record: Record, out: Path) -> Iterator[str]:
+    by_task, by_length = f"{record['name']}-tasks.png", f"{record['name']}-lengths.png"
+    plots.by_task(record, out / by_task)
+    yield f"![speedup by task]({by_task})\n"
+    if plots.draft_lengths(record, out / by_length):
+        yield f"![speedup against draft length]({by_length})\n"
+
+
+TASK_HEADS = [
+    "group", "variant", "tasks", "tokens/s", "a device", "speedup", "quartiles", "all tokens", "α",
+    "resyncs", "discarded", "differing outputs",
+]  # fmt: skip
+
+
+def _task_cells(row: Record) -> list[str]:
+    paired = row["paired"]
+    return [
+        row["group"],
+        row["variant"],
+        str(row["tasks"]),
+        f"{row['speed']:.1f}",
+        f"{row['per_device']:.1f}",
+        f"{row['ratio']:.2f}×",
+        f"{paired['low']:.2f}–{paired['high']:.2f}",
+        f"{row['total_ratio']:.2f}×",
+        "–" if row["alpha"] is None else f"{row['alpha']:.3f}",
+        str(row["resyncs"]),
+        str(row["discarded"]),
+        str(row["differing"]),
+    ]
+
+
+def _baselines(records: Sequence[Record], out: Path) -> Iterator[str]:
+    yield "## Other decoders on the same cores\n"
+    yield "Speedup is over plain decoding on the pipeline; where it is below 1× we are ahead.\n"
+    for record in records:
+        rows = [row for row in record["rows"] if row["group"] == ALL]
+        yield f"### {_title(record)}\n"
+        yield table(TASK_HEADS, [_task_cells(row) for row in rows])
+        yield _origin(record)
+
+
+def _acceptance(records: Sequence[Record], out: Path) -> Iterator[str]:
+    yield "## Exit heads\n"
+    for record in records:
+        picture = f"{record['name']}-heads.png"
+        plots.heads(record, out / picture)
+        yield f"![acceptance against exit layer and cost]({picture})\n"
+        names = ["head", "exit", "α", "95 % interval", "top 4", "layer-times", "expected", "ρ*"]
+        yield table(names, [_head_cells(*item) for item in record["heads"].items()])
+        categories = sorted({c for h in record["heads"].values() for c in h["by_category"]})
+        rows = [
+            [name] + [f"{h['by_category'][name]['alpha']:.3f}" for h in record["heads"].values()]
+            for name in categories
+        ]
+        yield table(["α by category", *record["heads"]], rows)
+        shares = record["first_right"]["shares"].items()
+        firsts = " · ".join(f"{label} {share:.1%}" for label, share in shares)
+        yield f"First head that is right, by exit layer: {firsts}\n"
+        yield _origin(record)
+
+
+def _head_cells(label: str, head: Record) -> list[str]:
+    between = "–" if head["interval"] is None else "{:.3f}–{:.3f}".format(*head["interval"])
+    expected = head["expected"]
+    return [
+        label,
+        str(head["exit_layer"]),
+        f"{head['alpha']:.3f}",
+        between,
+        f"{head['top']['4']:.3f}",
+        f"{expected['head_layers']:.2f}",
+        f"{expected['speedup']:.2f}×",
+        f"{expected['paper']:.2f}×",
+    ]
+
+
+def _timelines(traces: Sequence[Path], out: Path) -> Iterator[str]:
+    yield "## The same text, plain and PPSD\n"
+    plots.timelines(traces, out / "timeline.png")
+    yield "![what each stage does](timeline.png)\n"
+
+
+def _title(record: Record) -> str:
+    bounds = ", ".join(map(str, record["bounds"]))
+    pace = record["settings"]["config"].get("pace")
+    label = f" · PACED: emulated stages of {pace} s" if pace else ""
+    return f"{record['stages']} stages at layers {bounds}{label}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}"
+
+
+def _origin(record: Record) -> str:
+    """Provenance in one line; the result file has all of it."""
+    found = record["provenance"]
+    origins = found if isinstance(found, list) else [found]
+    commits = ", ".join(dict.fromkeys(str(o["commit"]) for o in origins))
+    first: Mapping[str, Any] = origins[0]
+    return (
+        f"`{first['command']}` · commit {commits} · torch {first['versions']['torch']} · "
+        f"{first['cpu']}, {first['cores']} cores\n"
+    )
+
+
+SECTIONS: dict[str, Callable[[Sequence[Record], Path], Iterator[str]]] = {
+    "tasks": _tasks,
+    "efficiency": _efficiency,
+    "predict": _predict,
+    "acceptance": _acceptance,
+    "baselines": _baselines,
+}

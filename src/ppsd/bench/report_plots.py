@@ -1,0 +1,163 @@
+"""The plots of a report. Needs matplotlib (the optional extra ``plot``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ppsd.cost.plot import KIND_COLOUR, require_matplotlib, save
+from ppsd.errors import PpsdError
+
+Record = Mapping[str, Any]
+ALL, PPSD, DRAFTING = "all", "ppsd", "draft-then-verify γ="
+SHOWN_MS = 400.0  # of a timeline: more is unreadable
+
+
+def efficiency(records: Sequence[Record], path: Path) -> None:
+    """Measured speedup over α beside ρ* and the bound, a panel a record."""
+    figure, panels = require_matplotlib().subplots(
+        1, len(records), figsize=(4.6 * len(records), 4), squeeze=False
+    )
+    for axes, record in zip(panels[0], records, strict=True):
+        rows = sorted(record["rows"], key=lambda row: row["alpha"]["median"])
+        alpha = [row["alpha"]["median"] for row in rows]
+        middle = [row["speedup"]["median"] for row in rows]
+        reach = [
+            [row["speedup"]["median"] - row["speedup"]["low"] for row in rows],
+            [row["speedup"]["high"] - row["speedup"]["median"] for row in rows],
+        ]
+        axes.plot(alpha, [row["paper"]["median"] for row in rows], ":k", label="ρ*")
+        axes.plot(alpha, [row["model"]["median"] for row in rows], label="bound, measured times")
+        axes.errorbar(alpha, middle, reach, fmt="o", capsize=3, label="measured, quartiles")
+        paced = " (paced)" if record["pace"] else ""
+        axes.set(xlabel="acceptance rate α (oracle)", title=f"{record['stages']} stages{paced}")
+        _finish(axes)
+    panels[0][0].set_ylabel("speedup over plain decoding")
+    save(figure, path)
+
+
+def by_task(record: Record, path: Path) -> None:
+    """Bars of each group's speedup: PPSD, and the best draft length of draft-then-verify."""
+    groups = list(dict.fromkeys(row["group"] for row in record["rows"]))
+    figure, axes = require_matplotlib().subplots(figsize=(max(6.4, 0.7 * len(groups)), 4.2))
+    best = {group: _best_drafting(record, group) for group in groups}
+    names = {PPSD: [_ratio(record, group, PPSD) for group in groups]}
+    if any(best.values()):
+        names["draft-then-verify, best γ"] = [best[group] or 0.0 for group in groups]
+    width = 0.8 / len(names)
+    for i, (name, values) in enumerate(names.items()):
+        axes.bar([x + i * width for x in range(len(groups))], values, width, label=name)
+    axes.set_xticks(range(len(groups)), groups, rotation=60, ha="right", fontsize=8)
+    axes.set(ylabel="speedup over plain decoding")
+    _finish(axes)
+    save(figure, path)
+
+
+def draft_lengths(record: Record, path: Path) -> bool:
+    """Draw speedup against draft length on all tasks; False without draft-then-verify."""
+    rows = [row for row in record["rows"] if row["group"] == ALL]
+    drafting = [row for row in rows if row["variant"].startswith(DRAFTING)]
+    if not drafting:
+        return False
+    figure, axes = require_matplotlib().subplots(figsize=(6.4, 4.2))
+    lengths = [int(row["variant"].removeprefix(DRAFTING)) for row in drafting]
+    axes.plot(lengths, [row["ratio"] for row in drafting], "o-", label="draft-then-verify")
+    axes.axhline(_ratio(record, ALL, PPSD), color="tab:orange", label=PPSD)
+    axes.set(xlabel="draft length γ", ylabel="speedup over plain decoding")
+    _finish(axes)
+    save(figure, path)
+    return True
+
+
+def exit_depth(records: Sequence[Record], path: Path) -> None:
+    """Speedup and α of PPSD on all tasks against the exit layer."""
+    found = sorted(
+        (record["bounds"][1], row["ratio"], row["alpha"])
+        for record in records
+        for row in record["rows"]
+        if (row["group"], row["variant"]) == (ALL, PPSD)
+    )
+    layers, ratios, alphas = zip(*found, strict=True)
+    figure, (left, right) = require_matplotlib().subplots(1, 2, figsize=(9, 4))
+    left.plot(layers, ratios, "o-", label=PPSD)
+    left.set(xlabel="exit layer E", ylabel="speedup over plain decoding")
+    _finish(left)
+    right.plot(layers, alphas, "o-", color="tab:green")
+    right.set(xlabel="exit layer E", ylabel="acceptance rate α", ylim=(0, 1))
+    right.grid(alpha=0.3)
+    save(figure, path)
+
+
+def heads(record: Record, path: Path) -> None:
+    """α against exit layer, and against the cost of the head, by kind of head."""
+    figure, (left, right) = require_matplotlib().subplots(1, 2, figsize=(9, 4), sharey=True)
+    kinds: dict[str, list[Record]] = {}
+    for head in record["heads"].values():
+        layers = f" {head['layers']}" if head["layers"] else ""
+        kinds.setdefault(f"{head['kind']}{layers}", []).append(head)
+    for name, found in kinds.items():
+        alphas = [head["alpha"] for head in found]
+        left.plot([head["exit_layer"] for head in found], alphas, "o-", label=name)
+        right.plot([head["expected"]["head_layers"] for head in found], alphas, "o", label=name)
+    left.set(xlabel="exit layer E", ylabel="acceptance rate α", ylim=(0, 1))
+    right.set(xlabel="cost of a draft (layer-times)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    save(figure, path)
+
+
+def timelines(traces: Sequence[Path], path: Path) -> None:
+    """What each stage does in the first moments of decoding: a chart a Chrome trace."""
+    plt = require_matplotlib()
+    figure, charts = plt.subplots(
+        len(traces), sharex=True, figsize=(11, 2.2 * len(traces)), squeeze=False
+    )
+    for axes, trace in zip(charts[:, 0], traces, strict=True):
+        slices = list(_slices(trace))
+        begin = min((s["ts"] for s in slices if s["name"] == "forward"), default=0.0)
+        for piece in slices:
+            start = (piece["ts"] - begin) / 1e3
+            if piece["name"] in KIND_COLOUR and 0 <= start < SHOWN_MS:
+                axes.barh(
+                    piece["tid"] - 1, piece["dur"] / 1e3, left=start, height=0.8,
+                    color=KIND_COLOUR[piece["name"]], ec="w", lw=0.3,
+                )  # fmt: skip
+        axes.set_yticks(sorted({piece["tid"] - 1 for piece in slices}))
+        axes.invert_yaxis()
+        axes.set(title=trace.stem, ylabel="stage", xlim=(0, SHOWN_MS))
+    charts[-1, 0].set_xlabel("time (ms)")
+    bars = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in KIND_COLOUR.values()]
+    figure.legend(bars, KIND_COLOUR, ncols=len(bars), fontsize=8, loc="lower right")
+    save(figure, path)
+
+
+def _slices(trace: Path) -> Iterator[dict[str, Any]]:
+    try:
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+        yield from (event for event in events if event["ph"] == "X")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PpsdError(f"{trace} is not a trace of ppsd generate --trace ({error!r})") from error
+
+
+def _ratio(record: Record, group: str, variant: str) -> float:
+    wanted = (group, variant)
+    found = [r["ratio"] for r in record["rows"] if (r["group"], r["variant"]) == wanted]
+    return float(found[0]) if found else 0.0
+
+
+def _best_drafting(record: Record, group: str) -> float | None:
+    ratios = [
+        row["ratio"]
+        for row in record["rows"]
+        if row["group"] == group and row["variant"].startswith(DRAFTING)
+    ]
+    return max(ratios, default=None)
+
+
+def _finish(axes: Any) -> None:
+    axes.axhline(1, color="0.4", lw=0.8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

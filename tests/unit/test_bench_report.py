@@ -1,0 +1,59 @@
+"""The report: real result files of a tiny model become a page whose numbers are theirs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_cli_bench import bench
+
+
+@pytest.fixture
+def results(tiny_model, tmp_path: Path) -> dict[str, Path]:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    shared = ["--model", str(tiny_model()), "--transport", "inprocess", "--dtype", "float32"]
+    oracle = ["--split", "2,4", "--tokens", "9", "--repeats", "2", "--alphas", "1,0.5"]
+    real = ["--head", "untrained", "--prompts", str(prompts), "-n", "5"]
+    commands = {
+        "efficiency": [*shared, *oracle],
+        "predict": [*shared, *oracle],
+        "tasks": [*shared, *real, "--gammas", "1,2"],
+    }
+    found = {}
+    for verb, flags in commands.items():
+        result = bench(verb, *flags, "--json")
+        assert result.exit_code == 0, result.output
+        found[verb] = tmp_path / f"{verb}.json"
+        found[verb].write_text(result.stdout)
+    return found
+
+
+def test_every_result_has_its_section_plot_and_origin(results, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = bench("report", *results.values(), "--out", out)
+    assert result.exit_code == 0, result.output
+    page = (out / "report.md").read_text()
+    for title in ("Pipeline efficiency", "Simulator against engine", "Tasks, with trained heads"):
+        assert f"## {title}" in page
+    for picture in ("efficiency.png", "tasks-tasks.png", "tasks-lengths.png"):
+        assert f"({picture})" in page
+        assert (out / picture).stat().st_size > 1000
+    record = json.loads(results["efficiency"].read_text())
+    assert f"| {record['rows'][0]['speedup']['median']:.3f}× |" in page
+    assert record["label"] in page
+    assert page.count(str(record["provenance"][0]["commit"])) == 3
+
+
+def test_results_are_named_when_they_are_none(results, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.json"
+    for content in ("[]", "{", '{"settings": {"verb": "dance"}}'):
+        wrong.write_text(content)
+        result = bench("report", wrong, "--out", tmp_path / "out")
+        assert "wrong.json is not the --json output of a benchmark" in str(result.exception)
+    trace = tmp_path / "trace.json"
+    trace.write_text("{}")
+    result = bench("report", results["tasks"], "--out", tmp_path / "out", "--trace", trace)
+    assert "trace.json is not a trace" in str(result.exception)
