@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from ppsd.errors import ConfigError
 from ppsd.speculation.policy import MODES, Schedule, schedule_for
@@ -23,12 +22,14 @@ class EngineConfig:
     """Everything about a run but the request.
 
     ``split`` gives the layers at which later stages begin (``(8, 16)`` is three stages);
-    otherwise ``stages`` stages are balanced by weight, the first ending at ``exit_layer`` when
-    that is given. ``head`` is a head directory, ``auto`` (the best one found), ``untrained`` or
-    ``none``. ``devices`` names one device for all stages or one each. ``threads_per_stage`` 0
-    shares the cores evenly. Times are seconds; ``pace`` is what a stage takes for one block (LM
-    head included, an exit head's draft comes on top) on the emulated device, one for all stages or
-    one each, nothing for real time.
+    otherwise ``stages`` stages are cut where ``plan`` says, the first ending at ``exit_layer`` when
+    that is given. ``plan`` is ``auto`` (times from this machine's profile, or else from parameter
+    counts), a profile file, or ``off`` (evenly by parameters, no mode but the asked one); it
+    decides what is left open, among that ``mode`` when it is ``auto``. ``head`` is a head
+    directory, ``auto`` (the best one found), ``untrained`` or ``none``. ``devices`` names one
+    device for all stages or one each. ``threads_per_stage`` 0 shares the cores evenly. Times are
+    seconds; ``pace`` is what a stage takes for one block (LM head included, an exit head's draft
+    comes on top) on the emulated device, one for all stages or one each, nothing for real time.
     Raises ConfigError for values that no model could make right.
     """
 
@@ -37,9 +38,10 @@ class EngineConfig:
     split: tuple[int, ...] | None = None
     exit_layer: int | None = None
     head: str = "untrained"
-    mode: str = "ppsd"
+    mode: str = "auto"
     block: int | None = None
     in_flight: int | None = None
+    plan: str = "auto"
     acceptance: str = "coupled"
     dtype: str = "auto"
     devices: tuple[str, ...] = ("cpu",)
@@ -56,7 +58,7 @@ class EngineConfig:
         if self.split is not None:
             object.__setattr__(self, "split", tuple(self.split))
             object.__setattr__(self, "stages", len(self.split) + 1)
-        _one_of("mode", self.mode, MODES)
+        _one_of("mode", self.mode, ("auto", *MODES))
         _one_of("transport", self.transport, TRANSPORTS)
         _one_of("acceptance", self.acceptance, ACCEPTANCES)
         _one_of("dtype", self.dtype, DTYPES)
@@ -94,8 +96,14 @@ class EngineConfig:
 
     @property
     def schedule(self) -> Schedule:
-        """The (m, w) of the chosen mode."""
-        return schedule_for(self.mode, self.stages, self.block, self.in_flight)
+        """The (m, w) of the mode; while that is open, of ``ppsd``."""
+        mode = "ppsd" if self.mode == "auto" else self.mode
+        return schedule_for(mode, self.stages, self.block, self.in_flight)
+
+    @property
+    def schedule_given(self) -> bool:
+        """Whether the user fixed m or w."""
+        return self.block is not None or self.in_flight is not None
 
     def device(self, rank: int) -> str:
         """Device of a stage."""
@@ -105,56 +113,9 @@ class EngineConfig:
         """Seconds a block takes on a stage's emulated device, 0 for as fast as it goes."""
         return self.pace[rank if len(self.pace) > 1 else 0] if self.pace else 0.0
 
-    def boundaries(self, layer_costs: Sequence[float], first_extra: float) -> tuple[int, ...]:
-        """The split [0, …, N] for a model of these layer costs; the last one may hold an LM head.
-
-        ``first_extra`` is what drafting adds to stage 0, in the same unit. Raises ConfigError when
-        the split or exit layer does not suit the number of layers.
-        """
-        layers = len(layer_costs)
-        _integer("stages", self.stages, 1, layers)
-        if self.split is not None:
-            bounds = (0, *self.split, layers)
-            if any(a >= b for a, b in pairwise(bounds)):
-                raise ConfigError("split", self.split, f"ascending layers in [1, {layers - 1}]")
-            return bounds
-        if self.exit_layer is None or self.stages == 1:
-            return balanced_split(layer_costs, self.stages, first_extra)
-        latest = layers - self.stages + 1
-        _integer("exit_layer", self.exit_layer, 1, latest)
-        rest = balanced_split(layer_costs[self.exit_layer :], self.stages - 1)
-        return (0, *(self.exit_layer + b for b in rest))
-
     def replaced(self, **changes: object) -> EngineConfig:
         """A checked copy with some fields changed."""
         return replace(self, **changes)  # type: ignore[arg-type]  # checked by __post_init__
-
-
-def balanced_split(
-    costs: Sequence[float], stages: int, first_extra: float = 0.0
-) -> tuple[int, ...]:
-    """Bounds [0, …, len(costs)] of ``stages`` contiguous, non-empty runs with the least maximum.
-
-    ``first_extra`` is added to the first run. Among equals the earlier cut wins.
-    """
-    total = [0.0]
-    for cost in costs:
-        total.append(total[-1] + cost)
-    layers = len(costs)
-    best: list[tuple[float, tuple[int, ...]]] = [
-        (total[end] + first_extra, (0, end)) for end in range(1, layers + 1)
-    ]
-    for stage in range(2, stages + 1):
-        best = [
-            min(
-                (max(best[cut - 1][0], total[end] - total[cut]), (*best[cut - 1][1], end))
-                for cut in range(stage - 1, end)
-            )
-            if end >= stage
-            else (float("inf"), ())
-            for end in range(1, layers + 1)
-        ]
-    return best[layers - 1][1]
 
 
 def available_cores() -> list[int]:

@@ -61,8 +61,14 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             {"exit_layer": 3, "split": (2,)},
             "exit_layer must be the end of stage 0, 2 in this split, got 3",
         ),
-        ({"mode": "fast"}, "mode must be one of autoregressive, draft-then-verify, ppsd, got"),
-        ({"head": "none"}, "mode must be autoregressive without an exit head, got 'ppsd'"),
+        (
+            {"mode": "fast"},
+            "mode must be one of auto, autoregressive, draft-then-verify, ppsd, got",
+        ),
+        (
+            {"head": "none", "mode": "ppsd"},
+            "mode must be autoregressive without an exit head, got 'ppsd'",
+        ),
         (
             {"stages": 1, "mode": "draft-then-verify"},
             "drafting needs an exit inside the model, got 'draft-then-verify'",

@@ -6,11 +6,8 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ppsd.config import EngineConfig, balanced_split
-from ppsd.errors import ConfigError, ProtocolError
+from ppsd.errors import ProtocolError
 from ppsd.model.cache import KVCache
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.stage import Stage, StagePlan, tensor_names
@@ -116,58 +113,3 @@ def test_a_cache_refuses_gaps_negative_positions_and_overflow() -> None:
     cache.reserve(5, 3)
     cache.advance(5, 3)
     assert cache.length == 8
-
-
-costs = st.lists(st.integers(1, 9), min_size=1, max_size=12)
-
-
-def covers(bounds: tuple[int, ...], layers: int) -> bool:
-    """Every layer is in exactly one stage, in order, and no stage is empty."""
-    return [i for a, b in pairwise(bounds) for i in range(a, b)] == list(range(layers)) and all(
-        a < b for a, b in pairwise(bounds)
-    )
-
-
-def slowest(bounds: tuple[int, ...], layer_costs: list[int], extra: float) -> float:
-    sums = [sum(layer_costs[a:b]) for a, b in pairwise(bounds)]
-    return max(sums[0] + extra, *sums)
-
-
-@given(costs, st.data())
-def test_a_balanced_split_covers_all_layers_and_no_split_is_better(layer_costs, data) -> None:
-    layers = len(layer_costs)
-    stages = data.draw(st.integers(1, layers))
-    extra = data.draw(st.integers(0, 12))
-    bounds = balanced_split(layer_costs, stages, extra)
-    assert len(bounds) == stages + 1
-    assert covers(bounds, layers)
-    every = ((0, *cuts, layers) for cuts in combinations(range(1, layers), stages - 1))
-    assert slowest(bounds, layer_costs, extra) == min(slowest(b, layer_costs, extra) for b in every)
-
-
-@given(costs, st.data())
-def test_boundaries_cover_all_layers_or_are_refused_by_name(layer_costs, data) -> None:
-    layers = len(layer_costs)
-    stages = data.draw(st.integers(1, 13))
-    exit_layer = data.draw(st.none() | st.integers(0, 13)) if stages > 1 else None
-    mode = "ppsd" if stages > 1 else "autoregressive"
-    config = EngineConfig(stages=stages, exit_layer=exit_layer, mode=mode)
-    possible = stages <= layers and (exit_layer is None or 1 <= exit_layer <= layers - stages + 1)
-    if not possible:
-        with pytest.raises(ConfigError, match=r"stages|exit_layer"):
-            config.boundaries(layer_costs, 0.0)
-        return
-    bounds = config.boundaries(layer_costs, 2.0)
-    assert len(bounds) == stages + 1
-    assert covers(bounds, layers)
-    assert exit_layer in (None, bounds[1])
-
-
-@given(costs, st.lists(st.integers(-1, 13), min_size=1, max_size=5))
-def test_a_given_split_is_taken_as_it_is_or_refused(layer_costs, cuts) -> None:
-    bounds = (0, *cuts, len(layer_costs))
-    if covers(bounds, len(layer_costs)):
-        assert EngineConfig(split=tuple(cuts)).boundaries(layer_costs, 0.0) == bounds
-    else:
-        with pytest.raises(ConfigError, match=r"split|stages"):
-            EngineConfig(split=tuple(cuts)).boundaries(layer_costs, 0.0)

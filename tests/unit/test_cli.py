@@ -25,10 +25,9 @@ from tests.support.tiny_models import save_perfect_head
 
 SGR = re.compile(r"\x1b\[(\d+)m([^\x1b]*)")
 PIPELINE = (
-    "--model -m --stages --split --exit-layer --head --mode --block --in-flight --acceptance "
-    "--dtype --devices --threads-per-stage --transport --max-context --prefill-chunk --pace "
-    "--timeout "
-    "--init-timeout"
+    "--model -m --stages --split --exit-layer --head --mode --block --in-flight --plan "
+    "--acceptance --dtype --devices --threads-per-stage --transport --max-context --prefill-chunk "
+    "--pace --timeout --init-timeout"
 )
 SAMPLING = (
     "--temperature -t --top-k --top-p --min-p --repetition-penalty --presence-penalty "
@@ -149,7 +148,7 @@ def test_usage_errors_exit_with_2_and_a_hint(ppsd, arguments, hint) -> None:
     [
         (["generate", ""], "prompt must be a non-empty text, got ''"),
         (["generate", "-"], "prompt must be a non-empty text, got ''"),
-        (["generate", "x", "--mode", "fast"], "mode must be one of autoregressive, draft-then-"),
+        (["generate", "x", "--mode", "fast"], "mode must be one of auto, autoregressive, draft-"),
         (["generate", "x", "-n", "0"], "max_tokens must be an integer in [1, "),
         (["generate", "x", "--split", "a"], "split must be integers separated by commas, got 'a'"),
         (["generate", "x", "--logit-bias", "5"], "logit_bias must be id:bias pairs separated by"),

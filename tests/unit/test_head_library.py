@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppsd.config import EngineConfig
-from ppsd.engine.choose_head import choose_head
+from ppsd.engine.choose import choose
 from ppsd.model import head_library
 from ppsd.model.exit_head import CONFIG_FILE, HeadConfig, save_head
 from ppsd.model.head_library import find_heads, suitable
@@ -62,23 +62,25 @@ def test_the_best_for_model_and_exit_wins(tmp_path: Path) -> None:
     assert suitable(find_heads(), "mark", None)[0].path.name == "other-exit"
 
 
+def chosen(spec: ModelSpec, **settings: object) -> EngineConfig:
+    return choose(EngineConfig(head="auto", **settings), spec, "mark").config  # type: ignore[arg-type]
+
+
 def test_auto_takes_the_exit_of_least_expected_time(tmp_path: Path, spec: ModelSpec) -> None:
     """A late exit is right more often, but with the stage it makes slowest nothing is gained."""
     put(tmp_path / "local" / "early", 2, 0.6)
     put(tmp_path / "local" / "late", 5, 0.62)
-    chosen = choose_head(EngineConfig(), spec, "mark")
-    assert Path(chosen.head).name == "early"
-    fixed = choose_head(EngineConfig(exit_layer=5), spec, "mark")
-    assert Path(fixed.head).name == "late"
-    split = choose_head(EngineConfig(split=(2, 4)), spec, "mark")
+    assert Path(chosen(spec, mode="ppsd").head).name == "early"
+    assert Path(chosen(spec, mode="ppsd", exit_layer=5).head).name == "late"
+    split = chosen(spec, mode="ppsd", split=(2, 4))
     assert (Path(split.head).name, split.split) == ("early", (2, 4))
 
 
 def test_a_head_that_no_split_suits_is_passed_over(tmp_path: Path, spec: ModelSpec) -> None:
     put(tmp_path / "local" / "late", 5, 0.9)
-    assert choose_head(EngineConfig(stages=3), spec, "mark").head == "none"
+    assert chosen(spec, stages=3).head == "none"
 
 
 def test_without_a_head_decoding_is_plain(spec: ModelSpec) -> None:
-    chosen = choose_head(EngineConfig(block=1, in_flight=2), spec, "mark")
-    assert (chosen.head, chosen.mode) == ("none", "autoregressive")
+    config = chosen(spec, block=1, in_flight=2)
+    assert (config.head, config.mode) == ("none", "autoregressive")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from ppsd.cost import theory
 from ppsd.cost.model import CostModel, Link, StageCost, even_split, paper_split, uniform
-from ppsd.cost.simulator import acceptance, simulate
+from ppsd.cost.replay import replay
+from ppsd.cost.simulator import Simulator, acceptance, simulate
 from ppsd.errors import ConfigError
 from ppsd.speculation.policy import Drafted, Feed, Judged, Policy, Schedule
 
@@ -141,6 +142,52 @@ def test_cost_models_survive_json_and_refuse_nonsense() -> None:
         replace(cost, links=())
     with pytest.raises(ConfigError, match="head must be a finite number"):
         replace(cost, head=-1.0)
+
+
+MS_TIMES = st.sampled_from([0.0, 0.3 * MS, MS, 1.7 * MS])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    stages=st.lists(
+        st.builds(StageCost, st.integers(1, 5), st.sampled_from([MS, 0.93 * MS, 1.7 * MS])),
+        min_size=1,
+        max_size=5,
+    ),
+    hop=MS_TIMES,
+    head=MS_TIMES,
+    cancel=st.sampled_from([0.0, 0.7 * MS, math.inf]),
+    schedule=st.builds(Schedule, st.integers(1, 4), st.integers(1, 9)).filter(lambda s: s.drafts),
+    alpha=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+    prompt=st.integers(1, 9),
+    seed=st.integers(0, 9),
+)
+def test_a_replayed_run_is_the_simulated_one_to_the_nanosecond(
+    stages: list[StageCost],
+    hop: float,
+    head: float,
+    cancel: float,
+    schedule: Schedule,
+    alpha: float,
+    prompt: int,
+    seed: int,
+) -> None:
+    links = (Link(hop, 1e8),) * len(stages) if len(stages) > 1 else ()
+    costs = {"head": head, "cancel": cancel, "lm_head": 2 * MS, "row_cost": 0.2, "row_bytes": 999}
+    cost = CostModel(tuple(stages), links, **costs)
+    hits, options = acceptance(alpha, 300, seed), {"prompt_tokens": prompt, "prefill_chunk": 4}
+    assert (
+        replay(cost, schedule, hits, **options) == Simulator(cost, schedule, hits, **options).run()
+    )
+
+
+def test_a_long_run_is_replayed_and_may_give_up_on_repetition(monkeypatch) -> None:
+    cost = uniform((3, 5, 2), MS, Link(0.3 * MS), head=0.7 * MS)
+    hits = acceptance(0.7, 12_000, 1)
+    run = Simulator(cost, Schedule(1, 3), hits).run()
+    assert simulate(cost, Schedule(1, 3), hits) == run
+    monkeypatch.setattr("ppsd.cost.replay.MAX_STATES", 5)
+    assert replay(cost, Schedule(1, 3), hits) == run
 
 
 class Ticking:

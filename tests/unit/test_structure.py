@@ -20,8 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "speculation": set(),
     "transport": set(),
     "worker": {"transport", "model", "speculation"},
-    "engine": {"config", "worker", "transport", "model", "speculation"},
-    "cost": {"speculation"},
+    "engine": {"config", "cost", "worker", "transport", "model", "speculation"},
+    "cost": {"config", "model", "speculation", "transport", "worker"},  # all but theory: measure
     "bench": {"config", "engine", "worker", "cost", "model", "speculation", "train"},
     "train": {"model"},
     "cli": {"config", "engine", "bench", "worker", "cost", "speculation", "model", "train"},

@@ -6,17 +6,16 @@ Numbers in, JSON-ready numbers out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from ppsd.bench.acceptance import OUTSIDE, Answer, Outcome
 from ppsd.bench.verify import first_difference
-from ppsd.config import EngineConfig
-from ppsd.cost.model import uniform
+from ppsd.cost.planner import Exit, Problem, choose
+from ppsd.cost.profile import estimate
+from ppsd.cost.sizes import Sizes
 from ppsd.cost.theory import paper_speedup
-from ppsd.engine.choose_head import draft_cost, layer_costs
 from ppsd.engine.llm import LLM
 from ppsd.model.exit_head import HeadConfig
 from ppsd.model.spec import ModelSpec
@@ -102,21 +101,15 @@ def expected_speed(spec: ModelSpec, head: HeadConfig, alpha: float, stages: int)
     ``head_layers``: a draft's cost in layer-times. ``paper``: ρ*, which counts neither head nor LM
     head. Raises ConfigError when no split of so many stages ends stage 0 at the exit layer.
     """
-    costs, draft = layer_costs(spec), draft_cost(spec, head)
-    config = EngineConfig(stages=stages, exit_layer=head.exit_layer)
-    bounds = config.boundaries(costs, draft)
-    layer = float(spec.layer_parameters)
-    model = uniform(
-        [b - a for a, b in pairwise(bounds)],
-        1.0,
-        head=draft / layer,
-        lm_head=spec.head_parameters / layer,
-    )
+    profile = estimate(Sizes.of(spec))
+    draft, layer = profile.head_time(head.layers, head.draft_vocab), profile.layer_time(0)
+    exit_ = Exit(head.exit_layer, alpha, draft)
+    plan = choose(Problem(profile, stages, (exit_,), exit_layer=head.exit_layer, mode="ppsd"))
     return {
         "head_layers": draft / layer,
         "stages": stages,
-        "split": list(bounds[1:-1]),
-        "speedup": float(model.speedup(alpha, config.schedule)),
+        "split": list(plan.bounds[1:-1]),
+        "speedup": plan.speedup,
         "paper": float(paper_speedup(alpha, spec.num_layers, head.exit_layer)),
     }
 

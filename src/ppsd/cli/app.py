@@ -17,6 +17,8 @@ from ppsd.cli import (
     generate,
     heads,
     paper,
+    plan,
+    profile,
     simulate,
     verify,
 )
@@ -58,6 +60,8 @@ bench.app.command("tasks")(grouped(bench_tasks.bench_tasks))
 bench.app.command("baselines")(grouped(bench_tasks.bench_baselines))
 bench.app.command("report")(grouped(bench_tasks.bench_report))
 app.add_typer(bench.app, name="bench")
+app.command("profile")(grouped(profile.profile))
+app.command("plan")(grouped(plan.plan))
 app.command("simulate")(grouped(simulate.simulate))
 app.command("paper")(grouped(paper.paper))
 

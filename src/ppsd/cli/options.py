@@ -57,14 +57,19 @@ class PipelineOptions:
     ] = "untrained"  # fmt: skip
     mode: Annotated[
         str,
-        _pipeline("autoregressive, draft-then-verify or ppsd.", metavar="MODE"),
-    ] = "ppsd"
+        _pipeline("auto, autoregressive, draft-then-verify or ppsd.", metavar="MODE"),
+    ] = "auto"
     block: Annotated[int | None, _pipeline("Tokens that travel together (m); set by the mode.")] = (
         None
     )
     in_flight: Annotated[
         int | None, _pipeline("Blocks in the pipeline at once (w); set by the mode.")
     ] = None
+    plan: Annotated[
+        str,
+        _pipeline("What decides the rest: auto, off, or a file of `ppsd profile`.",
+                  metavar="PLAN"),
+    ] = "auto"  # fmt: skip
     acceptance: Annotated[
         str, _pipeline("coupled (same tokens as plain decoding) or rejection.", metavar="RULE")
     ] = "coupled"

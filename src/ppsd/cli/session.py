@@ -49,6 +49,8 @@ def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
 
         llm = LLM(progress=progress, **options.settings(), **more)
     with llm:
+        if llm.layout.reason:
+            console.print(llm.layout.reason, style="dim")
         for notice in _notices(options, llm):
             console.print(notice, style="yellow")
         yield llm

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ppsd.cost.model import CostModel, Link, uniform
+from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
 
 BYTES_PER_WEIGHT = 2  # bfloat16 or float16
@@ -31,6 +32,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    tied: bool = False
 
     @property
     def layer_weights(self) -> int:
@@ -48,6 +50,19 @@ class Shape:
         """Weights of an exit head of kind ``norm`` with a draft vocabulary."""
         return min(DRAFT_VOCABULARY, self.vocabulary) * self.hidden + self.hidden
 
+    @property
+    def sizes(self) -> Sizes:
+        """What time and memory depend on."""
+        return Sizes(
+            layers=self.layers,
+            hidden=self.hidden,
+            vocabulary=self.vocabulary,
+            layer=self.layer_weights,
+            cached=2 * self.kv_heads * self.head_dim,
+            lm_head=self.lm_head_weights,
+            tied=self.tied,
+        )
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str) -> Shape:
         """Read the contents of a config.json; ConfigError names a missing field."""
@@ -62,6 +77,7 @@ class Shape:
                 config.get("num_key_value_heads") or heads,
                 config.get("head_dim") or config["hidden_size"] // heads,
                 config["vocab_size"],
+                bool(config.get("tie_word_embeddings")),
             )
         except KeyError as error:
             raise ConfigError("model", name, f"a config.json with {error.args[0]}") from None
@@ -88,7 +104,9 @@ SHAPES = (
     Shape("llama-2-70b", 80, 8192, 28672, 64, 8, 128, 32000),  # meta-llama/Llama-2-70b-hf
     Shape("llama-3-8b", 32, 4096, 14336, 32, 8, 128, 128256),  # meta-llama/Meta-Llama-3-8B
     Shape("qwen3-8b", 36, 4096, 12288, 32, 8, 128, 151936),  # Qwen/Qwen3-8B
-    Shape("smollm2-135m", 30, 576, 1536, 9, 3, 64, 49152),  # HuggingFaceTB/SmolLM2-135M-Instruct
+    Shape(
+        "smollm2-135m", 30, 576, 1536, 9, 3, 64, 49152, True
+    ),  # HuggingFaceTB/SmolLM2-135M-Instruct
 )
 
 _RTX_4090 = "1008 GB/s memory: NVIDIA GeForce RTX 4090 specifications"

@@ -16,7 +16,8 @@ import psutil
 import torch
 
 from ppsd.config import DEFAULT_CONTEXT, EngineConfig, available_cores
-from ppsd.engine.choose_head import choose_head, draft_cost, layer_costs
+from ppsd.cost.sizes import Sizes
+from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, threads_of
 from ppsd.engine.drafter import Drafter, HeadDrafter, PacedDrafter
 from ppsd.engine.pipeline import Pipeline, raise_if_lost
 from ppsd.errors import ConfigError, InsufficientMemoryError
@@ -47,7 +48,6 @@ from ppsd.worker.process import (
 )
 from ppsd.worker.recorder import Recorder
 
-RUNTIME_BYTES = 400 << 20  # what Python and PyTorch take in each process, measured at 0.3 GiB
 CLOSE_GRACE_S = 1.0  # leaving takes a worker milliseconds
 
 Progress = Callable[[int, int, int], None]  # rank, tensors loaded, tensors in all
@@ -55,7 +55,10 @@ Progress = Callable[[int, int, int], None]  # rank, tensors loaded, tensors in a
 
 @dataclass(frozen=True)
 class Layout:
-    """What was decided before loading: the model, its split, and how each stage is held."""
+    """What was decided before loading: the model, its split, and how each stage is held.
+
+    ``reason`` says in a line what was planned, nothing with ``plan`` off.
+    """
 
     files: ModelFiles
     spec: ModelSpec
@@ -66,6 +69,7 @@ class Layout:
     max_context: int
     threads: int
     pinned: bool
+    reason: str = ""
 
     @property
     def stages(self) -> int:
@@ -89,43 +93,35 @@ class Layout:
         return tuple(available_cores()[rank * self.threads : (rank + 1) * self.threads])
 
 
-def on_torchrun() -> bool:
-    """Whether torchrun started this process, and so the other ranks, maybe on other hosts."""
-    return "RANK" in os.environ
-
-
 def plan_layout(
     config: EngineConfig, files: ModelFiles
 ) -> tuple[EngineConfig, Layout, TensorSource]:
     """Check the configuration against the model's files without loading weights.
 
-    The configuration comes back with head ``auto`` replaced by what was found.
+    The configuration comes back with all that it left open decided (see choose.py).
     """
     _check_devices(config)
     spec = describe(files)
     source = open_source(files.path)
     check_shapes(source, spec)
     mark = fingerprint(spec, source)
-    if config.head == "auto":
-        config = choose_head(config, spec, mark)
+    choice = choose(config, spec, mark)
+    config, bounds = choice.config, choice.bounds
     head = _head_config(config, spec, mark)
-    if head is not None and head.trained and config.split is None and config.exit_layer is None:
-        config = config.replaced(exit_layer=head.exit_layer)
-    bounds = config.boundaries(layer_costs(spec), draft_cost(spec, head))
     if head is not None and head.trained:
         check_head(head, spec, mark, bounds[1], config.head)
-    cores = available_cores()
-    threads = config.threads_per_stage or max(1, len(cores) // config.stages)
+    threads = threads_of(config)
     layout = Layout(
         files=files,
         spec=spec,
         fingerprint=mark,
         bounds=bounds,
         head=head,
-        dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
+        dtype=getattr(torch, dtype_name(config)),
         max_context=_context(config, spec),
         threads=threads,
-        pinned=threads * config.stages <= len(cores),
+        pinned=threads * config.stages <= len(available_cores()),
+        reason=choice.reason,
     )
     return config, layout, source
 
@@ -160,17 +156,9 @@ def _context(config: EngineConfig, spec: ModelSpec) -> int:
 
 def stage_bytes(layout: Layout, rank: int) -> int:
     """Estimated memory of one stage: weights, key/value cache, and the runtime of its process."""
-    spec, size = layout.spec, layout.dtype.itemsize
-    layers = layout.bounds[rank + 1] - layout.bounds[rank]
-    parameters = layers * spec.layer_parameters
-    first, last = rank == 0, rank == layout.stages - 1
-    tables = (1 if first else 0) + (1 if last else 0)
-    if first and last and spec.tie_embeddings:
-        tables = 1
-    cache = layers * spec.kv_bytes_per_position(layout.dtype) * layout.max_context
-    head = int(draft_cost(spec, layout.head)) * size if first else 0
-    weights = (parameters + tables * spec.embedding_parameters) * size
-    return weights + cache + head + RUNTIME_BYTES
+    sizes = Sizes.of(layout.spec)
+    head = head_sizes(sizes, layout.head)
+    return sizes.stage_bytes(layout.bounds, rank, layout.dtype.itemsize, layout.max_context, head)
 
 
 def check_memory(layout: Layout) -> None:
@@ -257,7 +245,8 @@ class RunningPipeline:
         drafter = HeadDrafter(self._load_head(layout.head, stage, plan))
         if not pace:
             return drafter
-        layers = draft_cost(layout.spec, layout.head) / layout.spec.layer_parameters
+        sizes = Sizes.of(layout.spec)
+        layers = head_sizes(sizes, layout.head) / sizes.layer
         return PacedDrafter(drafter, pace / len(stage.layers) * layers)
 
     def _load_head(self, head: HeadConfig, stage: Stage, plan: StagePlan) -> ExitHead:

@@ -23,7 +23,7 @@ from ppsd.engine.trace import TraceLog
 from ppsd.errors import ConfigError, PipelineError, PpsdError
 from ppsd.model.source import resolve_model
 from ppsd.model.tokenizer import StreamDecoder, Tokenizer
-from ppsd.speculation.policy import Emit
+from ppsd.speculation.policy import Emit, schedule_for
 from ppsd.types import SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -90,7 +90,8 @@ class _Answer:
 class LLM:
     """A model cut into stages and ready to decode; use as a context manager or ``close`` it.
 
-    ``LLM(model, stages=2, mode="ppsd", …)`` takes the fields of EngineConfig. ``progress`` is
+    ``LLM(model, stages=2, mode="ppsd", …)`` takes the fields of EngineConfig; what they leave open
+    is decided by ``plan``, and ``layout.reason`` says how. ``progress`` is
     called with (stage, tensors loaded, tensors in all) while weights load. Raises ConfigError,
     ModelError, InsufficientMemoryError before anything runs, and PipelineError when a stage fails;
     after that the workers are gone, and every request raises the same error.
@@ -105,6 +106,8 @@ class LLM:
         **settings: Any,
     ) -> None:
         self.config = EngineConfig(model=model, **settings)
+        if drafter is not None and self.config.mode == "auto":
+            self.config = self.config.replaced(mode="ppsd")
         files = resolve_model(model)
         self.config, self.layout, source = plan_layout(self.config, files)
         self._drafts = drafter is not None or self.layout.head is not None
@@ -156,6 +159,7 @@ class LLM:
     def use(self, mode: str, block: int | None = None, in_flight: int | None = None) -> None:
         """Decode the next requests in another mode on the same workers."""
         self._check_idle()
+        schedule_for(mode, self.layout.stages, block, in_flight)  # refuses ``auto``
         config = self.config.replaced(mode=mode, block=block, in_flight=in_flight)
         schedule, largest = config.schedule, self._largest
         if schedule.block > largest.block or schedule.in_flight > max(

@@ -28,16 +28,21 @@ class FoundHead:
 
     @property
     def alpha(self) -> float | None:
-        """Agreement on held-out text as measured in training, None where it was not."""
-        try:
-            return float(self.config.metrics["validation"]["alpha"]) if self.config else None
-        except (KeyError, TypeError, ValueError):
-            return None
+        """See ``measured_alpha``."""
+        return None if self.config is None else measured_alpha(self.config)
 
     @property
     def size(self) -> int:
         """Bytes on disk."""
         return sum(f.stat().st_size for f in self.path.iterdir() if f.is_file())
+
+
+def measured_alpha(config: HeadConfig) -> float | None:
+    """Agreement on held-out text as measured in training, None where it was not."""
+    try:
+        return float(config.metrics["validation"]["alpha"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def local_root() -> Path:

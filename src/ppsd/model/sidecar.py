@@ -1,6 +1,7 @@
 """What is slow to derive from a model file is kept in the user's cache directory.
 
-Only model/ imports this. Losing, damaging or not being able to write the cache costs time only.
+Used by model/ and, for the place alone, by cost/. Losing, damaging or not being able to write the
+cache costs time only.
 """
 
 from __future__ import annotations

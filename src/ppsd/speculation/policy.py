@@ -198,6 +198,30 @@ class Policy:
         waiting = self._committed <= position < len(self._tokens)
         return self._tokens[position] if waiting else None
 
+    @property
+    def committed(self) -> int:
+        """How many tokens are final, the prompt's among them."""
+        return self._committed
+
+    @property
+    def drafts(self) -> list[int]:
+        """The drafts that wait for their verdicts."""
+        return self._tokens[self._committed :]
+
+    @property
+    def progress(self) -> tuple[object, ...]:
+        """What is under way, relative to the last committed token.
+
+        Policies of equal progress and drafts do the same from here until the request ends.
+        """
+        base = self._committed
+        blocks = tuple((first - base, rows) for first, rows in self._blocks)
+        return len(self._tokens) - base, self._fed - base, self._open_rows, blocks
+
+    def resize(self, max_tokens: int) -> None:
+        """End the request after ``max_tokens`` new tokens after all; more than are committed."""
+        self._max_tokens = max_tokens
+
     def _on_draft(self, event: Drafted, stale: bool) -> list[Command]:
         self.counts.drafted += 1
         if stale or event.position != len(self._tokens):  # the verdict was faster than the head

@@ -1,0 +1,303 @@
+"""``ppsd plan``: where to cut, where to exit, which schedule, and what that will bring."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ppsd.cli.options import flag, integers
+from ppsd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ppsd.cost.planner import Exit, Plan, Problem
+    from ppsd.cost.profile import Profile
+    from ppsd.cost.sizes import Sizes
+
+PIPE_WIDTH = 160
+IMAGINED_LAYERS, IMAGINED_VOCABULARY = 1, 8192  # of a head that --alpha speaks of
+
+_model = functools.partial(flag, panel="Model and workers")
+_decided = functools.partial(flag, panel="What is decided already")
+_output = functools.partial(flag, panel="Output")
+
+
+@dataclass
+class WorkerOptions:
+    """The model, and what it would run on."""
+
+    model: Annotated[
+        str | None,
+        _model("Directory, .gguf file or hub id, or a named shape with --hardware.", "-m",
+               "--model"),
+    ] = None  # fmt: skip
+    workers: Annotated[int, _model("Number of workers; each is a stage.")] = 2
+    profile: Annotated[
+        Path | None, _model("A file of `ppsd profile`; this machine's if left out.")
+    ] = None
+    hardware: Annotated[
+        str | None, _model("Predict for h100-nvlink, pcie-consumer, 10gbe or wan.")
+    ] = None
+    worker_speed: Annotated[
+        str | None, _model("Relative speeds in pipeline order, such as 1,0.5.", metavar="X,…")
+    ] = None
+    link_ms: Annotated[
+        str | None,
+        _model("Hop latency: one, or one a worker, the last back to the first.", metavar="MS,…"),
+    ] = None
+    context: Annotated[int, _model("Positions already cached.")] = 256
+    dtype: Annotated[str, _model("As in generate.", metavar="DTYPE")] = "auto"
+    threads_per_stage: Annotated[int, _model("As in generate.")] = 0
+
+
+@dataclass
+class DecidedOptions:
+    """What the planner has to keep."""
+
+    alpha: Annotated[
+        str | None,
+        _decided("Plan for heads of these exits and rates instead of those found.",
+                 metavar="EXIT:α,…"),
+    ] = None  # fmt: skip
+    split: Annotated[str | None, _decided("Layers at which later stages begin.", metavar="L,…")] = (
+        None
+    )
+    exit_layer: Annotated[int | None, _decided("Layer the exit head reads.")] = None
+    mode: Annotated[str | None, _decided("One mode only.", metavar="MODE")] = None
+    block: Annotated[int | None, _decided("Tokens that travel together (m).")] = None
+    in_flight: Annotated[int | None, _decided("Blocks in the pipeline at once (w).")] = None
+
+
+@dataclass
+class PlanOutput:
+    """What is shown."""
+
+    top: Annotated[int, _output("Show so many alternatives.", min=1)] = 8
+    every_split: Annotated[
+        bool, _output("List every split, not only the best of each exit.", "--every-split")
+    ] = False
+    as_json: Annotated[bool, _output("Print one JSON object.", "--json")] = False
+
+
+def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) -> None:
+    """Find split, exit, mode and window for some workers, and predict what they bring."""
+    from ppsd.cost.planner import alternatives
+
+    profile, exits = _subject(workers, decided)
+    problem = _problem(workers, decided, profile, exits)
+    found = alternatives(problem, every_split=output.every_split)
+    if not found:
+        raise ConfigError("mode", decided.mode, "one that the heads and the split allow")
+    verdict = _verdict(found)
+    if output.as_json:
+        rows = [_record(plan, profile) for plan in found]
+        print(json.dumps({"source": profile.source, "verdict": verdict, "plans": rows}))
+    else:
+        _show(found[: output.top], profile, verdict)
+
+
+def _subject(workers: WorkerOptions, decided: DecidedOptions) -> tuple[Profile, tuple[Exit, ...]]:
+    """The times to plan with, and the heads: those of --alpha, or those found for the model."""
+    if workers.hardware is not None:
+        if workers.profile is not None:
+            raise ConfigError("profile", str(workers.profile), "left out with --hardware")
+        profile = _predicted(workers, workers.hardware)
+        return profile, _imagined(decided.alpha or "", profile)
+    from ppsd.config import EngineConfig
+    from ppsd.engine.choose import read_profile, trained_exits
+    from ppsd.model.head_library import find_heads, suitable
+
+    config = EngineConfig(
+        workers.model,
+        stages=workers.workers,
+        dtype=workers.dtype,
+        threads_per_stage=workers.threads_per_stage,
+        plan="auto" if workers.profile is None else str(workers.profile),
+    )
+    profile = read_profile(config)
+    if decided.alpha is not None:
+        return profile, _imagined(decided.alpha, profile)
+    return profile, trained_exits(suitable(find_heads(), profile.fingerprint, None), profile)
+
+
+def _predicted(workers: WorkerOptions, name: str) -> Profile:
+    from ppsd.cost.presets import find_hardware
+    from ppsd.cost.profile import estimate
+
+    hardware = find_hardware(name)
+    model, sizes = _sizes(workers.model)
+    source = f"prediction: {model} on {hardware.name}"
+    return estimate(sizes, 2, hardware.memory_bandwidth, hardware.link, model=model, source=source)
+
+
+def _sizes(model: str | None) -> tuple[str, Sizes]:
+    """Of a named shape or a config.json; of a model on disk or the hub otherwise."""
+    from ppsd.cost.presets import find_shape
+    from ppsd.cost.sizes import Sizes
+
+    if model is not None:
+        try:
+            shape = find_shape(model)
+        except ConfigError:
+            if Path(model).suffix == ".json":
+                raise
+        else:
+            return shape.name, shape.sizes
+    from ppsd.model.source import describe, resolve_model
+
+    files = resolve_model(model)
+    return files.name, Sizes.of(describe(files))
+
+
+def _imagined(text: str, profile: Profile) -> tuple[Exit, ...]:
+    """Read ``8:0.5,15:0.6``: transformer heads of one layer with a draft vocabulary."""
+    from ppsd.cost.planner import Exit
+
+    scored = min(IMAGINED_VOCABULARY, profile.sizes.vocabulary)
+    draft = profile.head_time(IMAGINED_LAYERS, scored)
+    weights = profile.sizes.exit_head(IMAGINED_LAYERS, scored)
+    try:
+        pairs = [part.split(":") for part in text.split(",") if part]
+        rates = [(int(exit_layer), float(alpha)) for exit_layer, alpha in pairs]
+    except ValueError:
+        raise ConfigError("alpha", text, "pairs of exit and rate, such as 8:0.5,15:0.6") from None
+    for layer, _ in rates:
+        if not 0 < layer < profile.sizes.layers:
+            raise ConfigError("alpha", text, f"for exits in [1, {profile.sizes.layers - 1}]")
+    return tuple(Exit(layer, alpha, draft, weights) for layer, alpha in rates)
+
+
+def _problem(
+    workers: WorkerOptions, decided: DecidedOptions, profile: Profile, exits: tuple[Exit, ...]
+) -> Problem:
+    from ppsd.cost.planner import Problem
+    from ppsd.speculation.policy import MODES, schedule_for
+
+    if decided.mode is not None and decided.mode not in MODES:
+        raise ConfigError("mode", decided.mode, "one of " + ", ".join(MODES))
+    schedule_for(decided.mode or "ppsd", workers.workers, decided.block, decided.in_flight)
+    if workers.context < 0:
+        raise ConfigError("context", workers.context, "at least 0")
+    return Problem(
+        profile=profile,
+        workers=workers.workers,
+        exits=exits,
+        speeds=_numbers("worker_speed", workers.worker_speed),
+        links=_links(workers, profile),
+        context=workers.context,
+        split=None if decided.split is None else integers("split", decided.split),
+        exit_layer=decided.exit_layer,
+        mode=decided.mode,
+        block=decided.block,
+        in_flight=decided.in_flight,
+    )
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in (text or "").split(",") if part)
+    except ValueError:
+        raise ConfigError(name, text, "numbers separated by commas") from None
+
+
+def _links(workers: WorkerOptions, profile: Profile) -> tuple[Any, ...]:
+    from ppsd.cost.model import Link
+
+    hops = _numbers("link_ms", workers.link_ms)
+    hops = hops * workers.workers if len(hops) == 1 else hops
+    return tuple(Link(ms / 1e3, profile.bandwidth) for ms in hops)
+
+
+def _verdict(plans: Sequence[Plan]) -> str:
+    """Whether speculation pays, in a sentence."""
+    drafting = next((plan for plan in plans if plan.exit), None)
+    exact = next((plan for plan in plans if plan.exit and plan.bitwise), drafting)
+    if drafting is None or exact is None:
+        return (
+            "No head, no speculation: train one with ppsd distill, or give --alpha EXIT:α,… to "
+            "see what one would bring."
+        )
+    if drafting.speedup <= 1:
+        return f"Speculation will not pay: the best is {drafting.speedup:.2f} times plain decoding."
+    text = f"Best: {_words(exact)}, {exact.speedup:.2f} times plain decoding, bit for bit the same."
+    if exact.speedup <= 1:
+        text = f"Speculation with bitwise equal output will not pay ({exact.speedup:.2f} times)."
+    if not drafting.bitwise:
+        text += f" Faster, equal up to rounding: {_words(drafting)}, {drafting.speedup:.2f} times."
+    return text
+
+
+def _words(plan: Plan) -> str:
+    split = ",".join(map(str, plan.bounds[1:-1]))
+    return (
+        f"--split {split} --mode {plan.mode} (m={plan.schedule.block}, w={plan.schedule.in_flight})"
+    )
+
+
+def _record(plan: Plan, profile: Profile) -> dict[str, Any]:
+    """A plan in plain numbers; memory with a cache of the default context."""
+    from ppsd.config import DEFAULT_CONTEXT
+
+    weights = plan.exit.weights if plan.exit else 0
+    memory = [
+        profile.sizes.stage_bytes(plan.bounds, k, profile.itemsize, DEFAULT_CONTEXT, weights)
+        for k in range(plan.cost.size)
+    ]
+    return {
+        "mode": plan.mode,
+        "block": plan.schedule.block,
+        "in_flight": plan.schedule.in_flight,
+        "split": list(plan.bounds[1:-1]),
+        "exit_layer": plan.exit.layer if plan.exit else None,
+        "alpha": plan.exit.alpha if plan.exit else None,
+        "head": plan.exit.name if plan.exit else None,
+        "tokens_per_second": 1 / plan.token_time,
+        "ms_per_token": plan.token_time * 1e3,
+        "speedup": plan.speedup,
+        "bound": plan.limit,
+        "bottleneck": plan.bottleneck,
+        "stage_ms": [time * 1e3 for time in plan.stage_times],
+        "memory_bytes": memory,
+        "bitwise": plan.bitwise,
+    }
+
+
+def _show(plans: Sequence[Plan], profile: Profile, verdict: str) -> None:
+    titles = ("mode", "m", "w", "split", "α", "tokens/s", "speedup", "at α=1", "slowest stage")
+    table = Table(*titles, "GiB a worker", "output is plain's", box=None)
+    for plan in plans:
+        row = _record(plan, profile)
+        table.add_row(
+            plan.mode,
+            str(plan.schedule.block),
+            str(plan.schedule.in_flight),
+            ",".join(map(str, plan.bounds[1:-1])) or "–",
+            "–" if plan.exit is None else f"{plan.exit.alpha:.2f}",
+            f"{1 / plan.token_time:.1f}" if _absolute(profile) else "–",
+            f"{plan.speedup:.2f}×",
+            f"{plan.limit:.2f}×",
+            f"{plan.bottleneck} ({plan.stage_times[plan.bottleneck] * 1e3:.2f} ms)"
+            if _absolute(profile)
+            else str(plan.bottleneck),
+            " ".join(f"{size / 2**30:.2f}" for size in row["memory_bytes"]),
+            "bit for bit" if plan.bitwise else "up to rounding",
+        )
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    console = Console(highlight=False, soft_wrap=True, width=width)
+    console.print(table)
+    console.print(verdict, style="bold")
+    console.print(f"Predicted, not measured; times: {profile.source}")
+
+
+def _absolute(profile: Profile) -> bool:
+    """Whether its seconds are seconds: those of parameter counts are only good for ratios."""
+    from ppsd.cost.profile import COUNTS
+
+    return profile.source != COUNTS

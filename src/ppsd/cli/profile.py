@@ -1,0 +1,134 @@
+"""``ppsd profile``: measure what a model's parts and a hop cost on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ppsd.cli.display import log_console
+
+if TYPE_CHECKING:
+    from ppsd.cost.measure import Subject
+    from ppsd.cost.profile import Profile, Timing
+
+BUSY_LOAD = 0.5  # the load average from which on a measurement disturbs nobody but is disturbed
+
+
+def profile(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Directory, .gguf file or hub id; embedded one if left out."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="As in generate.", metavar="DTYPE")] = "auto",
+    stages: Annotated[int, typer.Option(help="Shares the cores among so many stages.")] = 2,
+    threads_per_stage: Annotated[
+        int, typer.Option(help="CPU threads a stage; 0 shares the cores evenly.")
+    ] = 0,
+    transport: Annotated[
+        str, typer.Option(help="shared-memory or distributed.", metavar="KIND")
+    ] = "shared-memory",
+    out: Annotated[
+        Path | None, typer.Option(help="Write here, not into ppsd's cache.", metavar="FILE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
+) -> None:
+    """Time layers, heads and messages; plans made later on this machine use the result."""
+    from ppsd.cost.profile import profile_path
+
+    load = os.getloadavg()[0]
+    if load > BUSY_LOAD:
+        text = (
+            f"the machine is busy (load {load:.1f}): times will be too long, contention above all"
+        )
+        log_console().print(text, style="yellow")
+    subject = _subject(model, dtype, stages, threads_per_stage, transport)
+    name = str(subject.dtype).removeprefix("torch.")
+    place = out or profile_path(subject.fingerprint, name, subject.threads)
+    measured = _measure(subject)
+    measured.save(place)
+    if as_json:
+        print(json.dumps(measured.to_json()))
+    else:
+        _show(measured)
+    log_console().print(f"profile written to {place}")
+
+
+def _subject(model: str | None, dtype: str, stages: int, threads: int, transport: str) -> Subject:
+    from ppsd.config import EngineConfig
+    from ppsd.engine.choose import dtype_name, threads_of
+
+    config = EngineConfig(model, stages=stages, dtype=dtype, threads_per_stage=threads)
+    import torch
+
+    from ppsd.cost.measure import Subject
+    from ppsd.model.source import describe, resolve_model
+    from ppsd.model.weights import check_shapes, fingerprint, open_source
+
+    files = resolve_model(model)
+    spec, source = describe(files), open_source(files.path)
+    check_shapes(source, spec)
+    return Subject(
+        path=files.path,
+        spec=spec,
+        source=source,
+        fingerprint=fingerprint(spec, source),
+        dtype=getattr(torch, dtype_name(config)),
+        threads=threads_of(config),
+        transport=transport,
+    )
+
+
+def _measure(subject: Subject) -> Profile:
+    from ppsd.bench.provenance import provenance
+    from ppsd.cost.measure import measure
+
+    console = log_console()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(f"profiling {subject.spec.name}", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return measure(subject, provenance(), progress)
+
+
+def _show(profile: Profile) -> None:
+    """A table of medians with their quartiles, in milliseconds."""
+    table = Table("part", "median", "quartiles", box=None)
+    for part, time in _parts(profile):
+        spread = f"{time.low * 1e3:.3f} – {time.high * 1e3:.3f}"
+        table.add_row(part, f"{time.median * 1e3:.3f} ms", spread)
+    console = Console(highlight=False)
+    console.print(table)
+    ratio, speed = profile.contention, profile.bandwidth / 1e9
+    console.print(
+        f"{profile.transport}: {speed:.2f} GB/s; a layer takes {ratio.median:.2f} times as long "
+        f"({ratio.low:.2f} – {ratio.high:.2f}) while another worker works"
+    )
+
+
+def _parts(profile: Profile) -> list[tuple[str, Timing]]:
+    rows: list[tuple[str, Any]] = []
+    for layer in profile.layer:
+        rows.append((f"layer, {layer.rows} rows, context {layer.context}", layer.time))
+    rows += [(f"LM head, {part.rows} rows", part.time) for part in profile.lm_head]
+    for head in profile.heads:
+        kind = f"{head.layers} layers" if head.layers else "norm"
+        rows.append((f"exit head ({kind}), {head.draft_vocab} tokens", head.time))
+    return [
+        *rows,
+        ("embedding", profile.embedding),
+        ("message: the sender's work", profile.overhead),
+        ("message: on its way", profile.latency),
+    ]

@@ -1,0 +1,61 @@
+"""What a model weighs, as plain integers: the part of its shape that time and memory depend on.
+
+Used by profile.py, planner.py, presets.py and engine/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ppsd.model.spec import ModelSpec
+
+RUNTIME_BYTES = 400 << 20  # what Python and PyTorch take in each process, measured at 0.3 GiB
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers held by one decoder layer, by the tables, and cached a position and layer.
+
+    ``lm_head`` counts the final norm too. ``tied``: embedding and LM head are one table.
+    """
+
+    layers: int
+    hidden: int
+    vocabulary: int
+    layer: int
+    cached: int
+    lm_head: int
+    tied: bool
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Sizes:
+        """Read a model's spec."""
+        return cls(
+            layers=spec.num_layers,
+            hidden=spec.hidden_size,
+            vocabulary=spec.vocab_size,
+            layer=spec.layer_parameters,
+            cached=2 * spec.num_kv_heads * spec.head_dim,
+            lm_head=spec.head_parameters,
+            tied=spec.tie_embeddings,
+        )
+
+    def exit_head(self, layers: int, draft_vocab: int | None) -> int:
+        """Numbers read for one draft by a head of ``layers`` layers over ``draft_vocab`` tokens."""
+        scored = self.vocabulary if draft_vocab is None else draft_vocab
+        return layers * self.layer + scored * self.hidden
+
+    def stage_bytes(
+        self, bounds: Sequence[int], rank: int, itemsize: int, context: int, head: int = 0
+    ) -> int:
+        """Estimated memory of a stage of the split ``bounds`` [0, …, N]: weights, cache, runtime.
+
+        ``context`` positions are cached; ``head`` numbers of an exit head lie on stage 0.
+        """
+        layers = bounds[rank + 1] - bounds[rank]
+        first, last = rank == 0, rank == len(bounds) - 2
+        tables = 1 if first and last and self.tied else first + last
+        weights = layers * self.layer + tables * self.vocabulary * self.hidden
+        cache = layers * self.cached * context
+        return (weights + cache + (head if first else 0)) * itemsize + RUNTIME_BYTES

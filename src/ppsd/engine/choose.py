@@ -1,0 +1,266 @@
+"""``--plan``: what the user left open, split, exit head and schedule, decided by the planner.
+
+Used by build.py. What the user fixed is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppsd.config import EngineConfig, available_cores
+from ppsd.cost.planner import (
+    ASSUMED_ALPHA,
+    UNTRAINED_ALPHA,
+    Exit,
+    Plan,
+    Problem,
+    alternatives,
+    check_split,
+)
+from ppsd.cost.profile import Profile, estimate, load_profile, profile_path
+from ppsd.cost.sizes import Sizes
+from ppsd.errors import ConfigError
+from ppsd.model.exit_head import HeadConfig, check_head, read_head_config
+from ppsd.model.head_library import FoundHead, find_heads, measured_alpha, suitable
+from ppsd.model.source import describe, resolve_model
+from ppsd.model.spec import ModelSpec
+from ppsd.model.weights import fingerprint as fingerprint_of
+from ppsd.model.weights import open_source
+from ppsd.speculation.policy import schedule_for
+
+AUTO_DTYPE = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A configuration with nothing left open, its bounds [0, …, N], and in a line the reason."""
+
+    config: EngineConfig
+    bounds: tuple[int, ...]
+    reason: str
+
+
+def on_torchrun() -> bool:
+    """Whether torchrun started this process, and so the other ranks, maybe on other hosts."""
+    return "RANK" in os.environ
+
+
+def dtype_name(config: EngineConfig) -> str:
+    """The dtype, with ``auto`` decided."""
+    return AUTO_DTYPE if config.dtype == "auto" else config.dtype
+
+
+def threads_of(config: EngineConfig) -> int:
+    """CPU threads a stage: what was asked for, or an even share of the cores."""
+    return config.threads_per_stage or max(1, len(available_cores()) // config.stages)
+
+
+def head_sizes(sizes: Sizes, head: HeadConfig | None) -> int:
+    """Numbers read for one draft, 0 without a head."""
+    return 0 if head is None else sizes.exit_head(head.layers, head.draft_vocab)
+
+
+def choose(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> Choice:
+    """Decide what ``config`` leaves open.
+
+    With ``plan`` off, weights stand for times and an open mode is ``ppsd``. Raises ConfigError and
+    HeadError for settings that contradict each other or the model.
+    """
+    profile, origin = _profile(config, spec, fingerprint)
+    exits = _exits(config, spec, fingerprint, profile)
+    mode = _mode(config)
+    plans = alternatives(_problem(config, mode, profile, exits))
+    drafting = next((plan for plan in plans if plan.exit), None)
+    if config.head == "auto" and drafting is None:
+        return choose(_plain(config), spec, fingerprint)
+    plain = next((plan for plan in plans if not plan.exit), None)
+    best = {"auto": plans[0] if plans else None, "autoregressive": plain}.get(mode, drafting)
+    if config.stages == 1:
+        best = plain
+    if best is None:
+        found = sorted({exit_.layer for exit_ in exits})
+        raise ConfigError("exit_layer", config.exit_layer, f"one of {found}, where heads are")
+    chosen = _apply(config, mode, best, drafting or best)
+    bounds = check_split(chosen.split or (), spec.num_layers)
+    reason = "" if config.plan == "off" else _reason(chosen, bounds, best, drafting, origin)
+    return Choice(chosen, bounds, reason)
+
+
+def _plain(config: EngineConfig) -> EngineConfig:
+    """Decode plainly for want of a head; a schedule that never drafts may stay."""
+    if config.stages == 1 and not config.schedule.drafts:
+        return config.replaced(head="none")
+    return config.replaced(head="none", mode="autoregressive", block=None, in_flight=None)
+
+
+def _mode(config: EngineConfig) -> str:
+    """The mode, ``auto`` if the planner may choose: a head or schedule asked for is to be used."""
+    if config.mode != "auto":
+        return config.mode
+    if config.head == "none" or config.stages == 1:
+        return "ppsd" if config.schedule_given else "autoregressive"
+    if config.head == "auto" and config.plan != "off" and not config.schedule_given:
+        return "auto"
+    return "ppsd"
+
+
+def read_profile(config: EngineConfig) -> Profile:
+    """The profile that ``config`` would be planned with; reads the model's files for that."""
+    files = resolve_model(config.model)
+    spec, source = describe(files), open_source(files.path)
+    return _profile(config, spec, fingerprint_of(spec, source))[0]
+
+
+def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> tuple[Profile, str]:
+    """The profile to plan with, and what to call it."""
+    dtype, threads = dtype_name(config), threads_of(config)
+    if config.plan not in ("auto", "off"):
+        profile = load_profile(Path(config.plan))
+        check_profile(profile, config.plan, fingerprint, dtype, threads)
+        return profile, profile.source
+    counts = estimate(Sizes.of(spec), model=spec.name, fingerprint=fingerprint)
+    place = profile_path(fingerprint, dtype, threads)
+    on_cpu = all(device == "cpu" for device in config.devices)
+    if config.plan == "off" or not on_cpu or not place.is_file():
+        return counts, counts.source
+    try:
+        profile = load_profile(place)
+        check_profile(profile, str(place), fingerprint, dtype, threads)
+    except ConfigError as error:
+        return counts, f"{counts.source}; {error}"
+    return profile, profile.source
+
+
+def check_profile(
+    profile: Profile, where: str, fingerprint: str, dtype: str, threads: int | None = None
+) -> None:
+    """Raise ConfigError unless a profile is of this model, dtype and number of threads."""
+    wanted = {"model": fingerprint[:12], "dtype": dtype, "threads": threads or profile.threads}
+    found = {
+        "model": profile.fingerprint[:12],
+        "dtype": profile.dtype,
+        "threads": profile.threads,
+    }
+    for name, value in wanted.items():
+        if found[name] != value:
+            allowed = f"one of {name} {value}, not of {found[name]} ({profile.model})"
+            raise ConfigError("profile", where, allowed)
+
+
+def trained_exits(heads: Sequence[FoundHead], profile: Profile) -> tuple[Exit, ...]:
+    """Heads as the planner sees them; those of unknown α only when there are no others."""
+    measured = [head for head in heads if head.alpha is not None]
+    return tuple(
+        _exit(head.config, profile, str(head.path))
+        for head in measured or heads
+        if head.config is not None
+    )
+
+
+def _exits(
+    config: EngineConfig, spec: ModelSpec, fingerprint: str, profile: Profile
+) -> tuple[Exit, ...]:
+    """The heads that could draft; one that fits anywhere stands at every layer."""
+    if config.stages == 1:
+        return ()
+    if config.head == "auto":
+        found = suitable(find_heads(), fingerprint, None)
+        return trained_exits(found, profile)
+    if config.head == "untrained":
+        draft, weights = profile.head_time(0, None), profile.sizes.exit_head(0, None)
+        return _anywhere(Exit(1, UNTRAINED_ALPHA, draft, weights, "untrained"), spec)
+    if config.head == "none":  # whoever drafts all the same brings a drafter
+        free = Exit(1, 1.0, 0.0)
+        return _anywhere(free, spec) if _mode(config) != "autoregressive" else ()
+    head = read_head_config(Path(config.head))
+    first = config.split[0] if config.split else config.exit_layer
+    check_head(head, spec, fingerprint, first or head.exit_layer, config.head)
+    return (_exit(head, profile, config.head),)
+
+
+def _exit(head: HeadConfig, profile: Profile, name: str) -> Exit:
+    alpha = measured_alpha(head)
+    return Exit(
+        layer=head.exit_layer,
+        alpha=ASSUMED_ALPHA if alpha is None else alpha,
+        draft=profile.head_time(head.layers, head.draft_vocab),
+        weights=head_sizes(profile.sizes, head),
+        name=name,
+    )
+
+
+def _anywhere(exit_: Exit, spec: ModelSpec) -> tuple[Exit, ...]:
+    layers = range(1, spec.num_layers)
+    return tuple(Exit(n, exit_.alpha, exit_.draft, exit_.weights, exit_.name) for n in layers)
+
+
+def _problem(config: EngineConfig, mode: str, profile: Profile, exits: tuple[Exit, ...]) -> Problem:
+    """What is decided, as the planner takes it; only schedules whose output is bitwise plain."""
+    drafting = mode in ("ppsd", "draft-then-verify") and config.stages > 1
+    block, in_flight = config.block, config.in_flight
+    if drafting and (config.plan == "off" or mode == "draft-then-verify"):  # the mode's own numbers
+        block, in_flight = config.schedule.block, config.schedule.in_flight
+    wanted = config.exit_layer
+    if wanted is None and config.split is None and len(exits) == 1 and config.head != "auto":
+        wanted = exits[0].layer  # so that the refusal names it
+    return Problem(
+        profile=profile,
+        workers=config.stages,
+        exits=exits,
+        split=config.split,
+        exit_layer=wanted,
+        mode=mode if drafting else None,
+        block=block if drafting else None,
+        in_flight=in_flight if drafting else None,
+        bitwise=True,
+        at_once=None if config.plan == "off" else _at_once(config),
+    )
+
+
+def _at_once(config: EngineConfig) -> int | None:
+    """How many stages can compute at the same time; None: all, or nothing is known."""
+    if config.transport == "inprocess":
+        return 1
+    if config.pace or on_torchrun() or any(device != "cpu" for device in config.devices):
+        return None
+    return max(1, len(available_cores()) // threads_of(config))
+
+
+def _apply(config: EngineConfig, mode: str, best: Plan, cut: Plan) -> EngineConfig:
+    """Fill in what was chosen; numbers that the mode implies anyway stay out.
+
+    ``cut`` gives split and head: a pipeline that decodes plainly keeps room for its best head, as
+    the mode may be changed later.
+    """
+    chosen = best.mode if mode == "auto" else mode
+    changes: dict[str, object] = {"mode": chosen}
+    if chosen == "ppsd" and best.schedule != schedule_for(chosen, config.stages):
+        changes |= {"block": best.schedule.block, "in_flight": best.schedule.in_flight}
+    if config.stages > 1:
+        changes |= {"split": cut.bounds[1:-1], "exit_layer": cut.bounds[1]}
+    if config.head == "auto" and cut.exit is not None:
+        changes["head"] = cut.exit.name
+    return config.replaced(**changes)
+
+
+def _reason(
+    config: EngineConfig,
+    bounds: tuple[int, ...],
+    best: Plan,
+    drafting: Plan | None,
+    origin: str,
+) -> str:
+    """The choice in one line."""
+    stages = f"{config.stages} stage{'s' if config.stages > 1 else ''}"
+    if best.exit is not None:
+        window = f"m={best.schedule.block}, w={best.schedule.in_flight}"
+        what = f"exit {bounds[1]}, {config.mode}, {window}: predicted {best.speedup:.2f}× plain"
+        warning = "" if best.speedup > 1 else "; speculation will not pay"
+        return f"plan: {stages}, {what} at α {best.exit.alpha:.2f}{warning} ({origin})"
+    if drafting is None or drafting.exit is None or config.mode != "autoregressive":
+        return f"plan: {stages}, plain decoding ({origin})"
+    what = f"exit {bounds[1]} at α {drafting.exit.alpha:.2f} is predicted {drafting.speedup:.2f}×"
+    return f"plan: {stages}, plain decoding: {what} plain ({origin})"

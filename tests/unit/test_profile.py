@@ -1,0 +1,184 @@
+"""Profiles: what is measured, how it is kept, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ppsd.config import EngineConfig
+from ppsd.cost import measure as measuring
+from ppsd.cost.measure import Subject, measure
+from ppsd.cost.profile import Profile, Timing, estimate, load_profile, profile_path
+from ppsd.cost.sizes import Sizes
+from ppsd.engine.choose import choose
+from ppsd.errors import ConfigError
+from ppsd.model.source import describe, resolve_model
+from ppsd.model.weights import fingerprint, open_source
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PPSD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def subject(tiny_model: Callable[[str], Path]) -> Subject:
+    files = resolve_model(str(tiny_model("llama")))
+    spec, source = describe(files), open_source(files.path)
+    return Subject(files.path, spec, source, fingerprint(spec, source), torch.float32, 1)
+
+
+@pytest.fixture
+def made(subject: Subject) -> Profile:
+    """A profile that passes for a measured one, in a moment."""
+    counts = estimate(Sizes.of(subject.spec), 4, model="tiny", fingerprint=subject.fingerprint)
+    names = {"dtype": "float32", "itemsize": 4, "transport": "shared-memory"}
+    return replace(counts, source="measured profile", measured=True, bandwidth=1e9, **names)
+
+
+@pytest.mark.parametrize("transport", ["shared-memory", "distributed"])
+def test_everything_a_plan_needs_is_measured(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    monkeypatch.setattr(measuring, "REPEATS", 2)
+    monkeypatch.setattr(measuring, "PINGS", 4)
+    steps: list[tuple[int, int]] = []
+    threads = torch.get_num_threads()
+    profile = measure(
+        replace(subject, transport=transport),
+        {"command": "test"},
+        lambda done, total: steps.append((done, total)),
+    )
+    assert torch.get_num_threads() == threads
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
+    assert {(t.context, t.rows) for t in profile.layer} >= {(0, 1), (128, 1), (128, 2), (128, 8)}
+    assert [t.rows for t in profile.lm_head] == [1, 2, 4, 8]
+    assert {(t.layers, t.draft_vocab) for t in profile.heads} == {(n, 300) for n in range(3)}
+    assert profile.head_time(1, None) > profile.head_time(0, None) > 0
+    assert all(t.time.repeats == 2 and 0 < t.time.low <= t.time.high for t in profile.layer)
+    assert profile.contention.repeats == profile.latency.repeats == 4
+    assert 0 < profile.bandwidth < 1e15
+    assert profile.overhead.median > 0
+    assert (profile.threads, profile.dtype, profile.transport) == (1, "float32", transport)
+    assert Profile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
+
+
+def test_a_profile_needs_a_second_process(subject: Subject) -> None:
+    with pytest.raises(ConfigError, match="transport must be shared-memory or distributed: a prof"):
+        replace(subject, transport="inprocess")
+
+
+def test_a_profile_survives_its_file(made: Profile, tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "profile.json"
+    made.save(place)
+    assert load_profile(place) == made
+    assert [p.name for p in place.parent.iterdir()] == ["profile.json"]
+    with pytest.raises(ConfigError, match="out must be a file that can be written"):
+        made.save(place / "below-a-file.json")
+
+
+def torn(text: str) -> str:
+    return text[: len(text) // 2]
+
+
+def without(name: str) -> Callable[[str], str]:
+    return lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != name})
+
+
+def changed(name: str, value: object) -> Callable[[str], str]:
+    return lambda text: json.dumps(json.loads(text) | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (torn, "JSONDecodeError"),
+        (lambda text: "[1, 2]", "ValueError|TypeError"),
+        (lambda text: "{}", "KeyError: 'format'"),
+        (changed("format", "ppsd-profile-9"), "its format is not ppsd-profile-1"),
+        (without("latency"), "KeyError: 'latency'"),
+        (without("threads"), "missing 1 required"),
+        (changed("layer", []), "holds no LayerTime"),
+        (changed("surprise", 1), "unexpected keyword"),
+        (changed("bandwidth", -1), "lacks the time"),
+        (
+            changed("latency", {"median": 1, "low": 2, "high": 3, "repeats": 1}),
+            "quartiles in order",
+        ),
+        (changed("latency", {"median": "1", "low": 0, "high": 3, "repeats": 1}), "finite"),
+    ],
+)
+def test_torn_and_foreign_files_are_refused_by_name(
+    made: Profile, tmp_path: Path, damage: Callable[[str], str], reason: str
+) -> None:
+    place = tmp_path / "profile.json"
+    made.save(place)
+    place.write_text(damage(place.read_text()))
+    with pytest.raises(ConfigError, match=reason) as caught:
+        load_profile(place)
+    assert str(place) in str(caught.value)
+    assert "`ppsd profile` wrote" in str(caught.value)
+
+
+def test_timings_refuse_what_is_no_time() -> None:
+    assert Timing.of([4.0, 1.0, 2.0, 3.0]) == Timing(2.5, 1.75, 3.25, 4)
+    for values in ((1.0, 2.0, 3.0), (float("nan"),) * 3, (-1.0, -1.0, -1.0)):
+        with pytest.raises(ConfigError, match="timing must be finite"):
+            Timing(*values, 1)
+
+
+def plan(subject: Subject, **settings: object) -> tuple[EngineConfig, str]:
+    fixed: dict[str, object] = {"dtype": "float32", "threads_per_stage": 1, "head": "untrained"}
+    config = EngineConfig(**fixed | settings)  # type: ignore[arg-type]
+    choice = choose(config, subject.spec, subject.fingerprint)
+    assert choice.bounds == (0, *(choice.config.split or ()), subject.spec.num_layers)
+    return choice.config, choice.reason
+
+
+def test_the_profile_of_this_model_dtype_and_threads_is_used(
+    subject: Subject, made: Profile
+) -> None:
+    _, reason = plan(subject)
+    assert reason.endswith("(parameter counts)")
+    slow_first = replace(made, heads=(*made.heads[:1], *(_slower(h) for h in made.heads[1:])))
+    slow_first.save(profile_path(subject.fingerprint, "float32", 1))
+    config, reason = plan(subject)
+    assert reason.endswith("(measured profile)")
+    assert config.split == (1,)  # drafting is so slow that stage 0 has as little else as can be
+    for other in ({"dtype": "float64"}, {"threads_per_stage": 2}):
+        assert plan(subject, **other)[1].endswith("(parameter counts)")
+    assert plan(subject, plan="off") == (plan(subject, plan="off")[0], "")
+
+
+def _slower(head: object) -> object:
+    return replace(head, time=Timing.computed(1.0))  # type: ignore[type-var]
+
+
+def test_a_damaged_profile_is_told_and_does_without(subject: Subject) -> None:
+    place = profile_path(subject.fingerprint, "float32", 1)
+    place.parent.mkdir(parents=True)
+    place.write_text("{")
+    assert "parameter counts; profile must be a file that `ppsd profile` wrote" in plan(subject)[1]
+
+
+def test_a_given_profile_must_fit(subject: Subject, made: Profile, tmp_path: Path) -> None:
+    place = tmp_path / "mine.json"
+    made.save(place)
+    assert plan(subject, plan=str(place))[1].endswith("(measured profile)")
+    for change, message in (
+        ({"fingerprint": "other"}, "one of model .*, not of other"),
+        ({"dtype": "float64"}, "one of dtype float32, not of float64"),
+        ({"threads": 3}, "one of threads 1, not of 3"),
+    ):
+        replace(made, **change).save(place)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=message):
+            plan(subject, plan=str(place))
+    with pytest.raises(ConfigError, match="No such file"):
+        plan(subject, plan=str(tmp_path / "none.json"))
