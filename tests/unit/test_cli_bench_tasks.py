@@ -67,7 +67,7 @@ def test_a_table_without_json(small) -> None:
     ("flags", "words"),
     [
         (["--mode", "autoregressive"], "mode"),
-        (["--head", "none", "--mode", "ppsd"], "exit head"),
+        (["--head", "none"], "exit head"),
         (["--gammas", "0"], "gamma"),
         (["--gammas", "x"], "gammas"),
     ],

@@ -61,7 +61,7 @@ def test_everything_a_plan_needs_is_measured(
     assert {(t.context, t.rows) for t in profile.layer} >= {(0, 1), (128, 1), (128, 2), (128, 8)}
     assert [t.rows for t in profile.lm_head] == [1, 2, 4, 8]
     assert {(t.layers, t.draft_vocab) for t in profile.heads} == {(n, 300) for n in range(3)}
-    assert profile.head_time(1, None) > profile.head_time(0, None) > 0
+    assert profile.head_time(1, None) >= profile.head_time(0, None) > 0
     assert all(t.time.repeats == 2 and 0 < t.time.low <= t.time.high for t in profile.layer)
     assert profile.contention.repeats == profile.latency.repeats == 4
     assert 0 < profile.bandwidth < 1e15

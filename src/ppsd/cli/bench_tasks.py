@@ -122,12 +122,21 @@ def bench_report(
 
 @contextmanager
 def _pipeline(pipeline: PipelineOptions, chosen: Sequence[Variant]) -> Iterator[LLM]:
-    """A pipeline whose buffers suit every variant; raises ConfigError when it has no drafts."""
-    if pipeline.mode != "ppsd" or pipeline.block is not None:
+    """A pipeline planned for PPSD whose buffers suit every variant.
+
+    Raises ConfigError when it has no drafts.
+    """
+    if pipeline.mode != "auto" or pipeline.block is not None:
         raise ConfigError("mode", pipeline.mode, "left out: this benchmark runs all modes")
+    from ppsd.config import EngineConfig
+    from ppsd.engine.choose import planned
+
+    config = planned(EngineConfig(**replace(pipeline, mode="ppsd").settings()))
+    split = None if config.split is None else ",".join(map(str, config.split))
+    fixed = replace(pipeline, split=split, exit_layer=None, head=config.head)
     largest = max((v.block or 1 for v in chosen), default=1)
     mode = "draft-then-verify" if largest > 1 else "ppsd"
-    with open_llm(replace(pipeline, mode=mode, block=largest)) as llm:
+    with open_llm(replace(fixed, mode=mode, block=largest)) as llm:
         if llm.layout.head is None:
             raise ConfigError("head", pipeline.head, "an exit head: drafts are what is measured")
         yield llm

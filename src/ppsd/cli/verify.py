@@ -28,7 +28,9 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Decode prompts plainly and in --mode; exit with 1 unless every token is the same."""
+    """Decode prompts plainly and in --mode, else ppsd; exit with 1 unless all tokens are equal."""
+    if pipeline.mode == "auto":  # a plan of plain decoding would leave nothing to compare
+        pipeline.mode = "ppsd"
     from ppsd.bench.provenance import provenance
     from ppsd.bench.workload import load_tasks
 

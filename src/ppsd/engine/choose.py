@@ -32,6 +32,7 @@ from ppsd.model.weights import open_source
 from ppsd.speculation.policy import schedule_for
 
 AUTO_DTYPE = "bfloat16"
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,18 @@ def _mode(config: EngineConfig) -> str:
 
 def read_profile(config: EngineConfig) -> Profile:
     """The profile that ``config`` would be planned with; reads the model's files for that."""
+    return _profile(config, *_model(config))[0]
+
+
+def planned(config: EngineConfig) -> EngineConfig:
+    """What ``choose`` makes of ``config``; reads the model's files for that."""
+    return choose(config, *_model(config)).config
+
+
+def _model(config: EngineConfig) -> tuple[ModelSpec, str]:
     files = resolve_model(config.model)
     spec, source = describe(files), open_source(files.path)
-    return _profile(config, spec, fingerprint_of(spec, source))[0]
+    return spec, fingerprint_of(spec, source)
 
 
 def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> tuple[Profile, str]:
@@ -121,7 +131,9 @@ def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> tuple[P
         profile = load_profile(Path(config.plan))
         check_profile(profile, config.plan, fingerprint, dtype, threads)
         return profile, profile.source
-    counts = estimate(Sizes.of(spec), model=spec.name, fingerprint=fingerprint)
+    counts = estimate(
+        Sizes.of(spec), ITEMSIZE[dtype], model=spec.name, fingerprint=fingerprint, dtype=dtype
+    )
     place = profile_path(fingerprint, dtype, threads)
     on_cpu = all(device == "cpu" for device in config.devices)
     if config.plan == "off" or not on_cpu or not place.is_file():
