@@ -68,9 +68,12 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path, torn) -> None:
     assert measured == done == cells, "each was measured once, and progress counts all"
     assert [results.get(cell).seconds for cell in cells] == [1, 2, 3, 4, 5, 6]
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(lines) == 1 + 6
-    assert lines[0]["provenance"] == [{"commit": "abc"}] * 2
-    assert open_results(path).measurements == results.measurements
+    assert ["variant" in line for line in lines] == [False] + [True] * 4 + [False] + [True] * 2
+    assert lines[0] == {"settings": {**SETTINGS, "bounds": [0, 2]}, "provenance": {"commit": "abc"}}
+    assert lines[5] == {"provenance": {"commit": "abc"}}
+    again = open_results(path)
+    assert (again.measurements, again.provenance) == (results.measurements, results.provenance)
+    assert len(path.read_text().splitlines()) == 8, "only to look adds nothing"
     assert open_results(None).measurements == {}
 
 
@@ -83,17 +86,14 @@ def test_a_file_of_other_settings_is_left_alone(tmp_path) -> None:
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize(
-    ("text", "hint"),
-    [
-        ("nonsense\n", "cannot read measurements from"),
-        ('{"settings": {}}\n{"variant": "a"}\n', "is no measurement"),
-    ],
-)
-def test_a_file_that_is_something_else_is_named(tmp_path, text, hint) -> None:
+HEAD = json.dumps({"settings": {**SETTINGS, "bounds": [0, 2]}, "provenance": {}}) + "\n"
+
+
+@pytest.mark.parametrize("text", ["nonsense\n", "a note", "[1]\n", "{}\n", HEAD + '{"a": 1}\n{'])
+def test_a_file_that_is_something_else_is_left_alone(tmp_path, text) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text(text)
-    with pytest.raises(PpsdError, match=hint):
+    with pytest.raises(PpsdError, match=r"m\.jsonl is no file of measurements: "):
         open_results(path)
     assert path.read_text() == text
 

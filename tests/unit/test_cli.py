@@ -183,6 +183,13 @@ def test_generate_prints_the_answer_alone_on_stdout(ppsd, tiny, expected, sign) 
     ]
 
 
+def test_paced_figures_say_so(ppsd, tiny) -> None:
+    flags = ["generate", "the quick", "-n", 4, *tiny(), "--pace", "0.001,0.002,0.001"]
+    label = "ppsd (PACED: emulated stages of 0.001, 0.002, 0.001 s a block; "
+    assert label in ppsd(*flags).err
+    assert json.loads(ppsd(*flags, "--json").out)["pace"] == [0.001, 0.002, 0.001]
+
+
 def test_stdin_raw_and_system(ppsd, tiny, expected) -> None:
     flags = ["--json", "-n", 8, *tiny()]
     said = json.loads(ppsd("generate", "-", "--raw", *flags, stdin="fox\n").out)["text"]

@@ -7,6 +7,7 @@ the measurements. Used by efficiency.py and predict.py.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -87,9 +88,10 @@ def interleaved(variants: Sequence[str], tasks: Sequence[str], repeats: int) -> 
 class Results:
     """Measurements in a file of JSON lines, or in memory without a ``path``.
 
-    The first line holds the ``settings`` that all of them share, and their provenance. Opening a
-    file continues it; a line that a kill cut off is dropped. Raises PpsdError for a file of other
-    settings, or one that cannot be read or written.
+    The first line holds the ``settings`` that all of them share, and their provenance; further
+    provenance stands before the measurements of each later run. Opening a file continues it; a line
+    that a kill cut off is dropped. Raises PpsdError for a file of other settings, or one that
+    cannot be read or written.
     """
 
     def __init__(
@@ -97,24 +99,27 @@ class Results:
     ) -> None:
         self.path = path
         self.measurements: dict[Cell, Measurement] = {}
-        self.provenance = [provenance]
+        self.provenance: list[dict[str, Any]] = []
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as they will be read
-        lines = self._read() if path is not None and path.exists() else []
-        for line in lines[1:]:
-            self._take(line)
-        if lines and lines[0].get("settings") != self.settings:
-            raise PpsdError(f"{path} holds measurements of other settings; use another file")
-        if lines:
-            self.provenance = [*lines[0]["provenance"], provenance]
-        self._write({"settings": self.settings, "provenance": self.provenance}, "w")
-        for measurement in self.measurements.values():
-            self._write(asdict(measurement))
+        self._continuing: dict[str, Any] | None = None  # provenance, while nothing new is measured
+        text = self._read()
+        if not text:
+            self.provenance.append(provenance)
+            self._write({"settings": self.settings, "provenance": provenance}, "w")
+            return
+        self._continuing = provenance
+        self._load(text[: text.rfind(b"\n") + 1])
+        self._cut_off_torn_line(text)
 
     def __contains__(self, cell: Cell) -> bool:
         return cell in self.measurements
 
     def add(self, measurement: Measurement) -> None:
         """Keep a measurement, on disk before this returns."""
+        if self._continuing is not None:
+            self.provenance.append(self._continuing)
+            self._write({"provenance": self._continuing})
+            self._continuing = None
         self.measurements[measurement.cell] = measurement
         self._write(asdict(measurement))
 
@@ -122,20 +127,37 @@ class Results:
         """The measurement of a cell."""
         return self.measurements[cell]
 
-    def _take(self, line: dict[str, Any]) -> None:
+    def _read(self) -> bytes:
         try:
-            measurement = Measurement(**line)
-        except TypeError as error:
-            raise PpsdError(f"{self.path} holds a line that is no measurement: {error}") from error
+            return self.path.read_bytes() if self.path is not None and self.path.exists() else b""
+        except OSError as error:
+            raise PpsdError(f"cannot read measurements from {self.path}: {error}") from error
+
+    def _load(self, text: bytes) -> None:
+        try:
+            head, *lines = [json.loads(line) for line in text.splitlines()]
+            if head["settings"] != self.settings:
+                raise PpsdError(f"{self.path} holds measurements of other settings")
+            self.provenance.append(head["provenance"])
+            for line in lines:
+                self._take(line)
+        except (ValueError, TypeError, KeyError) as error:
+            raise PpsdError(f"{self.path} is no file of measurements: {error!r}") from error
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if set(line) == {"provenance"}:
+            self.provenance.append(line["provenance"])
+            return
+        measurement = Measurement(**line)
         self.measurements[measurement.cell] = measurement
 
-    def _read(self) -> list[dict[str, Any]]:
-        assert self.path is not None
+    def _cut_off_torn_line(self, text: bytes) -> None:
+        if self.path is None or text.endswith(b"\n"):
+            return
         try:
-            whole, _, _torn = self.path.read_text().rpartition("\n")
-            return [json.loads(line) for line in whole.splitlines()]
-        except (OSError, ValueError) as error:
-            raise PpsdError(f"cannot read measurements from {self.path}: {error}") from error
+            os.truncate(self.path, text.rfind(b"\n") + 1)
+        except OSError as error:
+            raise PpsdError(f"cannot write measurements to {self.path}: {error}") from error
 
     def _write(self, record: dict[str, Any], mode: str = "a") -> None:
         if self.path is None:
