@@ -49,6 +49,12 @@ class Switches:
     paused_tokens: int = 0
     times: list[tuple[float, bool]] = field(default_factory=list)
 
+    def pauses_until(self, end: float) -> list[tuple[float, float]]:
+        """Return from when to when speculation was paused, in a request that ended at ``end``."""
+        ends = [time for time, paused in self.times if not paused]
+        starts = [time for time, paused in self.times if paused]
+        return list(zip(starts, [*ends, end], strict=False))
+
 
 class Gate:
     """Decides for one schedule on one set of workers; what it learns outlives a request.
@@ -83,8 +89,9 @@ class Gate:
         self._left -= self._length // 2
         if self.paused and (self._probing or self._left > 0):
             self._switch(policy, now, paused=True)
-        else:
+        elif self.paused:
             self.paused = False
+            self._steps.clear()
 
     def watch(self, policy: Policy, now: float) -> None:
         """Take the time of a verdict that ``policy`` has acted upon; pause or resume it."""
