@@ -7,14 +7,12 @@ pauses and resumes speculation at any moment, as a gate may.
 
 from __future__ import annotations
 
-import itertools
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppsd.speculation.gate import Gate
-from ppsd.speculation.policy import Policy, Schedule
+from ppsd.speculation.policy import Schedule
 from ppsd.types import SamplingParams
+from tests.support.hurried_gate import Hurried
 from tests.support.rig import VOCAB, Rig
 
 prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=11)
@@ -66,18 +64,6 @@ def test_any_order_of_work_gives_the_plain_output(
         assert counts.drafted == counts.judged + counts.discarded
 
 
-class Hurried(Gate):
-    """A real gate on a clock of its own, so impatient that it switches many times a request."""
-
-    def __init__(self, schedule: Schedule, times: list[float]) -> None:
-        super().__init__(schedule)
-        self._clock = itertools.accumulate(itertools.cycle(times))
-
-    def watch(self, policy: Policy, now: float) -> None:
-        super().watch(policy, next(self._clock))
-        self._left = min(self._left, 2)
-
-
 @settings(max_examples=30)
 @given(
     stages=st.integers(2, 4),
@@ -98,7 +84,7 @@ def test_a_gate_changes_no_token_whatever_it_measures(
 def test_a_hurried_gate_pauses_and_resumes() -> None:
     """The test above would mean little otherwise."""
     schedule = Schedule(1, 3)
-    rig = Rig(3, schedule, gate=Hurried(schedule, [1.0, 1.1, 1.0, 30.0]))
+    rig = Rig(3, schedule, gate=Hurried(schedule))
     rig.decode([1, 2], SamplingParams(max_tokens=60), alpha=0.5)
     assert rig.engine.gate is not None
     switched = [paused for _, paused in rig.engine.gate.switches.times]

@@ -70,8 +70,8 @@ class TinyCheck:
             }
 
     def _open(self, **settings) -> LLM:
-        settings = {"transport": "inprocess", "dtype": "float64", "prefill_chunk": 8} | settings
-        return LLM(self._model, timeout=TIMEOUT_S, **settings)
+        fixed = {"transport": "inprocess", "dtype": "float64", "prefill_chunk": 8, "gate": False}
+        return LLM(self._model, timeout=TIMEOUT_S, **fixed | settings)
 
     def __call__(self) -> None:
         with self._open(split=(2, 4), block=4, in_flight=3) as llm:
