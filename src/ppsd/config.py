@@ -28,9 +28,10 @@ class EngineConfig:
     decides what is left open, among that ``mode`` when it is ``auto``. ``head`` is a head
     directory, ``auto`` (the best one found), ``untrained`` or ``none``. ``devices`` names one
     device for all stages or one each. ``threads_per_stage`` 0 shares the cores evenly. ``gate``
-    lets speculation pause while it does not pay. Times are seconds; ``pace`` is what a stage takes for one block (LM head included, an exit head's draft
-    comes on top) on the emulated device, one for all stages or one each, nothing for real time.
-    Raises ConfigError for values that no model could make right.
+    lets speculation pause while it does not pay. Times are seconds; ``pace`` is what a stage takes
+    for one block (LM head included, an exit head's draft comes on top) on the emulated device, one
+    for all stages or one each, nothing for real time. Raises ConfigError for values that no model
+    could make right.
     """
 
     model: str | None = None
