@@ -16,8 +16,11 @@ import torch
 from ppsd import LLM, SamplingParams
 from ppsd.bench.verify import Verification, verify
 from ppsd.bench.workload import Task
+from ppsd.engine import llm as engine_llm
 from ppsd.engine.drafter import OracleDrafter
 from ppsd.model.source import _embedded_file
+from ppsd.speculation.policy import Schedule
+from tests.support.hurried_gate import Hurried
 from tests.support.tiny_models import VOCAB, save_perfect_head
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -81,7 +84,7 @@ def open_tiny(tiny_model, tmp_path_factory):
     def open_llm(split: tuple[int, ...], drafter: str, **settings) -> LLM:
         own = {"perfect": 1.0, "anti": -1.0}.get(drafter)
         name = "untrained" if own is None else str(head(split[0], own))
-        settings = {"transport": "inprocess", "prefill_chunk": 16} | settings
+        settings = {"transport": "inprocess", "prefill_chunk": 16, "gate": False} | settings
         return LLM(str(tiny_model()), split=split, head=name, **settings)
 
     return open_llm
@@ -96,6 +99,27 @@ def test_blocks_of_one_are_bitwise_plain(open_tiny, dtype, split, drafter, param
         result = compared(llm, params, drafter == "oracle", TEXTS[:2])
     check_bitwise(result)
     check_acceptance(result, drafter)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pauses_change_no_bit(open_tiny, monkeypatch, dtype, split, params) -> None:
+    gates = []
+
+    def hurried(schedule: Schedule) -> Hurried:
+        gates.append(Hurried(schedule))
+        return gates[-1]
+
+    monkeypatch.setattr(engine_llm, "Gate", hurried)
+    with open_tiny(split, "oracle", dtype=dtype, gate=True) as llm:
+        with_oracle(llm, TEXTS[0], params)
+        for _ in range(4):
+            result = verify(llm, [task(TEXTS[0])], params)
+            check_bitwise(result)
+        assert llm._engine.gate is gates[0]
+    assert gates[0].plain is not None, "it has paused and measured"
+    assert gates[0].switches.pauses > 0
 
 
 def test_blocks_of_one_are_bitwise_plain_across_processes(open_tiny) -> None:

@@ -1,7 +1,8 @@
 """L1: real engine, protocol and workers over oracle stages say what plain decoding says.
 
 Hypothesis chooses the split, the schedule, the sampling, which drafts are right, and in which
-order the workers move, so verdicts meet stage 0 before, during and after its own work.
+order the workers move, so verdicts meet stage 0 before, during and after its own work. It also
+pauses and resumes speculation at any moment, as a gate may.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from ppsd.speculation.policy import Schedule
 from ppsd.types import SamplingParams
+from tests.support.hurried_gate import Hurried
 from tests.support.rig import VOCAB, Rig
 
 prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=11)
@@ -37,9 +39,10 @@ samplings = st.fixed_dictionaries(
     requests=st.lists(st.tuples(prompts, samplings, st.booleans()), min_size=1, max_size=3),
     alpha=st.sampled_from([0.0, 0.4, 0.8, 1.0]),
     chunk=st.integers(1, 5),
+    wills=st.lists(st.booleans(), max_size=8),
 )
 def test_any_order_of_work_gives_the_plain_output(
-    data, stages, schedule, requests, alpha, chunk
+    data, stages, schedule, requests, alpha, chunk, wills
 ) -> None:
     rig = Rig(stages, schedule, chunk=chunk)
     turns = data.draw(st.lists(st.integers(0, stages - 1), min_size=1, max_size=12))
@@ -51,12 +54,43 @@ def test_any_order_of_work_gives_the_plain_output(
 
     rig.order = moved
     rig.move_while_stage_0_computes(turns)
+    if wills:
+        rig.pause_at_will(wills)
     for prompt, sampling, with_stop in requests:
         params = SamplingParams(**sampling)
         stop = frozenset({3}) if with_stop else frozenset()
         assert rig.decode(prompt, params, stop, alpha=alpha) == rig.plain(prompt, params, stop)
         counts = rig.engine.policy.counts
         assert counts.drafted == counts.judged + counts.discarded
+
+
+@settings(max_examples=30)
+@given(
+    stages=st.integers(2, 4),
+    schedule=schedules.filter(lambda s: s.drafts),
+    asked=st.lists(st.tuples(prompts, samplings), min_size=1, max_size=2),
+    times=st.lists(st.sampled_from([0.01, 1.0, 1.1, 30.0]), min_size=1, max_size=9),
+    alpha=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_a_gate_changes_no_token_whatever_it_measures(
+    stages, schedule, asked, times, alpha
+) -> None:
+    rig = Rig(stages, schedule, gate=Hurried(schedule, times))
+    for prompt, sampling in asked:
+        params = SamplingParams(**{**sampling, "max_tokens": 28})
+        assert rig.decode(prompt, params, alpha=alpha) == rig.plain(prompt, params, frozenset())
+
+
+def test_a_hurried_gate_pauses_and_resumes() -> None:
+    """The test above would mean little otherwise."""
+    schedule = Schedule(1, 3)
+    rig = Rig(3, schedule, gate=Hurried(schedule))
+    rig.decode([1, 2], SamplingParams(max_tokens=60), alpha=0.5)
+    assert rig.engine.gate is not None
+    switched = [paused for _, paused in rig.engine.gate.switches.times]
+    assert switched.count(True) >= 3
+    assert switched.count(False) >= 3
+    assert rig.engine.policy.counts.judged > 10
 
 
 @settings(max_examples=60)

@@ -15,7 +15,8 @@ from ppsd import LLM, SamplingParams
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.transformer import reference_logits
 from ppsd.model.weights import open_source
-from ppsd.speculation.policy import Counts
+from ppsd.speculation.policy import Counts, Schedule
+from tests.support.hurried_gate import Hurried
 from tests.support.tiny_models import (
     FAMILIES,
     LAYERS,
@@ -36,7 +37,9 @@ def expected(model: Path, prompt: tuple[int, ...], new_tokens: int = NEW_TOKENS)
 
 
 def open_tiny(model: Path, **settings) -> LLM:
-    return LLM(str(model), transport="inprocess", dtype="float64", prefill_chunk=16, **settings)
+    """Without a gate: these tests are about drafting."""
+    fixed = {"transport": "inprocess", "dtype": "float64", "prefill_chunk": 16, "gate": False}
+    return LLM(str(model), **fixed | settings)
 
 
 def check(llm: LLM, model: Path, new_tokens: int = NEW_TOKENS) -> list[Counts]:
@@ -90,6 +93,8 @@ def test_every_exit_and_schedule(tiny_model, tmp_path, exit_layer, sign) -> None
             llm.use("ppsd", *schedule)
             for counts in check(llm, model, new_tokens=24):
                 check_counts(counts, always_right=sign > 0)
+            llm._engine.gate = Hurried(Schedule(*schedule))
+            check(llm, model, new_tokens=24)
 
 
 def check_counts(counts: Counts, always_right: bool) -> None:
@@ -105,7 +110,7 @@ def check_counts(counts: Counts, always_right: bool) -> None:
 def test_a_long_output(tiny_model, tmp_path, split) -> None:
     model = tiny_model("qwen3")
     head = save_perfect_head(tmp_path / "head", model, split[0])
-    with open_tiny(model, split=split, head=str(head)) as llm:
+    with open_tiny(model, split=split, head=str(head), gate=True) as llm:
         check(llm, model, new_tokens=256)
 
 

@@ -32,11 +32,13 @@ TINY_SAMPLINGS = [
 def check_oracle_model() -> None:
     """L1 with fixed seeds: random requests over oracle stages say what plain decoding says."""
     rng = random.Random(20)
-    for _ in range(20):
+    for number in range(30):  # the last ten with pauses of speculation
         stages = rng.randint(2, 4)
         rig = Rig(stages, Schedule(rng.randint(1, 4), rng.randint(1, 4)), chunk=rng.randint(1, 5))
         rig.pipeline._timeout = TIMEOUT_S
         rig.move_while_stage_0_computes(lulls_and_bursts(rng, stages))
+        if number >= 20:
+            rig.pause_at_will([rng.random() < 0.3 for _ in range(9)])
         for _ in range(2):
             prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 9))]
             penalties = PENALISED if rng.random() < 0.5 else {}
@@ -70,8 +72,8 @@ class TinyCheck:
             }
 
     def _open(self, **settings) -> LLM:
-        settings = {"transport": "inprocess", "dtype": "float64", "prefill_chunk": 8} | settings
-        return LLM(self._model, timeout=TIMEOUT_S, **settings)
+        fixed = {"transport": "inprocess", "dtype": "float64", "prefill_chunk": 8, "gate": False}
+        return LLM(self._model, timeout=TIMEOUT_S, **fixed | settings)
 
     def __call__(self) -> None:
         with self._open(split=(2, 4), block=4, in_flight=3) as llm:

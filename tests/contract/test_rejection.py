@@ -66,9 +66,13 @@ def exact_joint(params: SamplingParams) -> dict[tuple[int, ...], float]:
     return joint
 
 
+@pytest.mark.parametrize("wills", [None, (True, False, False, True, False, False, False)])
 @pytest.mark.parametrize("schedule", [Schedule(1, 3), Schedule(3, 1)])
-def test_the_joint_distribution_is_the_target_s(schedule) -> None:
+def test_the_joint_distribution_is_the_target_s(schedule, wills) -> None:
+    """With pauses, too: then some positions are drawn by the last stage, without a draft."""
     rig = Rig(STAGES, schedule, acceptance="rejection", vocab=VOCAB)
+    if wills:
+        rig.pause_at_will(wills)
     drafter = OtherOpinion()
     seen: Counter[tuple[int, ...]] = Counter()
     accepted = judged = 0

@@ -60,7 +60,7 @@ def _(patch: Patch) -> None:
     def shifted(self):
         feed = feed_row(self)
         off = int(self.counts.resyncs > 0)
-        return replace(feed, position=feed.position + off, block=feed.block + off)
+        return feed._replace(position=feed.position + off, block=feed.block + off)
 
     def unchecked(self, position, rows):
         self.length = position
@@ -112,7 +112,7 @@ def change_emits(patch: Patch, change: Callable[[tuple[int, ...]], tuple[int, ..
 
     def changed(self, event):
         return [
-            replace(c, tokens=change(c.tokens))
+            c._replace(tokens=change(c.tokens))
             if isinstance(c, Emit) and 0 < c.accepted < len(c.tokens)
             else c
             for c in on_verdict(self, event)
@@ -165,6 +165,29 @@ def overlook(patch: Patch, reason: str) -> None:
 @bug("stop token inside an accepted run overlooked")
 def _(patch: Patch) -> None:
     overlook(patch, "stop")
+
+
+@bug("a pause forgets the drafts under way")
+def _(patch: Patch) -> None:
+    pause = Policy.pause
+
+    def forgetting(self):
+        pause(self)
+        del self._tokens[self._committed :]
+        self._fed = min(self._fed, self._committed)
+
+    patch.setattr(Policy, "pause", forgetting)
+
+
+@bug("a pause forgets the rows of an open block")
+def _(patch: Patch) -> None:
+    pause = Policy.pause
+
+    def forgetting(self):
+        pause(self)
+        self._open_rows = 0
+
+    patch.setattr(Policy, "pause", forgetting)
 
 
 @bug("rows of a block shipped from the wrong offset")

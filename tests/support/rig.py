@@ -10,6 +10,7 @@ import torch
 from ppsd.engine.drafter import Drafter, OracleDrafter
 from ppsd.engine.engine import Engine, Request
 from ppsd.engine.pipeline import Pipeline
+from ppsd.speculation.gate import Gate
 from ppsd.speculation.policy import Schedule
 from ppsd.transport.base import Geometry
 from ppsd.transport.inprocess import InProcessHub
@@ -39,6 +40,7 @@ class Rig:
         chunk: int = 4,
         vocab: int = VOCAB,
         slots: int = 64,
+        gate: Gate | None = None,
     ) -> None:
         self.stages, self.vocab = stages, vocab
         size = frame_bytes(max(chunk, schedule.block), max(WIDTH, vocab), torch.float32)
@@ -55,7 +57,7 @@ class Rig:
             timeout=5.0,
             judge=Judge(self.models[0], 0, CONTEXT) if stages == 1 else None,
         )
-        self.engine_settings = {"acceptance": acceptance, "prefill_chunk": chunk}
+        self.engine_settings = {"acceptance": acceptance, "prefill_chunk": chunk, "gate": gate}
         self.schedule = schedule
 
     def _worker(self, rank: int) -> Worker:
@@ -87,6 +89,21 @@ class Rig:
             return forward(inputs, position, asked)
 
         self.models[0].forward = stepping  # type: ignore[method-assign]
+
+    def pause_at_will(self, wills: Sequence[bool]) -> None:
+        """Pause or resume the policy, as ``wills`` say in turn, whenever stage 0 looks up.
+
+        That is between its layers, after they are done, and before it drafts.
+        """
+        poll = self.pipeline.poll
+        pattern = itertools.cycle(wills)
+
+        def willing():
+            policy = self.engine.policy
+            (policy.pause if next(pattern) else policy.resume)()
+            return poll()
+
+        self.pipeline.poll = willing  # type: ignore[method-assign]
 
     def decode(
         self,

@@ -27,7 +27,7 @@ SGR = re.compile(r"\x1b\[(\d+)m([^\x1b]*)")
 PIPELINE = (
     "--model -m --stages --split --exit-layer --head --mode --block --in-flight --plan "
     "--acceptance --dtype --devices --threads-per-stage --transport --max-context --prefill-chunk "
-    "--pace --timeout --init-timeout"
+    "--pace --gate --timeout --init-timeout"
 )
 SAMPLING = (
     "--temperature -t --top-k --top-p --min-p --repetition-penalty --presence-penalty "
@@ -37,7 +37,7 @@ SAMPLING = (
 RECORD = (
     "text token_ids finish_reason mode block in_flight stages exit_layer prompt_tokens "
     "cached_tokens new_tokens counts acceptance_rate prefill_seconds decode_seconds "
-    "tokens_per_second stage_busy_share memory_peak_bytes pace overruns"
+    "tokens_per_second stage_busy_share gate memory_peak_bytes pace overruns"
 )
 FLAGS = {
     "generate": "prompt --raw --system --samples --highlight --json --trace",
@@ -213,6 +213,17 @@ def test_json_is_all_there_is_on_stdout(ppsd, tiny, expected) -> None:
     assert record["acceptance_rate"] == counts["accepted"] / counts["judged"]
     assert record["tokens_per_second"] == pytest.approx(23 / record["decode_seconds"])
     assert all(0 < share <= 1 for share in record["stage_busy_share"])
+
+
+def test_the_gate_s_pauses_are_told(ppsd, tiny) -> None:
+    """In draft-then-verify it measures plain decoding first, so it pauses for certain."""
+    flags = ["generate", "the quick", "-n", 24, "--mode", "draft-then-verify", *tiny(-1.0)]
+    record = json.loads(ppsd(*flags, "--json").out)
+    assert record["gate"]["pauses"] >= 1
+    assert 3 <= record["gate"]["paused_tokens"] < 24
+    assert re.search(r"resyncs · paused (once|\d times), for \d+ tokens: plain", ppsd(*flags).err)
+    assert json.loads(ppsd(*flags, "--json", "--no-gate").out)["gate"] is None
+    assert "paused" not in ppsd(*flags, "--no-gate").err
 
 
 def test_json_of_samples_is_a_list(ppsd, tiny) -> None:

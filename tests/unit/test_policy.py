@@ -105,6 +105,7 @@ requests = st.fixed_dictionaries(
         "stop": st.sets(st.integers(0, VOCAB - 1), max_size=2),
         "accept_draft": st.lists(st.booleans(), min_size=1, max_size=12),
         "order": st.lists(st.booleans(), min_size=1, max_size=40),
+        "pause": st.lists(st.sampled_from([None, None, True, False]), min_size=1, max_size=9),
     }
 )
 
@@ -127,6 +128,9 @@ def test_every_schedule_and_order_emits_what_plain_decoding_emits(request: dict)
     step = 0
     while pipeline.deliver(request["order"][step % len(request["order"])]):
         step += 1
+        will = request["pause"][step % len(request["pause"])]
+        if will is not None:
+            (policy.pause if will else policy.resume)()
 
     expected = plain(prompt, max_tokens, stop)
     assert pipeline.emitted == expected
@@ -151,6 +155,31 @@ def finished_policy(schedule: Schedule, right: bool, tokens: int) -> ToyPipeline
 
 def test_plain_decoding_never_drafts() -> None:
     assert finished_policy(Schedule(1, 1), right=True, tokens=9).policy.counts.drafted == 0
+
+
+@pytest.mark.parametrize("schedule", [Schedule(1, 3), Schedule(3, 2), Schedule(4, 1)])
+def test_a_paused_policy_is_plain_decoding_and_a_resumed_one_is_not(schedule: Schedule) -> None:
+    policy = Policy(schedule, max_tokens=40, stop_ids=frozenset())
+    pipeline = ToyPipeline(policy, [True])
+    pipeline.carry_out(policy.start([1, 2, 3]))
+    for _ in range(6):
+        pipeline.deliver(prefer_draft=True)
+    policy.pause()
+    while not policy.restarted or pipeline.drafts:  # what was under way comes to its end
+        pipeline.deliver(prefer_draft=True)
+    drafted = policy.counts.drafted
+    assert policy.counts.discarded == 0
+    for _ in range(5):
+        pipeline.most_in_flight = 0
+        pipeline.deliver(prefer_draft=True)
+        assert policy.restarted
+        assert pipeline.most_in_flight == 1
+    assert policy.counts.drafted == drafted
+    policy.resume()
+    while pipeline.deliver(prefer_draft=True):
+        pass
+    assert policy.counts.drafted > drafted + 10
+    assert pipeline.emitted == plain([1, 2, 3], 40, frozenset())
 
 
 def test_draft_then_verify_commits_a_block_a_round_when_all_drafts_are_right() -> None:

@@ -75,6 +75,8 @@ def slice_under(event: Event, events: list[Event]) -> Event:
 def check(events: list[Event], stages: int) -> None:
     """Everything that holds in any trace."""
     found = lanes(events)
+    paused = found.pop(stages + 1, [])  # the gate's lane
+    assert {piece["name"] for piece in paused} <= {"speculation paused"}
     assert sorted(found) == list(range(1, stages + 1))
     ends = {nanoseconds(lane[-1])[1] for lane in found.values()}
     for lane in found.values():
@@ -110,6 +112,17 @@ def test_what_lies_between_slices_is_idle(tmp_path) -> None:
     assert summary(found[1]) == [("forward", 0, 1), ("idle", 1, 2), ("draft", 3, 1)]
     assert summary(found[2]) == [("idle", 0, 1), ("verify", 1, 1), ("idle", 2, 2)]
     assert found[1][0]["args"] == {"epoch": 1, "position": 4, "rows": 1}
+
+
+def test_pauses_of_speculation_have_a_lane_below_the_stages(tmp_path) -> None:
+    log = TraceLog()
+    stages = [{"slices": [(5 * MS, 9 * MS, "forward", 1, 4, 1)]}]
+    log.add(stages, pauses=[(0.004, 0.006), (0.008, 0.009)])
+    events = read(log_to(log, tmp_path / "trace.json", (0, 2)))
+    check(events, 1)
+    assert summary(lanes(events)[2]) == [("speculation paused", 0, 1), ("speculation paused", 3, 1)]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert names[2] == "gate"
 
 
 def test_lanes_are_named_after_their_layers(tmp_path) -> None:
@@ -160,7 +173,8 @@ def test_a_real_trace_of_wrong_drafts(tiny_model, tmp_path, block) -> None:
     model = tiny_model()
     head = save_perfect_head(tmp_path / "head", model, 2, sign=-1.0)
     settings = {"dtype": "float64", "transport": "inprocess", "split": (2, 4), "head": str(head)}
-    with LLM(str(model), trace=True, block=block, prefill_chunk=8, **settings) as llm:
+    gate = block > 1
+    with LLM(str(model), trace=True, block=block, prefill_chunk=8, gate=gate, **settings) as llm:
         let_workers_move_while_stage_0_computes(llm)
         params = SamplingParams(max_tokens=12, ignore_eos=True)
         results = [llm.run(list(range(3, 23)), params)]
@@ -172,7 +186,9 @@ def test_a_real_trace_of_wrong_drafts(tiny_model, tmp_path, block) -> None:
         llm.write_trace(tmp_path / "trace.json")
     events = read(tmp_path / "trace.json")
     check(events, 3)
-    seen = [piece for lane in lanes(events).values() for piece in lane]
+    found = lanes(events)
+    assert (4 in found) == (block > 1), "a gate measures plain decoding before it runs rounds"
+    seen = [piece for lane in found.values() for piece in lane]
     assert {"prefill", "forward", "draft", "verify", "cancelled"} <= {p["name"] for p in seen}
     fed = [
         (piece["args"]["epoch"], piece["args"]["position"])

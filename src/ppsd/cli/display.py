@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ppsd.config import EngineConfig
     from ppsd.engine.llm import LLM, Chunk, Completion
     from ppsd.engine.sequence import Piece
+    from ppsd.speculation.gate import Switches
 
 ACCEPTED, CORRECTED = "green", "red"
 
@@ -54,9 +55,10 @@ def summarize(llm: LLM, completion: Completion) -> None:
     if llm.config.schedule.drafts:
         share = "" if rate is None else f" ({rate:.0%})"
         accepted = f"drafts: {counts.accepted} of {counts.judged} accepted{share}"
-        console.print(
-            _line([accepted, f"{counts.discarded} discarded", f"{counts.resyncs} resyncs"])
-        )
+        parts = [accepted, f"{counts.discarded} discarded", f"{counts.resyncs} resyncs"]
+        if stats.gate and stats.gate.pauses:
+            parts.append(_pauses(stats.gate))
+        console.print(_line(parts))
     console.print(_stage_table(llm, completion))
 
 
@@ -67,6 +69,11 @@ def pace_label(config: EngineConfig, overruns: int = 0, blocks: int = 0) -> str:
     pace = ", ".join(f"{seconds:g}" for seconds in config.pace)
     late = f"; {overruns} of {blocks} blocks took longer" if blocks else ""
     return f" (PACED: emulated stages of {pace} s a block{late})"
+
+
+def _pauses(gate: Switches) -> str:
+    times = "once" if gate.pauses == 1 else f"{gate.pauses} times"
+    return f"paused {times}, for {gate.paused_tokens} tokens: plain decoding was no slower"
 
 
 def _line(parts: Iterable[str]) -> str:

@@ -95,6 +95,9 @@ class PipelineOptions:
         _pipeline("Emulate devices: seconds a stage takes for a block, one or one a stage.",
                   metavar="S,…"),
     ] = None  # fmt: skip
+    gate: Annotated[
+        bool, _pipeline("Pause speculation while it does not pay.", "--gate/--no-gate")
+    ] = True
     timeout: Annotated[float, _pipeline("Seconds to wait for a stage.")] = 60.0
     init_timeout: Annotated[float, _pipeline("Seconds to wait for loading and joining.")] = 300.0
 

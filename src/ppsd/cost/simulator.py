@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike
 from ppsd.cost.model import CostModel
 from ppsd.cost.times import Sent, Times, nanoseconds, noise
 from ppsd.errors import ConfigError
+from ppsd.speculation.gate import Gate
 from ppsd.speculation.policy import (
     Command,
     Counts,
@@ -110,8 +111,10 @@ class Simulator:
         jitter: float = 0.0,
         seed: int = 0,
         trace: bool = False,
+        gate: Gate | None = None,
     ) -> None:
         self._cost = cost
+        self._gate = gate
         self._hits = hits
         self._prompt = prompt_tokens
         self.policy = Policy(
@@ -146,6 +149,8 @@ class Simulator:
 
     def start(self) -> None:
         """Begin with a prompt of zeros."""
+        if self._gate is not None:
+            self._gate.begin(self.policy, 0.0)
         self._commands.extend(self.policy.start([RIGHT] * self._prompt))
 
     def until_draft(self) -> int | None:
@@ -174,6 +179,8 @@ class Simulator:
         verdict = self._sent.popleft().verdict
         self._arrival = NEVER
         self._commands.extend(self.policy.on(verdict))
+        if self._gate is not None:
+            self._gate.watch(self.policy, self.now / 1e9)
         if self.policy.epoch != self._epoch:
             self._publish()
         elif self._sent:

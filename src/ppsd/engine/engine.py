@@ -5,6 +5,7 @@ Used by llm.py and by tests; knows token ids only, no text.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from ppsd.engine.pipeline import Pipeline, judged
 from ppsd.speculation.accept import draw_target
+from ppsd.speculation.gate import Gate
 from ppsd.speculation.policy import Command, Emit, Event, Feed, Finish, Policy, Schedule
 from ppsd.speculation.sampling import Sampler, Stream, uniform
 from ppsd.types import SamplingParams
@@ -41,7 +43,10 @@ class Request:
 
 
 class Engine:
-    """Decodes requests under one schedule; ``step`` is the whole loop."""
+    """Decodes requests under one schedule; ``step`` is the whole loop.
+
+    ``gate`` pauses speculation while it does not pay; without one it is never paused.
+    """
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class Engine:
         *,
         acceptance: str = "coupled",
         prefill_chunk: int = 128,
+        gate: Gate | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.schedule = schedule
@@ -57,6 +63,7 @@ class Engine:
         pipeline.draft_stream = Stream.DRAFT if self.rejection else Stream.TARGET
         pipeline.drafting = schedule.drafts and pipeline.drafter is not None
         self.prefill_chunk = prefill_chunk
+        self.gate = gate
         self._commands: deque[Command] = deque()
 
     def decode(self, request: Request) -> Generator[Emit, None, None]:
@@ -115,6 +122,8 @@ class Engine:
         self.pipeline.publish(self.policy.epoch)
         self.pipeline.begin(begin)
         self._commands.clear()
+        if self.gate is not None:
+            self.gate.begin(self.policy, time.monotonic())
         self._commands.extend(self.policy.start(request.prompt, request.cached))
 
     def _feed(self, feed: Feed) -> None:
@@ -138,6 +147,8 @@ class Engine:
             for i, row in enumerate(verdict.logits):
                 self._request.logits(first + i, row)
         self._on(judged(verdict, self._targets(verdict)))
+        if self.gate is not None:
+            self.gate.watch(self.policy, time.monotonic())
 
     def _on(self, event: Event) -> None:
         self._commands.extend(self.policy.on(event))

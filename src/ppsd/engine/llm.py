@@ -23,7 +23,8 @@ from ppsd.engine.trace import TraceLog
 from ppsd.errors import ConfigError, PipelineError, PpsdError
 from ppsd.model.source import resolve_model
 from ppsd.model.tokenizer import StreamDecoder, Tokenizer
-from ppsd.speculation.policy import Emit, schedule_for
+from ppsd.speculation.gate import Gate
+from ppsd.speculation.policy import Emit, Schedule, schedule_for
 from ppsd.types import SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -126,6 +127,7 @@ class LLM:
         self._broken: PipelineError | None = None
         self._largest = self.config.schedule  # what buffers and links were sized for
         self._busy = False
+        self._gates: dict[Schedule, Gate] = {}  # what they learn holds on the same workers
         self.use(self.config.mode, self.config.block, self.config.in_flight)
 
     def __enter__(self) -> LLM:
@@ -174,8 +176,15 @@ class LLM:
             schedule,
             acceptance=config.acceptance,
             prefill_chunk=config.prefill_chunk,
+            gate=self._gate(config),
         )
         self._rows, self._chunked = (), 0  # the head has no rows from plain decoding
+
+    def _gate(self, config: EngineConfig) -> Gate | None:
+        schedule = config.schedule
+        if not (config.gate and schedule.drafts):
+            return None
+        return self._gates.setdefault(schedule, Gate(schedule))
 
     def _check_head(self, config: EngineConfig) -> None:
         if config.schedule.drafts and not self._drafts:
@@ -336,8 +345,9 @@ class LLM:
         if answer.token_ids:
             self._remember(request, answer.token_ids)
         reports = self._pipeline.report()
-        self.trace.add(reports)
         end = end or time.monotonic()
+        switches = None if self._engine.gate is None else self._engine.gate.switches
+        self.trace.add(reports, switches.pauses_until(end) if switches else [])
         first = answer.first or end
         return RequestStats(
             prompt_tokens=len(request.prompt),
@@ -347,6 +357,7 @@ class LLM:
             prefill_seconds=first - answer.start,
             decode_seconds=end - first,
             stages=stage_stats(reports, self.layout.bounds, end - answer.start),
+            gate=switches,
         )
 
     def _remember(self, request: Request, tokens: Sequence[int]) -> None:

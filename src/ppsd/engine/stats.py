@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ppsd.speculation.gate import Switches
 from ppsd.speculation.policy import Counts
 from ppsd.worker.recorder import OVERRUN
 
@@ -24,6 +25,7 @@ class RequestStats:
     """Counts and times of one request; ``prefill_seconds`` end with the first token.
 
     ``cached_tokens`` of the prompt were not computed again: their rows were still there.
+    ``gate`` says when speculation was paused; None without a gate or without speculation.
     """
 
     prompt_tokens: int
@@ -33,6 +35,7 @@ class RequestStats:
     prefill_seconds: float
     decode_seconds: float
     stages: tuple[StageStats, ...]
+    gate: Switches | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -53,7 +56,7 @@ class RequestStats:
 
     def to_json(self) -> dict[str, Any]:
         """The fields that ``ppsd generate --json`` prints about a request."""
-        counts = self.counts
+        counts, gate = self.counts, self.gate
         return {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
@@ -70,6 +73,7 @@ class RequestStats:
             "tokens_per_second": self.tokens_per_second,
             "stage_busy_share": [stage.busy_share for stage in self.stages],
             "overruns": self.overruns,
+            "gate": gate and {"pauses": gate.pauses, "paused_tokens": gate.paused_tokens},
         }
 
 

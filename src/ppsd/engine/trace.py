@@ -7,7 +7,7 @@ llm.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +36,13 @@ class TraceLog:
 
     def __init__(self) -> None:
         self._lanes: dict[int, list[Piece]] = {}
+        self._pauses: list[tuple[int, int]] = []  # of speculation, nanoseconds
 
-    def add(self, reports: list[dict[str, Any]]) -> None:
-        """Take the slices of one request's reports, by rank."""
+    def add(
+        self, reports: list[dict[str, Any]], pauses: Sequence[tuple[float, float]] = ()
+    ) -> None:
+        """Take the slices of one request's reports, by rank, and its pauses in seconds."""
+        self._pauses += [(round(start * 1e9), round(end * 1e9)) for start, end in pauses]
         for rank, report in enumerate(reports):
             lane = self._lanes.setdefault(rank, [])
             lane += [Piece(*piece) for piece in report.get("slices", [])]
@@ -60,10 +64,20 @@ class TraceLog:
             events.append(_meta("thread_sort_index", rank, {"sort_index": rank}))
             events += _lane_events(rank, sorted(lane), origin, end)
         events += self._flows(origin)
+        events += self._gate_lane(origin)
         try:
             path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
         except OSError as error:
             raise PpsdError(f"cannot write the trace to {path}: {error.strerror}") from error
+
+    def _gate_lane(self, origin: int) -> Iterator[Event]:
+        """A lane below the stages that shows when speculation was paused, if it ever was."""
+        if self._pauses:
+            rank = len(self._lanes)
+            yield _meta("thread_name", rank, {"name": "gate"})
+            yield _meta("thread_sort_index", rank, {"sort_index": rank})
+        for start, end in self._pauses:
+            yield _slice(rank, max(start, origin), end, origin, "speculation paused", {})
 
     def _flows(self, origin: int) -> Iterator[Event]:
         """Arrows from every row that entered stage 0 along the blocks that carried it.

@@ -43,6 +43,9 @@ class Schedule:
         return self.block > 1 or self.in_flight > 1
 
 
+PLAIN = Schedule(1, 1)
+
+
 def schedule_for(
     mode: str, stages: int, block: int | None = None, in_flight: int | None = None
 ) -> Schedule:
@@ -146,6 +149,8 @@ class Policy:
     ``start`` and ``on`` return commands to carry out in order. ``epoch`` grows at every resync
     and at the end: answers to work of an older epoch are ignored, so late, repeated or reordered
     answers cannot change the output.
+
+    ``restarted``: the last verdict left the pipeline empty, so the next one takes a whole latency.
     """
 
     def __init__(
@@ -162,6 +167,8 @@ class Policy:
         self.epoch = epoch
         self.counts = Counts()
         self.finished = False
+        self.restarted = False
+        self._active = schedule  # PLAIN while paused
         self._max_tokens = max_tokens
         self._stop_ids = stop_ids
         self._chunk = prefill_chunk
@@ -192,6 +199,22 @@ class Policy:
     def stop(self, reason: str) -> list[Command]:
         """End the request now, for a reason the policy cannot see (stop string, client gone)."""
         return [] if self.finished else [self._finish(reason)]
+
+    @property
+    def emitted(self) -> int:
+        """Tokens committed so far."""
+        return self._committed - self._prompt
+
+    def pause(self) -> None:
+        """Go on as plain decoding; may come at any moment, and drafts under way are still judged.
+
+        No draft is asked for from now on, and one block is in flight once the others have come.
+        """
+        self._active = PLAIN
+
+    def resume(self) -> None:
+        """Go back to the schedule, from the next token that is fed."""
+        self._active = self.schedule
 
     def draft_at(self, position: int) -> int | None:
         """Return the draft for ``position`` that still waits for its verdict, if there is one."""
@@ -244,6 +267,7 @@ class Policy:
         emitted = targets[: accepted + (correction is not None)]
         self._committed += len(emitted)
         commands: list[Command] = [Emit(tuple(emitted), accepted)] if emitted else []
+        self.restarted = not self._blocks and not self._open_rows
         if end and len(emitted) == len(targets):
             return [*commands, self._finish(end)]
         return commands + self._advance()
@@ -292,7 +316,7 @@ class Policy:
         commands: list[Command] = []
         while not self.finished and self._fed < len(self._tokens):
             prefilling = self._fed < self._prompt
-            window = self._prefill_in_flight if prefilling else self.schedule.in_flight
+            window = self._prefill_in_flight if prefilling else self._active.in_flight
             if not self._open_rows and len(self._blocks) >= window:
                 break
             commands.append(self._feed_prompt() if prefilling else self._feed_row())
@@ -312,7 +336,7 @@ class Policy:
             block=position,
             judge=int(last),
             ship=True,
-            draft=last and self.schedule.in_flight > 1 and self._feedable(end),
+            draft=last and self._active.in_flight > 1 and self._feedable(end),
         )
 
     def _feed_row(self) -> Feed:
@@ -321,7 +345,7 @@ class Policy:
         self._open_rows += 1
         rows, block = self._open_rows, position - self._open_rows + 1
         followed = self._feedable(position + 1)
-        ship = rows == self.schedule.block or not followed
+        ship = rows >= self._active.block or not followed  # a pause may find more rows than one
         if ship:
             self._blocks.append((block, rows))
             self._open_rows = 0
@@ -332,7 +356,7 @@ class Policy:
             block=block,
             judge=rows,
             ship=ship,
-            draft=followed and (not ship or self.schedule.in_flight > 1),
+            draft=followed and (not ship or self._active.in_flight > 1),
         )
 
     def _feedable(self, position: int) -> bool:

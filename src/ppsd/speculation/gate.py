@@ -1,0 +1,193 @@
+"""The goodput gate: pauses speculation while it does not pay, and tries it again later.
+
+A pure object beside the policy: time is an argument, so the engine (wall clock) and the simulator
+(virtual clock) drive the same one. It sees no tokens. What it compares is the time per committed
+token while speculating with that of plain decoding, A, on the same workers:
+
+* A is measured in pauses, from tokens that entered an empty pipeline. Until then the latency after
+  a miss stands for it: A is that latency less the wait for stage 0, at least ``SURE`` of it. So
+  where drafts are clearly good, no pause is needed to measure A.
+* Speculation is paused once it has lost more than one perfect step would gain, so the proof costs
+  no more than it may be worth (as in ski rental); less is enough as evidence grows to ``WINDOW``.
+* A pause begins with ``PROBE`` plain tokens. If they show that nothing was lost, it is over.
+* Pauses double while retries fail, up to the length at which retries lose ``BUDGET`` of the time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import NamedTuple
+
+from ppsd.speculation.policy import Policy, Schedule
+
+WINDOW, KEPT = 32, 8  # verdicts that count, and those of a request that count in the next one
+SAMPLES, PROBE = 16, 3  # plain tokens that count, and those that are enough to decide
+CLIP = 3.0  # what took longer than so many usual times was a disturbance, and is cut to that
+SURE = 0.8  # A over the latency after a miss, at least
+NO_MISS = 256  # verdicts without a miss, hence without a bound on A, after which it is measured
+RECHECKS = ((0.95, 64), (0.7, 1024))  # where speculation takes more than (share of A), A may be
+# (tokens) old; the first doubles each time it turns out right
+FIRST, SHORTEST = 20, 32  # a pause's tokens: for each token lost, and at least
+BUDGET = 0.005  # share of the time that retries may lose
+
+
+class Step(NamedTuple):
+    """From one verdict to the next: seconds, tokens committed, whether it began empty."""
+
+    seconds: float
+    tokens: int
+    fresh: bool
+
+
+@dataclass
+class Switches:
+    """What the gate did in one request: ``(time, paused)`` of every switch, and counts."""
+
+    pauses: int = 0
+    paused_tokens: int = 0
+    times: list[tuple[float, bool]] = field(default_factory=list)
+
+    def pauses_until(self, end: float) -> list[tuple[float, float]]:
+        """Return from when to when speculation was paused, in a request that ended at ``end``."""
+        ends = [time for time, paused in self.times if not paused]
+        starts = [time for time, paused in self.times if paused]
+        return list(zip(starts, [*ends, end], strict=False))
+
+
+class Gate:
+    """Decides for one schedule on one set of workers; what it learns outlives a request.
+
+    ``begin`` before a request starts, ``watch`` after each verdict that the policy has taken.
+    Times are seconds of any clock that only goes forward.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.plain: float | None = None  # A
+        self.switches = Switches()
+        self._long = schedule.block > 1
+        self._perfect = schedule.block - 1 / schedule.in_flight  # gain of a step, plain tokens
+        self._steps: deque[Step] = deque(maxlen=WINDOW)
+        self._latency: float | None = None  # after a miss
+        self._samples: deque[float] = deque(maxlen=SAMPLES)
+        self._age = 0  # tokens since the last of them
+        self._trust = RECHECKS[0][1]  # how old A may be where the margin is thin
+        self.paused = self._long  # a long block's latency says little of A: it is measured first
+        self._probing = self._long
+        self._length = self._left = 0  # tokens of this pause, in all and to come
+        self._failed = 0  # pauses in a row
+        self._emitted = 0
+        self._last: tuple[float, bool, bool] | None = None  # verdict's time; paused, empty then
+
+    def begin(self, policy: Policy, now: float) -> None:
+        """Start with a new request; a new text is worth a retry after half the pause."""
+        self.switches = Switches()
+        self._emitted, self._last = 0, None
+        while len(self._steps) > KEPT:
+            self._steps.popleft()
+        self._left -= self._length // 2
+        if self.paused and (self._probing or self._left > 0):
+            self._switch(policy, now, paused=True)
+        elif self.paused:
+            self.paused = False
+            self._steps.clear()
+
+    def watch(self, policy: Policy, now: float) -> None:
+        """Take the time of a verdict that ``policy`` has acted upon; pause or resume it."""
+        tokens = policy.emitted - self._emitted
+        if not tokens or policy.finished:
+            return
+        self._emitted += tokens
+        last, self._last = self._last, (now, self.paused, policy.restarted)
+        if last is not None:
+            time, was_paused, empty = last
+            self._measure(Step(now - time, tokens, empty), was_paused)
+        if self.paused:
+            self.switches.paused_tokens += tokens
+            self._left -= tokens
+            if self._pause_is_over():
+                self._switch(policy, now, paused=False)
+        elif self._loses() or self._doubtful():
+            self._probing = True
+            self._samples.clear()
+            self._switch(policy, now, paused=True)
+
+    def _switch(self, policy: Policy, now: float, *, paused: bool) -> None:
+        self.paused = paused
+        self.switches.pauses += paused
+        self.switches.times.append((now, paused))
+        (policy.pause if paused else policy.resume)()
+
+    def _measure(self, step: Step, was_paused: bool) -> None:
+        self._age += step.tokens
+        if not was_paused:
+            self._steps.append(step)
+            if not self._long and (fresh := self._fresh()):
+                self._latency = median(fresh)
+        elif step.fresh:
+            self._age = 0
+            self._samples.append(step.seconds)
+            most = CLIP * median(self._samples)
+            self.plain = fmean(min(sample, most) for sample in self._samples)
+
+    def _fresh(self) -> list[float]:
+        return [step.seconds for step in self._steps if step.fresh]
+
+    def _reference(self) -> float | None:
+        """A, as far as it is known: never above the latency seen lately, which also ages less."""
+        if self._latency is None or self.plain is None:
+            return self.plain if self._latency is None else SURE * self._latency
+        return min(self.plain, self._latency) if self._fresh() else self.plain
+
+    def _share(self, plain: float) -> float:
+        """Return the time per token while speculating over ``plain``."""
+        most = CLIP * max(plain, median(step.seconds for step in self._steps))
+        return sum(min(step.seconds, most) for step in self._steps) / (plain * self._tokens())
+
+    def _tokens(self) -> int:
+        return sum(step.tokens for step in self._steps)
+
+    def _loses(self) -> bool:
+        plain, seen = self._reference(), len(self._steps)
+        if plain is None or not seen:
+            return False
+        return self._lost(plain) > self._perfect * (1 - seen / WINDOW)
+
+    def _lost(self, plain: float) -> float:
+        """Return what speculation has cost, in plain tokens."""
+        return (self._share(plain) - 1) * self._tokens()
+
+    def _doubtful(self) -> bool:
+        """Whether A is to be measured though speculation seems to pay."""
+        if self.plain is None:
+            return self._latency is None and self._age >= NO_MISS
+        if len(self._steps) < KEPT:
+            return False
+        share = self._share(self._reference() or self.plain)
+        (thin, _), (clear, late) = RECHECKS
+        return share > clear and self._age > (self._trust if share > thin else late)
+
+    def _pause_is_over(self) -> bool:
+        if self._probing and len(self._samples) < PROBE:
+            return False
+        if self._probing:
+            self._probing = False
+            return not self._stays()
+        if self._left <= 0:
+            self._steps.clear()
+        return self._left <= 0
+
+    def _stays(self) -> bool:
+        """Decide, with A just measured, whether to stay paused and for how long."""
+        if not self._loses():
+            self._failed = 0
+            self._trust = min(2 * self._trust, RECHECKS[1][1])
+            return False
+        lost = self._lost(self._reference() or 0)
+        longest = max(SHORTEST, round(lost / BUDGET))
+        self._length = min(max(SHORTEST, round(lost * FIRST)) << self._failed, longest)
+        self._left = self._length
+        self._failed += 1
+        self._trust = RECHECKS[0][1]
+        return True
