@@ -119,6 +119,16 @@ def test_what_makes_no_sense_is_refused(tiny_model, arguments, cause) -> None:
     assert str(error).startswith(cause)
 
 
+def test_all_modes_run_where_ppsd_would_be_cut(tiny_model, tmp_path) -> None:
+    """Draft-then-verify alone would cut this model after its first layer."""
+    flags = ["--model", tiny_model(), "--dtype", "float64", "--stages", 3, "--transport"]
+    short = ["inprocess", "--tokens", 4, "--repeats", 1, "--alphas", 1, "--json"]
+    verbs = ("efficiency", "predict")
+    one, two = [json.loads(bench(verb, *flags, *short).stdout)["bounds"] for verb in verbs]
+    assert one == two
+    assert one[1] > 1
+
+
 def test_predict_sets_its_own_window(tiny_model) -> None:
     error = bench("predict", "--model", tiny_model(), "--in-flight", 3).exception
     assert isinstance(error, ConfigError)

@@ -121,6 +121,20 @@ def _check_out(out: Path | None) -> None:
         raise ConfigError("out", str(out), "a file in a directory that exists")
 
 
+def _decided(pipeline: PipelineOptions, block: int) -> PipelineOptions:
+    """All modes run where ``ppsd`` would be cut, with room for blocks of ``block`` rows."""
+    from ppsd.config import EngineConfig
+    from ppsd.engine.build import plan_layout
+    from ppsd.model.source import resolve_model
+
+    wanted = dataclasses.replace(pipeline, head="none", mode="ppsd", block=None)
+    config = EngineConfig(**wanted.settings())
+    _, layout, _ = plan_layout(config, resolve_model(config.model))
+    split = ",".join(map(str, layout.bounds[1:-1]))
+    mode = "ppsd" if block == 1 else "draft-then-verify"
+    return dataclasses.replace(wanted, mode=mode, block=block, plan="off", split=split)
+
+
 @contextmanager
 def _measured(
     verb: str,
@@ -132,12 +146,10 @@ def _measured(
     """Open the pipeline, run what is not measured yet, and give all measurements."""
     _check_out(options.out)
     tasks = options.tasks()
-    mode = "ppsd" if block == 1 else "draft-then-verify"
-    changed = dataclasses.replace(pipeline, head="none", mode=mode, block=block)
     from ppsd.bench import oracle, runner
     from ppsd.bench.provenance import provenance
 
-    with open_llm(changed, trace=True, drafter=oracle.placeholder()) as llm:
+    with open_llm(_decided(pipeline, block), trace=True, drafter=oracle.placeholder()) as llm:
         config = llm.config
         settings = {
             "verb": verb,
