@@ -76,13 +76,18 @@ def bench_efficiency(pipeline: PipelineOptions, options: BenchOptions) -> None:
     _check(pipeline, ("mode", "block", "head"))
     variants = efficiency.variants(options.rates(efficiency.ALPHAS), pipeline.in_flight)
     with _measured("efficiency", pipeline, options, variants, block=1) as (llm, results):
-        rows = efficiency.summarize(results, [v.name for v in variants if v.alpha is not None])
+        fast = [v for v in variants if v.alpha is not None]
+        rows = efficiency.summarize(results, [v.name for v in fast if not v.gate])
+        gated = efficiency.gated_speedups(results, [v.name for v in fast if v.gate])
         plain = efficiency.plain_summary(results)
         if options.as_json:
-            record = {"plain": plain, "rows": [asdict(row) for row in rows]}
+            speedups = {name: asdict(speedup) for name, speedup in gated.items()}
+            record = {"plain": plain, "rows": [asdict(row) for row in rows], "gated": speedups}
             print(json.dumps(_record(llm, results) | record, indent=1))
         else:
             _show_efficiency(_label(llm, results), plain, rows)
+            for name, speedup in gated.items():
+                print(f"{name}: {_number(speedup.median)} × plain ({_quartiles(speedup)})")
 
 
 @app.command("predict")
