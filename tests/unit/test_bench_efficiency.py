@@ -81,6 +81,8 @@ def test_rows_are_medians_and_budgets_means_over_repeats() -> None:
     [row] = efficiency.summarize(results, ["ppsd α=0.8", "ppsd α=1"])
     assert (row.variant, row.speedup.median, row.speedup.count) == ("ppsd α=0.8", 12 / 9.5, 3)
     assert row.token_time == pytest.approx(sum(row.budget.values())) == pytest.approx(9.5)
+    gated = efficiency.gated_speedups(results, ["ppsd α=0.8", "ppsd gated α=0"])
+    assert gated == {"ppsd α=0.8": row.speedup}
     summary = efficiency.plain_summary(results)
     assert summary["token_time"]["median"] == 12
     assert [times["median"] for times in summary["stage_times"]] == [4, 6]
@@ -139,6 +141,11 @@ def test_variants_and_their_names() -> None:
         "plain",
         "ppsd α=1",
         "ppsd α=0.4",
+    ]
+    assert [v.name for v in efficiency.variants((0.4, 0.2), None)[1:]] == [
+        "ppsd α=0.4",
+        "ppsd α=0.2",
+        "ppsd gated α=0.2",
     ]
     assert efficiency.variants((1.0,), 5)[1] == Variant("ppsd", in_flight=5, alpha=1.0)
     assert [v.name for v in predict.variants((0.5,), 3)] == [

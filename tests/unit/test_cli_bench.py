@@ -119,6 +119,28 @@ def test_what_makes_no_sense_is_refused(tiny_model, arguments, cause) -> None:
     assert str(error).startswith(cause)
 
 
+def test_the_gate_is_off_but_where_it_is_measured(small, tmp_path) -> None:
+    out = tmp_path / "m.jsonl"
+    record = json.loads(
+        bench("efficiency", *small, "--alphas", "1,0", "--json", "--out", out).stdout
+    )
+    assert [row["variant"] for row in record["rows"]] == ["ppsd α=1", "ppsd α=0"]
+    assert list(record["gated"]) == ["ppsd gated α=0"]
+    measured = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+    pauses = {m["variant"]: m["details"]["pauses"] for m in measured}
+    assert {name for name, count in pauses.items() if count is not None} == {"ppsd gated α=0"}
+
+
+def test_all_modes_run_where_ppsd_would_be_cut(tiny_model, tmp_path) -> None:
+    """Draft-then-verify alone would cut this model after its first layer."""
+    flags = ["--model", tiny_model(), "--dtype", "float64", "--stages", 3, "--transport"]
+    short = ["inprocess", "--tokens", 4, "--repeats", 1, "--alphas", 1, "--json"]
+    verbs = ("efficiency", "predict")
+    one, two = [json.loads(bench(verb, *flags, *short).stdout)["bounds"] for verb in verbs]
+    assert one == two
+    assert one[1] > 1
+
+
 def test_predict_sets_its_own_window(tiny_model) -> None:
     error = bench("predict", "--model", tiny_model(), "--in-flight", 3).exception
     assert isinstance(error, ConfigError)

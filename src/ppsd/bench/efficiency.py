@@ -7,14 +7,15 @@ compared with the plain request of the same repeat on the same task and workers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ppsd.bench.oracle import PLAIN, Variant
 from ppsd.bench.runner import Measurement, Results, Spread, pairs, spread
 from ppsd.errors import PpsdError
 
-ALPHAS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.0)
+ALPHAS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
+GATED = 0.2  # up to this α PPSD runs a second time, with the gate that keeps it from being slower
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,19 @@ class Efficiency:
 
 
 def variants(alphas: Sequence[float], in_flight: int | None = None) -> list[Variant]:
-    """Plain decoding and PPSD at each α."""
-    return [Variant("autoregressive")] + [
-        Variant("ppsd", in_flight=in_flight, alpha=alpha) for alpha in alphas
-    ]
+    """Plain decoding, PPSD at each α, and with the gate at those where it may have to pause."""
+    fast = [Variant("ppsd", in_flight=in_flight, alpha=alpha) for alpha in alphas]
+    gated = [replace(variant, gate=True) for variant in fast if (variant.alpha or 0) <= GATED]
+    return [Variant("autoregressive"), *fast, *gated]
+
+
+def gated_speedups(results: Results, names: Sequence[str]) -> dict[str, Spread]:
+    """Speedup over plain decoding of these variants, whose α means nothing while they pause."""
+    found = {
+        name: [plain.token_time / fast.token_time for fast, plain in pairs(results, name, PLAIN)]
+        for name in names
+    }
+    return {name: spread(speedups) for name, speedups in found.items() if speedups}
 
 
 def alone(plain: Measurement) -> list[float]:

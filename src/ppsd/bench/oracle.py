@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ppsd.bench.runner import Cell, Measurement
 from ppsd.bench.timeline import Timeline, block_times
@@ -23,17 +24,19 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Variant:
-    """A mode, and the acceptance rate of its oracle's drafts."""
+    """A mode, the acceptance rate of its oracle's drafts, and whether the gate may pause it."""
 
     mode: str
     block: int | None = None
     in_flight: int | None = None
     alpha: float | None = None
+    gate: bool = False
 
     @property
     def name(self) -> str:
         """What measurements of it are called."""
-        return PLAIN if self.alpha is None else f"{self.mode} α={self.alpha:g}"
+        gated = " gated" if self.gate else ""
+        return PLAIN if self.alpha is None else f"{self.mode}{gated} α={self.alpha:g}"
 
 
 def placeholder() -> OracleDrafter:
@@ -76,7 +79,8 @@ class OracleBench:
         if not equal and self._llm.config.schedule.block == 1:
             raise PpsdError(f"{cell.variant} on task {cell.task} differs from plain decoding")
         stats = completion.stats
-        details = {"equal": equal, "overruns": stats.overruns, "blocks": stats.decode_blocks}
+        details: dict[str, Any] = {"equal": equal, "overruns": stats.overruns}
+        details |= {"blocks": stats.decode_blocks, "pauses": stats.gate and stats.gate.pauses}
         return Measurement(
             *cell,
             tokens=len(tokens) - 1,
@@ -89,7 +93,7 @@ class OracleBench:
 
     def _timed(self, prompt: list[int], variant: Variant) -> tuple[list[int], int, int, Completion]:
         """The tokens, and when the first and the last of them came (ns)."""
-        self._llm.use(variant.mode, variant.block, variant.in_flight)
+        self._llm.use(variant.mode, variant.block, variant.in_flight, variant.gate)
         stream = self._llm.stream(prompt, self._params)
         first = end = 0
         while True:

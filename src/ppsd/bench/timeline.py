@@ -187,8 +187,6 @@ class Timeline:
         judged = self._done[self._last]
         if (room := judged.get((epoch, row - self._in_flight))) is not None:
             yield room
-        if (epoch, row - 1) in self._done[0] and self._in_flight > 1:
-            return
         known = [p for (e, r), p in judged.items() if p.position < row <= r + 1 and e <= epoch]
         if known:
             yield max(known, key=lambda p: p.epoch)

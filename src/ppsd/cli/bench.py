@@ -76,13 +76,18 @@ def bench_efficiency(pipeline: PipelineOptions, options: BenchOptions) -> None:
     _check(pipeline, ("mode", "block", "head"))
     variants = efficiency.variants(options.rates(efficiency.ALPHAS), pipeline.in_flight)
     with _measured("efficiency", pipeline, options, variants, block=1) as (llm, results):
-        rows = efficiency.summarize(results, [v.name for v in variants if v.alpha is not None])
+        fast = [v for v in variants if v.alpha is not None]
+        rows = efficiency.summarize(results, [v.name for v in fast if not v.gate])
+        gated = efficiency.gated_speedups(results, [v.name for v in fast if v.gate])
         plain = efficiency.plain_summary(results)
         if options.as_json:
-            record = {"plain": plain, "rows": [asdict(row) for row in rows]}
+            speedups = {name: asdict(speedup) for name, speedup in gated.items()}
+            record = {"plain": plain, "rows": [asdict(row) for row in rows], "gated": speedups}
             print(json.dumps(_record(llm, results) | record, indent=1))
         else:
             _show_efficiency(_label(llm, results), plain, rows)
+            for name, speedup in gated.items():
+                print(f"{name}: {_number(speedup.median)} × plain ({_quartiles(speedup)})")
 
 
 @app.command("predict")
@@ -121,6 +126,20 @@ def _check_out(out: Path | None) -> None:
         raise ConfigError("out", str(out), "a file in a directory that exists")
 
 
+def _decided(pipeline: PipelineOptions, block: int) -> PipelineOptions:
+    """All modes run where ``ppsd`` would be cut, with room for blocks of ``block`` rows."""
+    from ppsd.config import EngineConfig
+    from ppsd.engine.build import plan_layout
+    from ppsd.model.source import resolve_model
+
+    wanted = dataclasses.replace(pipeline, head="none", mode="ppsd", block=None)
+    config = EngineConfig(**wanted.settings())
+    _, layout, _ = plan_layout(config, resolve_model(config.model))
+    split = ",".join(map(str, layout.bounds[1:-1]))
+    mode = "ppsd" if block == 1 else "draft-then-verify"
+    return dataclasses.replace(wanted, mode=mode, block=block, plan="off", split=split)
+
+
 @contextmanager
 def _measured(
     verb: str,
@@ -132,12 +151,10 @@ def _measured(
     """Open the pipeline, run what is not measured yet, and give all measurements."""
     _check_out(options.out)
     tasks = options.tasks()
-    mode = "ppsd" if block == 1 else "draft-then-verify"
-    changed = dataclasses.replace(pipeline, head="none", mode=mode, block=block)
     from ppsd.bench import oracle, runner
     from ppsd.bench.provenance import provenance
 
-    with open_llm(changed, trace=True, drafter=oracle.placeholder()) as llm:
+    with open_llm(_decided(pipeline, block), trace=True, drafter=oracle.placeholder()) as llm:
         config = llm.config
         settings = {
             "verb": verb,

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -158,11 +159,18 @@ class LLM:
         self._drafts = self._pipeline.drafter is not None
         self.use(self.config.mode, self.config.block, self.config.in_flight)
 
-    def use(self, mode: str, block: int | None = None, in_flight: int | None = None) -> None:
-        """Decode the next requests in another mode on the same workers."""
+    def use(
+        self,
+        mode: str,
+        block: int | None = None,
+        in_flight: int | None = None,
+        gate: bool | None = None,
+    ) -> None:
+        """Decode the next requests in another mode on the same workers; gate None: as before."""
         self._check_idle()
         schedule_for(mode, self.layout.stages, block, in_flight)  # refuses ``auto``
-        config = self.config.replaced(mode=mode, block=block, in_flight=in_flight)
+        gate = self.config.gate if gate is None else gate
+        config = self.config.replaced(mode=mode, block=block, in_flight=in_flight, gate=gate)
         schedule, largest = config.schedule, self._largest
         if schedule.block > largest.block or schedule.in_flight > max(
             largest.in_flight, self.layout.stages
@@ -380,12 +388,7 @@ def _checked_message(message: object) -> dict[str, str]:
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def collect_logits() -> tuple[LogitsSink, dict[int, torch.Tensor]]:
