@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from ppsd import LLM, SamplingParams
 from ppsd.config import EngineConfig
 from ppsd.engine.choose import choose
+from ppsd.engine.drafter import OracleDrafter
 from ppsd.model import head_library
 from ppsd.model.exit_head import CONFIG_FILE, HeadConfig, save_head
 from ppsd.model.head_library import find_heads, suitable
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
+from ppsd.speculation.policy import Schedule
+from tests.support.tiny_models import save_perfect_head
 
 
 @pytest.fixture
@@ -84,3 +88,57 @@ def test_a_head_that_no_split_suits_is_passed_over(tmp_path: Path, spec: ModelSp
 def test_without_a_head_decoding_is_plain(spec: ModelSpec) -> None:
     config = chosen(spec, block=1, in_flight=2)
     assert (config.head, config.mode) == ("none", "autoregressive")
+
+
+def test_a_head_that_will_not_pay_is_loaded_for_a_change_of_mode(
+    tmp_path: Path, spec: ModelSpec
+) -> None:
+    put(tmp_path / "local" / "poor", 2, 0.01)
+    choice = choose(EngineConfig(head="auto"), spec, "mark")
+    config = choice.config
+    assert (config.mode, Path(config.head).name, config.split) == ("autoregressive", "poor", (2,))
+    assert "plain decoding: exit 2 at α 0.01 is predicted 1.0" in choice.reason
+    asked = choose(EngineConfig(head="auto", mode="ppsd"), spec, "mark")
+    assert asked.config.mode == "ppsd"
+    assert "speculation will not pay" in asked.reason
+
+
+def test_without_plan_a_head_is_used_whether_it_pays_or_not(
+    tmp_path: Path, spec: ModelSpec
+) -> None:
+    put(tmp_path / "local" / "poor", 2, 0.01)
+    choice = choose(EngineConfig(head="auto", plan="off"), spec, "mark")
+    assert (choice.config.mode, choice.config.schedule) == ("ppsd", Schedule(1, 2))
+    assert choice.reason == ""
+
+
+def test_a_planned_llm_changes_modes(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Stages in one process take turns, so the plan is plain decoding; the head is there."""
+    model = tiny_model("llama")
+    save_perfect_head(tmp_path / "local" / "perfect", model, 3)
+    settings = {"head": "auto", "dtype": "float64", "transport": "inprocess"}
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    with LLM(str(model), **settings) as llm:  # type: ignore[arg-type]
+        assert llm.config.mode == "autoregressive"
+        assert llm.layout.bounds == (0, 3, 6)
+        plain = llm.run([5, 7], params)
+        llm.use("ppsd")
+        fast = llm.run([5, 7], params)
+    assert fast.token_ids == plain.token_ids
+    assert fast.stats.counts.accepted == fast.stats.counts.judged > 0
+
+
+def test_an_own_drafter_needs_no_head(tiny_model: Callable[[str], Path]) -> None:
+    oracle = OracleDrafter([5] * 40, 1.0, 290)
+    with LLM(str(tiny_model("llama")), drafter=oracle, head="none", transport="inprocess") as llm:
+        assert (llm.config.mode, llm.config.schedule) == ("ppsd", Schedule(1, 2))
+
+
+def test_more_stages_than_cores_are_expected_to_take_turns(
+    tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "local" / "good", 2, 0.95)
+    monkeypatch.setattr("ppsd.engine.choose.available_cores", lambda: [0, 1, 2])
+    assert chosen(spec, stages=3, threads_per_stage=1).mode == "ppsd"
+    monkeypatch.setattr("ppsd.engine.choose.available_cores", lambda: [0])
+    assert chosen(spec, stages=3, threads_per_stage=1).mode == "autoregressive"

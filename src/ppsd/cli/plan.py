@@ -224,10 +224,10 @@ def _verdict(plans: Sequence[Plan]) -> str:
             "No head, no speculation: train one with ppsd distill, or give --alpha EXIT:α,… to "
             "see what one would bring."
         )
-    if drafting.speedup <= 1:
+    if not drafting.pays:
         return f"Speculation will not pay: the best is {drafting.speedup:.2f} times plain decoding."
     text = f"Best: {_words(exact)}, {exact.speedup:.2f} times plain decoding, bit for bit the same."
-    if exact.speedup <= 1:
+    if not exact.pays:
         text = f"Speculation with bitwise equal output will not pay ({exact.speedup:.2f} times)."
     if not drafting.bitwise:
         text += f" Faster, equal up to rounding: {_words(drafting)}, {drafting.speedup:.2f} times."

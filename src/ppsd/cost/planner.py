@@ -25,6 +25,7 @@ TYPICAL_CONTEXT = 256  # positions already cached, unless a problem says otherwi
 ASSUMED_ALPHA = 0.5  # of a trained head whose acceptance nobody measured
 UNTRAINED_ALPHA = 0.05  # of the model's own norm and LM head; 4 to 10 % were measured
 MESSAGE_BYTES = 72  # header and token id of a block of one row
+LEAST_GAIN = 1.02  # predictions are off by about as much: what promises less does not pay
 RELATIVE_TIE = 1e-9  # token times closer than this are equal
 
 
@@ -113,6 +114,11 @@ class Plan:
     def speedup(self) -> float:
         """Predicted speed relative to plain decoding."""
         return self.plain_time / self.token_time
+
+    @property
+    def pays(self) -> bool:
+        """Whether speculation promises more than predictions may be wrong."""
+        return self.speedup >= LEAST_GAIN
 
     @property
     def limit(self) -> float:

@@ -78,7 +78,8 @@ def choose(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> Choice:
     if config.head == "auto" and drafting is None:
         return choose(_plain(config), spec, fingerprint)
     plain = next((plan for plan in plans if not plan.exit), None)
-    best = {"auto": plans[0] if plans else None, "autoregressive": plain}.get(mode, drafting)
+    faster = drafting if drafting and drafting.pays else plain
+    best = {"auto": faster, "autoregressive": plain}.get(mode, drafting)
     if config.stages == 1:
         best = plain
     if best is None:
@@ -270,7 +271,7 @@ def _reason(
     if best.exit is not None:
         window = f"m={best.schedule.block}, w={best.schedule.in_flight}"
         what = f"exit {bounds[1]}, {config.mode}, {window}: predicted {best.speedup:.2f}× plain"
-        warning = "" if best.speedup > 1 else "; speculation will not pay"
+        warning = "" if best.pays else "; speculation will not pay"
         return f"plan: {stages}, {what} at α {best.exit.alpha:.2f}{warning} ({origin})"
     if drafting is None or drafting.exit is None or config.mode != "autoregressive":
         return f"plan: {stages}, plain decoding ({origin})"
