@@ -31,7 +31,9 @@ def bench(*arguments: object) -> Result:
 @pytest.mark.parametrize("verb", ["efficiency", "predict"])
 def test_flags_are_frozen_and_explained(verb) -> None:
     parameters = [p for p in GROUP.commands[verb].params if p.name != "help"]
-    assert sorted(n for p in parameters for n in p.opts) == sorted(f"{PIPELINE} {FLAGS}".split())
+    own = " --gated" if verb == "efficiency" else ""
+    names = sorted(n for p in parameters for n in p.opts)
+    assert names == sorted(f"{PIPELINE} {FLAGS}{own}".split())
     assert all(p.help.endswith((".", "…")) for p in parameters)
 
 
@@ -55,6 +57,15 @@ def test_efficiency_as_json(small, tmp_path, transport) -> None:
     assert record["rows"][0]["alpha"]["median"] == 1
     assert all(times["median"] >= 0.003 for times in record["plain"]["stage_times"])
     assert len(out.read_text().splitlines()) == 1 + 2 * 3
+
+
+def test_the_gate_is_off_unless_asked_for(small, tmp_path) -> None:
+    for flags, gate in ([], False), (["--gated"], True):
+        out = tmp_path / f"{gate}.jsonl"
+        result = bench("efficiency", *small, *flags, "--json", "--out", out)
+        record = json.loads(result.stdout)
+        assert record["provenance"][0]["config"]["gate"] is gate
+    assert "gate must be left out" in bench("efficiency", *small, "--no-gate").output
 
 
 def test_a_finished_file_is_shown_again_and_more_repeats_are_added(small, tmp_path) -> None:

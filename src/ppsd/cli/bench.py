@@ -69,13 +69,20 @@ class BenchOptions:
 
 @app.command("efficiency")
 @grouped
-def bench_efficiency(pipeline: PipelineOptions, options: BenchOptions) -> None:
+def bench_efficiency(
+    pipeline: PipelineOptions,
+    options: BenchOptions,
+    gated: Annotated[
+        bool, _bench("With the goodput gate, new to every request.", "--gated")
+    ] = False,
+) -> None:
     """Compare PPSD's speedup over plain decoding with theory, and say where the rest goes."""
     from ppsd.bench import efficiency
 
-    _check(pipeline, ("mode", "block", "head"))
+    _check(pipeline, ("mode", "block", "head", "gate"))
     variants = efficiency.variants(options.rates(efficiency.ALPHAS), pipeline.in_flight)
-    with _measured("efficiency", pipeline, options, variants, block=1) as (llm, results):
+    opened = dataclasses.replace(pipeline, gate=gated)
+    with _measured("efficiency", opened, options, variants, block=1) as (llm, results):
         rows = efficiency.summarize(results, [v.name for v in variants if v.alpha is not None])
         plain = efficiency.plain_summary(results)
         if options.as_json:
@@ -92,10 +99,11 @@ def bench_predict(pipeline: PipelineOptions, options: BenchOptions) -> None:
     from ppsd.bench import predict
     from ppsd.speculation.policy import DEFAULT_BLOCK, schedule_for
 
-    _check(pipeline, ("mode", "in_flight", "head"))
+    _check(pipeline, ("mode", "in_flight", "head", "gate"))
     block = pipeline.block or DEFAULT_BLOCK
     variants = predict.variants(options.rates(predict.ALPHAS), block)
-    with _measured("predict", pipeline, options, variants, block) as (llm, results):
+    opened = dataclasses.replace(pipeline, gate=False)
+    with _measured("predict", opened, options, variants, block) as (llm, results):
         stages = llm.layout.stages
         schedules = {v.name: schedule_for(v.mode, stages, v.block, v.in_flight) for v in variants}
         rows = predict.summarize(results, schedules, predict.shape_of(llm.layout, llm.config))

@@ -156,6 +156,7 @@ class LLM:
         self._check_idle()
         self._pipeline.drafter = self._head if drafter is None else drafter
         self._drafts = self._pipeline.drafter is not None
+        self._gates.clear()  # of other drafts they know nothing
         self.use(self.config.mode, self.config.block, self.config.in_flight)
 
     def use(self, mode: str, block: int | None = None, in_flight: int | None = None) -> None:
