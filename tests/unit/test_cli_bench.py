@@ -65,7 +65,8 @@ def test_the_gate_is_off_unless_asked_for(small, tmp_path) -> None:
         result = bench("efficiency", *small, *flags, "--json", "--out", out)
         record = json.loads(result.stdout)
         assert record["provenance"][0]["config"]["gate"] is gate
-    assert "gate must be left out" in bench("efficiency", *small, "--no-gate").output
+    refused = bench("efficiency", *small, "--no-gate")
+    assert "gate must be left out" in str(refused.exception)
 
 
 def test_a_finished_file_is_shown_again_and_more_repeats_are_added(small, tmp_path) -> None:
