@@ -241,6 +241,7 @@ def _decode(
             dtype=result["dtype"],
             devices=(result["device"],),
             max_context=teacher.encoding.max_length,
+            gate=False,  # a pause would leave drafts out of the count
         ) as llm:
             those = [answers[i] for i in chosen], [outcomes[c.label][i] for i in chosen]
             result["heads"][c.label]["decoded"] = decode(llm, *those, subject.params())

@@ -73,7 +73,7 @@ def bench_efficiency(pipeline: PipelineOptions, options: BenchOptions) -> None:
     """Compare PPSD's speedup over plain decoding with theory, and say where the rest goes."""
     from ppsd.bench import efficiency
 
-    _check(pipeline, ("mode", "block", "head"))
+    _check(pipeline, ("mode", "block", "head", "gate"))
     variants = efficiency.variants(options.rates(efficiency.ALPHAS), pipeline.in_flight)
     with _measured("efficiency", pipeline, options, variants, block=1) as (llm, results):
         fast = [v for v in variants if v.alpha is not None]
@@ -97,7 +97,7 @@ def bench_predict(pipeline: PipelineOptions, options: BenchOptions) -> None:
     from ppsd.bench import predict
     from ppsd.speculation.policy import DEFAULT_BLOCK, schedule_for
 
-    _check(pipeline, ("mode", "in_flight", "head"))
+    _check(pipeline, ("mode", "in_flight", "head", "gate"))
     block = pipeline.block or DEFAULT_BLOCK
     variants = predict.variants(options.rates(predict.ALPHAS), block)
     with _measured("predict", pipeline, options, variants, block) as (llm, results):

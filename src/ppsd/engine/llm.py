@@ -157,6 +157,7 @@ class LLM:
         self._check_idle()
         self._pipeline.drafter = self._head if drafter is None else drafter
         self._drafts = self._pipeline.drafter is not None
+        self._gates.clear()  # of other drafts they know nothing
         self.use(self.config.mode, self.config.block, self.config.in_flight)
 
     def use(

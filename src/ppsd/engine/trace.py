@@ -50,6 +50,7 @@ class TraceLog:
     def take(self) -> list[list[Piece]]:
         """Return the slices so far by rank, in order of time, and forget them."""
         lanes, self._lanes = self._lanes, {}
+        self._pauses.clear()
         return [sorted(lanes[rank]) for rank in sorted(lanes)]
 
     def write(self, path: Path, bounds: tuple[int, ...]) -> None:
