@@ -38,7 +38,7 @@ class EngineConfig:
     stages: int = 2
     split: tuple[int, ...] | None = None
     exit_layer: int | None = None
-    head: str = "untrained"
+    head: str = "auto"
     mode: str = "auto"
     block: int | None = None
     in_flight: int | None = None

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, Qwen3Config
 
 from ppsd.model import layers
@@ -180,15 +181,21 @@ def test_a_row_does_not_depend_on_later_rows(spec) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [layers.WIDEN_ROWS - 1, layers.WIDEN_ROWS, 9])
-def test_widened_products_are_the_float32_products_rounded_once(monkeypatch, dtype, rows) -> None:
+@pytest.mark.parametrize("at_once", [7, 20])
+def test_widened_products_are_the_float32_products_rounded_once(
+    monkeypatch, dtype, rows, at_once
+) -> None:
     monkeypatch.setattr(layers, "_NATIVE", {dtype: False})
+    monkeypatch.setattr(layers, "WIDEN_AT_ONCE", at_once)
     x, weight, bias = rand(rows, 24, dtype=dtype), rand(20, 24, dtype=dtype), rand(20, dtype=dtype)
     exact = x.double() @ weight.double().T + bias.double()
     got = linear(x, weight, bias)
     assert got.dtype == dtype
     if rows >= layers.WIDEN_ROWS:
-        wide = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
-        assert torch.equal(got, wide.to(dtype))
+        parts = [slice(i, i + at_once) for i in range(0, 20, at_once)]
+        wide = [F.linear(x.float(), weight[p].float(), bias[p].float()) for p in parts]
+        assert torch.equal(got, torch.cat(wide, 1).to(dtype))
+        assert torch.equal(linear(x, weight), torch.cat([linear(x, weight[p]) for p in parts], 1))
     torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-2)
 
 

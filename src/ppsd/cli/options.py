@@ -54,7 +54,7 @@ class PipelineOptions:
         str,
         _pipeline("Exit head: a directory, 'auto' (the best found), 'untrained' or 'none'.",
                   metavar="HEAD"),
-    ] = "untrained"  # fmt: skip
+    ] = "auto"  # fmt: skip
     mode: Annotated[
         str,
         _pipeline("auto, autoregressive, draft-then-verify or ppsd.", metavar="MODE"),

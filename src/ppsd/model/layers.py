@@ -16,6 +16,7 @@ from ppsd.model.spec import ModelSpec
 # From this many rows on, CPUs without bfloat16/float16 matrix instructions are faster when the
 # weights are widened to float32 for the product: their narrow kernels work row by row.
 WIDEN_ROWS = 3
+WIDEN_AT_ONCE = 4096  # output rows: an LM head widened as a whole would leave the cache
 _NATIVE = {
     torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
@@ -66,10 +67,17 @@ def _widen(x: torch.Tensor, rows: int) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x`` [n, in] times ``weight`` [out, in] transposed, plus ``bias``; [n, out]."""
-    if _widen(x, x.shape[0]):
-        wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-        return wide.to(x.dtype)
-    return F.linear(x, weight, bias)
+    if not _widen(x, x.shape[0]):
+        return F.linear(x, weight, bias)
+    if weight.shape[0] <= WIDEN_AT_ONCE:
+        return _wide_linear(x, weight, bias)
+    weights = torch.split(weight, WIDEN_AT_ONCE)
+    biases = [None] * len(weights) if bias is None else torch.split(bias, WIDEN_AT_ONCE)
+    return torch.cat([_wide_linear(x, *p) for p in zip(weights, biases, strict=True)], 1)
+
+
+def _wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
