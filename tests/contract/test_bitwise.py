@@ -149,7 +149,8 @@ def check_rounding(result: Verification, dtype: str) -> None:
 def test_the_embedded_model_is_bitwise_plain() -> None:
     texts = ("Write one sentence about rain.", "2 + 2 =", "List three colours.")
     prompts = [task(text) for text in texts]
-    with LLM(stages=2, dtype="bfloat16", transport="inprocess", max_context=256) as llm:
+    settings = {"head": "untrained", "gate": False, "transport": "inprocess"}
+    with LLM(stages=2, dtype="bfloat16", max_context=256, **settings) as llm:
         for params in (
             SamplingParams(max_tokens=16, ignore_eos=True),
             SamplingParams(max_tokens=16, ignore_eos=True, temperature=0.8, seed=3),

@@ -37,8 +37,9 @@ def expected(model: Path, prompt: tuple[int, ...], new_tokens: int = NEW_TOKENS)
 
 
 def open_tiny(model: Path, **settings) -> LLM:
-    """Without a gate: these tests are about drafting."""
+    """With drafts, nearly always wrong, and without a gate: these tests are about drafting."""
     fixed = {"transport": "inprocess", "dtype": "float64", "prefill_chunk": 16, "gate": False}
+    fixed |= {"head": "untrained"}
     return LLM(str(model), **fixed | settings)
 
 

@@ -72,7 +72,13 @@ class TinyCheck:
             }
 
     def _open(self, **settings) -> LLM:
-        fixed = {"transport": "inprocess", "dtype": "float64", "prefill_chunk": 8, "gate": False}
+        fixed = {
+            "transport": "inprocess",
+            "dtype": "float64",
+            "prefill_chunk": 8,
+            "gate": False,
+            "head": "untrained",
+        }
         return LLM(self._model, timeout=TIMEOUT_S, **fixed | settings)
 
     def __call__(self) -> None:

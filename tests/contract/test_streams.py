@@ -87,7 +87,7 @@ def test_work_of_a_stream_left_early_is_not_counted_with_the_next(llm) -> None:
 
 
 def test_a_stream_may_outlive_its_llm(tiny_model) -> None:
-    with LLM(str(tiny_model()), split=(3,), dtype="float64") as llm:
+    with LLM(str(tiny_model()), split=(3,), dtype="float64", head="untrained") as llm:
         stream = llm.stream(PROMPT, PARAMS)
         next(stream)
     stream.close()

@@ -93,7 +93,7 @@ def test_heads_describe_themselves_and_are_put_to_use(
     }  # fmt: skip
     common = ("generate", "-m", model, "--head", "auto", "--transport", "inprocess")
     common += ("-n", "8", "--json", "hello")
-    drafted = json.loads(run(*common, "--exit-layer", "2"))
+    drafted = json.loads(run(*common, "--exit-layer", "2", "--mode", "ppsd"))
     monkeypatch.setenv("PPSD_HEADS", str(tmp_path / "nothing"))
     plain = json.loads(run(*common))
     assert (drafted["mode"], plain["mode"]) == ("ppsd", "autoregressive")

@@ -94,6 +94,7 @@ def is_open(fd: str) -> bool:
 
 def open_llm(model: Path, transport: str = "shared-memory", **settings: object) -> LLM:
     fixed = {"dtype": "float64", "split": (2, 4), "threads_per_stage": 1, "init_timeout": 30}
+    fixed |= {"head": "untrained"}
     return LLM(str(model), transport=transport, **fixed | settings)
 
 

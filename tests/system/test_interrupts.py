@@ -34,7 +34,8 @@ class Command:
     def __init__(self, folder: Path, model: Path) -> None:
         self.child: Forked | subprocess.Popen[bytes]
         self._out, self._err = folder / "out", folder / "err"
-        settings = "--split 2,4 --raw --dtype float64 --threads-per-stage 1 -n 400 --ignore-eos"
+        settings = "--split 2,4 --raw --dtype float64 -n 400 --ignore-eos"
+        settings += " --head untrained --threads-per-stage 1"
         self._arguments = ["generate", "hello", "-m", str(model), *settings.split()]
         self._folder = folder
 

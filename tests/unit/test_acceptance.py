@@ -111,6 +111,7 @@ def open_llm(model: Path, candidate: Candidate, split: tuple[int, ...], **more: 
         dtype="float64",
         transport="inprocess",
         max_context=CONTEXT,
+        gate=False,  # a pause would leave drafts out
         **more,
     )
 

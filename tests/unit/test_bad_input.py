@@ -30,7 +30,8 @@ TinyModel = Callable[[str], Path]
 
 
 def open_llm(model: Path, **settings: object) -> LLM:
-    fixed = {"dtype": "float64", "transport": "inprocess", "threads_per_stage": 1}
+    fixed = {"dtype": "float64", "transport": "inprocess", "head": "untrained"}
+    fixed |= {"threads_per_stage": 1}
     return LLM(str(model), **fixed | settings)
 
 

@@ -101,7 +101,7 @@ def test_a_piece_of_a_prompt_may_take_its_time() -> None:
 def test_the_output_is_that_of_an_unpaced_pipeline(tiny_model, transport) -> None:
     """Both modes, wrong drafts among them; every judged block waited on every stage."""
     pace = (0.004, 0.002, 0.003)
-    settings = {"dtype": "float64", "split": (2, 4), "transport": transport}
+    settings = {"dtype": "float64", "split": (2, 4), "transport": transport, "head": "untrained"}
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     with LLM(str(tiny_model()), mode="autoregressive", **settings) as llm:
         expected = llm.run(ODD, params).token_ids

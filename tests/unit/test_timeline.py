@@ -170,7 +170,7 @@ def test_block_times_are_by_rows_and_leave_out_stale_and_early_work() -> None:
 def test_the_path_of_a_real_request_adds_up_and_explains_itself(
     tiny_model, transport, alpha
 ) -> None:
-    settings = {"dtype": "float64", "split": (2, 4), "transport": transport}
+    settings = {"dtype": "float64", "split": (2, 4), "transport": transport, "head": "untrained"}
     params, prompt = SamplingParams(max_tokens=12, ignore_eos=True), list(range(3, 23))
     with LLM(str(tiny_model()), trace=True, **settings) as llm:
         llm.use("autoregressive")
