@@ -11,11 +11,12 @@ from statistics import median
 
 SRC = Path(__file__).parents[2] / "src"
 MAX_FUNCTION, MAX_FILE, MEDIAN_FUNCTION = 60, 400, 10
-ANYONE = {"errors", "types"}
+ANYONE = {"errors", "types", "provenance"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
     "config": {"speculation"},
+    "provenance": {"config"},
     "model": set(),
     "speculation": set(),
     "transport": set(),

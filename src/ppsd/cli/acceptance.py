@@ -181,7 +181,7 @@ def _result(
     outcomes: Mapping[str, Sequence[Outcome]],
 ) -> dict[str, Any]:
     from ppsd.bench.acceptance_summary import expected_speed, first_right, summarize
-    from ppsd.bench.provenance import provenance
+    from ppsd.provenance import provenance
 
     heads, spec = {}, teacher.stage.spec
     for c in sorted(candidates, key=lambda c: c.head.config.exit_layer):

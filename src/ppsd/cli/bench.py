@@ -152,7 +152,7 @@ def _measured(
     _check_out(options.out)
     tasks = options.tasks()
     from ppsd.bench import oracle, runner
-    from ppsd.bench.provenance import provenance
+    from ppsd.provenance import provenance
 
     with open_llm(_decided(pipeline, block), trace=True, drafter=oracle.placeholder()) as llm:
         config = llm.config

@@ -151,8 +151,8 @@ def _measure(
     settings: Sequence[str],
     measure: Callable[[Cell], Measurement],
 ) -> Results:
-    from ppsd.bench.provenance import provenance
     from ppsd.bench.runner import Results, interleaved, run
+    from ppsd.provenance import provenance
 
     about = {
         "verb": verb,

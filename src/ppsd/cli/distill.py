@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +174,7 @@ def _train(
     agreement = _run(trainer)
     name = teacher.stage.spec.name
     prompts = prompt_digests(records)
-    origin = Origin(name, teacher.fingerprint, files, prompts, summary.lost_mass, _command())
+    origin = Origin(name, teacher.fingerprint, files, prompts, summary.lost_mass)
     places = save_heads(trainer, origin, agreement)
     _plot(trainer)
     console.print(_result_table(places, agreement))
@@ -200,10 +198,6 @@ def _run(trainer: Trainer) -> dict[int, Agreement]:
             bar.update(task, completed=r.tokens, note=note)
 
         return trainer.run(report)
-
-
-def _command() -> str:
-    return shlex.join(["ppsd", *sys.argv[1:]])
 
 
 def _data_line(summary: DataSummary, config: DistillConfig) -> str:

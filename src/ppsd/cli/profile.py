@@ -88,8 +88,8 @@ def _subject(model: str | None, dtype: str, stages: int, threads: int, transport
 
 
 def _measure(subject: Subject) -> Profile:
-    from ppsd.bench.provenance import provenance
     from ppsd.cost.measure import measure
+    from ppsd.provenance import provenance
 
     console = log_console()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())

@@ -31,8 +31,8 @@ def verify(
     """Decode prompts plainly and in --mode, else ppsd; exit with 1 unless all tokens are equal."""
     if pipeline.mode == "auto":  # a plan of plain decoding would leave nothing to compare
         pipeline.mode = "ppsd"
-    from ppsd.bench.provenance import provenance
     from ppsd.bench.workload import load_tasks
+    from ppsd.provenance import provenance
 
     tasks = load_tasks(prompts, limit)
     params = sampling.params()

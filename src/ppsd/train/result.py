@@ -5,23 +5,20 @@ Imported by cli/.
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ppsd.model.exit_head import HeadConfig
+from ppsd.provenance import provenance
 from ppsd.train.distill import Trainer
 from ppsd.train.evaluate import Agreement
 from ppsd.train.records import DataFile
 
 STORED = torch.bfloat16
-GIT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -33,14 +30,13 @@ class Origin:
     data: Sequence[DataFile]
     prompts: Sequence[str]
     lost_mass: float
-    command: str
 
 
 def save_heads(
     trainer: Trainer, origin: Origin, agreement: Mapping[int, Agreement]
 ) -> dict[int, Path]:
     """Write one head directory an exit layer, ``<kind>-<layer>``; give their paths."""
-    provenance = _provenance(trainer, origin)
+    origins = _provenance(trainer, origin)
     places = {}
     for student in trainer.students:
         layer = student.exit_layer
@@ -54,7 +50,7 @@ def save_heads(
             draft_vocab=None if trainer.draft_ids is None else len(trainer.draft_ids),
             base_model=origin.base_model,
             fingerprint=origin.fingerprint,
-            provenance=provenance,
+            provenance=origins,
             metrics={"validation": agreement[layer].to_json(), "lost_mass": origin.lost_mass},
         )
         name = f"{trainer.config.kind}-{layer}"
@@ -64,42 +60,9 @@ def save_heads(
 
 def _provenance(trainer: Trainer, origin: Origin) -> dict[str, Any]:
     return {
-        "command": origin.command,
         "settings": trainer.config.to_json(),
         "data": [file.to_json() for file in origin.data],
         "tokens": trainer.tokens,
         "steps": trainer.steps,
-        "versions": {name: _version(name) for name in ("ppsd-llm", "torch", "transformers")}
-        | {"python": platform.python_version()},
-        "commit": _commit(),
+        **provenance(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of this very file's repository, with ``-dirty`` if anything in it was changed."""
-    here = Path(__file__)
-    if _git("ls-files", "--error-unmatch", here.name) is None:  # installed, not a checkout
-        return None
-    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=GIT_TIMEOUT_S,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

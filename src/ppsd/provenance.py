@@ -14,6 +14,7 @@ from typing import Any
 
 from ppsd.config import EngineConfig, available_cores
 
+GIT_TIMEOUT_S = 5.0
 PACKAGES = ("ppsd-llm", "torch", "transformers", "numpy")
 
 
@@ -33,17 +34,21 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The checkout's commit, marked when files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
     try:
-        commit = _git(here, "rev-parse", "--short=12", "HEAD")
-        return commit + ("-modified" if _git(here, "status", "--porcelain", ":/src") else "")
-    except (OSError, subprocess.CalledProcessError):
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # fails where ppsd is installed
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("-modified" if _git("status", "--porcelain", ":/src") else "")
+    except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _git(directory: Path, *arguments: str) -> str:
+def _git(*arguments: str) -> str:
     done = subprocess.run(
-        ["git", "-C", str(directory), *arguments], capture_output=True, text=True, check=True
+        ["git", "-C", str(Path(__file__).parent), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=GIT_TIMEOUT_S,
     )
     return done.stdout.strip()
 
