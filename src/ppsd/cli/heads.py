@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from ppsd.model.head_library import FoundHead
@@ -51,7 +51,8 @@ def _row(head: FoundHead) -> dict[str, object]:
 
 def _table(heads: list[FoundHead]) -> Table:
     names = ("model", "exit", "kind", "layers", "draft vocabulary", "held-out α", "MiB", "path")
-    table = Table(*names, box=None, pad_edge=False)
+    columns = (Column(name, overflow="fold") for name in names)  # a cut path could not be used
+    table = Table(*columns, box=None, pad_edge=False)
     for head in heads:
         size = f"{head.size / 2**20:.1f}"
         if head.config is None:

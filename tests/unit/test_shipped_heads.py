@@ -1,0 +1,54 @@
+"""The heads that ship: they load, they are small, and no evaluation prompt trained them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ppsd.model.exit_head import PROMPTS_FILE
+from ppsd.model.head_library import SHIPPED, FoundHead, find_heads
+from ppsd.train.records import prompt_digest
+
+EVALUATION = Path(__file__).parents[1] / "data" / "evaluation_prompts.txt"
+EXPECTED = {("transformer", 18)}
+ALL_BYTES = 32 << 20
+
+HEADS = [head for head in find_heads() if head.shipped]
+
+
+def test_there_is_a_head_for_each_exit() -> None:
+    configs = [head.config for head in HEADS]
+    assert {(c.kind, c.exit_layer) for c in configs if c is not None} == EXPECTED
+    assert len(configs) == len(EXPECTED)
+
+
+def test_they_are_small() -> None:
+    files = [file for file in SHIPPED.rglob("*") if file.is_file()]
+    assert 0 < sum(file.stat().st_size for file in files) <= ALL_BYTES
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.path.name)
+def test_they_say_where_they_come_from(head: FoundHead) -> None:
+    assert head.config is not None
+    about = head.config.provenance
+    assert head.config.trained
+    assert about["command"].startswith("ppsd distill ")
+    assert about["tokens"] > 0
+    assert len(about["commit"]) >= 12
+    assert all(len(file["sha256"]) == 64 for file in about["data"])
+    assert 0 < head.config.metrics["validation"]["alpha"] < 1
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.path.name)
+def test_no_evaluation_prompt_trained_them(head: FoundHead) -> None:
+    trained = set((head.path / PROMPTS_FILE).read_text().split())
+    evaluation = set(EVALUATION.read_text().split())
+    assert len(trained) > 500
+    assert len(evaluation) > 2000
+    assert trained.isdisjoint(evaluation)
+
+
+def test_digests_do_not_mind_case_and_white_space() -> None:
+    assert prompt_digest("Who  are\nyou?") == prompt_digest(" who are YOU? ")
+    assert prompt_digest("Who are you?") != prompt_digest("Who am I?")
