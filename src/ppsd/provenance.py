@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ppsd.config import EngineConfig, available_cores
+from ppsd.config import EngineConfig
 
 GIT_TIMEOUT_S = 5.0
 PACKAGES = ("ppsd-llm", "torch", "transformers", "numpy")
@@ -26,7 +26,7 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
-        "cores": len(available_cores()),
+        "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "config": None if config is None else asdict(config),
     }

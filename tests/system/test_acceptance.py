@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 
 from ppsd.cli.app import app
 from ppsd.errors import PpsdError
+from ppsd.model.exit_head import read_head_config
+from ppsd.model.head_library import measured_alpha
 from tests.support.tiny_models import save_perfect_head
 
 Models = Callable[[str], Path]
@@ -65,6 +67,16 @@ def test_result_files(command, tmp_path: Path) -> None:
     assert set(figures["right"]["by_category"]) == {"a", "b", "c"}
     assert (printed["dtype"], printed["left_out"]) == ("float64", 0)
     assert {"commit", "command", "cpu"} <= set(printed["provenance"])
+
+
+def test_alpha_is_recorded_in_the_head_when_asked(command, heads: Path) -> None:
+    run(*command("right"))
+    assert "acceptance" not in read_head_config(heads / "right").metrics
+    printed = json.loads(run(*command("right", "--json", "--record")).stdout)
+    config = read_head_config(heads / "right")
+    assert config.metrics["acceptance"]["alpha"] == printed["heads"]["right"]["alpha"] == 1.0
+    assert config.metrics["acceptance"]["data"] == printed["data"]
+    assert measured_alpha(config) == 1.0
 
 
 def test_real_processes_agree(command) -> None:

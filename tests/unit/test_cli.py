@@ -48,7 +48,7 @@ OWN_FLAGS = {
     "acceptance": (
         "--head --data --out --model -m --limit --max-tokens -n --temperature -t --seed --raw "
         "--decode --stages --max-length --dtype --device --threads --generate-batch "
-        "--batch-tokens --by --json"
+        "--batch-tokens --by --record --json"
     ),
 }
 VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from ppsd.engine.choose import choose
 from ppsd.engine.drafter import OracleDrafter
 from ppsd.model import head_library
 from ppsd.model.exit_head import CONFIG_FILE, HeadConfig, save_head
-from ppsd.model.head_library import find_heads, suitable
+from ppsd.model.head_library import find_heads, measured_alpha, suitable
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
 from ppsd.speculation.policy import Schedule
@@ -52,6 +52,15 @@ def test_shipped_and_local_heads_are_found_and_damage_is_told(tmp_path: Path) ->
         ("b", False, None),
     ]
     assert "is not a head configuration" in found[1].problem
+
+
+def test_decoding_says_more_of_a_head_than_training() -> None:
+    config = HeadConfig("norm", 2, 0, None, "tiny", "mark")
+    assert measured_alpha(config) is None
+    trained = replace(config, metrics={"validation": {"alpha": 0.6}})
+    assert measured_alpha(trained) == 0.6
+    decoded = replace(config, metrics=trained.metrics | {"acceptance": {"alpha": 0.4}})
+    assert measured_alpha(decoded) == 0.4
 
 
 def test_the_best_for_model_and_exit_wins(tmp_path: Path) -> None:

@@ -100,6 +100,9 @@ def acceptance(
     subject: SubjectOptions,
     work: WorkOptions,
     by: Annotated[str, typer.Option(help="Second table: category or position.")] = "category",
+    record: Annotated[
+        bool, typer.Option("--record", help="Note α in each head, for plans to go by.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure α of exit heads on the model's own answers, each draft judged as in decoding."""
@@ -124,6 +127,8 @@ def acceptance(
     if subject.decode:
         _decode(subject, result, teacher, candidates, answers, outcomes)
     _write(out, result, outcomes)
+    if record:
+        _record(result, candidates)
     if as_json:
         print(json.dumps(result))
     else:
@@ -260,6 +265,16 @@ def _write(out: Path, result: dict[str, Any], outcomes: Mapping[str, Sequence[Ou
         plot_acceptance(result["heads"], result["first_right"], out / PLOT)
     else:
         log_console().print("no plot without matplotlib: pip install 'ppsd-llm[plot]'")
+
+
+def _record(result: dict[str, Any], candidates: Sequence[Candidate]) -> None:
+    from ppsd.model.exit_head import record_metrics
+
+    about = {name: result[name] for name in ("data", "max_tokens", "temperature", "dtype")}
+    for c in candidates:
+        found = result["heads"][c.label]
+        figures = {name: found[name] for name in ("alpha", "interval", "judged", "outside")}
+        record_metrics(c.path, "acceptance", figures | about)
 
 
 def _show(result: dict[str, Any], by: str) -> None:

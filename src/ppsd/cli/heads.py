@@ -50,7 +50,7 @@ def _row(head: FoundHead) -> dict[str, object]:
 
 
 def _table(heads: list[FoundHead]) -> Table:
-    names = ("model", "exit", "kind", "layers", "draft vocabulary", "held-out α", "MiB", "path")
+    names = ("model", "exit", "kind", "layers", "draft vocabulary", "α", "MiB", "path")
     columns = (Column(name, overflow="fold") for name in names)  # a cut path could not be used
     table = Table(*columns, box=None, pad_edge=False)
     for head in heads:

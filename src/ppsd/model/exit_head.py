@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,18 @@ def save_head(
     save_file({name: t.contiguous() for name, t in weights.items()}, directory / WEIGHTS_FILE)
     (directory / PROMPTS_FILE).write_text("".join(f"{digest}\n" for digest in prompts))
     (directory / CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=1) + "\n")
+
+
+def record_metrics(directory: Path, name: str, figures: dict[str, Any]) -> None:
+    """Put ``figures`` under ``name`` into a head's metrics; raises HeadError."""
+    config = read_head_config(directory)
+    config = replace(config, metrics={**config.metrics, name: figures})
+    draft = directory / f"{CONFIG_FILE}.new"
+    try:
+        draft.write_text(json.dumps(config.to_json(), indent=1) + "\n")
+        draft.replace(directory / CONFIG_FILE)
+    except OSError as error:
+        raise HeadError(f"cannot write {directory / CONFIG_FILE}: {error.strerror}") from error
 
 
 def read_head_config(directory: Path) -> HeadConfig:

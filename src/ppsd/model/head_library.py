@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +39,14 @@ class FoundHead:
 
 
 def measured_alpha(config: HeadConfig) -> float | None:
-    """Agreement on held-out text as measured in training, None where it was not."""
-    try:
-        return float(config.metrics["validation"]["alpha"])
-    except (KeyError, TypeError, ValueError):
-        return None
+    """Acceptance as recorded by ``ppsd acceptance``, else agreement in training; None for neither.
+
+    Training holds out text like its own; what a prompt file measured says more of others.
+    """
+    for name in ("acceptance", "validation"):
+        with suppress(KeyError, TypeError, ValueError):
+            return float(config.metrics[name]["alpha"])
+    return None
 
 
 def local_root() -> Path:
