@@ -133,7 +133,7 @@ class RemoteRank(LocalRank):
     def __init__(self, setup: dict[str, Any], *fds: int) -> None:
         self.ended = False
         self._thread = ThreadPoolExecutor(1)
-        self._noise = tempfile.TemporaryFile()  # noqa: SIM115
+        self._noise = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
         child_in, ours_out = os.pipe()
         ours_in, child_out = os.pipe()
         self._commands = os.fdopen(ours_out, "w")

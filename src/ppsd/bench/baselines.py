@@ -61,7 +61,7 @@ class OutsiderProcess:
 
     def __init__(self, outsider: Outsider, path: str, dtype: str, threads: int) -> None:
         self.name = outsider.name
-        self._output: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self._output: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (see close)
         self._child = subprocess.Popen(
             [sys.executable, "-m", "ppsd.bench.outsider"],
             stdin=subprocess.PIPE,

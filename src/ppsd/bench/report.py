@@ -17,7 +17,6 @@ from ppsd.errors import PpsdError
 Record = dict[str, Any]
 PAGE = "report.md"
 ALL = "all"
-PPSD = "ppsd"
 
 
 def read_result(path: Path) -> Record:
@@ -111,7 +110,7 @@ def _tasks(records: Sequence[Record], out: Path) -> Iterator[str]:
     for record in records:
         yield f"### {_title(record)}\n"
         yield from _task_plots(record, out)
-        yield table(TASK_HEADS, [_task_cells(row) for row in record["rows"]])
+        yield table(TASK_HEADS, [task_cells(row) for row in record["rows"]])
         yield _origin(record)
     if len({record["bounds"][1] for record in records}) > 1:
         plots.exit_depth(records, out / "exit-depth.png")
@@ -132,7 +131,8 @@ TASK_HEADS = [
 ]  # fmt: skip
 
 
-def _task_cells(row: Record) -> list[str]:
+def task_cells(row: Record) -> list[str]:
+    """A row of ``bench tasks`` under TASK_HEADS."""
     paired = row["paired"]
     return [
         row["group"],
@@ -156,7 +156,7 @@ def _baselines(records: Sequence[Record], out: Path) -> Iterator[str]:
     for record in records:
         rows = [row for row in record["rows"] if row["group"] == ALL]
         yield f"### {_title(record)}\n"
-        yield table(TASK_HEADS, [_task_cells(row) for row in rows])
+        yield table(TASK_HEADS, [task_cells(row) for row in rows])
         yield _origin(record)
 
 

@@ -10,7 +10,6 @@ import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from ppsd.bench.runner import Cell, Measurement, Results, Spread, spread
 from ppsd.bench.workload import Task
@@ -167,8 +166,3 @@ def _mean_speed(measurements: Sequence[Measurement]) -> float:
 
 def _total_speed(measurements: Sequence[Measurement]) -> float:
     return sum(m.tokens for m in measurements) / sum(m.seconds for m in measurements)
-
-
-def to_json(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    """JSON-ready rows."""
-    return [asdict(summary) for summary in summaries]

@@ -21,17 +21,13 @@ from ppsd.errors import ConfigError
 
 if TYPE_CHECKING:
     from ppsd.bench.runner import Cell, Measurement, Results
-    from ppsd.bench.tasks import Summary, Variant
+    from ppsd.bench.tasks import Variant
     from ppsd.bench.workload import Task
     from ppsd.engine.llm import LLM
 
 _bench = functools.partial(flag, panel="Benchmark")
 ALL = "all"
 GREEDY, SAMPLED = "greedy", "T=1"
-HEADERS = (
-    "group", "variant", "tasks", "tokens/s", "a device", "speedup", "quartiles", "all tokens", "α",
-    "resyncs", "discarded", "differing",
-)  # fmt: skip
 
 
 @dataclass
@@ -188,6 +184,7 @@ def _groups(tasks: Sequence[Task], settings: Sequence[str]) -> dict[str, list[st
 def _report(
     llm: LLM, work: WorkOptions, results: Results, groups: Mapping[str, Sequence[str]]
 ) -> None:
+    from ppsd.bench.report import TASK_HEADS, task_cells
     from ppsd.bench.tasks import summarize
 
     rows = summarize(results, groups, llm.layout.stages)
@@ -201,24 +198,7 @@ def _report(
         }
         print(json.dumps(record, indent=1))
         return
-    table = Table(*HEADERS, box=None, pad_edge=False)
+    table = Table(*TASK_HEADS, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*task_cells(asdict(row)))
     Console(highlight=False, markup=False, soft_wrap=True).print(table)
-
-
-def _cells(row: Summary) -> list[str]:
-    return [
-        row.group,
-        row.variant,
-        str(row.tasks),
-        f"{row.speed:.1f}",
-        f"{row.per_device:.1f}",
-        f"{row.ratio:.2f}×",
-        f"{row.paired.low:.2f}–{row.paired.high:.2f}",
-        f"{row.total_ratio:.2f}×",
-        "–" if row.alpha is None else f"{row.alpha:.3f}",
-        str(row.resyncs),
-        str(row.discarded),
-        str(row.differing),
-    ]
