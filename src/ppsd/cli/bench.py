@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from ppsd.bench.workload import Task
     from ppsd.engine.llm import LLM
 
-app = typer.Typer(help="Measure the pipeline: against theory, the simulator and other decoders.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure the pipeline: against theory, the simulator and other decoders.",
+    no_args_is_help=True,
+)
 _bench = functools.partial(flag, panel="Benchmark")
 
 WIDTH = 120
