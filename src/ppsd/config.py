@@ -127,6 +127,17 @@ def available_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def core_shares(stages: int, threads: int) -> tuple[tuple[int, ...], ...]:
+    """CPUs of each stage, ``threads`` of them; all empty when there are not enough.
+
+    To be asked before anything is pinned: a pinned process has its own share left and no other.
+    """
+    cores = available_cores()
+    if stages * threads > len(cores):
+        return ((),) * stages
+    return tuple(tuple(cores[r * threads : (r + 1) * threads]) for r in range(stages))
+
+
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ConfigError(name, value, "one of " + ", ".join(allowed))

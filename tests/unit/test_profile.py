@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppsd.config import EngineConfig
+from ppsd.config import EngineConfig, core_shares
 from ppsd.cost import measure as measuring
 from ppsd.cost.measure import Subject, measure
 from ppsd.cost.profile import Profile, Timing, estimate, load_profile, profile_path
@@ -31,7 +31,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def subject(tiny_model: Callable[[str], Path]) -> Subject:
     files = resolve_model(str(tiny_model("llama")))
     spec, source = describe(files), open_source(files.path)
-    return Subject(files.path, spec, source, fingerprint(spec, source), torch.float32, 1)
+    mark, cores = fingerprint(spec, source), core_shares(2, 1)
+    return Subject(files.path, spec, source, mark, torch.float32, 1, cores)
 
 
 @pytest.fixture

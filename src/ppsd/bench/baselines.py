@@ -20,7 +20,6 @@ from typing import IO, Any
 from ppsd.bench.runner import Cell, Measurement
 from ppsd.bench.tasks import TaskBench, Variant, digest
 from ppsd.bench.workload import Task
-from ppsd.config import available_cores
 from ppsd.engine.llm import LLM
 from ppsd.errors import PpsdError
 from ppsd.types import SamplingParams
@@ -57,9 +56,11 @@ def outsiders(exit_layer: int, gguf: bool) -> list[Outsider]:
 
 
 class OutsiderProcess:
-    """A running outsider; ``close`` ends it."""
+    """A running outsider on ``cores`` (any, when empty); ``close`` ends it."""
 
-    def __init__(self, outsider: Outsider, path: str, dtype: str, threads: int) -> None:
+    def __init__(
+        self, outsider: Outsider, path: str, dtype: str, threads: int, cores: Sequence[int] = ()
+    ) -> None:
         self.name = outsider.name
         self._output: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (see close)
         self._child = subprocess.Popen(
@@ -70,7 +71,7 @@ class OutsiderProcess:
             text=True,
         )
         record = {"kind": outsider.kind, "path": path, "dtype": dtype, "threads": threads}
-        self.ask(record | {"options": outsider.options, "cores": available_cores()[:threads]})
+        self.ask(record | {"options": outsider.options, "cores": list(cores)})
 
     def ask(self, record: dict[str, Any]) -> dict[str, Any]:
         """Send one line and return the answer; raises PpsdError when the process ends instead."""

@@ -63,7 +63,7 @@ def profile(
 
 
 def _subject(model: str | None, dtype: str, stages: int, threads: int, transport: str) -> Subject:
-    from ppsd.config import EngineConfig
+    from ppsd.config import EngineConfig, core_shares
     from ppsd.engine.choose import dtype_name, threads_of
 
     config = EngineConfig(model, stages=stages, dtype=dtype, threads_per_stage=threads)
@@ -76,13 +76,15 @@ def _subject(model: str | None, dtype: str, stages: int, threads: int, transport
     files = resolve_model(model)
     spec, source = describe(files), open_source(files.path)
     check_shapes(source, spec)
+    threads = threads_of(config)
     return Subject(
         path=files.path,
         spec=spec,
         source=source,
         fingerprint=fingerprint(spec, source),
         dtype=getattr(torch, dtype_name(config)),
-        threads=threads_of(config),
+        threads=threads,
+        cores=core_shares(2, threads),
         transport=transport,
     )
 

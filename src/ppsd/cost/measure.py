@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from ppsd.config import available_cores
 from ppsd.cost.profile import HeadTime, LayerTime, Profile, RowsTime, Timing
 from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError, PipelineTimeoutError, StageFailedError
@@ -61,7 +60,10 @@ Case = Callable[[], object]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a model on disk, and how a stage of it would run."""
+    """What is measured: a model on disk, and how a stage of it would run.
+
+    ``cores`` are the CPUs of the measuring process and of the worker, empty when there are too few.
+    """
 
     path: Path
     spec: ModelSpec
@@ -69,6 +71,7 @@ class Subject:
     fingerprint: str
     dtype: torch.dtype
     threads: int
+    cores: tuple[tuple[int, ...], ...]
     transport: str = "shared-memory"
 
     def __post_init__(self) -> None:
@@ -84,13 +87,6 @@ class Subject:
         first = max(1, spec.num_layers - max(2, fitting))
         context = min(spec.max_context, max(CONTEXTS) + max(ROWS))
         return StagePlan(first, spec.num_layers, context, self.dtype, torch.device("cpu"))
-
-    def cores(self, rank: int) -> tuple[int, ...]:
-        """CPUs of the measuring process (0) and of the worker (1); empty when there are too few."""
-        cores = available_cores()
-        if 2 * self.threads > len(cores):
-            return ()
-        return tuple(cores[rank * self.threads : (rank + 1) * self.threads])
 
 
 @torch.inference_mode()
@@ -224,7 +220,7 @@ def _placed(subject: Subject) -> Iterator[None]:
         if hasattr(os, "sched_getaffinity"):
             before.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
         torch.set_num_threads(subject.threads)
-        pin(subject.cores(0))
+        pin(subject.cores[0])
         yield
 
 
@@ -334,8 +330,7 @@ def _config(subject: Subject, rank: int, geometry: Geometry, **join: Any) -> Wor
         dtype=str(subject.dtype).removeprefix("torch."),
         device="cpu",
         threads=subject.threads,
-        cores=subject.cores(rank),
-        spin=bool(subject.cores(rank)),
+        cores=subject.cores[rank],
         timeout=WAIT_S,
         init_timeout=WAIT_S,
         trace=True,

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ppsd.config import DEFAULT_CONTEXT, EngineConfig, available_cores
+from ppsd.config import DEFAULT_CONTEXT, EngineConfig, core_shares
 from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, threads_of
 from ppsd.engine.drafter import Drafter, HeadDrafter, PacedDrafter
@@ -57,6 +57,7 @@ Progress = Callable[[int, int, int], None]  # rank, tensors loaded, tensors in a
 class Layout:
     """What was decided before loading: the model, its split, and how each stage is held.
 
+    ``cores`` are the CPUs that each stage stays on, empty when there are not enough for all.
     ``reason`` says in a line what was planned, nothing with ``plan`` off.
     """
 
@@ -68,7 +69,7 @@ class Layout:
     dtype: torch.dtype
     max_context: int
     threads: int
-    pinned: bool
+    cores: tuple[tuple[int, ...], ...]
     reason: str = ""
 
     @property
@@ -85,12 +86,6 @@ class Layout:
             dtype=self.dtype,
             device=torch.device(device),
         )
-
-    def cores(self, rank: int) -> tuple[int, ...]:
-        """CPUs that a stage stays on; empty when there are not enough for all."""
-        if not self.pinned or on_torchrun():  # of other hosts nothing is known
-            return ()
-        return tuple(available_cores()[rank * self.threads : (rank + 1) * self.threads])
 
 
 def plan_layout(
@@ -120,10 +115,16 @@ def plan_layout(
         dtype=getattr(torch, dtype_name(config)),
         max_context=_context(config, spec),
         threads=threads,
-        pinned=threads * config.stages <= len(available_cores()),
+        cores=_cores(config, threads),
         reason=choice.reason,
     )
     return config, layout, source
+
+
+def _cores(config: EngineConfig, threads: int) -> tuple[tuple[int, ...], ...]:
+    if on_torchrun():  # nothing is known of other hosts
+        return ((),) * config.stages
+    return core_shares(config.stages, threads)
 
 
 def _check_devices(config: EngineConfig) -> None:
@@ -261,9 +262,8 @@ class RunningPipeline:
         self._cleanup.callback(torch.set_num_threads, torch.get_num_threads())
         if hasattr(os, "sched_getaffinity"):
             self._cleanup.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
-        cores = self.layout.cores(0)
         torch.set_num_threads(self.layout.threads)
-        pin(cores)
+        pin(self.layout.cores[0])
 
     def _geometry(self) -> Geometry:
         config, spec, dtype = self._config, self.layout.spec, self.layout.dtype
@@ -313,7 +313,7 @@ class RunningPipeline:
         self._cleanup.callback(os.close, segment)
         for rank in range(1, geometry.size):
             supervisor.start(self._worker_config(rank, geometry, segment=segment))
-        return SharedMemoryEndpoint(segment, geometry, 0, self.layout.pinned)
+        return SharedMemoryEndpoint(segment, geometry, 0, bool(self.layout.cores[0]))
 
     def _connect_distributed(self, geometry: Geometry, supervisor: Supervisor) -> Endpoint:
         from ppsd.transport.rendezvous import (
@@ -358,8 +358,7 @@ class RunningPipeline:
             dtype=str(layout.dtype).removeprefix("torch."),
             device=config.device(rank),
             threads=layout.threads,
-            cores=layout.cores(rank),
-            spin=layout.pinned,
+            cores=layout.cores[rank],
             timeout=config.timeout,
             init_timeout=config.init_timeout,
             trace=config.trace,

@@ -59,7 +59,6 @@ class WorkerConfig:
     device: str
     threads: int
     cores: tuple[int, ...]
-    spin: bool
     timeout: float
     init_timeout: float
     trace: bool
@@ -99,7 +98,7 @@ def open_endpoint(config: WorkerConfig, check: Callable[[], None] = lambda: None
     if config.segment is not None:
         from ppsd.transport.shared_memory import SharedMemoryEndpoint
 
-        return SharedMemoryEndpoint(config.segment, geometry, config.rank, config.spin)
+        return SharedMemoryEndpoint(config.segment, geometry, config.rank, bool(config.cores))
     from ppsd.transport.distributed import DistributedEndpoint
     from ppsd.transport.rendezvous import init_group
 
