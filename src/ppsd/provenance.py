@@ -28,8 +28,14 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
-        "config": None if config is None else asdict(config),
+        "config": None if config is None else asdict(config) | {"head": _head(config.head)},
     }
+
+
+def _head(given: str) -> str:
+    """A head as anybody can name it: one that ships, without where ppsd is installed."""
+    shipped, path = Path(__file__).parent / "heads", Path(given)
+    return f"shipped {path.relative_to(shipped)}" if path.is_relative_to(shipped) else given
 
 
 def _commit() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from ppsd.bench import efficiency, predict
 from ppsd.bench.efficiency import budget, ideal_speedup
 from ppsd.bench.oracle import PLAIN, Variant
 from ppsd.bench.runner import Measurement, Results
+from ppsd.cost.model import Link
+from ppsd.cost.profile import LayerTime, RowsTime, Timing, estimate
+from ppsd.cost.sizes import Sizes
 from ppsd.cost.theory import paper_speedup
 from ppsd.errors import PpsdError
 from ppsd.speculation.policy import Schedule
@@ -97,6 +101,7 @@ def test_too_few_tokens_are_refused() -> None:
 
 
 SHAPE = predict.Shape(layers=(2, 3), head_layers=1.0)
+OWN = predict.own_times(SHAPE)
 
 
 def test_the_cost_model_of_a_run() -> None:
@@ -118,19 +123,38 @@ def test_blocks_of_several_rows_are_put_down_to_their_rows() -> None:
 
 def test_plain_decoding_is_predicted_from_its_own_times() -> None:
     run = plain()
-    assert predict.predicted_token_time(run, run, SHAPE, Schedule(1, 1)) == pytest.approx(12.0)
+    assert predict.predicted_token_time(run, run, Schedule(1, 1), OWN) == pytest.approx(12.0)
+
+
+def test_a_profile_prices_a_request_by_its_context_alone() -> None:
+    """Layers of 1 ms at context 0 and 3 ms at 100, an LM head of 2 ms, free messages."""
+    sizes = Sizes(layers=6, hidden=8, vocabulary=9, layer=50, cached=8, lm_head=72, tied=True)
+    layer = (
+        LayerTime(0, 1, Timing.computed(1e-3)),
+        LayerTime(100, 1, Timing.computed(3e-3)),
+    )
+    head = (RowsTime(1, Timing.computed(2e-3)),)
+    profile = replace(estimate(sizes, link=Link()), layer=layer, lm_head=head)
+    price = predict.profiled(profile, (0, 4, 6), {"x": 50})
+    slow = plain(details=plain().details | {"stages": [stage(r1=400.0), stage(r1=600.0)]})
+    for run in (plain(), slow):
+        found = predict.predicted_token_time(run, run, Schedule(1, 1), price)
+        assert found == pytest.approx(6 * 2e-3 + 2e-3)
+    right = fast(hits="1" * 11)
+    found = predict.predicted_token_time(right, plain(), Schedule(1, 2), price)
+    assert found == pytest.approx(4 * 2e-3, rel=0.1)  # the first stage is the slowest
 
 
 def test_a_prediction_by_hand() -> None:
     """α = 1: a token as often as the slowest stage, with its message sent, is through."""
     run = fast(hits="1" * 11)
-    predicted = predict.predicted_token_time(run, plain(), SHAPE, Schedule(1, 2))
+    predicted = predict.predicted_token_time(run, plain(), Schedule(1, 2), OWN)
     assert predicted == pytest.approx(6.75, rel=0.02)
     results = Results(None, {}, {})
     for repeat, seconds in enumerate((60.0, 67.5, 75.0)):
         results.add(plain(repeat=repeat))
         results.add(fast(repeat=repeat, seconds=seconds, hits="1" * 11))
-    [row] = predict.summarize(results, {"ppsd α=0.8": Schedule(1, 2)}, SHAPE)
+    [row] = predict.summarize(results, {"ppsd α=0.8": Schedule(1, 2)}, OWN)
     errors = [predicted / seconds - 1 for seconds in (6.0, 6.75, 7.5)]
     assert row.error.median == pytest.approx(errors[1])
     assert row.median_error == pytest.approx(sorted(map(abs, errors))[1])

@@ -31,7 +31,8 @@ def bench(*arguments: object) -> Result:
 @pytest.mark.parametrize("verb", ["efficiency", "predict"])
 def test_flags_are_frozen_and_explained(verb) -> None:
     parameters = [p for p in GROUP.commands[verb].params if p.name != "help"]
-    assert sorted(n for p in parameters for n in p.opts) == sorted(f"{PIPELINE} {FLAGS}".split())
+    flags = f"{PIPELINE} {FLAGS}" + " --profile" * (verb == "predict")
+    assert sorted(n for p in parameters for n in p.opts) == sorted(flags.split())
     assert all(p.help.endswith((".", "…")) for p in parameters)
 
 
@@ -148,3 +149,17 @@ def test_predict_sets_its_own_window(tiny_model) -> None:
     error = bench("predict", "--model", tiny_model(), "--in-flight", 3).exception
     assert isinstance(error, ConfigError)
     assert error.field == "in_flight"
+
+
+def test_predict_takes_times_from_a_profile(tiny_model, tmp_path) -> None:
+    pipeline = ["--model", tiny_model(), "--dtype", "float64", "--stages", 2]
+    profile = tmp_path / "profile.json"
+    made = CliRunner().invoke(app, ["profile", *map(str, pipeline), "--out", str(profile)])
+    assert made.exit_code == 0, made.output
+    short = ["--tokens", 8, "--repeats", 1, "--alphas", 1, "--json", "--profile", profile]
+    found = json.loads(bench("predict", *pipeline, "--transport", "inprocess", *short).stdout)
+    assert found["source"] == "profile"
+    assert all(row["predicted"]["median"] > 0 for row in found["rows"])
+    paced = bench("predict", *pipeline, "--pace", 0.01, *short).exception
+    assert isinstance(paced, ConfigError)
+    assert paced.field == "profile"

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from ppsd import LLM
-from ppsd.config import available_cores, core_shares
+from ppsd.config import core_shares
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="this system pins nothing"

@@ -19,13 +19,14 @@ from ppsd.train.data import (
     Encoding,
     Example,
     choose_draft_vocab,
+    count_tokens,
     encode_all,
     hold_out,
     label_table,
     make_batch,
     plan_epoch,
 )
-from ppsd.train.records import parse_row, read_data
+from ppsd.train.records import Record, parse_row, read_data
 from tests.support.teachers import random_examples
 
 
@@ -130,12 +131,30 @@ def test_draft_vocabulary_is_the_most_frequent_targets() -> None:
         return Example(torch.tensor(prompt + target, dtype=torch.int32), len(prompt))
 
     examples = [example([9, 9, 9], [5, 5, 5, 7]), example([9], [7, 3, 1, 5])]
-    ids, lost = choose_draft_vocab(examples, 3, 12)
+    targets, none = count_tokens((e.targets for e in examples), 12), torch.zeros(12)
+    ids, lost = choose_draft_vocab(targets, 3, none)
     assert ids.tolist() == [1, 5, 7]  # 1 and 3 are equally frequent
     assert lost == pytest.approx(1 / 8)
     assert label_table(ids, 12)[torch.tensor([1, 3, 7])].tolist() == [0, -1, 2]
     with pytest.raises(ConfigError, match="draft_vocab"):
-        choose_draft_vocab(examples, 13, 12)
+        choose_draft_vocab(targets, 13, none)
+
+
+def test_other_text_counts_for_the_draft_vocabulary_but_not_as_lost() -> None:
+    targets = torch.tensor([0, 5, 3, 0, 0])
+    ids, lost = choose_draft_vocab(targets, 2, torch.tensor([9, 0, 0, 1, 0]))
+    assert ids.tolist() == [0, 1]
+    assert lost == pytest.approx(3 / 8)
+
+
+def test_all_of_a_record_is_counted_whether_answered_or_not(encoding: Encoding) -> None:
+    asked = ({"role": "user", "content": "pack my box"},)
+    prompt = encoding.prompt(Record("here", asked))
+    open_, answered = Record("here", asked), Record("here", asked, "five dozen")
+    assert encoding.all_tokens(open_).tolist() == prompt
+    assert encoding.all_tokens(answered).tolist() == prompt + encoding.target(answered)
+    text = Record("here", text="pack my box " * 100)
+    assert encoding.all_tokens(text).tolist() == encoding.tokenizer.encode(text.text or "")
 
 
 @given(

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from ppsd.errors import PpsdError
-from ppsd.train.data import encode_all
+from ppsd.train.batched import teacher_forward
+from ppsd.train.data import encode_all, make_batch
+from ppsd.train.features import FeatureStore
 from ppsd.train.records import Record, read_data
 from ppsd.train.run import Teacher
 from ppsd.train.selfgen import BatchGenerator, GenerateConfig, Request
@@ -30,7 +33,7 @@ def teacher(tiny_model: Callable[[str], Path]) -> Teacher:
 def answers(teacher: Teacher, config: GenerateConfig, **changes: object) -> dict[str, list[int]]:
     settings = {"eos_ids": {2}, "vocab_size": VOCAB - 4, "max_length": 64, **changes}
     generator = BatchGenerator(teacher.stage, config, **settings)  # type: ignore[arg-type]
-    return {request.key: ids for request, ids in generator.run(REQUESTS)}
+    return {answer.request.key: answer.ids for answer in generator.run(REQUESTS)}
 
 
 @pytest.mark.parametrize("batch", [1, 4, 64])
@@ -94,6 +97,25 @@ def test_its_output_is_training_data_of_the_same_tokens(teacher: Teacher, tmp_pa
     examples = encode_all(found, teacher.encoding).examples
     written = [json.loads(line)["target_ids"] for line in path.read_text().splitlines()]
     assert [e.targets.tolist() for e in examples] == written
+
+
+def test_rows_kept_while_writing_are_those_of_a_forward(teacher: Teacher, tmp_path: Path) -> None:
+    path, layers = tmp_path / "x.jsonl", (1, 2)
+    store = FeatureStore(tmp_path / "rows", teacher.stage, layers, teacher.compute)
+    config = GenerateConfig(batch=4, max_new=6)
+    rows = [Record("here", ({"role": "user", "content": "box " * (i + 1)},)) for i in range(9)]
+    write_targets(
+        teacher.stage, rows, teacher.encoding, config, path, lambda report: None, features=store
+    )
+    examples = encode_all(read_data([str(path)])[0], teacher.encoding).examples
+    again = FeatureStore(tmp_path / "rows", teacher.stage, layers, teacher.compute)
+    again.fill(examples, lambda done, total: pytest.fail("a row is missing"))
+    for example in examples:
+        kept = again(make_batch([example], teacher.stage.plan.device))
+        alone = teacher_forward(teacher.stage, example.tokens.long()[None], layers)
+        for found, rows_ in ((kept.exits[1], alone.exits[1]), (kept.last, alone.last)):
+            assert not found[-1].any()  # nothing was guessed from the last token
+            torch.testing.assert_close(found[:-1], rows_[:-1], rtol=2**-7, atol=1e-6)
 
 
 def test_files_of_other_settings_are_refused(teacher: Teacher, tmp_path: Path) -> None:

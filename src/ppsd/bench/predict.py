@@ -3,11 +3,12 @@
 For each request the cost model is built from the times that its own stages needed, with the links
 as plain decoding of the same repeat shows them; the simulator then runs the real policy over the
 request's own trace of accepted drafts. What is compared is the time per token after the first.
+With a profile (``profiled``) nothing but that trace is taken from the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from ppsd.bench.efficiency import alone
 from ppsd.bench.oracle import PLAIN, Variant
 from ppsd.bench.runner import Measurement, Results, Spread, pairs, spread
 from ppsd.cost.model import MIN_LAYER, CostModel, Link, StageCost
+from ppsd.cost.planner import Exit, Problem, cost_model
 from ppsd.cost.simulator import simulate
 from ppsd.errors import PpsdError
 from ppsd.speculation.policy import Schedule
@@ -23,6 +25,7 @@ from ppsd.worker.pace import POLL_S
 
 if TYPE_CHECKING:
     from ppsd.config import EngineConfig
+    from ppsd.cost.profile import Profile
     from ppsd.engine.build import Layout
 
 ALPHAS = (0.8, 0.5)
@@ -115,12 +118,35 @@ def _mean(stage: dict[str, Any], rows: int) -> float:
     return float(stage[str(rows)]["mean"])
 
 
+# A request, the plain one of the same repeat, and a schedule: what that is thought to cost.
+Price = Callable[[Measurement, Measurement, Schedule], CostModel]
+
+
+def own_times(shape: Shape) -> Price:
+    """Price requests by what their own stages took."""
+    return lambda run, plain, schedule: cost_of(run, plain, shape)
+
+
+def profiled(profile: Profile, bounds: Sequence[int], contexts: Mapping[str, int]) -> Price:
+    """Price requests by a profile; ``contexts``: cached positions half-way through each task.
+
+    The oracle's drafts cost nothing.
+    """
+    free = Exit(bounds[1], alpha=0.0, draft=0.0)
+
+    def price(run: Measurement, plain: Measurement, schedule: Schedule) -> CostModel:
+        problem = Problem(profile, len(bounds) - 1, context=contexts[run.task])
+        return cost_model(problem, bounds, free, schedule)
+
+    return price
+
+
 def predicted_token_time(
-    run: Measurement, plain: Measurement, shape: Shape, schedule: Schedule
+    run: Measurement, plain: Measurement, schedule: Schedule, price: Price
 ) -> float:
     """Seconds per token that the simulator expects of a request."""
     hits = bytes(map(int, run.hits))
-    return simulate(cost_of(run, plain, shape), schedule, hits).token_time
+    return simulate(price(run, plain, schedule), schedule, hits).token_time
 
 
 @dataclass(frozen=True)
@@ -138,10 +164,10 @@ class Row:
     median_error: float
 
 
-def summarize(results: Results, schedules: dict[str, Schedule], shape: Shape) -> list[Row]:
+def summarize(results: Results, schedules: dict[str, Schedule], price: Price) -> list[Row]:
     """One row for each variant that was measured together with plain decoding."""
     return [
-        _row(name, partners, schedule, shape)
+        _row(name, partners, schedule, price)
         for name, schedule in schedules.items()
         if (partners := list(pairs(results, name, PLAIN)))
     ]
@@ -151,9 +177,9 @@ def _row(
     name: str,
     partners: list[tuple[Measurement, Measurement]],
     schedule: Schedule,
-    shape: Shape,
+    price: Price,
 ) -> Row:
-    predicted = [predicted_token_time(run, plain, shape, schedule) for run, plain in partners]
+    predicted = [predicted_token_time(run, plain, schedule, price) for run, plain in partners]
     measured = [run.token_time for run, _ in partners]
     errors = [p / m - 1 for p, m in zip(predicted, measured, strict=True)]
     return Row(

@@ -95,23 +95,49 @@ def bench_efficiency(pipeline: PipelineOptions, options: BenchOptions) -> None:
 
 @app.command("predict")
 @grouped
-def bench_predict(pipeline: PipelineOptions, options: BenchOptions) -> None:
+def bench_predict(
+    pipeline: PipelineOptions,
+    options: BenchOptions,
+    profile: Annotated[
+        Path | None, _bench("Predict from `ppsd profile`'s times, not from the run's own.")
+    ] = None,
+) -> None:
     """Compare the simulator's token times with the engine's, in all three modes."""
     from ppsd.bench import predict
     from ppsd.speculation.policy import DEFAULT_BLOCK, schedule_for
 
     _check(pipeline, ("mode", "in_flight", "head", "gate"))
+    if profile is not None and pipeline.pace is not None:
+        raise ConfigError("profile", str(profile), "left out with --pace: it knows no such device")
     block = pipeline.block or DEFAULT_BLOCK
     variants = predict.variants(options.rates(predict.ALPHAS), block)
     with _measured("predict", pipeline, options, variants, block) as (llm, results):
         stages = llm.layout.stages
         schedules = {v.name: schedule_for(v.mode, stages, v.block, v.in_flight) for v in variants}
-        rows = predict.summarize(results, schedules, predict.shape_of(llm.layout, llm.config))
+        price = _price(llm, options, profile)
+        rows = predict.summarize(results, schedules, price)
         if options.as_json:
-            record = {"rows": [asdict(row) for row in rows]}
+            source = "stage times of the run itself" if profile is None else "profile"
+            record = {"source": source, "rows": [asdict(row) for row in rows]}
             print(json.dumps(_record(llm, results) | record, indent=1))
         else:
             _show_predictions(_label(llm, results), rows)
+
+
+def _price(llm: LLM, options: BenchOptions, path: Path | None) -> predict.Price:
+    from ppsd.bench import predict
+
+    if path is None:
+        return predict.own_times(predict.shape_of(llm.layout, llm.config))
+    from ppsd.cost.profile import load_profile
+    from ppsd.engine.choose import check_profile
+
+    layout, profile = llm.layout, load_profile(path)
+    dtype = str(layout.dtype).removeprefix("torch.")
+    check_profile(profile, str(path), layout.fingerprint, dtype, layout.threads)
+    half = options.tokens // 2
+    contexts = {task.id: len(llm.encode(task.messages)) + half for task in options.tasks()}
+    return predict.profiled(profile, layout.bounds, contexts)
 
 
 def _check(pipeline: PipelineOptions, own: Sequence[str]) -> None:

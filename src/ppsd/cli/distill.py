@@ -93,6 +93,11 @@ def distill(
         typer.Option(help="JSONL of prompt/target, messages or text; a text file; a hub dataset. "
                      "May be repeated.", metavar="FILE"),
     ],
+    vocab_data: Annotated[
+        list[str],
+        typer.Option(help="More text to count tokens in for the draft vocabulary; as --data.",
+                     metavar="FILE", default_factory=list, show_default=False),
+    ],
     out: Annotated[Path, typer.Option(help="Directory of the run; a stopped run goes on there.")],
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="Directory, .gguf file or hub id.")
@@ -114,29 +119,37 @@ def distill(
     progress.set_threads(threads)
     teacher = progress.load(model, config, device)
     if generation.self_generate or generation.generate_only:
-        written = _generate(teacher, records, generation, config.seed, out)
+        written = _generate(teacher, config, records, generation, out, features)
         if generation.generate_only:
             return
         records, more = read_data([str(written)])
         files = [*files, *more]
-    _train(teacher, config, records, files, out, features, (validate_every, checkpoint_every))
+    every = (validate_every, checkpoint_every)
+    _train(teacher, config, records, files, out, features, every, vocab_data)
 
 
 def _generate(
     teacher: Teacher,
+    training: DistillConfig,
     records: Sequence[Record],
     options: GenerationOptions,
-    seed: int,
     out: Path,
+    features: Path | None,
 ) -> Path:
     from ppsd.train.checkpoint import RunDirectory
+    from ppsd.train.run import open_features
     from ppsd.train.selfgen import GenerateConfig
     from ppsd.train.targets import write_targets
 
-    config = GenerateConfig(options.generate_batch, options.max_new, options.temperature, seed)
+    config = GenerateConfig(
+        options.generate_batch, options.max_new, options.temperature, training.seed
+    )
     path = RunDirectory(out, {}).path / GENERATED
+    store = None if features is None else open_features(teacher, training, features)
     with progress.writing(len(records)) as report:
-        skipped = write_targets(teacher.stage, records, teacher.encoding, config, path, report)
+        skipped = write_targets(
+            teacher.stage, records, teacher.encoding, config, path, report, features=store
+        )
     if skipped:
         text = f"{skipped} prompts leave no room for an answer within max_length and were skipped"
         log_console().print(text, highlight=False)
@@ -151,13 +164,16 @@ def _train(
     out: Path,
     features: Path | None,
     every: tuple[int, int],
+    counted: Sequence[str],
 ) -> None:
     from ppsd.train.distill import Cadence
-    from ppsd.train.records import prompt_digests
+    from ppsd.train.records import prompt_digests, read_data
     from ppsd.train.result import Origin, save_heads
     from ppsd.train.run import prepare_run
 
     console = log_console()
+    vocabulary, more = read_data(counted)
+    files = [*files, *(dataclasses.replace(file, use="draft vocabulary") for file in more)]
     with progress.bar("running the frozen model", 1, "{task.fields[note]}") as (bar, task):
         bar.update(task, visible=features is not None)
 
@@ -168,7 +184,7 @@ def _train(
 
         cadence = Cadence(*every)
         trainer, summary = prepare_run(
-            teacher, config, records, files, out, cadence, features, filling
+            teacher, config, records, files, out, cadence, features, filling, vocabulary
         )
     console.print(_data_line(summary, config), highlight=False)
     agreement = _run(trainer)

@@ -75,11 +75,25 @@ class Encoding:
         ids = torch.tensor(self.tokenizer.encode(record.text), dtype=torch.int32)
         return [Example(part, 1) for part in torch.split(ids, self.max_length) if len(part) > 1]
 
+    def all_tokens(self, record: Record) -> torch.Tensor:
+        """Every token of a record, whatever its length; a prompt needs no target here."""
+        if record.text is not None:
+            return torch.tensor(self.tokenizer.encode(record.text), dtype=torch.int32)
+        target = [] if record.target is None else self.target(record)
+        return torch.tensor([*self.prompt(record), *target], dtype=torch.int32)
+
     def _plain(self, text: str) -> list[int]:
         """Ids of a continuation: without the special tokens that begin a prompt."""
         opening = self.tokenizer.encode("")
         ids = self.tokenizer.encode(text)
         return ids[len(opening) :] if ids[: len(opening)] == opening else ids
+
+
+def joined(prompt: Sequence[int], target: Sequence[int], encoding: Encoding) -> Example:
+    """An example of a prompt and its answer, cut at the encoding's ``max_length``."""
+    start = 1 if encoding.all_positions else max(1, len(prompt))
+    ids = [*prompt, *target][: encoding.max_length]
+    return Example(torch.tensor(ids, dtype=torch.int32), start)
 
 
 def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
@@ -90,15 +104,12 @@ def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
         if record.text is not None:
             examples += encoding.windows(record)
             continue
-        prompt = encoding.prompt(record)
-        ids = prompt + encoding.target(record)
-        if len(prompt) >= encoding.max_length or len(ids) == len(prompt):
+        prompt, target = encoding.prompt(record), encoding.target(record)
+        if len(prompt) >= encoding.max_length or not target:
             dropped += 1
             continue
-        cut += len(ids) > encoding.max_length
-        start = 1 if encoding.all_positions else max(1, len(prompt))
-        tokens = torch.tensor(ids[: encoding.max_length], dtype=torch.int32)
-        examples.append(Example(tokens, start))
+        cut += len(prompt) + len(target) > encoding.max_length
+        examples.append(joined(prompt, target, encoding))
     if not examples:
         raise PpsdError(
             f"no training example fits in max_length {encoding.max_length} ({dropped} prompts are "
@@ -118,20 +129,27 @@ def hold_out(
     return [examples[i] for i in sorted(order[count:])], [examples[i] for i in order[:count]]
 
 
-def choose_draft_vocab(
-    examples: Iterable[Example], size: int, vocab_size: int
-) -> tuple[torch.Tensor, float]:
-    """The ``size`` most frequent target tokens, ascending [size], and the share of targets lost.
-
-    Among equally frequent tokens the lower id wins.
-    """
-    if not 0 < size <= vocab_size:
-        raise ConfigError("draft_vocab", size, f"in [1, {vocab_size}], or 0 for all tokens")
+def count_tokens(texts: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """How often each token occurs in ``texts`` (int32 ids each): [V] int64."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for example in examples:
-        counts += torch.bincount(example.targets.long(), minlength=vocab_size)
-    chosen = counts.argsort(descending=True, stable=True)[:size].sort().values
-    lost = 1.0 - counts[chosen].sum().item() / max(1, int(counts.sum()))
+    for ids in texts:
+        counts += torch.bincount(ids.long(), minlength=vocab_size)
+    return counts
+
+
+def choose_draft_vocab(
+    targets: torch.Tensor, size: int, more: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """The ``size`` most frequent tokens, ascending [size], and the share of targets lost.
+
+    ``targets`` [V] counts tokens to be guessed, ``more`` [V] those of other text, for a vocabulary
+    that also covers what the targets are too few to show. Among equally frequent tokens the lower
+    id wins.
+    """
+    if not 0 < size <= len(targets):
+        raise ConfigError("draft_vocab", size, f"in [1, {len(targets)}], or 0 for all tokens")
+    chosen = (targets + more).argsort(descending=True, stable=True)[:size].sort().values
+    lost = 1.0 - targets[chosen].sum().item() / max(1, int(targets.sum()))
     return chosen, lost
 
 

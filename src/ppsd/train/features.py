@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +101,28 @@ class FeatureStore:
 
     def _append(self, batch: Batch) -> None:
         features = teacher_forward(self._model, batch.tokens, self._layers)
-        inside = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+        by_layer = features.exits | {self._model.spec.num_layers: features.last}
+        size, length = batch.tokens.shape
         for i, example in enumerate(batch.examples):
-            inside[i, : len(example.tokens)] = True
-        for layer, rows in self._named(features).items():
-            kept = rows[inside.flatten().to(rows.device)].to("cpu", STORED)
-            self._write(layer, kept)
-        for example in batch.examples:
-            append_line(
-                self._path / INDEX, {"example": _name(example), "rows": len(example.tokens)}
-            )
-            self._note(_name(example), len(example.tokens))
+            rows = {
+                k: x.view(size, length, -1)[i, : len(example.tokens)] for k, x in by_layer.items()
+            }
+            self.add(example, rows)
 
-    def _named(self, features: Features) -> dict[int, torch.Tensor]:
-        return features.exits | {self._model.spec.num_layers: features.last}
+    def add(self, example: Example, rows: Mapping[int, torch.Tensor]) -> None:
+        """Keep an example's rows [T, C] of each of ``layers``; what is kept already stays."""
+        name, count = _name(example), len(example.tokens)
+        if name in self._places:
+            return
+        for layer in self.layers:
+            self._write(layer, rows[layer].to("cpu", STORED))
+        append_line(self._path / INDEX, {"example": name, "rows": count})
+        self._note(name, count)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers whose rows are kept, counted from 1; the last is the model's."""
+        return (*self._layers, self._model.spec.num_layers)
 
     def _write(self, layer: int, rows: torch.Tensor) -> None:
         content = rows.contiguous().view(torch.uint8).numpy().tobytes()

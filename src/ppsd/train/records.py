@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,15 +60,16 @@ def prompt_digests(records: Iterable[Record]) -> list[str]:
 
 @dataclass(frozen=True)
 class DataFile:
-    """Where records came from, for provenance."""
+    """Where records came from, for provenance, and what they were for."""
 
     name: str
     sha256: str
     records: int
+    use: str = "training"
 
     def to_json(self) -> dict[str, Any]:
         """What provenance keeps."""
-        return {"name": self.name, "sha256": self.sha256, "records": self.records}
+        return asdict(self)
 
 
 def read_data(names: Sequence[str]) -> tuple[list[Record], list[DataFile]]:

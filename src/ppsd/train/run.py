@@ -18,7 +18,7 @@ from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.model.weights import TensorSource, check_shapes, fingerprint, open_source
 from ppsd.train.checkpoint import RunDirectory
-from ppsd.train.data import Encoding, choose_draft_vocab, encode_all, hold_out
+from ppsd.train.data import Encoding, choose_draft_vocab, count_tokens, encode_all, hold_out
 from ppsd.train.distill import Cadence, Lesson, Trainer
 from ppsd.train.features import FeatureSource, FeatureStore, live_features
 from ppsd.train.records import DataFile, Record
@@ -108,6 +108,12 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def open_features(teacher: Teacher, config: DistillConfig, path: Path) -> FeatureStore:
+    """The rows kept in ``path`` that heads at the run's exits need."""
+    mark = f"{teacher.fingerprint} in {teacher.compute}"
+    return FeatureStore(path, teacher.stage, config.exit_layers, mark)
+
+
 def prepare_run(
     teacher: Teacher,
     config: DistillConfig,
@@ -117,18 +123,22 @@ def prepare_run(
     cadence: Cadence,
     store: Path | None = None,
     filling: Callable[[int, int], None] = lambda done, total: None,
+    vocabulary: Sequence[Record] = (),
 ) -> tuple[Trainer, DataSummary]:
     """Tokenise, hold out, choose the draft vocabulary, and open the run's directory.
 
-    With a ``store`` the frozen model runs now, over what that directory does not hold yet:
-    ``filling(tokens done, tokens in all)``.
+    Tokens of ``vocabulary`` are counted for the draft vocabulary, and for nothing else; ``files``
+    are those of both. With a ``store`` the frozen model runs now, over what that directory does
+    not hold yet: ``filling(tokens done, tokens in all)``.
     """
     corpus = encode_all(records, teacher.encoding)
     train, held_out = hold_out(corpus.examples, config.validation, config.seed)
     draft_ids, lost = None, 0.0
     vocab_size = teacher.stage.spec.vocab_size
     if config.draft_vocab:
-        draft_ids, lost = choose_draft_vocab(train, config.draft_vocab, vocab_size)
+        targets = count_tokens((e.targets for e in train), vocab_size)
+        more = count_tokens(map(teacher.encoding.all_tokens, vocabulary), vocab_size)
+        draft_ids, lost = choose_draft_vocab(targets, config.draft_vocab, more)
     settings = config.to_json() | {
         "model": teacher.fingerprint,
         "data": [file.sha256 for file in files],
@@ -138,8 +148,7 @@ def prepare_run(
     directory = RunDirectory(out, settings)
     features: FeatureSource = live_features(teacher.stage, config.exit_layers)
     if store is not None:
-        mark = f"{teacher.fingerprint} in {teacher.compute}"
-        features = kept = FeatureStore(store, teacher.stage, config.exit_layers, mark)
+        features = kept = open_features(teacher, config, store)
         kept.fill(corpus.examples, filling)
     lesson = Lesson(train, held_out, draft_ids, features)
     trainer = Trainer(teacher.stage, config, lesson, directory, cadence)

@@ -7,7 +7,7 @@ sequence whose next token is written at its own length, so no padding is ever at
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from ppsd.model.layers import linear, rms_norm
 from ppsd.model.stage import Stage
 from ppsd.train.batched import Attention, RopeRows, batched_layer, by_sequence, causal_attention
 
+Keep = Callable[[int, torch.Tensor], None]  # layer, rows [n, C] that left it
 Noise = Callable[[int, int], torch.Tensor]  # position, count: standard Gumbel noise [count]
 
 PREFILL_TOKENS = 4096  # padded prompt tokens that run at once
@@ -52,6 +53,19 @@ class Request:
     prompt: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """New tokens; they end with an end token unless cut off.
+
+    ``rows`` [T, C] (bfloat16) of each kept layer cover prompt and answer but for the last token,
+    which the model never read: that row is zero.
+    """
+
+    request: Request
+    ids: list[int]
+    rows: Mapping[int, torch.Tensor]
+
+
 @dataclass
 class _Row:
     """One sequence being written."""
@@ -68,18 +82,32 @@ class _Row:
 
 
 class BatchCache:
-    """Keys and values [rows, K, capacity, D] of every layer; rows in use come first."""
+    """Keys and values [rows, K, capacity, D] of every layer; rows in use come first.
 
-    def __init__(self, model: Stage, rows: int, capacity: int) -> None:
+    ``kept`` [rows, capacity, C] holds what leaves the layers ``keep``, counted from 1.
+    """
+
+    def __init__(self, model: Stage, rows: int, capacity: int, keep: Collection[int] = ()) -> None:
         spec, plan = model.spec, model.plan
         shape = (spec.num_layers, rows, spec.num_kv_heads, capacity, spec.head_dim)
         self.keys = torch.zeros(shape, dtype=plan.dtype, device=plan.device).unbind()
         self.values = torch.zeros(shape, dtype=plan.dtype, device=plan.device).unbind()
+        size = (rows, capacity, spec.hidden_size)
+        self.kept = {layer: torch.zeros(size, dtype=torch.bfloat16) for layer in keep}
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy one sequence's rows over another's."""
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
+        for tensor in self.kept.values():
+            tensor[target, :length] = tensor[source, :length]
+
+    def taken(self, row: int, length: int) -> dict[int, torch.Tensor]:
+        """Copies of one sequence's kept rows [length, C]; the last, never computed, is zero."""
+        copies = {layer: tensor[row, :length].clone() for layer, tensor in self.kept.items()}
+        for copy in copies.values():
+            copy[-1] = 0
+        return copies
 
     def filling(self, layer: int, first: int, sequences: int) -> Attention:
         """Attention of new prompts, whose keys and values go to rows ``first``…."""
@@ -92,6 +120,25 @@ class BatchCache:
             return inner(q, k, v)
 
         return attention
+
+    def keep_filled(self, first: int, sequences: int) -> Keep:
+        """Where the rows of new prompts go."""
+
+        def keep(layer: int, x: torch.Tensor) -> None:
+            rows = x.view(sequences, -1, x.shape[1])
+            self.kept[layer][first : first + sequences, : rows.shape[1]] = rows
+
+        return keep
+
+    def keep_extended(self, positions: torch.Tensor) -> Keep:
+        """Where one new row a sequence goes."""
+
+        def keep(layer: int, x: torch.Tensor) -> None:
+            self.kept[layer][torch.arange(len(positions)), positions.cpu()] = x.to(
+                "cpu", torch.bfloat16
+            )
+
+        return keep
 
     def extending(self, layer: int, positions: torch.Tensor, longest: int) -> Attention:
         """Attention of one new token a sequence, at ``positions`` [rows in use]."""
@@ -117,7 +164,8 @@ class BatchGenerator:
 
     Memory: weights, and 2·layers·batch·K·D numbers for each position of the longest sequence.
     ``vocab_size`` is the tokenizer's: padded ids beyond it are never chosen. ``noise`` gives each
-    request its own; by default it is a function of the seed and the prompt.
+    request its own; by default it is a function of the seed and the prompt. Rows that leave the
+    layers ``keep`` come with the answers, for 2·C bytes a token and layer.
     """
 
     def __init__(
@@ -129,7 +177,9 @@ class BatchGenerator:
         vocab_size: int,
         max_length: int,
         noise: Callable[[Request], Noise] | None = None,
+        keep: Collection[int] = (),
     ) -> None:
+        self._keep = keep
         self._model = model
         self._config = config
         self._eos_ids = frozenset(eos_ids)
@@ -139,17 +189,14 @@ class BatchGenerator:
         self._rows: list[_Row] = []
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[int]]]:
-        """Yield each request with its new tokens; those end with an end token unless cut off.
-
-        Every prompt must be shorter than ``max_length``.
-        """
+    def run(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """Yield answers as they finish; every prompt must be shorter than ``max_length``."""
         if not requests:
             return
         waiting = deque(requests)
         longest = max(len(r.prompt) for r in requests) + self._config.max_new
         capacity = min(longest, self._max_length)
-        self._cache = BatchCache(self._model, self._config.batch, capacity)
+        self._cache = BatchCache(self._model, self._config.batch, capacity, self._keep)
         while waiting or self._rows:
             self._refill(waiting)
             yield from self._finished()
@@ -178,7 +225,10 @@ class BatchGenerator:
         positions = torch.arange(length, device=device).repeat(count)
         first = len(self._rows)
         hidden = self._forward(
-            tokens.flatten(), positions, lambda layer: self._cache.filling(layer, first, count)
+            tokens.flatten(),
+            positions,
+            lambda layer: self._cache.filling(layer, first, count),
+            self._cache.keep_filled(first, count),
         )
         ends = [i * length + len(r.prompt) - 1 for i, r in enumerate(requests)]
         new = [self._row(request) for request in requests]
@@ -201,12 +251,19 @@ class BatchGenerator:
         positions = torch.tensor(lengths, device=device)
         longest = max(lengths) + 1
         hidden = self._forward(
-            tokens, positions, lambda layer: self._cache.extending(layer, positions, longest)
+            tokens,
+            positions,
+            lambda layer: self._cache.extending(layer, positions, longest),
+            self._cache.keep_extended(positions),
         )
         self._choose(self._rows, hidden)
 
     def _forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, attention: Callable[[int], Attention]
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attention: Callable[[int], Attention],
+        keep: Keep,
     ) -> torch.Tensor:
         model = self._model
         assert model.embedding is not None
@@ -214,6 +271,8 @@ class BatchGenerator:
         rope = RopeRows(model.rope, positions)
         for layer, weights in enumerate(model.layers):
             x = batched_layer(x, weights, model.spec, rope, attention(layer))
+            if layer + 1 in self._keep:
+                keep(layer + 1, x)
         return x
 
     def _choose(self, rows: Sequence[_Row], hidden: torch.Tensor) -> None:
@@ -229,17 +288,18 @@ class BatchGenerator:
         for row, token in zip(rows, scores.argmax(-1).tolist(), strict=True):
             row.output.append(token)
 
-    def _finished(self) -> Iterator[tuple[Request, list[int]]]:
+    def _finished(self) -> Iterator[Answer]:
         """Take out rows that are done; the last row in use moves into each gap."""
         for i in range(len(self._rows) - 1, -1, -1):
             row = self._rows[i]
             if row.output[-1] not in self._eos_ids and len(row.output) < row.limit:
                 continue
+            rows = self._cache.taken(i, row.length)
             last = self._rows.pop()
             if last is not row:
                 self._cache.move(len(self._rows), i, last.length)
                 self._rows[i] = last
-            yield row.request, row.output
+            yield Answer(row.request, row.output, rows)
 
 
 def _fits(requests: Sequence[Request]) -> bool:

@@ -15,7 +15,8 @@ import torch
 from ppsd.errors import PpsdError
 from ppsd.model.stage import Stage
 from ppsd.train.checkpoint import append_line, continue_lines
-from ppsd.train.data import Encoding
+from ppsd.train.data import Encoding, joined
+from ppsd.train.features import FeatureStore
 from ppsd.train.records import Record
 from ppsd.train.selfgen import BatchGenerator, GenerateConfig, Noise, Request
 
@@ -39,11 +40,13 @@ def write_targets(
     path: Path,
     report: Callable[[GenerateReport], None],
     noise: Callable[[Request], Noise] | None = None,
+    features: FeatureStore | None = None,
 ) -> int:
     """Answer every distinct prompt of ``records`` into the JSONL ``path``; give the number skipped.
 
     Prompts that ``path`` already answers are not asked again; those that leave no room for an
-    answer are skipped. Raises PpsdError when ``path`` was written with other settings.
+    answer are skipped. The model's rows of what is answered now go to ``features``. Raises
+    PpsdError when ``path`` was written with other settings.
     """
     prompts = {r.key: r for r in records if r.messages}
     if not prompts:
@@ -64,9 +67,13 @@ def write_targets(
         vocab_size=min(model.spec.vocab_size, encoding.tokenizer.vocab_size),
         max_length=encoding.max_length,
         noise=noise,
+        keep=features.layers if features else (),
     )
-    for request, ids in generator.run(_order(fitting, config.seed)):
+    for answer in generator.run(_order(fitting, config.seed)):
+        request, ids = answer.request, answer.ids
         record = prompts[request.key]
+        if features:
+            features.add(joined(request.prompt, ids, encoding), answer.rows)
         target = {"target": encoding.tokenizer.decode(ids), "target_ids": ids}
         about = {"key": request.key, **dict(record.about), "messages": list(record.messages)}
         ending = {"finish_reason": "stop" if ids[-1] in eos_ids else "length"}
