@@ -27,6 +27,8 @@ class ConfigError(PpsdError, ValueError):
     def __init__(self, field: str, value: object, allowed: str) -> None:
         super().__init__(f"{field} must be {allowed}, got {value!r}")
         self.field = field
+        self.value = value
+        self.allowed = allowed
 
 
 class ModelError(PpsdError):

@@ -48,14 +48,14 @@ def test_plan_takes_odd_workers_and_links() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--alpha", "8=0.5"], "alpha must be pairs of exit and rate"),
+        (["--alpha", "8=0.5"], "alpha must be exit:rate pairs"),
         (["--alpha", "40:0.5"], r"alpha must be for exits in \[1, 31\]"),
         (["--alpha", "8:1.5"], "alpha must be a rate"),
         (["--worker-speed", "1,fast"], "worker_speed must be numbers separated by commas"),
         (["--worker-speed", "1"], "worker_speed must be 2 numbers above 0"),
         (["--link-ms", "1,2,3"], "link_ms must be one hop, or 2"),
         (["--link-ms", "-1"], "latency must be a finite number, at least 0"),
-        (["--workers", "33"], r"stages must be an integer in \[1, 32\]"),
+        (["--workers", "33"], r"workers must be an integer in \[1, 32\]"),
         (["--split", "9,5", "--workers", "3"], "split must be ascending layers"),
         (["--mode", "fast"], "mode must be one of autoregressive"),
         (["--mode", "ppsd"], "mode must be one that the heads and the split allow"),

@@ -48,16 +48,22 @@ class OracleBench:
     """Measures variants on a pipeline opened with ``trace=True`` and at least two stages.
 
     Every request makes exactly ``tokens`` tokens after the first. Raises PpsdError when a mode with
-    blocks of one token says anything but what plain decoding says.
+    blocks of one token says anything but what plain decoding says. ``plain`` holds plain outputs by
+    task, and is added to.
     """
 
     def __init__(
-        self, llm: LLM, variants: Sequence[Variant], tasks: Sequence[Task], tokens: int
+        self,
+        llm: LLM,
+        variants: Sequence[Variant],
+        tasks: Sequence[Task],
+        tokens: int,
+        plain: dict[str, list[int]] | None = None,
     ) -> None:
         self._llm = llm
         self._variants = {variant.name: variant for variant in variants}
         self._prompts = {task.id: llm.encode(task.messages) for task in tasks}
-        self._plain: dict[str, list[int]] = {}
+        self._plain = {} if plain is None else plain
         longest = max(len(prompt) for prompt in self._prompts.values())
         room = llm.layout.max_context - longest - 1
         if not 1 <= tokens <= room:

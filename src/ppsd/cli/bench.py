@@ -76,7 +76,7 @@ def bench_efficiency(pipeline: PipelineOptions, options: BenchOptions) -> None:
     """Compare PPSD's speedup over plain decoding with theory, and say where the rest goes."""
     from ppsd.bench import efficiency
 
-    _check(pipeline, ("mode", "block", "head", "gate"))
+    check(pipeline, ("mode", "block", "head", "gate"))
     variants = efficiency.variants(options.rates(efficiency.ALPHAS), pipeline.in_flight)
     with _measured("efficiency", pipeline, options, variants, block=1) as (llm, results):
         fast = [v for v in variants if v.alpha is not None]
@@ -106,7 +106,7 @@ def bench_predict(
     from ppsd.bench import predict
     from ppsd.speculation.policy import DEFAULT_BLOCK, schedule_for
 
-    _check(pipeline, ("mode", "in_flight", "head", "gate"))
+    check(pipeline, ("mode", "in_flight", "head", "gate"))
     if profile is not None and pipeline.pace is not None:
         raise ConfigError("profile", str(profile), "left out with --pace: it knows no such device")
     block = pipeline.block or DEFAULT_BLOCK
@@ -140,7 +140,7 @@ def _price(llm: LLM, options: BenchOptions, path: Path | None) -> predict.Price:
     return predict.profiled(profile, layout.bounds, contexts)
 
 
-def _check(pipeline: PipelineOptions, own: Sequence[str]) -> None:
+def check(pipeline: PipelineOptions, own: Sequence[str]) -> None:
     """Refuse flags that the benchmark would have to ignore."""
     for field in dataclasses.fields(pipeline):
         value = getattr(pipeline, field.name)
@@ -233,14 +233,14 @@ def _record(llm: LLM, results: Results) -> dict[str, Any]:
     }
 
 
-def _table_console() -> Console:
+def table_console() -> Console:
     """Standard output, wide enough for the tables where it is a file."""
     width = None if Console().is_terminal else WIDTH
     return Console(highlight=False, markup=False, width=width)
 
 
 def _show_efficiency(label: str, plain: dict[str, Any], rows: Sequence[efficiency.Row]) -> None:
-    console = _table_console()
+    console = table_console()
     console.print(label, soft_wrap=True)
     stages = " + ".join(f"{stage['median'] * 1e3:.2f}" for stage in plain["stage_times"])
     console.print(f"plain: {plain['token_time']['median'] * 1e3:.2f} ms a token; stages {stages}")
@@ -262,7 +262,7 @@ def _show_efficiency(label: str, plain: dict[str, Any], rows: Sequence[efficienc
 
 
 def _show_predictions(label: str, rows: Sequence[predict.Row]) -> None:
-    console = _table_console()
+    console = table_console()
     console.print(label, soft_wrap=True)
     heads = ("mode", "α", "measured ms", "simulated ms", "error", "quartiles", "median |error|")
     table = Table(*heads, box=None, pad_edge=False)

@@ -143,7 +143,7 @@ class SamplingOptions:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         stop_ids = integers("stop_token_ids", self.stop_token_ids or "")
         changed = {"stop": tuple(self.stop or ()), "stop_token_ids": stop_ids, "n": samples}
-        bias = _bias(self.logit_bias or "")
+        bias = pairs("logit_bias", self.logit_bias or "", "id:bias")
         params = SamplingParams(**fields | changed | {"logit_bias": bias})
         if samples > 1 and params.greedy:
             raise ConfigError("samples", samples, "1 at temperature 0, where all are equal")
@@ -166,12 +166,13 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
         raise ConfigError(name, text, "numbers separated by commas") from None
 
 
-def _bias(text: str) -> dict[int, float]:
+def pairs(name: str, text: str, what: str) -> dict[int, float]:
+    """Read ``8:0.5,15:0.6``; raises ConfigError naming the option, and ``what`` a pair is."""
     try:
-        pairs = [part.split(":") for part in text.split(",") if part]
-        return {int(token): float(value) for token, value in pairs}
+        parts = [part.split(":") for part in text.split(",") if part]
+        return {int(key): float(value) for key, value in parts}
     except ValueError:
-        raise ConfigError("logit_bias", text, "id:bias pairs separated by commas") from None
+        raise ConfigError(name, text, f"{what} pairs separated by commas") from None
 
 
 def grouped(verb: Callable[..., None]) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from rich.table import Table
 
-from ppsd.cli.options import flag, integers
+from ppsd.cli.options import flag, integers, pairs
 from ppsd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -90,8 +90,13 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
     """Find split, exit, mode and window for some workers, and predict what they bring."""
     from ppsd.cost.planner import alternatives
 
-    profile, exits = _subject(workers, decided)
-    problem = _problem(workers, decided, profile, exits)
+    try:
+        profile, exits = _subject(workers, decided)
+        problem = _problem(workers, decided, profile, exits)
+    except ConfigError as error:
+        if error.field != "stages":
+            raise
+        raise ConfigError("workers", error.value, error.allowed) from None  # its name here
     found = alternatives(problem, every_split=output.every_split)
     if not found:
         raise ConfigError("mode", decided.mode, "one that the heads and the split allow")
@@ -163,15 +168,11 @@ def _imagined(text: str, profile: Profile) -> tuple[Exit, ...]:
     scored = min(IMAGINED_VOCABULARY, profile.sizes.vocabulary)
     draft = profile.head_time(IMAGINED_LAYERS, scored)
     weights = profile.sizes.exit_head(IMAGINED_LAYERS, scored)
-    try:
-        pairs = [part.split(":") for part in text.split(",") if part]
-        rates = [(int(exit_layer), float(alpha)) for exit_layer, alpha in pairs]
-    except ValueError:
-        raise ConfigError("alpha", text, "pairs of exit and rate, such as 8:0.5,15:0.6") from None
-    for layer, _ in rates:
+    rates = pairs("alpha", text, "exit:rate")
+    for layer in rates:
         if not 0 < layer < profile.sizes.layers:
             raise ConfigError("alpha", text, f"for exits in [1, {profile.sizes.layers - 1}]")
-    return tuple(Exit(layer, alpha, draft, weights) for layer, alpha in rates)
+    return tuple(Exit(layer, alpha, draft, weights) for layer, alpha in rates.items())
 
 
 def _problem(

@@ -1,0 +1,126 @@
+"""``ppsd bench splits``: every split tried, to see whether the planned one is the best."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.table import Table
+
+from ppsd.cli import progress
+from ppsd.cli.bench import ORACLE_LABEL, BenchOptions, check, table_console
+from ppsd.cli.options import PipelineOptions, flag, pairs
+from ppsd.cli.session import open_llm
+from ppsd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ppsd.bench.splits import Row
+    from ppsd.cost.planner import Plan, Problem
+    from ppsd.engine.llm import LLM
+
+_bench = functools.partial(flag, panel="Benchmark")
+OWN = ("split", "exit_layer", "mode", "block", "in_flight", "head", "gate", "pace")
+
+
+def bench_splits(
+    pipeline: PipelineOptions,
+    options: BenchOptions,
+    alpha: Annotated[
+        str, _bench("Acceptance by exit; linear between the exits given.", metavar="EXIT:α,…")
+    ],
+) -> None:
+    """Decode with every split there is, and compare the planned one with the best."""
+    check(pipeline, OWN)
+    if options.alphas is not None:
+        raise ConfigError("alphas", options.alphas, "left out: --alpha gives rates by exit")
+    rates = pairs("alpha", alpha, "exit:rate")
+    from ppsd.bench import splits
+
+    problem = _problem(pipeline, options, rates)
+    tried = splits.trials(problem)
+    results = _measure(pipeline, options, tried, problem)
+    rows = splits.summarize(results, tried)
+    behind = splits.behind_best(rows)
+    if options.as_json:
+        record: dict[str, Any] = {
+            "label": ORACLE_LABEL,
+            "alpha": rates,
+            "source": problem.profile.source,
+        }
+        record |= {"behind_best": behind, "rows": [dataclasses.asdict(row) for row in rows]}
+        print(json.dumps(record | {"provenance": results.provenance}, indent=1))
+    else:
+        _show(rows, behind)
+
+
+def _problem(
+    pipeline: PipelineOptions, options: BenchOptions, rates: Mapping[int, float]
+) -> Problem:
+    from ppsd.bench.splits import exits_along
+    from ppsd.config import EngineConfig
+    from ppsd.cost.planner import Problem
+    from ppsd.engine.choose import read_profile
+
+    config = EngineConfig(**pipeline.settings())
+    found = read_profile(config)
+    last = found.sizes.layers - 1
+    if not all(1 <= layer <= last for layer in rates):
+        raise ConfigError("alpha", sorted(rates), f"exits in [1, {last}]")
+    # prompts are short beside this: what matters is where the timed tokens lie
+    return Problem(found, config.stages, exits_along(rates), context=options.tokens // 2)
+
+
+def _measure(
+    pipeline: PipelineOptions, options: BenchOptions, tried: Mapping[str, Plan], problem: Problem
+) -> Any:
+    tasks = options.tasks()
+    from ppsd.bench import oracle, runner, splits
+    from ppsd.provenance import provenance
+
+    @contextmanager
+    def opened(plan: Plan) -> Iterator[LLM]:
+        split = ",".join(map(str, plan.bounds[1:-1]))
+        fixed = dataclasses.replace(pipeline, split=split, head="none", mode="ppsd", plan="off")
+        with open_llm(fixed, trace=True, drafter=oracle.placeholder()) as llm:
+            yield llm
+
+    rates = {exit_.layer: exit_.alpha for exit_ in problem.exits}
+    settings = {
+        "verb": "splits",
+        "variants": list(tried),
+        "tasks": [task.id for task in tasks],
+        "tokens": options.tokens,
+        "rates": rates,
+        "pipeline": dataclasses.asdict(pipeline),
+    }
+    results = runner.Results(options.out, settings, provenance())
+    cells = runner.interleaved(list(tried), [task.id for task in tasks], options.repeats)
+    bench = splits.SplitBench(opened, tried, tasks, options.tokens)
+    with progress.bar("measuring", len(cells), "{task.fields[note]}") as (bar, task):
+
+        def done(cell: runner.Cell) -> None:
+            bar.update(task, advance=1, note=cell.variant)
+
+        try:
+            runner.run(cells, results, bench.measure, done)
+        finally:
+            bench.close()
+    return results
+
+
+def _show(rows: list[Row], behind: float) -> None:
+    console = table_console()
+    console.print(ORACLE_LABEL, soft_wrap=True)
+    table = Table("split", "w", "α", "predicted ms", "measured ms", "quartiles", box=None)
+    for row in rows:
+        measured = row.measured
+        quartiles = f"{measured.low * 1e3:.2f} … {measured.high * 1e3:.2f}"
+        times = (f"{row.predicted * 1e3:.2f}", f"{measured.median * 1e3:.2f}", quartiles)
+        split = ",".join(map(str, row.bounds[1:-1]))
+        table.add_row(split, str(row.window), f"{row.alpha:.3f}", *times)
+    console.print(table)
+    console.print(f"the planned split takes {behind:.1%} longer than the fastest")

@@ -1,0 +1,103 @@
+"""``ppsd bench splits``: what is tried, what is compared, and a run over a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from ppsd.bench import splits
+from ppsd.bench.runner import Measurement, Results
+from ppsd.cli.app import app
+from ppsd.cost.planner import Problem, alternatives
+from ppsd.cost.profile import estimate
+from ppsd.cost.sizes import Sizes
+from ppsd.errors import ConfigError
+from tests.unit.test_cli import PIPELINE
+
+SIZES = Sizes(layers=6, hidden=64, vocabulary=1000, layer=50_000, cached=64, lm_head=150_000,
+              tied=True)  # fmt: skip
+RATES = {1: 0.2, 3: 0.6, 5: 0.7}
+
+
+def problem(stages: int = 2) -> Problem:
+    return Problem(estimate(SIZES), stages, splits.exits_along(RATES))
+
+
+def test_rates_are_linear_between_the_exits_given() -> None:
+    exits = splits.exits_along(RATES)
+    assert [e.layer for e in exits] == [1, 2, 3, 4, 5]
+    assert [e.alpha for e in exits] == pytest.approx([0.2, 0.4, 0.6, 0.65, 0.7])
+
+
+@pytest.mark.parametrize(("stages", "count"), [(2, 5), (3, 10)])
+def test_every_split_is_tried_the_planned_one_first(stages: int, count: int) -> None:
+    tried = splits.trials(problem(stages))
+    assert len({plan.bounds for plan in tried.values()}) == len(tried) == count
+    assert all(plan.exit and plan.exit.layer == plan.bounds[1] for plan in tried.values())
+    drafting = [p for p in alternatives(problem(stages)) if p.exit and p.bitwise]
+    assert next(iter(tried.values())).bounds == drafting[0].bounds
+
+
+def run(name: str, repeat: int, seconds: float) -> Measurement:
+    counts = {"judged": 10, "accepted": 5}
+    return Measurement(name, "x", repeat, 10, seconds, 1.0, counts, "", {})
+
+
+def test_the_planned_split_is_compared_with_the_fastest_median() -> None:
+    tried = splits.trials(problem())
+    results = Results(None, {}, {})
+    for i, name in enumerate(tried):
+        for repeat, extra in enumerate((0.0, 0.5, 90.0)):  # one repeat of each is disturbed
+            results.add(run(name, repeat, 10.0 + abs(i - 2) + extra))
+    rows = splits.summarize(results, tried)
+    assert [row.measured.median for row in rows[:3]] == pytest.approx([1.25, 1.15, 1.05])
+    assert splits.behind_best(rows) == pytest.approx(1.25 / 1.05 - 1)
+    for row, plan in zip(rows, tried.values(), strict=True):
+        assert row.predicted == pytest.approx(float(plan.cost.token_time(0.5, plan.schedule)))
+        assert row.error == pytest.approx(row.predicted / row.measured.median - 1)
+
+
+def bench(*arguments: object):
+    return CliRunner().invoke(app, ["bench", "splits", *map(str, arguments)])
+
+
+def test_a_run_is_continued_and_shown_both_ways(tiny_model, tmp_path) -> None:
+    pipeline = f"--model {tiny_model()} --stages 2 --dtype float64 --transport inprocess"
+    flags = [*pipeline.split(), "--alpha", "1:0.2,5:0.8", "--tokens", 6, "--repeats", 2]
+    flags += ["--out", tmp_path / "m.jsonl"]
+    found = bench(*flags, "--json")
+    assert found.exit_code == 0, found.output
+    record = json.loads(found.stdout)
+    assert sorted(row["bounds"][1] for row in record["rows"]) == [1, 2, 3, 4, 5]
+    assert record["behind_best"] >= 0
+    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 1 + 5 * 2
+    shown = bench(*flags).stdout
+    assert f"the planned split takes {record['behind_best']:.1%} longer" in shown
+    assert shown.startswith("ORACLE drafts")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--alpha", "0:0.5"], "alpha"),
+        (["--alpha", "half"], "alpha"),
+        (["--alpha", "2:0.5", "--split", "3"], "split"),
+        (["--alpha", "2:0.5", "--stages", "1"], "stages"),
+        (["--alpha", "2:0.5", "--alphas", "0.5"], "alphas"),
+    ],
+)
+def test_what_it_refuses(tiny_model, arguments, field) -> None:
+    stages = [] if "--stages" in arguments else ["--stages", "2"]
+    error = bench("--model", tiny_model(), *stages, *arguments).exception
+    assert isinstance(error, ConfigError)
+    assert error.field == field
+
+
+def test_flags_are_frozen() -> None:
+    verb = typer.main.get_command(app).commands["bench"].commands["splits"]  # type: ignore[attr-defined]
+    found = {name for p in verb.params if p.name != "help" for name in p.opts}
+    own = "--prompts --limit --alphas --tokens --repeats --out --json --alpha"
+    assert found == set(f"{PIPELINE} {own}".split())
