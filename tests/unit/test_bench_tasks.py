@@ -103,6 +103,20 @@ def test_outsiders_say_what_we_say(llm: LLM, tiny_model: Models) -> None:
             other.close()
 
 
+def test_linears_alone_say_nothing_and_differ_in_nothing(llm: LLM, tiny_model: Models) -> None:
+    other = OutsiderProcess(Outsider("linears", kind="linears"), str(tiny_model()), "float32", 1)
+    try:
+        with llm:
+            bench = BaselineBench(llm, variants([]), [other], TASKS, PARAMS)
+            results = Results(None, {}, {})
+            run(interleaved([PLAIN, "linears"], NAMES, 1), results, bench.measure)
+    finally:
+        other.close()
+    _, found = summarize(results, {"all": NAMES}, stages=2)
+    assert (found.variant, found.differing) == ("linears", 0)
+    assert results.get(Cell("linears", NAMES[0], 0)).tokens == PARAMS.max_tokens - 1
+
+
 def test_an_outsider_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(PpsdError, match=r"transformers ended with code 1:(.|\n)*Error"):
         OutsiderProcess(Outsider("transformers"), str(tmp_path / "nowhere"), "float32", 1)

@@ -31,11 +31,15 @@ GREEDY = "greedy"
 
 @dataclass(frozen=True)
 class Outsider:
-    """A decoder in a process of its own; ``options`` are those of transformers' generate."""
+    """A decoder in a process of its own; ``options`` are those of transformers' generate.
+
+    ``one_stage``: it gets the threads and cores of one stage, not of all.
+    """
 
     name: str
     kind: str = "transformers"
     options: dict[str, Any] = field(default_factory=dict)
+    one_stage: bool = False
 
 
 def outsiders(exit_layer: int, gguf: bool) -> list[Outsider]:
@@ -44,6 +48,8 @@ def outsiders(exit_layer: int, gguf: bool) -> list[Outsider]:
 
     found = [
         Outsider("one process", kind="ppsd"),
+        Outsider("linears alone", kind="linears"),
+        Outsider("linears alone, one stage's threads", kind="linears", one_stage=True),
         Outsider("transformers"),
         Outsider("transformers early exit", options={"assistant_early_exit": exit_layer}),
         Outsider(
@@ -133,5 +139,5 @@ class BaselineBench:
             first_seconds=reply["first_seconds"],
             counts=dict.fromkeys(("drafted", "judged", "accepted", "discarded", "resyncs"), 0),
             hits="",
-            details={"output": digest(reply["ids"])},
+            details={"output": None if reply["ids"] is None else digest(reply["ids"])},
         )

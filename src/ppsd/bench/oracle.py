@@ -20,6 +20,7 @@ from ppsd.errors import ConfigError, PpsdError
 from ppsd.types import SamplingParams
 
 PLAIN = "plain"
+WINDOW = 64  # tokens at either end of a long request
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,17 @@ class Variant:
 def placeholder() -> OracleDrafter:
     """A drafter to open a pipeline with, that has no exit head of its own."""
     return OracleDrafter([], 0.0, 2)
+
+
+def end_times(arrivals: Sequence[int]) -> tuple[float, float] | None:
+    """Seconds per token of the first and the last WINDOW tokens; None for fewer than two windows.
+
+    ``arrivals`` in nanoseconds.
+    """
+    if len(arrivals) <= 2 * WINDOW:
+        return None
+    first, last = arrivals[WINDOW] - arrivals[0], arrivals[-1] - arrivals[-1 - WINDOW]
+    return first / WINDOW / 1e9, last / WINDOW / 1e9
 
 
 class OracleBench:
@@ -80,13 +92,15 @@ class OracleBench:
             vocabulary = self._llm.layout.spec.vocab_size
             self._llm.draft_with(OracleDrafter([*prompt, *plain], variant.alpha, vocabulary))
         self._llm.trace.take()
-        tokens, first, end, completion = self._timed(prompt, variant)
+        tokens, arrivals, completion = self._timed(prompt, variant)
+        first, end = arrivals[0], arrivals[-1]
         equal = tokens == plain
         if not equal and self._llm.config.schedule.block == 1:
             raise PpsdError(f"{cell.variant} on task {cell.task} differs from plain decoding")
         stats = completion.stats
         details: dict[str, Any] = {"equal": equal, "overruns": stats.overruns}
         details |= {"blocks": stats.decode_blocks, "pauses": stats.gate and stats.gate.pauses}
+        details |= {"ends": end_times(arrivals)}
         return Measurement(
             *cell,
             tokens=len(tokens) - 1,
@@ -97,20 +111,20 @@ class OracleBench:
             details=details | self._timeline(first, end),
         )
 
-    def _timed(self, prompt: list[int], variant: Variant) -> tuple[list[int], int, int, Completion]:
-        """The tokens, and when the first and the last of them came (ns)."""
+    def _timed(
+        self, prompt: list[int], variant: Variant
+    ) -> tuple[list[int], list[int], Completion]:
+        """The tokens, and when each of them came (ns)."""
         self._llm.use(variant.mode, variant.block, variant.in_flight, variant.gate)
         stream = self._llm.stream(prompt, self._params)
-        first = end = 0
+        arrivals: list[int] = []
         while True:
             try:
                 chunk = next(stream)
             except StopIteration as stop:
                 completion: Completion = stop.value
-                return list(completion.token_ids), first, end, completion
-            if chunk.token_ids:
-                end = time.monotonic_ns()
-                first = first or end
+                return list(completion.token_ids), arrivals, completion
+            arrivals += [time.monotonic_ns()] * len(chunk.token_ids)
 
     def _timeline(self, first: int, end: int) -> dict[str, object]:
         lanes = self._llm.trace.take()

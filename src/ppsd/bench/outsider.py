@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import operator
 import os
 import sys
 import time
@@ -111,6 +112,36 @@ def one_process(path: Path, dtype: str, threads: int) -> Answer:
     return answer
 
 
+def linears(path: Path, dtype: str) -> Answer:
+    """Nothing but the products of one row with all weights: what plain decoding costs at least.
+
+    There is no text, so ``ids`` of its answers is None.
+    """
+    from ppsd.model.layers import linear
+    from ppsd.model.source import describe, resolve_model
+    from ppsd.model.stage import Stage, StagePlan
+    from ppsd.model.weights import open_source
+
+    spec = describe(resolve_model(str(path)))
+    plan = StagePlan(0, spec.num_layers, 2, getattr(torch, dtype), torch.device("cpu"))
+    stage = Stage(spec, plan, open_source(path))
+    fused = operator.attrgetter("qkv", "o", "gate_up", "down")
+    parts = [part for layer in stage.layers for part in fused(layer)]
+    assert stage.lm_head is not None
+    pairs = [(torch.ones(1, w.shape[1], dtype=w.dtype), w) for w in (*parts, stage.lm_head)]
+
+    def answer(ids: list[int], max_tokens: int) -> dict[str, Any]:
+        clock = Clock()
+        with torch.inference_mode():
+            for _ in range(max_tokens):
+                for x, weight in pairs:
+                    linear(x, weight)
+                clock.take([0])
+        return clock.answer() | {"ids": None}
+
+    return answer
+
+
 def llama_cpp(path: Path, threads: int) -> Answer:
     """llama.cpp on the same file, in the file's own quantisation."""
     model = importlib.import_module("llama_cpp").Llama(
@@ -139,6 +170,8 @@ def load(record: dict[str, Any]) -> Answer:
         return llama_cpp(path, record["threads"])
     if record["kind"] == "ppsd":
         return one_process(path, record["dtype"], record["threads"])
+    if record["kind"] == "linears":
+        return linears(path, record["dtype"])
     return transformers(path, record["dtype"], record["options"])
 
 

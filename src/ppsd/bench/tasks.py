@@ -97,7 +97,8 @@ class Summary:
     ``ratio`` is the quotient of the mean speeds of variant and plain decoding (Spec-Bench's),
     ``total_ratio`` that of all tokens over all time, ``paired`` the spread of the quotients task
     by task. ``per_device`` is the total speed over the number of stages. ``differing`` counts
-    outputs that are not those of plain decoding, ``judged`` to ``resyncs`` are sums.
+    outputs that are not those of plain decoding (what has none differs in none), ``judged`` to
+    ``resyncs`` are sums.
     """
 
     variant: str
@@ -156,7 +157,7 @@ def _summary(
         judged=judged,
         discarded=discarded,
         resyncs=resyncs,
-        differing=sum(m.details["output"] != p.details["output"] for m, p in both),
+        differing=sum(m.details["output"] not in (None, p.details["output"]) for m, p in both),
     )
 
 

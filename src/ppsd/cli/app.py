@@ -11,6 +11,7 @@ import typer
 from ppsd.cli import (
     acceptance,
     bench,
+    bench_endurance,
     bench_splits,
     bench_tasks,
     chat,
@@ -59,6 +60,7 @@ app.add_typer(heads.app, name="heads")
 app.command("acceptance")(grouped(acceptance.acceptance))
 bench.app.command("tasks")(grouped(bench_tasks.bench_tasks))
 bench.app.command("baselines")(grouped(bench_tasks.bench_baselines))
+bench.app.command("endurance")(grouped(bench_endurance.bench_endurance))
 bench.app.command("splits")(grouped(bench_splits.bench_splits))
 bench.app.command("report")(grouped(bench_tasks.bench_report))
 app.add_typer(bench.app, name="bench")

@@ -78,7 +78,7 @@ def bench_efficiency(pipeline: PipelineOptions, options: BenchOptions) -> None:
 
     check(pipeline, ("mode", "block", "head", "gate"))
     variants = efficiency.variants(options.rates(efficiency.ALPHAS), pipeline.in_flight)
-    with _measured("efficiency", pipeline, options, variants, block=1) as (llm, results):
+    with measured("efficiency", pipeline, options, variants, block=1) as (llm, results):
         fast = [v for v in variants if v.alpha is not None]
         rows = efficiency.summarize(results, [v.name for v in fast if not v.gate])
         gated = efficiency.gated_speedups(results, [v.name for v in fast if v.gate])
@@ -111,7 +111,7 @@ def bench_predict(
         raise ConfigError("profile", str(profile), "left out with --pace: it knows no such device")
     block = pipeline.block or DEFAULT_BLOCK
     variants = predict.variants(options.rates(predict.ALPHAS), block)
-    with _measured("predict", pipeline, options, variants, block) as (llm, results):
+    with measured("predict", pipeline, options, variants, block) as (llm, results):
         stages = llm.layout.stages
         schedules = {v.name: schedule_for(v.mode, stages, v.block, v.in_flight) for v in variants}
         price = _price(llm, options, profile)
@@ -170,7 +170,7 @@ def _decided(pipeline: PipelineOptions, block: int) -> PipelineOptions:
 
 
 @contextmanager
-def _measured(
+def measured(
     verb: str,
     pipeline: PipelineOptions,
     options: BenchOptions,

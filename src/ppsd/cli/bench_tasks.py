@@ -89,11 +89,12 @@ def bench_baselines(pipeline: PipelineOptions, work: WorkOptions) -> None:
     chosen = variants(())
     with _pipeline(pipeline, chosen) as llm, ExitStack() as stack:
         path = llm.layout.files.path
-        cores = [core for share in llm.layout.cores for core in share]
         dtype = str(llm.layout.dtype).removeprefix("torch.")
         others = []
         for outsider in outsiders(llm.layout.bounds[1], path.suffix == ".gguf"):
-            threads = llm.layout.threads * llm.layout.stages
+            shares = llm.layout.cores[: 1 if outsider.one_stage else None]
+            cores = [core for share in shares for core in share]
+            threads = llm.layout.threads * len(shares)
             others.append(OutsiderProcess(outsider, str(path), dtype, threads, cores))
             stack.callback(others[-1].close)
         params = SamplingParams(max_tokens=work.max_tokens)
