@@ -43,12 +43,12 @@ exactness: $(VENV)/.installed
 	done; done; done
 
 # The pipeline against theory and against the simulator: two stages on real cores, four and eight
-# paced. A run that stops goes on from its .jsonl file.
+# paced. An hour; nothing else may run meanwhile. A run that stops goes on from its .jsonl file.
 PIPELINE := docs/results/pipeline
 pipeline-bench: $(VENV)/.installed
 	mkdir -p $(PIPELINE)
 	for verb in efficiency predict; do \
-	  for setup in "2 --split 18 --tokens 128" "4 --pace 0.06 --tokens 64" "8 --pace 0.08 --tokens 64"; do \
+	  for setup in "2 --split 18 --tokens 128" "4 --pace 0.06 --tokens 64" "8 --pace 0.06 --tokens 48"; do \
 	    out=$(PIPELINE)/$$verb-$${setup%% *}-stages; \
 	    test -s $$out.json || { $(BIN)/ppsd bench $$verb --stages $$setup --out $$out.jsonl --json \
 	      > $$out.json.part && mv $$out.json.part $$out.json; } || exit 1; \
