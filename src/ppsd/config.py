@@ -27,8 +27,9 @@ class EngineConfig:
     counts), a profile file, or ``off`` (evenly by parameters, no mode but the asked one); it
     decides what is left open, among that ``mode`` when it is ``auto``. ``head`` is a head
     directory, ``auto`` (the best one found), ``untrained`` or ``none``. ``devices`` names one
-    device for all stages or one each. ``threads_per_stage`` 0 shares the cores evenly. ``gate``
-    lets speculation pause while it does not pay. Times are seconds; ``pace`` is what a stage takes
+    device for all stages or one each. ``threads_per_stage`` 0 shares the cores evenly. ``lookup``
+    mixes into a head's drafts what followed the same tokens before. ``gate`` lets speculation
+    pause while it does not pay. Times are seconds; ``pace`` is what a stage takes
     for one block (LM head included, an exit head's draft comes on top) on the emulated device, one
     for all stages or one each, nothing for real time. Raises ConfigError for values that no model
     could make right.
@@ -50,6 +51,7 @@ class EngineConfig:
     transport: str = "auto"
     max_context: int | None = None
     prefill_chunk: int = 128
+    lookup: bool = True
     gate: bool = True
     timeout: float = 60.0
     init_timeout: float = 300.0

@@ -96,7 +96,7 @@ def heads(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def candidates(heads: list[Path], teacher: Teacher) -> list[Candidate]:
-    return load_candidates(heads, teacher)
+    return load_candidates(heads, teacher, alone=True)
 
 
 def ask(teacher: Teacher, path: Path, params: SamplingParams, batch: int = 4) -> list[Answer]:
@@ -111,6 +111,7 @@ def open_llm(model: Path, candidate: Candidate, split: tuple[int, ...], **more: 
         dtype="float64",
         transport="inprocess",
         max_context=CONTEXT,
+        lookup=candidate.lookup,
         gate=False,  # a pause would leave drafts out
         **more,
     )
@@ -329,10 +330,10 @@ def test_outcome_lines_say_what_they_are(
 ) -> None:
     path = tmp_path / "outcomes.jsonl"
     answers = ask(teacher, tmp_path / "answers.jsonl", GREEDY)
-    found = measure(teacher, candidates[2:], answers, GREEDY, path, batch_tokens=100)["half"]
+    found = measure(teacher, candidates[5:], answers, GREEDY, path, batch_tokens=100)["half alone"]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert {(r["head"], r["id"], r["category"], tuple(r["ranks"])) for r in rows} == {
-        ("half", o.id, o.category, o.ranks) for o in found
+        ("half alone", o.id, o.category, o.ranks) for o in found
     }
     for answer, result in zip(answers, found, strict=True):
         judged = answer.tokens[answer.start : answer.start + answer.judged]

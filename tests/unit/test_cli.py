@@ -27,7 +27,7 @@ SGR = re.compile(r"\x1b\[(\d+)m([^\x1b]*)")
 PIPELINE = (
     "--model -m --stages --split --exit-layer --head --mode --block --in-flight --plan "
     "--acceptance --dtype --devices --threads-per-stage --transport --max-context --prefill-chunk "
-    "--pace --gate --timeout --init-timeout"
+    "--pace --lookup --gate --timeout --init-timeout"
 )
 SAMPLING = (
     "--temperature -t --top-k --top-p --min-p --repetition-penalty --presence-penalty "
@@ -47,7 +47,7 @@ FLAGS = {
 OWN_FLAGS = {
     "acceptance": (
         "--head --data --out --model -m --limit --max-tokens -n --temperature -t --seed --raw "
-        "--decode --stages --max-length --dtype --device --threads --generate-batch "
+        "--alone --decode --stages --max-length --dtype --device --threads --generate-batch "
         "--batch-tokens --by --record --json"
     ),
 }
@@ -88,7 +88,7 @@ def tiny(tiny_model, tmp_path_factory) -> Callable[..., list[str]]:
         head = tmp_path_factory.mktemp("head")
         save_perfect_head(head, tiny_model(), 2, sign)
         flags = f"--model {tiny_model()} --head {head} --split 2,4 --dtype float64 --ignore-eos"
-        return f"{flags} --transport inprocess --threads-per-stage 1".split()
+        return f"{flags} --transport inprocess --threads-per-stage 1 --no-lookup".split()
 
     return flags
 

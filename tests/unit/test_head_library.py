@@ -125,7 +125,7 @@ def test_a_planned_llm_changes_modes(tiny_model: Callable[[str], Path], tmp_path
     """Stages in one process take turns, so the plan is plain decoding; the head is there."""
     model = tiny_model("llama")
     save_perfect_head(tmp_path / "local" / "perfect", model, 3)
-    settings = {"head": "auto", "dtype": "float64", "transport": "inprocess"}
+    settings = {"head": "auto", "lookup": False, "dtype": "float64", "transport": "inprocess"}
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     with LLM(str(model), **settings) as llm:  # type: ignore[arg-type]
         assert llm.config.mode == "autoregressive"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from ppsd.bench.workload import Task
 from ppsd.errors import ConfigError, HeadError, PpsdError
 from ppsd.model.exit_head import WEIGHTS_FILE, ExitHead, load_head, read_head_config
 from ppsd.model.stage import StagePlan
+from ppsd.speculation.lookup import mixed
 from ppsd.speculation.sampling import Sampler, Stream, gumbel
 from ppsd.train.batched import head_forward, teacher_forward
 from ppsd.train.checkpoint import append_line, continue_lines
@@ -52,12 +53,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A head to be measured; ``digest`` is that of its weights."""
+    """A head to be measured, with prompt ``lookup`` or alone; ``digest`` is that of its weights."""
 
     label: str
     path: Path
     head: ExitHead
     digest: str
+    lookup: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,14 @@ def exit_layers(paths: Sequence[Path]) -> tuple[int, ...]:
     return tuple(sorted({read_head_config(path).exit_layer for path in paths}))
 
 
-def load_candidates(paths: Sequence[Path], teacher: Teacher) -> list[Candidate]:
-    """Load heads for the teacher's model; raises HeadError for those of another model."""
+def load_candidates(
+    paths: Sequence[Path], teacher: Teacher, *, alone: bool = False
+) -> list[Candidate]:
+    """Load heads for the teacher's model; raises HeadError for those of another model.
+
+    Drafts are those of the engine by default, with prompt lookup; ``alone``: each head also
+    without.
+    """
     stage = teacher.stage
     candidates = []
     for label, path in zip(labels(paths), paths, strict=True):
@@ -113,6 +121,8 @@ def load_candidates(paths: Sequence[Path], teacher: Teacher) -> list[Candidate]:
         whose = (teacher.source, teacher.fingerprint)
         head = load_head(path, stage.spec, plan, *whose, stage.embedding)
         candidates.append(Candidate(label, path, head, _file_digest(path / WEIGHTS_FILE)))
+    if alone:
+        candidates += [replace(c, label=f"{c.label} alone", lookup=False) for c in candidates]
     return candidates
 
 
@@ -211,7 +221,8 @@ class _Store:
             raise PpsdError(f"{path} does not hold measured outcomes: {error!r}") from error
 
     def _key(self, candidate: Candidate, answer: Answer) -> str:
-        decisive = (candidate.digest, answer.tokens, answer.start, answer.judged, self._settings)
+        what = (candidate.digest, candidate.lookup)
+        decisive = (*what, answer.tokens, answer.start, answer.judged, self._settings)
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
 
     def has(self, candidate: Candidate, answer: Answer) -> bool:
@@ -250,17 +261,22 @@ def judge_batch(
         for i, a in enumerate(answers):
             first = i * length + a.start - 1
             sampler = Sampler(params, a.start, frozenset(), vocab)
-            yield c, a, _ranks(c.head, rows[first : first + a.judged], a, sampler)
+            yield c, a, _ranks(c, rows[first : first + a.judged], a, sampler)
 
 
-def _ranks(head: ExitHead, rows: torch.Tensor, answer: Answer, sampler: Sampler) -> tuple[int, ...]:
+def _ranks(
+    candidate: Candidate, rows: torch.Tensor, answer: Answer, sampler: Sampler
+) -> tuple[int, ...]:
     """Rank of each judged token in the scores the draft is the maximum of."""
     tokens = torch.tensor(answer.tokens)
     ranks = []
     for first in range(0, answer.judged, CHUNK_ROWS):
-        for i, logits in enumerate(head.logits(rows[first : first + CHUNK_ROWS]), first):
+        chunk = candidate.head.logits(rows[first : first + CHUNK_ROWS])
+        for i, logits in enumerate(chunk, first):
             position = answer.start + i
-            scores = sampler.scores(logits, tokens[:position], Stream.TARGET)
+            history = tokens[:position]
+            drafted = mixed(logits, history) if candidate.lookup else logits
+            scores = sampler.scores(drafted, history, Stream.TARGET)
             ranks.append(rank(scores, answer.tokens[position]))
     return tuple(ranks)
 

@@ -54,6 +54,9 @@ class SubjectOptions:
     ] = 0.0
     seed: Annotated[int, _measured("Noise is a function of seed and position.")] = 0
     raw: Annotated[bool, _measured("No chat template.", "--raw")] = False
+    alone: Annotated[bool, _measured("Judge each head also without prompt lookup.", "--alone")] = (
+        False
+    )
     decode: Annotated[
         int, _measured("Decode so many of the prompts with the engine too, and compare.", min=0)
     ] = 0
@@ -117,7 +120,7 @@ def acceptance(
     out = RunDirectory(subject.out, {}).path
     progress.set_threads(work.threads)
     teacher = progress.load(subject.model, config, work.device)
-    candidates = load_candidates(paths, teacher)
+    candidates = load_candidates(paths, teacher, alone=subject.alone)
     for c in candidates:  # a number of stages that does not suit should not be found out at the end
         expected_speed(teacher.stage.spec, c.head.config, 0.0, subject.stages)
     answers = _answers(teacher, tasks, params, work, out)
@@ -194,10 +197,16 @@ def _result(
         config = c.head.config
         about = {name: getattr(config, name) for name in ("kind", "exit_layer", "layers",
                                                           "draft_vocab")}  # fmt: skip
-        about |= {"sha256": c.digest, "held_out": config.metrics.get("validation")}
+        about |= {
+            "lookup": c.lookup,
+            "sha256": c.digest,
+            "held_out": config.metrics.get("validation"),
+        }
         speed = expected_speed(spec, config, found["alpha"], subject.stages)
         heads[c.label] = about | found | {"expected": speed}
-    ladder = {heads[label]["exit_layer"]: label for label in reversed(heads)}  # one head an exit
+    ladder = {  # one head an exit
+        h["exit_layer"]: label for label, h in reversed(heads.items()) if h["lookup"]
+    }
     first = {label: outcomes[label] for _, label in sorted(ladder.items())}
     return {
         "model": spec.name,
@@ -246,6 +255,7 @@ def _decode(
             dtype=result["dtype"],
             devices=(result["device"],),
             max_context=teacher.encoding.max_length,
+            lookup=c.lookup,
             gate=False,  # a pause would leave drafts out of the count
         ) as llm:
             those = [answers[i] for i in chosen], [outcomes[c.label][i] for i in chosen]
@@ -273,8 +283,9 @@ def _record(result: dict[str, Any], candidates: Sequence[Candidate]) -> None:
     about = {name: result[name] for name in ("data", "max_tokens", "temperature", "dtype")}
     for c in candidates:
         found = result["heads"][c.label]
+        name = "acceptance" if c.lookup else "acceptance_alone"
         figures = {name: found[name] for name in ("alpha", "interval", "judged", "outside")}
-        record_metrics(c.path, "acceptance", figures | about)
+        record_metrics(c.path, name, figures | about)
 
 
 def _show(result: dict[str, Any], by: str) -> None:

@@ -95,6 +95,9 @@ class PipelineOptions:
         _pipeline("Emulate devices: seconds a stage takes for a block, one or one a stage.",
                   metavar="S,…"),
     ] = None  # fmt: skip
+    lookup: Annotated[
+        bool, _pipeline("Let drafts repeat earlier text.", "--lookup/--no-lookup")
+    ] = True
     gate: Annotated[
         bool, _pipeline("Pause speculation while it does not pay.", "--gate/--no-gate")
     ] = True

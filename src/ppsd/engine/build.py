@@ -243,7 +243,7 @@ class RunningPipeline:
         layout, pace = self.layout, self._config.pace_of(0)
         if layout.head is None:
             return None
-        drafter = HeadDrafter(self._load_head(layout.head, stage, plan))
+        drafter = HeadDrafter(self._load_head(layout.head, stage, plan), lookup=self._config.lookup)
         if not pace:
             return drafter
         sizes = Sizes.of(layout.spec)

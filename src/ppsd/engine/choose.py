@@ -163,11 +163,13 @@ def check_profile(
             raise ConfigError("profile", where, allowed)
 
 
-def trained_exits(heads: Sequence[FoundHead], profile: Profile) -> tuple[Exit, ...]:
+def trained_exits(
+    heads: Sequence[FoundHead], profile: Profile, *, lookup: bool = True
+) -> tuple[Exit, ...]:
     """Heads as the planner sees them; those of unknown α only when there are no others."""
     measured = [head for head in heads if head.alpha is not None]
     return tuple(
-        _exit(head.config, profile, str(head.path))
+        _exit(head.config, profile, str(head.path), lookup)
         for head in measured or heads
         if head.config is not None
     )
@@ -181,7 +183,7 @@ def _exits(
         return ()
     if config.head == "auto":
         found = suitable(find_heads(), fingerprint, None)
-        return trained_exits(found, profile)
+        return trained_exits(found, profile, lookup=config.lookup)
     if config.head == "untrained":
         draft, weights = profile.head_time(0, None), profile.sizes.exit_head(0, None)
         return _anywhere(Exit(1, UNTRAINED_ALPHA, draft, weights, "untrained"), spec)
@@ -191,11 +193,11 @@ def _exits(
     head = read_head_config(Path(config.head))
     first = config.split[0] if config.split else config.exit_layer
     check_head(head, spec, fingerprint, first or head.exit_layer, config.head)
-    return (_exit(head, profile, config.head),)
+    return (_exit(head, profile, config.head, config.lookup),)
 
 
-def _exit(head: HeadConfig, profile: Profile, name: str) -> Exit:
-    alpha = measured_alpha(head)
+def _exit(head: HeadConfig, profile: Profile, name: str, lookup: bool) -> Exit:
+    alpha = measured_alpha(head, lookup=lookup)
     return Exit(
         layer=head.exit_layer,
         alpha=ASSUMED_ALPHA if alpha is None else alpha,

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from ppsd.model.exit_head import ExitHead
+from ppsd.speculation.lookup import mixed
 from ppsd.speculation.sampling import Sampler, Stream, uniform
 
 # A head lags behind until its next draft, when a few rows cost as much as one; prompts do not wait.
@@ -29,10 +30,14 @@ class Drafter(Protocol):
 
 
 class HeadDrafter:
-    """Drafts by an exit head, with the same sampler and noise as the target's own choice."""
+    """Drafts by an exit head, with the same sampler and noise as the target's own choice.
 
-    def __init__(self, head: ExitHead) -> None:
+    ``lookup`` mixes in what followed the same tokens before (speculation/lookup.py).
+    """
+
+    def __init__(self, head: ExitHead, *, lookup: bool = False) -> None:
         self.head = head
+        self._lookup = lookup
         self._rows: list[torch.Tensor] = []  # observed, not yet run through the head
         self._next = 0  # position of the row after them
         self._last = torch.empty(0)  # the head's row of the newest position
@@ -56,6 +61,8 @@ class HeadDrafter:
         if self._rows:
             self._catch_up()
         logits = self.head.logits(self._last)[0]
+        if self._lookup:
+            logits = mixed(logits, history)
         if stream is Stream.TARGET:
             return sampler.choose(logits, history)
         position = history.numel()

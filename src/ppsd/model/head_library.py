@@ -38,12 +38,13 @@ class FoundHead:
         return sum(f.stat().st_size for f in self.path.iterdir() if f.is_file())
 
 
-def measured_alpha(config: HeadConfig) -> float | None:
+def measured_alpha(config: HeadConfig, *, lookup: bool = True) -> float | None:
     """Acceptance as recorded by ``ppsd acceptance``, else agreement in training; None for neither.
 
-    Training holds out text like its own; what a prompt file measured says more of others.
+    Training holds out text like its own, and knows no prompt ``lookup``; what a prompt file
+    measured says more of others.
     """
-    for name in ("acceptance", "validation"):
+    for name in ("acceptance" if lookup else "acceptance_alone", "validation"):
         with suppress(KeyError, TypeError, ValueError):
             return float(config.metrics[name]["alpha"])
     return None

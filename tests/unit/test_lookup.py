@@ -1,0 +1,69 @@
+"""Prompt lookup against a search by hand, and the mixture against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppsd.speculation.lookup import CONFIDENCE, Match, find, mixed
+
+
+def by_hand(tokens: list[int], longest: int) -> Match | None:
+    for length in range(longest, 0, -1):
+        for end in range(len(tokens) - 2, length - 2, -1):
+            if tokens[end + 1 - length : end + 1] == tokens[-length:]:
+                return Match(tokens[end + 1], length)
+    return None
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 9))
+def test_the_longest_repetition_the_newest_among_equals(tokens: list[int], longest: int) -> None:
+    assert find(torch.tensor(tokens), longest) == by_hand(tokens, longest)
+
+
+def test_examples() -> None:
+    assert find(torch.tensor([1, 2, 3, 9, 2, 3])) == Match(9, 2)
+    assert find(torch.tensor([7, 7, 7])) == Match(7, 2)
+    assert find(torch.tensor([1, 2, 3])) is None
+    assert find(torch.tensor([5])) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_mixture_is_what_it_says(dtype: torch.dtype) -> None:
+    """Also for a token that the head cannot draft (-inf)."""
+    history = torch.tensor([4, 1, 2, 0, 1, 2])
+    for banned in (False, True):
+        logits = torch.randn(6, generator=torch.Generator().manual_seed(1)).to(dtype)
+        if banned:
+            logits[0] = -torch.inf
+        share = CONFIDENCE[1]  # "1, 2" stood before, and 0 came next
+        wanted = logits.double().softmax(0) / (1 + share)
+        wanted[0] += share / (1 + share)
+        found = mixed(logits.clone(), history)
+        assert found.dtype == dtype
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(
+            found.double().softmax(0), wanted, rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize(("margin", "copied"), [(0.02, True), (-0.02, False)])
+def test_the_copy_wins_unless_the_head_is_surer(margin: float, copied: bool) -> None:
+    history = torch.tensor([4, 1, 2, 0, 1, 2])
+    sure = CONFIDENCE[1] - margin
+    rest = (1 - sure) / 5
+    probabilities = torch.tensor([0.0, sure, rest, rest, rest, rest, rest])
+    best = mixed(probabilities.log(), history).argmax().item()
+    assert best == (0 if copied else 1)
+
+
+def test_new_text_leaves_the_head_alone() -> None:
+    logits = torch.randn(6)
+    assert torch.equal(mixed(logits.clone(), torch.tensor([1, 2, 3])), logits)
+
+
+def test_longer_repetitions_count_for_more() -> None:
+    assert list(CONFIDENCE) == sorted(CONFIDENCE)
+    assert all(0 < c < 1 for c in CONFIDENCE)
