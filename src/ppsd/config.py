@@ -26,13 +26,13 @@ class EngineConfig:
     that is given. ``plan`` is ``auto`` (times from this machine's profile, or else from parameter
     counts), a profile file, or ``off`` (evenly by parameters, no mode but the asked one); it
     decides what is left open, among that ``mode`` when it is ``auto``. ``head`` is a head
-    directory, ``auto`` (the best one found), ``untrained`` or ``none``. ``devices`` names one
-    device for all stages or one each. ``threads_per_stage`` 0 shares the cores evenly. ``lookup``
-    mixes into a head's drafts what followed the same tokens before. ``gate`` lets speculation
-    pause while it does not pay. Times are seconds; ``pace`` is what a stage takes
-    for one block (LM head included, an exit head's draft comes on top) on the emulated device, one
-    for all stages or one each, nothing for real time. Raises ConfigError for values that no model
-    could make right.
+    directory, ``auto`` (the best one found), ``lookup`` (no head: repeat earlier text),
+    ``untrained`` or ``none``. ``devices`` names one device for all stages or one each.
+    ``threads_per_stage`` 0 shares the cores evenly. ``lookup`` mixes into a head's drafts what
+    followed the same tokens before. ``gate`` lets speculation pause while it does not pay. Times
+    are seconds; ``pace`` is what a stage takes for one block (LM head included, an exit head's
+    draft comes on top) on the emulated device, one for all stages or one each, nothing for real
+    time. Raises ConfigError for values that no model could make right.
     """
 
     model: str | None = None

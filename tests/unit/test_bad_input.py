@@ -68,7 +68,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             {"head": "none", "mode": "ppsd"},
-            "mode must be autoregressive without an exit head, got 'ppsd'",
+            "mode must be autoregressive without anything to draft with, got 'ppsd'",
         ),
         (
             {"stages": 1, "mode": "draft-then-verify"},

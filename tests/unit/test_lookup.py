@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ppsd import LLM, SamplingParams
 from ppsd.speculation.lookup import CONFIDENCE, Match, find, mixed
 
 
@@ -67,3 +71,32 @@ def test_new_text_leaves_the_head_alone() -> None:
 def test_longer_repetitions_count_for_more() -> None:
     assert list(CONFIDENCE) == sorted(CONFIDENCE)
     assert all(0 < c < 1 for c in CONFIDENCE)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("split", [(3,), (1, 4)])
+def test_repeating_needs_no_head_and_changes_nothing(
+    tiny_model: Callable[[str], Path], split: tuple[int, ...], temperature: float
+) -> None:
+    three = {5: 90.0, 7: 90.0, 9: 90.0}  # with so few tokens text repeats
+    params = SamplingParams(temperature, seed=3, max_tokens=40, ignore_eos=True, logit_bias=three)
+    settings = {"dtype": "float64", "transport": "inprocess", "gate": False}
+    prompt = [5, 9, 7, 5, 9]
+    with LLM(str(tiny_model("llama")), stages=1, dtype="float64") as llm:
+        plain = llm.run(prompt, params)
+    with LLM(str(tiny_model("llama")), split=split, head="lookup", mode="ppsd", **settings) as llm:
+        assert llm.drafts
+        found = llm.run(prompt, params)
+        assert found.token_ids == plain.token_ids
+        counts = found.stats.counts
+        text = [*prompt, *plain.token_ids]
+        repeated = sum(
+            (match.token if (match := find(torch.tensor(text[:i]))) else text[i - 1]) == text[i]
+            for i in range(len(prompt), len(text))
+        )
+        assert 10 < counts.accepted <= repeated  # a verdict may overtake its draft
+    with LLM(
+        str(tiny_model("llama")), split=split, head="lookup", mode="ppsd", acceptance="rejection",
+        **settings,
+    ) as llm:  # fmt: skip
+        assert len(llm.run(prompt, params).token_ids) == 40

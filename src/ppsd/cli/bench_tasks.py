@@ -135,7 +135,7 @@ def _pipeline(pipeline: PipelineOptions, chosen: Sequence[Variant]) -> Iterator[
     largest = max((v.block or 1 for v in chosen), default=1)
     mode = "draft-then-verify" if largest > 1 else "ppsd"
     with open_llm(replace(fixed, mode=mode, block=largest)) as llm:
-        if llm.layout.head is None:
+        if not llm.drafts:
             raise ConfigError("head", pipeline.head, "an exit head: drafts are what is measured")
         yield llm
 

@@ -52,8 +52,8 @@ class PipelineOptions:
     ] = None
     head: Annotated[
         str,
-        _pipeline("Exit head: a directory, 'auto' (the best found), 'untrained' or 'none'.",
-                  metavar="HEAD"),
+        _pipeline("Exit head: a directory, auto (the best found), lookup (repeat earlier text), "
+                  "untrained or none.", metavar="HEAD"),
     ] = "auto"  # fmt: skip
     mode: Annotated[
         str,

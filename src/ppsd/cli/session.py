@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 UNTRAINED_NOTICE = "untrained exit head: few drafts will be accepted; exact, but no faster"
 NO_HEAD_NOTICE = (
-    "no trained exit head fits {model}{exit}, so decoding is plain; to train one: "
+    "no trained exit head fits {model}{exit}, so decoding is plain; --head lookup drafts from "
+    "repeated text, and to train a head: "
     "ppsd distill{option} --exit-layer {layer} --data FILE --self-generate --out {place}"
 )
 

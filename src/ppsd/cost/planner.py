@@ -23,6 +23,7 @@ LARGEST_BLOCK = 8
 MAX_IN_FLIGHT = 64
 TYPICAL_CONTEXT = 256  # positions already cached, unless a problem says otherwise
 ASSUMED_ALPHA = 0.5  # of a trained head whose acceptance nobody measured
+LOOKUP_ALPHA = 0.45  # of prompt lookup alone: 0.45 and 0.47 on two sets of the default model's text
 UNTRAINED_ALPHA = 0.05  # of the model's own norm and LM head; 4 to 10 % were measured
 MESSAGE_BYTES = 72  # header and token id of a block of one row
 LEAST_GAIN = 1.02  # predictions are off by about as much: what promises less does not pay

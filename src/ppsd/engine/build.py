@@ -18,7 +18,7 @@ import torch
 from ppsd.config import DEFAULT_CONTEXT, EngineConfig, core_shares
 from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, threads_of
-from ppsd.engine.drafter import Drafter, HeadDrafter, PacedDrafter
+from ppsd.engine.drafter import Drafter, HeadDrafter, LookupDrafter, PacedDrafter
 from ppsd.engine.pipeline import Pipeline, raise_if_lost
 from ppsd.errors import ConfigError, InsufficientMemoryError
 from ppsd.model.exit_head import (
@@ -138,7 +138,7 @@ def _check_devices(config: EngineConfig) -> None:
 
 
 def _head_config(config: EngineConfig, spec: ModelSpec, mark: str) -> HeadConfig | None:
-    if config.head == "none" or config.stages == 1:
+    if config.head in ("none", "lookup") or config.stages == 1:
         return None
     if config.head == "untrained":
         return HeadConfig("norm", 0, 0, None, spec.name, mark, trained=False)
@@ -242,7 +242,8 @@ class RunningPipeline:
     def _drafter(self, stage: Stage, plan: StagePlan) -> Drafter | None:
         layout, pace = self.layout, self._config.pace_of(0)
         if layout.head is None:
-            return None
+            lookup = self._config.head == "lookup" and layout.stages > 1
+            return LookupDrafter() if lookup else None
         drafter = HeadDrafter(self._load_head(layout.head, stage, plan), lookup=self._config.lookup)
         if not pace:
             return drafter

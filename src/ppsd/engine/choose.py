@@ -13,6 +13,7 @@ from pathlib import Path
 from ppsd.config import EngineConfig, available_cores
 from ppsd.cost.planner import (
     ASSUMED_ALPHA,
+    LOOKUP_ALPHA,
     UNTRAINED_ALPHA,
     Exit,
     Plan,
@@ -187,6 +188,8 @@ def _exits(
     if config.head == "untrained":
         draft, weights = profile.head_time(0, None), profile.sizes.exit_head(0, None)
         return _anywhere(Exit(1, UNTRAINED_ALPHA, draft, weights, "untrained"), spec)
+    if config.head == "lookup":
+        return _anywhere(Exit(1, LOOKUP_ALPHA, 0.0, name="lookup"), spec)
     if config.head == "none":  # whoever drafts all the same brings a drafter
         free = Exit(1, 1.0, 0.0)
         return _anywhere(free, spec) if _mode(config) != "autoregressive" else ()

@@ -1,4 +1,4 @@
-"""Where drafts come from: an exit head, or an oracle that peeks (for tests and benchmarks)."""
+"""Where drafts come from: an exit head, earlier text, or an oracle (tests and benchmarks)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from ppsd.model.exit_head import ExitHead
-from ppsd.speculation.lookup import mixed
+from ppsd.speculation.lookup import find, mixed
 from ppsd.speculation.sampling import Sampler, Stream, uniform
 
 # A head lags behind until its next draft, when a few rows cost as much as one; prompts do not wait.
@@ -69,6 +69,34 @@ class HeadDrafter:
         self._probabilities = {p: q for p, q in self._probabilities.items() if p < position}
         self._probabilities[position] = sampler.probabilities(logits, history)
         return sampler.draw(logits, history, stream)
+
+    def probabilities(self, position: int) -> torch.Tensor:
+        """See Drafter."""
+        return self._probabilities.pop(position)
+
+
+class LookupDrafter:
+    """Repeats what followed the same tokens before, for models without a trained head.
+
+    Where nothing stood before it repeats the last token: a wrong draft is as cheap as none.
+    """
+
+    def __init__(self) -> None:
+        self._probabilities: dict[int, torch.Tensor] = {}
+
+    def observe(self, position: int, hidden: torch.Tensor) -> None:
+        """Need nothing."""
+
+    def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
+        """See Drafter."""
+        match, position = find(history), history.numel()
+        token = match.token if match else int(history[-1])
+        if stream is not Stream.TARGET:  # a lookup's draft is certain: a one-hot row
+            row = torch.zeros(sampler.vocab_size, dtype=torch.float64)
+            row[token] = 1.0
+            kept = {p: q for p, q in self._probabilities.items() if p < position}
+            self._probabilities = kept | {position: row}
+        return token
 
     def probabilities(self, position: int) -> torch.Tensor:
         """See Drafter."""

@@ -93,10 +93,11 @@ class LLM:
     """A model cut into stages and ready to decode; use as a context manager or ``close`` it.
 
     ``LLM(model, stages=2, mode="ppsd", …)`` takes the fields of EngineConfig; what they leave open
-    is decided by ``plan``, and ``layout.reason`` says how. ``progress`` is
-    called with (stage, tensors loaded, tensors in all) while weights load. Raises ConfigError,
-    ModelError, InsufficientMemoryError before anything runs, and PipelineError when a stage fails;
-    after that the workers are gone, and every request raises the same error.
+    is decided by ``plan``, and ``layout.reason`` says how; ``drafts``: whether there is anything to
+    draft with. ``progress`` is called with (stage, tensors loaded, tensors in all) while weights
+    load. Raises ConfigError, ModelError, InsufficientMemoryError before anything runs, and
+    PipelineError when a stage fails; after that the workers are gone, and every request raises the
+    same error.
     """
 
     def __init__(
@@ -112,7 +113,8 @@ class LLM:
             self.config = self.config.replaced(mode="ppsd")
         files = resolve_model(model)
         self.config, self.layout, source = plan_layout(self.config, files)
-        self._drafts = drafter is not None or self.layout.head is not None
+        own = self.layout.head is not None or self.config.head == "lookup"
+        self.drafts = own or drafter is not None
         self._check_head(self.config)
         check_memory(self.layout)
         self.tokenizer = Tokenizer.load(files.path)
@@ -156,7 +158,7 @@ class LLM:
         """Take the drafts of the next requests from ``drafter``; None: from the exit head again."""
         self._check_idle()
         self._pipeline.drafter = self._head if drafter is None else drafter
-        self._drafts = self._pipeline.drafter is not None
+        self.drafts = self._pipeline.drafter is not None
         self._gates.clear()  # of other drafts they know nothing
         self.use(self.config.mode, self.config.block, self.config.in_flight)
 
@@ -196,8 +198,8 @@ class LLM:
         return self._gates.setdefault(schedule, Gate(schedule))
 
     def _check_head(self, config: EngineConfig) -> None:
-        if config.schedule.drafts and not self._drafts:
-            raise ConfigError("mode", config.mode, "autoregressive without an exit head")
+        if config.schedule.drafts and not self.drafts:
+            raise ConfigError("mode", config.mode, "autoregressive without anything to draft with")
 
     def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, reuse: bool = False

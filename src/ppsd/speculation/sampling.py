@@ -87,7 +87,7 @@ class Sampler:
         _check_ids("stop token id", stop_ids, vocab_size)
         self._params = params
         self._prompt_length = prompt_length
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64)
         self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float64)
@@ -104,14 +104,14 @@ class Sampler:
         """What ``draw`` takes the maximum of, [vocab_size]: processed logits and their noise."""
         values = self.process(logits, history)
         if not self._params.greedy:
-            values = values + gumbel(self._params.seed, len(history), self._vocab_size, stream)
+            values = values + gumbel(self._params.seed, len(history), self.vocab_size, stream)
         return values
 
     def probabilities(self, logits: Tensor, history: Tensor) -> Tensor:
         """The distribution ``draw`` samples from, float64 [vocab_size]; one-hot if greedy."""
         values = self.process(logits, history)
         if self._params.greedy:
-            one_hot = torch.zeros(self._vocab_size, dtype=torch.float64)
+            one_hot = torch.zeros(self.vocab_size, dtype=torch.float64)
             one_hot[_argmax(values)] = 1.0
             return one_hot
         return values.softmax(0)
@@ -133,10 +133,10 @@ class Sampler:
         return self._truncate(values)
 
     def _real(self, logits: Tensor) -> Tensor:
-        if logits.ndim != 1 or len(logits) < self._vocab_size:
+        if logits.ndim != 1 or len(logits) < self.vocab_size:
             shape = list(logits.shape)
-            raise ValueError(f"logits must have shape [V], V >= {self._vocab_size}, got {shape}")
-        values = logits[: self._vocab_size].detach().cpu()
+            raise ValueError(f"logits must have shape [V], V >= {self.vocab_size}, got {shape}")
+        values = logits[: self.vocab_size].detach().cpu()
         if values.dtype != torch.float64:
             values = values.to(torch.float32)
         return _checked(values, "logits of real tokens")
@@ -159,7 +159,7 @@ class Sampler:
 
     def _truncate(self, values: Tensor) -> Tensor:
         p = self._params
-        if 0 < p.top_k < self._vocab_size:
+        if 0 < p.top_k < self.vocab_size:
             values = values.masked_fill(values < values.topk(p.top_k).values[-1], -math.inf)
         if p.top_p < 1.0:
             values = _keep_top_p(values, p.top_p)
