@@ -28,14 +28,16 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
-        "config": None if config is None else asdict(config) | {"head": _head(config.head)},
+        "config": None if config is None else portable(config),
     }
 
 
-def _head(given: str) -> str:
-    """A head as anybody can name it: one that ships, without where ppsd is installed."""
-    shipped, path = Path(__file__).parent / "heads", Path(given)
-    return f"shipped {path.relative_to(shipped)}" if path.is_relative_to(shipped) else given
+def portable(config: EngineConfig) -> dict[str, Any]:
+    """The fields of a configuration; a head that ships without where ppsd is installed."""
+    shipped, head = Path(__file__).parent / "heads", Path(config.head)
+    if not head.is_relative_to(shipped):
+        return asdict(config)
+    return asdict(config) | {"head": f"shipped {head.relative_to(shipped)}"}
 
 
 def _commit() -> str | None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from ppsd.config import EngineConfig
 from ppsd.model.exit_head import PROMPTS_FILE
 from ppsd.model.head_library import SHIPPED, FoundHead, find_heads
+from ppsd.provenance import provenance
 from ppsd.train.records import prompt_digest
 
 EVALUATION = Path(__file__).parents[1] / "data" / "evaluation_prompts.txt"
@@ -52,3 +54,11 @@ def test_no_evaluation_prompt_trained_them(head: FoundHead) -> None:
 def test_digests_do_not_mind_case_and_white_space() -> None:
     assert prompt_digest("Who  are\nyou?") == prompt_digest(" who are YOU? ")
     assert prompt_digest("Who are you?") != prompt_digest("Who am I?")
+
+
+def test_results_name_them_as_anybody_can() -> None:
+    """Not by where ppsd is installed here."""
+    for head in HEADS:
+        named = provenance(EngineConfig(head=str(head.path)))["config"]["head"]
+        assert named == f"shipped {head.path.parent.name}/{head.path.name}"
+    assert provenance(EngineConfig(head="own/head"))["config"]["head"] == "own/head"

@@ -181,7 +181,7 @@ def measured(
     _check_out(options.out)
     tasks = options.tasks()
     from ppsd.bench import oracle, runner
-    from ppsd.provenance import provenance
+    from ppsd.provenance import portable, provenance
 
     with open_llm(_decided(pipeline, block), trace=True, drafter=oracle.placeholder()) as llm:
         config = llm.config
@@ -191,7 +191,7 @@ def measured(
             "tasks": [task.id for task in tasks],
             "tokens": options.tokens,
             "bounds": llm.layout.bounds,
-            "config": asdict(config),
+            "config": portable(config),
         }
         results = runner.Results(options.out, settings, provenance(config))
         bench = oracle.OracleBench(llm, variants, tasks, options.tokens)

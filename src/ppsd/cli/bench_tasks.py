@@ -150,7 +150,7 @@ def _measure(
     measure: Callable[[Cell], Measurement],
 ) -> Results:
     from ppsd.bench.runner import Results, interleaved, run
-    from ppsd.provenance import provenance
+    from ppsd.provenance import portable, provenance
 
     about = {
         "verb": verb,
@@ -158,7 +158,7 @@ def _measure(
         "tasks": [task.id for task in tasks],
         "max_tokens": work.max_tokens,
         "bounds": llm.layout.bounds,
-        "config": asdict(llm.config),
+        "config": portable(llm.config),
     }
     results = Results(work.out, about, provenance(llm.config))
     ids = [f"{task.id} @ {setting}" for setting in settings for task in tasks]
