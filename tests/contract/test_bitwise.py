@@ -27,7 +27,13 @@ SPLITS = [(3,), (2, 4), (1, 3, 5)]
 TOKENS = 12
 GREEDY = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=0.8, seed=11)
-RATES = {"perfect": (0.9, 1.0), "anti": (0.0, 0.1), "oracle": (0.3, 0.7), "untrained": (0.0, 0.5)}
+RATES = {
+    "perfect": (0.9, 1.0),
+    "anti": (0.0, 0.1),
+    "oracle": (0.3, 0.7),
+    "untrained": (0.0, 0.6),
+    "lookup": (0.0, 0.6),
+}
 TEXTS = ("jug", "the quick brown fox jumps over the lazy dog " * 3, "pack my box")
 EMBEDDED = _embedded_file()
 
@@ -74,7 +80,7 @@ def check_acceptance(result: Verification, drafter: str) -> None:
 
 @pytest.fixture(scope="module")
 def open_tiny(tiny_model, tmp_path_factory):
-    """Open the tiny model with one of four drafters."""
+    """Open the tiny model with one of five drafters."""
 
     @functools.cache
     def head(exit_layer: int, sign: float) -> Path:
@@ -83,14 +89,16 @@ def open_tiny(tiny_model, tmp_path_factory):
     def open_llm(split: tuple[int, ...], drafter: str, **settings) -> LLM:
         own = {"perfect": 1.0, "anti": -1.0}.get(drafter)
         name = "untrained" if own is None else str(head(split[0], own))
+        name = "lookup" if drafter == "lookup" else name
         settings = {"transport": "inprocess", "prefill_chunk": 16, "gate": False} | settings
+        settings = {"lookup": own is None} | settings  # which would spoil a perfect record
         return LLM(str(tiny_model()), split=split, head=name, **settings)
 
     return open_llm
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("drafter", ["perfect", "anti", "oracle", "untrained"])
+@pytest.mark.parametrize("drafter", ["perfect", "anti", "oracle", "untrained", "lookup"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_of_one_are_bitwise_plain(open_tiny, dtype, split, drafter, params) -> None:

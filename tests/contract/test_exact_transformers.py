@@ -89,7 +89,9 @@ def test_every_exit_and_schedule(tiny_model, tmp_path, exit_layer, sign) -> None
     head = str(save_perfect_head(tmp_path / "head", model, exit_layer, sign))
     stages = min(3, LAYERS - exit_layer + 1)
     largest = {"block": 8, "in_flight": 5}
-    with open_tiny(model, stages=stages, exit_layer=exit_layer, head=head, **largest) as llm:
+    with open_tiny(
+        model, stages=stages, exit_layer=exit_layer, head=head, lookup=False, **largest
+    ) as llm:
         for schedule in SCHEDULES:
             llm.use("ppsd", *schedule)
             for counts in check(llm, model, new_tokens=24):

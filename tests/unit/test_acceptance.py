@@ -96,7 +96,7 @@ def heads(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def candidates(heads: list[Path], teacher: Teacher) -> list[Candidate]:
-    return load_candidates(heads, teacher, alone=True)
+    return load_candidates(heads, teacher, "both")
 
 
 def ask(teacher: Teacher, path: Path, params: SamplingParams, batch: int = 4) -> list[Answer]:

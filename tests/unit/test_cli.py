@@ -47,7 +47,7 @@ FLAGS = {
 OWN_FLAGS = {
     "acceptance": (
         "--head --data --out --model -m --limit --max-tokens -n --temperature -t --seed --raw "
-        "--alone --decode --stages --max-length --dtype --device --threads --generate-batch "
+        "--lookup --decode --stages --max-length --dtype --device --threads --generate-batch "
         "--batch-tokens --by --record --json"
     ),
 }

@@ -13,7 +13,7 @@ from ppsd.provenance import provenance
 from ppsd.train.records import prompt_digest
 
 EVALUATION = Path(__file__).parents[1] / "data" / "evaluation_prompts.txt"
-EXPECTED = {("transformer", 18)}
+EXPECTED = {("transformer", n) for n in (4, 8, 15, 18)} | {("norm", 8)}
 ALL_BYTES = 32 << 20
 
 HEADS = [head for head in find_heads() if head.shipped]

@@ -105,13 +105,11 @@ def exit_layers(paths: Sequence[Path]) -> tuple[int, ...]:
     return tuple(sorted({read_head_config(path).exit_layer for path in paths}))
 
 
-def load_candidates(
-    paths: Sequence[Path], teacher: Teacher, *, alone: bool = False
-) -> list[Candidate]:
+def load_candidates(paths: Sequence[Path], teacher: Teacher, lookup: str = "on") -> list[Candidate]:
     """Load heads for the teacher's model; raises HeadError for those of another model.
 
-    Drafts are those of the engine by default, with prompt lookup; ``alone``: each head also
-    without.
+    Prompt ``lookup`` is on (as in the engine by default), off, or both: then the heads come again
+    without it, named "… alone".
     """
     stage = teacher.stage
     candidates = []
@@ -120,8 +118,9 @@ def load_candidates(
         plan = StagePlan(0, layer, stage.plan.max_context, stage.plan.dtype, stage.plan.device)
         whose = (teacher.source, teacher.fingerprint)
         head = load_head(path, stage.spec, plan, *whose, stage.embedding)
-        candidates.append(Candidate(label, path, head, _file_digest(path / WEIGHTS_FILE)))
-    if alone:
+        digest = _file_digest(path / WEIGHTS_FILE)
+        candidates.append(Candidate(label, path, head, digest, lookup != "off"))
+    if lookup == "both":
         candidates += [replace(c, label=f"{c.label} alone", lookup=False) for c in candidates]
     return candidates
 

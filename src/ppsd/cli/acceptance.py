@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ppsd.types import SamplingParams
 
 RESULT, PLOT, OUTCOMES = "acceptance.json", "acceptance.png", "outcomes.jsonl"
+LOOKUPS = ("on", "off", "both")
 VIEWS = {"category": "by_category", "position": "by_position"}
 _measured = functools.partial(flag, panel="What is measured")
 _work = functools.partial(flag, panel="How it is computed")
@@ -54,9 +55,9 @@ class SubjectOptions:
     ] = 0.0
     seed: Annotated[int, _measured("Noise is a function of seed and position.")] = 0
     raw: Annotated[bool, _measured("No chat template.", "--raw")] = False
-    alone: Annotated[bool, _measured("Judge each head also without prompt lookup.", "--alone")] = (
-        False
-    )
+    lookup: Annotated[
+        str, _measured("Prompt lookup beside the heads: on, off or both.", metavar="on|off|both")
+    ] = "on"
     decode: Annotated[
         int, _measured("Decode so many of the prompts with the engine too, and compare.", min=0)
     ] = 0
@@ -111,6 +112,8 @@ def acceptance(
     """Measure α of exit heads on the model's own answers, each draft judged as in decoding."""
     if by not in VIEWS:
         raise ConfigError("by", by, "one of " + ", ".join(VIEWS))
+    if subject.lookup not in LOOKUPS:
+        raise ConfigError("lookup", subject.lookup, "one of " + ", ".join(LOOKUPS))
     paths, params, tasks = subject.paths(), subject.params(), subject.tasks()
     from ppsd.bench.acceptance import load_candidates
     from ppsd.bench.acceptance_summary import expected_speed
@@ -120,7 +123,7 @@ def acceptance(
     out = RunDirectory(subject.out, {}).path
     progress.set_threads(work.threads)
     teacher = progress.load(subject.model, config, work.device)
-    candidates = load_candidates(paths, teacher, alone=subject.alone)
+    candidates = load_candidates(paths, teacher, subject.lookup)
     for c in candidates:  # a number of stages that does not suit should not be found out at the end
         expected_speed(teacher.stage.spec, c.head.config, 0.0, subject.stages)
     answers = _answers(teacher, tasks, params, work, out)
@@ -205,7 +208,9 @@ def _result(
         speed = expected_speed(spec, config, found["alpha"], subject.stages)
         heads[c.label] = about | found | {"expected": speed}
     ladder = {  # one head an exit
-        h["exit_layer"]: label for label, h in reversed(heads.items()) if h["lookup"]
+        h["exit_layer"]: label
+        for label, h in reversed(heads.items())
+        if h["lookup"] or subject.lookup == "off"
     }
     first = {label: outcomes[label] for _, label in sorted(ladder.items())}
     return {
