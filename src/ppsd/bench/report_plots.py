@@ -96,7 +96,8 @@ def heads(record: Record, path: Path) -> None:
     kinds: dict[str, list[Record]] = {}
     for head in record["heads"].values():
         layers = f" {head['layers']}" if head["layers"] else ""
-        kinds.setdefault(f"{head['kind']}{layers}", []).append(head)
+        lookup = " with lookup" if head.get("lookup") else ""
+        kinds.setdefault(f"{head['kind']}{layers}{lookup}", []).append(head)
     for name, found in kinds.items():
         alphas = [head["alpha"] for head in found]
         left.plot([head["exit_layer"] for head in found], alphas, "o-", label=name)
@@ -110,17 +111,17 @@ def heads(record: Record, path: Path) -> None:
 
 
 def timelines(traces: Sequence[Path], path: Path) -> None:
-    """What each stage does in the first moments of decoding: a chart a Chrome trace."""
+    """What each stage does from the first token on: a chart a Chrome trace."""
     plt = require_matplotlib()
     figure, charts = plt.subplots(
         len(traces), sharex=True, figsize=(11, 2.2 * len(traces)), squeeze=False
     )
     for axes, trace in zip(charts[:, 0], traces, strict=True):
-        slices = list(_slices(trace))
-        begin = min((s["ts"] for s in slices if s["name"] == "forward"), default=0.0)
+        slices = [piece for piece in _slices(trace) if piece["name"] in KIND_COLOUR]
+        begin = min((s["ts"] + s["dur"] for s in slices if s["name"] == "verify"), default=0.0)
         for piece in slices:
             start = (piece["ts"] - begin) / 1e3
-            if piece["name"] in KIND_COLOUR and 0 <= start < SHOWN_MS:
+            if 0 <= start < SHOWN_MS:
                 axes.barh(
                     piece["tid"] - 1, piece["dur"] / 1e3, left=start, height=0.8,
                     color=KIND_COLOUR[piece["name"]], ec="w", lw=0.3,
