@@ -84,7 +84,11 @@ def _measure(
     @contextmanager
     def opened(plan: Plan) -> Iterator[LLM]:
         split = ",".join(map(str, plan.bounds[1:-1]))
-        asked = {"split": split, "in_flight": plan.schedule.in_flight, "plan": "off"}
+        asked: dict[str, Any] = {
+            "split": split,
+            "in_flight": plan.schedule.in_flight,
+            "plan": "off",
+        }
         fixed = dataclasses.replace(pipeline, **asked, head="none", mode="ppsd")
         with open_llm(fixed, trace=True, drafter=oracle.placeholder()) as llm:
             yield llm
