@@ -67,11 +67,13 @@ def test_memory_is_flat_over_a_hundred_requests(tiny_model) -> None:
 
 
 def test_a_leak_shows(tiny_model) -> None:
-    kept = []
+    """In pieces so large that no freed memory can hold them."""
+    piece, kept = 40 * 2**20, []
     with LLM(str(tiny_model()), stages=1, threads_per_stage=1, head="none", plan="off") as llm:
-        leak = lambda n: kept.append(bytearray(2**20).replace(b"\0", b"x"))  # noqa: E731
-        found = endurance.memory(llm, list(range(3, 20)), 15, leak)
-    assert found.growth[0] > 4 * 2**20
+        found = endurance.memory(
+            llm, list(range(3, 20)), 13, lambda n: kept.append(b"x" * piece) if n > 10 else None
+        )
+    assert found.growth[0] > piece
 
 
 def bench(*arguments: object):

@@ -67,7 +67,7 @@ def test_a_table_without_json(small) -> None:
     ("flags", "words"),
     [
         (["--mode", "autoregressive"], "mode"),
-        (["--head", "none"], "exit head"),
+        (["--head", "none"], "anything to draft with"),
         (["--gammas", "0"], "gamma"),
         (["--gammas", "x"], "gammas"),
     ],
