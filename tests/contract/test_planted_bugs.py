@@ -140,6 +140,6 @@ def fails(check: Callable[[], None]) -> bool:
     """Whether the check notices: by other tokens, or because the pipeline itself refuses."""
     try:
         check()
-    except Exception:
+    except Exception:  # any refusal counts: a bug shows in its own way
         return True
     return False

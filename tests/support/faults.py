@@ -142,12 +142,13 @@ def _be_child(program: Callable[[], int], standard: Sequence[int], keep: Iterabl
             os.dup2(fd, target)
         for kept, following in pairwise([2, *sorted(keep), 4096]):
             os.closerange(kept + 1, following)
+        # open as long as the child lives
         streams = (open(fd, mode, closefd=False) for fd, mode in enumerate("rww"))  # noqa: SIM115
         sys.stdin, sys.stdout, sys.stderr = streams
         code = program()
     except SystemExit as end:
         code = int(end.code or 0)
-    except BaseException:
+    except BaseException:  # a forked child must never run the parent's code
         traceback.print_exc()
     finally:
         sys.stdout.flush()

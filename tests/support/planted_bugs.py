@@ -72,8 +72,11 @@ def _(patch: Patch) -> None:
 @bug("verdict of an older epoch accepted")
 def _(patch: Patch) -> None:
     take = Engine._take
-    newest = lambda self, verdict: take(self, replace(verdict, epoch=self.policy.epoch))  # noqa: E731
-    patch.setattr(Engine, "_take", newest)
+    patch.setattr(
+        Engine,
+        "_take",
+        lambda self, verdict: take(self, replace(verdict, epoch=self.policy.epoch)),
+    )
 
 
 @bug("stale blocks computed and their verdicts accepted")

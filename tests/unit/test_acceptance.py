@@ -239,11 +239,12 @@ def test_further_heads_do_not_ask_the_model_again(
 
 def test_prompts_without_room_are_left_out(teacher: Teacher, tmp_path: Path) -> None:
     long = Task("long", "odd", ({"role": "user", "content": "zq" * CONTEXT},))
-    report = lambda _: None  # noqa: E731
-    answers = write_answers(teacher, [TASKS[0], long], GREEDY, 4, tmp_path / "a.jsonl", report)
+    answers = write_answers(
+        teacher, [TASKS[0], long], GREEDY, 4, tmp_path / "a.jsonl", lambda report: None
+    )
     assert [a.id for a in answers] == ["0"]
     with pytest.raises(PpsdError, match="no prompt leaves room for two tokens within 48"):
-        write_answers(teacher, [long], GREEDY, 4, tmp_path / "b.jsonl", report)
+        write_answers(teacher, [long], GREEDY, 4, tmp_path / "b.jsonl", lambda report: None)
 
 
 def test_rank_counts_what_comes_before() -> None:

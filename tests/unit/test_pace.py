@@ -74,6 +74,7 @@ def test_stale_work_stops_while_it_waits() -> None:
         stage = FakeStage()
         wrapped, recorder = paced(stage, 3600.0)
         answers = iter([False] * looks)
+        # called within this turn of the loop, so `answers` is this turn's
         assert wrapped.forward(ROW, 0, lambda: next(answers, True)) is None  # noqa: B023
         assert len(stage.began) == 1
         assert recorder.blocks[OVERRUN] == 0

@@ -199,7 +199,7 @@ class RunningPipeline:
         """Start workers, load all stages, and return the pipeline ready for work."""
         try:
             return self._open(progress)
-        except BaseException:
+        except BaseException:  # Ctrl-C while loading, too: workers must not stay behind
             self.close()
             raise
 

@@ -205,7 +205,7 @@ class Pipeline:
         """Ask all stages for a report, which each passes on before it answers."""
         waiting = set(range(1, self.size))
         deadline = time.monotonic() + ANSWER_S
-        with contextlib.suppress(PipelineTimeoutError):
+        with contextlib.suppress(PipelineTimeoutError):  # silence is the answer sought
             self._endpoint.send(1, encode(Control("report")), CHECK_S)
             while waiting and time.monotonic() < deadline:
                 message = self._receive(CHECK_S)

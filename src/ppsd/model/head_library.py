@@ -45,7 +45,7 @@ def measured_alpha(config: HeadConfig, *, lookup: bool = True) -> float | None:
     measured says more of others.
     """
     for name in ("acceptance" if lookup else "acceptance_alone", "validation"):
-        with suppress(KeyError, TypeError, ValueError):
+        with suppress(KeyError, TypeError, ValueError):  # not measured, or not by us
             return float(config.metrics[name]["alpha"])
     return None
 

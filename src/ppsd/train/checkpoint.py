@@ -123,7 +123,7 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
-        with suppress(OSError):
+        with suppress(OSError):  # the first error is the one to report
             draft.unlink(missing_ok=True)
         kept = "; the one before is untouched" if path.exists() else ""
         raise PpsdError(f"cannot write {path}: {error.strerror}{kept}") from error

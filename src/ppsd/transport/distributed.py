@@ -312,17 +312,17 @@ class DistributedEndpoint:
         """
         deadline = time.monotonic() + GOODBYE_SECONDS
         for link in self._senders.values():
-            with suppress(PipelineError):
+            with suppress(PipelineError):  # a peer that is gone needs no goodbye
                 self._send(link, GOODBYE, [], NO_ROWS, deadline - time.monotonic())
         for link in self._senders.values():
-            with suppress(PipelineError):
+            with suppress(PipelineError):  # nor can it confirm one
                 for _ in range(link.slots):
                     self._free_buffer(link, deadline - time.monotonic())
 
     def _hang_up(self) -> None:
         """Let a wait time out on some peer that is still there, which cuts all connections."""
         for peer in set(range(self.size)) - {self.rank}:
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # the timeout, which is the purpose
                 self._receive_piece(torch.empty(1), peer, HANG_UP_TAG, timedelta(milliseconds=1))
 
 

@@ -149,7 +149,7 @@ def serve(config: WorkerConfig) -> None:
         worker = _load(config, endpoint, say)
         while not worker.stopped:
             worker.step(IDLE_WAIT_S)
-    except Exception as error:
+    except Exception as error:  # whatever it is, rank 0 should hear of it; it is raised again
         with contextlib.suppress(PpsdError):  # rank 0 may be what failed
             say(failure_status(config.rank, error))
         raise
@@ -233,7 +233,7 @@ class Supervisor:
         """
         for child, _ in self._children.values():
             assert child.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(BrokenPipeError):  # it has left already
                 child.stdin.close()
         deadline = time.monotonic() + grace
         for child, output in self._children.values():
