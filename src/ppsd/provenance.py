@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ppsd.config import EngineConfig
+from ppsd.model import kernels
 
 GIT_TIMEOUT_S = 5.0
 PACKAGES = ("ppsd-llm", "torch", "transformers", "numpy")
@@ -26,6 +27,7 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
+        "kernels": "PyTorch's" if kernels.library() is None else "compiled",
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "config": None if config is None else portable(config),

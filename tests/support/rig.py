@@ -88,7 +88,7 @@ class Rig:
 
             return forward(inputs, position, asked)
 
-        self.models[0].forward = stepping  # type: ignore[method-assign]
+        self.models[0].forward = stepping
 
     def pause_at_will(self, wills: Sequence[bool]) -> None:
         """Pause or resume the policy, as ``wills`` say in turn, whenever stage 0 looks up.
@@ -103,7 +103,7 @@ class Rig:
             (policy.pause if next(pattern) else policy.resume)()
             return poll()
 
-        self.pipeline.poll = willing  # type: ignore[method-assign]
+        self.pipeline.poll = willing
 
     def decode(
         self,
@@ -121,7 +121,7 @@ class Rig:
             drafter = OracleDrafter(truth, alpha, self.vocab)
         self.pipeline.drafter = drafter
         if not hasattr(self, "engine"):
-            self.engine = Engine(self.pipeline, self.schedule, **self.engine_settings)  # type: ignore[arg-type]
+            self.engine = Engine(self.pipeline, self.schedule, **self.engine_settings)
         request = Request(tuple(prompt), params, stop, self.vocab, cached)
         return [token for emit in self.engine.decode(request) for token in emit.tokens]
 

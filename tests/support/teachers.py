@@ -17,7 +17,7 @@ TINY = {"dtype": "float64", "max_length": 64, "batch_tokens": 96, "draft_vocab":
 
 
 def tiny_config(*exits: int, **changes: object) -> DistillConfig:
-    return DistillConfig(exits or (3,), **{**TINY, **changes})  # type: ignore[arg-type]
+    return DistillConfig(exits or (3,), **{**TINY, **changes})
 
 
 def tiny_teacher(model: Path, config: DistillConfig) -> Teacher:

@@ -109,7 +109,7 @@ def load_reference(directory: Path) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = functools.partial(_rms_norm, module)  # type: ignore[method-assign]
+            module.forward = functools.partial(_rms_norm, module)
     return model
 
 

@@ -121,7 +121,7 @@ def test_settings(tiny_model: TinyModel, settings: dict[str, object], sentence: 
 )
 def test_sampling_values(values: dict[str, object], sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        SamplingParams(**values)  # type: ignore[arg-type]
+        SamplingParams(**values)
     assert str(caught.value) == sentence
 
 
@@ -151,7 +151,7 @@ PROMPTS = [
 @pytest.mark.parametrize(("prompt", "sentence"), PROMPTS, ids=range(len(PROMPTS)))
 def test_prompts(llm: LLM, prompt: object, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        llm.generate(prompt)  # type: ignore[arg-type]
+        llm.generate(prompt)
     assert sentence in str(caught.value)
 
 
@@ -167,7 +167,7 @@ def test_prompts(llm: LLM, prompt: object, sentence: str) -> None:
 def test_a_refused_request_harms_nobody(llm: LLM, values: dict[str, object], sentence: str) -> None:
     before = llm.generate([5, 6], SamplingParams(max_tokens=4))[0].token_ids
     with pytest.raises(ConfigError) as caught:
-        llm.generate([5, 6], SamplingParams(**values))  # type: ignore[arg-type]
+        llm.generate([5, 6], SamplingParams(**values))
     assert sentence in str(caught.value)
     assert llm.generate([5, 6], SamplingParams(max_tokens=4))[0].token_ids == before
 
@@ -229,7 +229,7 @@ def test_not_a_number_is_never_sampled(
     original = Stage.forward
 
     def spoilt(self: Stage, inputs: torch.Tensor, position: int, *rest: object) -> object:
-        hidden = original(self, inputs, position, *rest)  # type: ignore[arg-type]
+        hidden = original(self, inputs, position, *rest)
         if hidden is not None and self.plan.first == first and position + len(inputs) > 9:
             hidden[9 - position] = value
         return hidden

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import typer.main
 from typer.testing import CliRunner
 
 from ppsd import LLM
@@ -21,7 +20,6 @@ from ppsd.errors import ConfigError
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.weights import fingerprint, open_source
 from ppsd.speculation.policy import Schedule
-from tests.unit.test_cli import PIPELINE
 
 SIZES = Sizes(layers=6, hidden=8, vocabulary=9, layer=50, cached=8, lm_head=72, tied=True)
 FLAT = 2 * 2**20  # bytes a process may gain by chance: an arena, a thread's stack
@@ -111,10 +109,3 @@ def test_bad_input(tiny_model) -> None:
         error = bench(*pipeline, *more).exception
         assert isinstance(error, ConfigError)
         assert error.field == field
-
-
-def test_flags_are_frozen() -> None:
-    verb = typer.main.get_command(app).commands["bench"].commands["endurance"]  # type: ignore[attr-defined]
-    found = {name for p in verb.params if p.name != "help" for name in p.opts}
-    own = "--prompts --limit --alphas --tokens --repeats --out --json --requests"
-    assert found == set(f"{PIPELINE} {own}".split())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import typer.main
 from typer.testing import CliRunner
 
 from ppsd.bench import splits
@@ -15,7 +14,6 @@ from ppsd.cost.planner import Problem, alternatives
 from ppsd.cost.profile import estimate
 from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
-from tests.unit.test_cli import PIPELINE
 
 SIZES = Sizes(layers=6, hidden=64, vocabulary=1000, layer=50_000, cached=64, lm_head=150_000,
               tied=True)  # fmt: skip
@@ -94,10 +92,3 @@ def test_what_it_refuses(tiny_model, arguments, field) -> None:
     error = bench("--model", tiny_model(), *stages, *arguments).exception
     assert isinstance(error, ConfigError)
     assert error.field == field
-
-
-def test_flags_are_frozen() -> None:
-    verb = typer.main.get_command(app).commands["bench"].commands["splits"]  # type: ignore[attr-defined]
-    found = {name for p in verb.params if p.name != "help" for name in p.opts}
-    own = "--prompts --limit --alphas --tokens --repeats --out --json --alpha"
-    assert found == set(f"{PIPELINE} {own}".split())

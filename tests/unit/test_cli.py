@@ -51,7 +51,7 @@ OWN_FLAGS = {
         "--batch-tokens --by --record --json"
     ),
 }
-VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+VERBS = typer.main.get_command(app).commands
 
 
 class Result(NamedTuple):

@@ -8,11 +8,7 @@ from pathlib import Path
 import pytest
 
 from ppsd.errors import ConfigError
-from tests.unit.test_cli import PIPELINE
-from tests.unit.test_cli_bench import GROUP, bench
-
-FLAGS = "--prompts --limit -n --max-tokens --repeats --out --json"
-OWN = {"tasks": "--gammas --sampled", "baselines": ""}
+from tests.unit.test_cli_bench import bench
 
 
 @pytest.fixture
@@ -24,14 +20,6 @@ def small(tiny_model, tmp_path) -> list[str]:
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pipeline = f"--model {tiny_model()} --dtype float32 --transport inprocess --head untrained"
     return [*pipeline.split(), "--prompts", str(prompts), "--max-tokens", "5"]
-
-
-@pytest.mark.parametrize("verb", OWN)
-def test_flags_are_frozen_and_explained(verb) -> None:
-    parameters = [p for p in GROUP.commands[verb].params if p.name != "help"]
-    wanted = f"{PIPELINE} {FLAGS} {OWN[verb]}".split()
-    assert sorted(n for p in parameters for n in p.opts) == sorted(wanted)
-    assert all(p.help.endswith((".", "…")) for p in parameters)
 
 
 def test_tasks_as_json_and_continued(small, tmp_path: Path) -> None:

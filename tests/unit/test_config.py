@@ -39,7 +39,7 @@ def test_bad_settings_are_named(field, settings) -> None:
 
 
 def test_a_split_decides_the_number_of_stages_and_with_it_the_schedule() -> None:
-    config = EngineConfig(split=(4, 8, 12))  # type: ignore[arg-type]
+    config = EngineConfig(split=(4, 8, 12))
     assert (config.stages, config.schedule) == (4, Schedule(1, 4))
     assert config.replaced(mode="draft-then-verify", block=5).schedule == Schedule(5, 1)
     assert config.replaced(mode="autoregressive").schedule == Schedule(1, 1)

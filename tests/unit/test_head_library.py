@@ -36,7 +36,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def put(place: Path, exit_layer: int, alpha: float | None, **changes: object) -> None:
     metrics = {} if alpha is None else {"validation": {"alpha": alpha}}
     config = HeadConfig("norm", exit_layer, 0, None, "tiny", "mark", metrics=metrics)
-    save_head(place, replace(config, **changes), {"norm.weight": torch.ones(4)})  # type: ignore[arg-type]
+    save_head(place, replace(config, **changes), {"norm.weight": torch.ones(4)})
 
 
 def test_shipped_and_local_heads_are_found_and_damage_is_told(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_the_best_for_model_and_exit_wins(tmp_path: Path) -> None:
 
 
 def chosen(spec: ModelSpec, **settings: object) -> EngineConfig:
-    return choose(EngineConfig(head="auto", **settings), spec, "mark").config  # type: ignore[arg-type]
+    return choose(EngineConfig(head="auto", **settings), spec, "mark").config
 
 
 def test_auto_takes_the_exit_of_least_expected_time(tmp_path: Path, spec: ModelSpec) -> None:
@@ -127,7 +127,7 @@ def test_a_planned_llm_changes_modes(tiny_model: Callable[[str], Path], tmp_path
     save_perfect_head(tmp_path / "local" / "perfect", model, 3)
     settings = {"head": "auto", "lookup": False, "dtype": "float64", "transport": "inprocess"}
     params = SamplingParams(max_tokens=12, ignore_eos=True)
-    with LLM(str(model), **settings) as llm:  # type: ignore[arg-type]
+    with LLM(str(model), **settings) as llm:
         assert llm.config.mode == "autoregressive"
         assert llm.layout.bounds == (0, 3, 6)
         plain = llm.run([5, 7], params)

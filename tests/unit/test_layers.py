@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, Qwen3Config
 
 from ppsd.model import layers
-from ppsd.model.layers import LayerWeights, Rope, attend, causal_mask, decoder_layer, linear, mlp
+from ppsd.model.layers import Rope, attend, causal_mask, linear, mlp
 from ppsd.model.spec import ModelSpec, spec_from_config
+from tests.support.layers import CPU, WIDE, rand, random_layer, run_layer
 
 SIZES = {
     "vocab_size": 40,
@@ -24,8 +25,6 @@ SIZES = {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
-CPU = torch.device("cpu")
-WIDE = torch.float64
 
 
 @pytest.fixture(autouse=True)
@@ -38,32 +37,6 @@ def spec(request) -> ModelSpec:
     if request.param == "qwen3":
         return spec_from_config(Qwen3Config(**SIZES), "tiny")
     return spec_from_config(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True), "tiny")
-
-
-def rand(*shape: int, dtype: torch.dtype = WIDE) -> torch.Tensor:
-    return torch.randn(shape, dtype=WIDE).to(dtype)
-
-
-def random_layer(spec: ModelSpec, dtype: torch.dtype = WIDE) -> LayerWeights:
-    width, inner, size = spec.hidden_size, spec.intermediate_size, spec.head_dim
-    heads = spec.num_heads + 2 * spec.num_kv_heads
-    bias, norm = spec.qkv_bias, spec.qk_norm
-    shapes = {
-        "input_norm": (width,),
-        "qkv": (heads * size, width),
-        "o": (width, spec.num_heads * size),
-        "post_norm": (width,),
-        "gate_up": (2 * inner, width),
-        "down": (width, inner),
-        "qkv_bias": (heads * size,) if bias else None,
-        "o_bias": (width,) if bias else None,
-        "gate_up_bias": (2 * inner,) if bias else None,
-        "down_bias": (width,) if bias else None,
-        "q_norm": (size,) if norm else None,
-        "k_norm": (size,) if norm else None,
-    }
-    weights = {k: None if s is None else rand(*s, dtype=dtype) / 3 for k, s in shapes.items()}
-    return LayerWeights(**weights)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-12) -> None:
@@ -146,21 +119,6 @@ def test_mlp_is_gated_silu(spec) -> None:
     gate, up = both[:, :20], both[:, 20:]
     expected = (gate / (1 + (-gate).exp()) * up) @ w.down.T
     close(mlp(x, w), expected + (zero if w.down_bias is None else w.down_bias))
-
-
-def run_layer(
-    spec: ModelSpec, w: LayerWeights, x: torch.Tensor, sizes: list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run rows ``x`` through a layer in blocks of these sizes; its output and its keys."""
-    rope = Rope(spec, 64, x.dtype, CPU)
-    shape = (spec.num_kv_heads, 64, spec.head_dim)
-    keys, values = torch.zeros(shape, dtype=x.dtype), torch.zeros(shape, dtype=x.dtype)
-    outputs, position = [], 0
-    for rows in torch.split(x, sizes):
-        mask = causal_mask(position, len(rows), CPU)
-        outputs.append(decoder_layer(rows, w, spec, rope, keys, values, position, mask))
-        position += len(rows)
-    return torch.cat(outputs), keys[:, :position]
 
 
 def test_a_block_of_rows_equals_single_rows(spec) -> None:

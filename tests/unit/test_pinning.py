@@ -32,7 +32,7 @@ def test_stages_have_cores_of_their_own(tiny_model: Callable[[str], Path], trans
     before = allowed(0)
     shares = core_shares(2, 1)
     settings = {"stages": 2, "threads_per_stage": 1, "head": "untrained", "plan": "off"}
-    with LLM(str(tiny_model("llama")), transport=transport, **settings):  # type: ignore[arg-type]
+    with LLM(str(tiny_model("llama")), transport=transport, **settings):
         (worker,) = workers()
         assert [allowed(0), allowed(worker)] == [set(share) or before for share in shares]
     assert allowed(0) == before
@@ -42,7 +42,7 @@ def test_too_few_cores_leave_all_stages_free(tiny_model: Callable[[str], Path]) 
     before = allowed(0)
     stages = 2
     settings = {"stages": stages, "threads_per_stage": len(before), "head": "untrained"}
-    with LLM(str(tiny_model("llama")), plan="off", **settings):  # type: ignore[arg-type]
+    with LLM(str(tiny_model("llama")), plan="off", **settings):
         assert [allowed(0), *map(allowed, workers())] == [before] * stages
 
 

@@ -224,7 +224,7 @@ def test_context_and_rows_come_from_the_profile() -> None:
 )
 def test_contradictions_are_refused_by_name(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Problem(**{"profile": PROFILE, "workers": 3} | changes)  # type: ignore[arg-type]
+        Problem(**{"profile": PROFILE, "workers": 3} | changes)
     with pytest.raises(ConfigError, match=r"alpha must be a rate in \[0, 1\]"):
         Exit(1, 1.1, 0.0)
 

@@ -137,7 +137,7 @@ def test_timings_refuse_what_is_no_time() -> None:
 
 def plan(subject: Subject, **settings: object) -> tuple[EngineConfig, str]:
     fixed: dict[str, object] = {"dtype": "float32", "threads_per_stage": 1, "head": "untrained"}
-    config = EngineConfig(**fixed | settings)  # type: ignore[arg-type]
+    config = EngineConfig(**fixed | settings)
     choice = choose(config, subject.spec, subject.fingerprint)
     assert choice.bounds == (0, *(choice.config.split or ()), subject.spec.num_layers)
     return choice.config, choice.reason
@@ -159,7 +159,7 @@ def test_the_profile_of_this_model_dtype_and_threads_is_used(
 
 
 def _slower(head: object) -> object:
-    return replace(head, time=Timing.computed(1.0))  # type: ignore[type-var]
+    return replace(head, time=Timing.computed(1.0))
 
 
 def test_a_damaged_profile_is_told_and_does_without(subject: Subject) -> None:
@@ -178,7 +178,7 @@ def test_a_given_profile_must_fit(subject: Subject, made: Profile, tmp_path: Pat
         ({"dtype": "float64"}, "one of dtype float32, not of float64"),
         ({"threads": 3}, "one of threads 1, not of 3"),
     ):
-        replace(made, **change).save(place)  # type: ignore[arg-type]
+        replace(made, **change).save(place)
         with pytest.raises(ConfigError, match=message):
             plan(subject, plan=str(place))
     with pytest.raises(ConfigError, match="No such file"):

@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
     "config": {"speculation"},
-    "provenance": {"config"},
+    "provenance": {"config", "model"},
     "model": set(),
     "speculation": set(),
     "transport": set(),

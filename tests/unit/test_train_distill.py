@@ -152,7 +152,7 @@ def test_divergence_stops_the_run(tiny_model: Models, tmp_path: Path) -> None:
 )
 def test_bad_settings_are_named(changes: dict[str, object], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        DistillConfig(**{"exit_layers": (3,), **changes})  # type: ignore[arg-type]
+        DistillConfig(**{"exit_layers": (3,), **changes})
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def teacher(tiny_model: Callable[[str], Path]) -> Teacher:
 
 def answers(teacher: Teacher, config: GenerateConfig, **changes: object) -> dict[str, list[int]]:
     settings = {"eos_ids": {2}, "vocab_size": VOCAB - 4, "max_length": 64, **changes}
-    generator = BatchGenerator(teacher.stage, config, **settings)  # type: ignore[arg-type]
+    generator = BatchGenerator(teacher.stage, config, **settings)
     return {answer.request.key: answer.ids for answer in generator.run(REQUESTS)}
 
 
@@ -73,7 +73,7 @@ def records(count: int) -> list[Record]:
 
 
 def write(teacher: Teacher, path: Path, rows: list[Record], **changes: object) -> int:
-    config = GenerateConfig(**{"batch": 4, "max_new": 6, **changes})  # type: ignore[arg-type]
+    config = GenerateConfig(**{"batch": 4, "max_new": 6, **changes})
     reports: list[GenerateReport] = []
     write_targets(teacher.stage, rows, teacher.encoding, config, path, reports.append)
     assert reports[-1].done == reports[-1].total

@@ -6,11 +6,12 @@ F intermediate size, T positions so far.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 
+from ppsd.model import kernels
 from ppsd.model.spec import ModelSpec
 
 # From this many rows on, CPUs without bfloat16/float16 matrix instructions are faster when the
@@ -41,6 +42,9 @@ class LayerWeights:
     k_norm: torch.Tensor | None = None  # [D]
 
 
+FIELDS = fields(LayerWeights)
+
+
 class Rope:
     """Cosines and signed sines of rotary embeddings, [max_context, 1, D] each."""
 
@@ -67,6 +71,8 @@ def _widen(x: torch.Tensor, rows: int) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x`` [n, in] times ``weight`` [out, in] transposed, plus ``bias``; [n, out]."""
+    if kernels.fits(x):
+        return kernels.linear(x, weight, bias)
     if not _widen(x, x.shape[0]):
         return F.linear(x, weight, bias)
     if weight.shape[0] <= WIDEN_AT_ONCE:
@@ -82,6 +88,8 @@ def _wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm over the last dimension, in float32 or wider (Zhang 2019)."""
+    if kernels.fits(x):
+        return kernels.rms_norm(x, weight, eps)
     wide = x if x.dtype == torch.float64 else x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return scaled.to(x.dtype) * weight
@@ -152,6 +160,10 @@ def decoder_layer(
 ) -> torch.Tensor:
     """One layer for rows ``x`` [n, C] at ``position``; writes ``keys``, ``values`` [K, cap, D]."""
     end = position + x.shape[0]
+    if kernels.fits(x, spec.head_dim, spec.num_heads * spec.head_dim, spec.intermediate_size):
+        tensors = [getattr(weights, field.name) for field in FIELDS]
+        cos, sin = rope.cos[position:end], rope.sin[position:end]
+        return kernels.decoder_layer(x, tensors, spec, cos, sin, keys, values, position)
     normed = rms_norm(x, weights.input_norm, spec.rms_norm_eps)
     q, k, v = project_qkv(normed, weights, spec, rope, position)
     keys[:, position:end] = k.transpose(0, 1)

@@ -1,0 +1,291 @@
+// A decoder layer for a few bfloat16 rows, for CPUs without bfloat16 instructions.
+//
+// Decoding reads every weight once a token, so the weights have to come from memory at its full
+// speed and be widened on the way, for all rows of a block at once. A 32-bit word holds two
+// bfloat16 numbers: shifted left it is the first as a float, masked the second, so widening takes
+// no shuffles. All sums are floats, and all are made in the same order whatever the number of rows
+// or threads: a row of a block has the same bits as that row alone.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+typedef float floats __attribute__((vector_size(32)));
+typedef int32_t ints __attribute__((vector_size(32)));
+typedef uint32_t words __attribute__((vector_size(32)));
+
+#define LANES 8           // floats in a vector
+#define PAIRS 16          // bfloat16 numbers in a vector of words
+#define AT_ONCE 4         // rows whose sums stay in registers
+#define AHEAD 640         // weights fetched ahead: 1,280 bytes
+#define THREAD_WORK 65536 // products that make up for waking a thread
+
+static inline words load(const bf16 *pairs) {
+    words both;
+    memcpy(&both, pairs, sizeof both);
+    return both;
+}
+
+static inline floats even(words both) { return (floats)(both << 16); }
+static inline floats odd(words both) { return (floats)(both & 0xffff0000u); }
+
+static inline float widen(bf16 narrow) {
+    uint32_t bits = (uint32_t)narrow << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+// Round to nearest, ties to even. Widened NaNs have no low bits, so they stay NaN.
+static inline bf16 narrow(float wide) {
+    uint32_t bits;
+    memcpy(&bits, &wide, sizeof bits);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline words narrow_all(floats wide) { // results in the low halves
+    words bits = (words)wide;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+static inline void store(bf16 *pairs, floats evens, floats odds) {
+    words both = narrow_all(evens) | narrow_all(odds) << 16;
+    memcpy(pairs, &both, sizeof both);
+}
+
+static inline float total(floats v) {
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+static inline floats choose(ints which, floats yes, floats no) {
+    return (floats)((which & (ints)yes) | (~which & (ints)no));
+}
+
+// e to the power of x within 2 units in the last place; 0 below -87, and above 87 as at 87.
+static inline floats exponential(floats x) {
+    floats zero = {0}, most = zero + 87.0f;
+    floats magic = zero + 0x1.8p23f; // adding it rounds to whole numbers
+    floats within = choose(x > most, most, choose(x < -most, -most, x));
+    floats whole = (within * 1.44269504f + magic) - magic;
+    floats rest = within - whole * 0.693359375f + whole * 2.12194440e-4f; // ln 2 in two parts
+    floats sum = zero + 1.9875691500e-4f; // Cephes' polynomial
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1.0f;
+    ints power = (__builtin_convertvector(whole, ints) + 127) << 23;
+    return choose(x < -most, zero, sum * (floats)power);
+}
+
+// Evens and odds of each vector of words apart, as dot wants its x.
+static void widen_all(const bf16 *x, float *wide, long n) {
+    for (long k = 0; k < n; k += PAIRS) {
+        words both = load(x + k);
+        *(floats *)(wide + k) = even(both);
+        *(floats *)(wide + k + LANES) = odd(both);
+    }
+}
+
+// One output for each of `rows` (a constant after inlining) rows x [rows, in].
+static inline __attribute__((always_inline)) void dot(int rows, const float *x, const bf16 *weight,
+                                                      float bias, const bf16 *residual, bf16 *y,
+                                                      long in, long out) {
+    floats sums[AT_ONCE][2] = {0};
+    for (long k = 0; k < in; k += 2 * PAIRS) {
+        __builtin_prefetch(weight + k + AHEAD);
+        for (long at = k; at < k + 2 * PAIRS; at += PAIRS) {
+            words both = load(weight + at);
+            for (int row = 0; row < rows; row++) {
+                const floats *xs = (const floats *)(x + row * in + at);
+                sums[row][0] += even(both) * xs[0];
+                sums[row][1] += odd(both) * xs[1];
+            }
+        }
+    }
+    for (int row = 0; row < rows; row++) {
+        float sum = total(sums[row][0] + sums[row][1]) + bias;
+        y[row * out] = narrow(residual ? sum + widen(residual[row * out]) : sum);
+    }
+}
+
+// y [rows, out] = x [rows, in] · weight [out, in] transposed + bias [out] + residual [rows, out],
+// both of which may be NULL. `in` is a multiple of 32; `wide` are rows · in floats to work in,
+// aligned to 32 bytes.
+void linear(const bf16 *x, const bf16 *weight, const bf16 *bias, const bf16 *residual, bf16 *y,
+            float *wide, long rows, long in, long out, int threads) {
+    widen_all(x, wide, rows * in);
+    if (in * out < THREAD_WORK) threads = 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (long j = 0; j < out; j++) {
+        const bf16 *w = weight + j * in;
+        float b = bias ? widen(bias[j]) : 0;
+        for (long row = 0; row < rows; row += AT_ONCE) {
+            const float *from = wide + row * in;
+            const bf16 *add = residual ? residual + row * out + j : NULL;
+            bf16 *to = y + row * out + j;
+            switch (rows - row) {
+            case 1: dot(1, from, w, b, add, to, in, out); break;
+            case 2: dot(2, from, w, b, add, to, in, out); break;
+            case 3: dot(3, from, w, b, add, to, in, out); break;
+            default: dot(AT_ONCE, from, w, b, add, to, in, out);
+            }
+        }
+    }
+}
+
+// y = x / rms(x) · weight, for rows of `size` numbers, a multiple of 16; y may be x.
+void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, long rows, long size, float eps) {
+    for (long row = 0; row < rows; row++, x += size, y += size) {
+        floats sum = {0};
+        for (long k = 0; k < size; k += PAIRS) {
+            words both = load(x + k);
+            sum += even(both) * even(both) + odd(both) * odd(both);
+        }
+        float scale = 1.0f / sqrtf(total(sum) / (float)size + eps);
+        for (long k = 0; k < size; k += PAIRS) {
+            words both = load(x + k), by = load(weight + k);
+            store(y + k, even(both) * scale * even(by), odd(both) * scale * odd(by));
+        }
+    }
+}
+
+// y [rows, size] = silu(gate) · up, for rows [gate, up] of twice `size`, a multiple of 16.
+static void gate(const bf16 *gate_up, bf16 *y, long rows, long size) {
+    for (long row = 0; row < rows; row++, gate_up += 2 * size, y += size)
+        for (long k = 0; k < size; k += PAIRS) {
+            words gates = load(gate_up + k), ups = load(gate_up + size + k);
+            floats e = even(gates), o = odd(gates);
+            e = e / (1.0f + exponential(-e));
+            o = o / (1.0f + exponential(-o));
+            store(y + k, e * even(ups), o * odd(ups));
+        }
+}
+
+// Rotary embedding of x [heads, size] by cos and signed sin [size], half a multiple of 16; the
+// heads of y lie `apart`.
+static void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *y, long heads, long size,
+                   long apart) {
+    long half = size / 2;
+    for (long head = 0; head < heads; head++, x += size, y += apart)
+        for (long k = 0; k < size; k += PAIRS) {
+            words a = load(x + k), b = load(k < half ? x + k + half : x + k - half);
+            words c = load(cos + k), s = load(sin + k);
+            store(y + k, even(a) * even(c) + even(b) * even(s), odd(a) * odd(c) + odd(b) * odd(s));
+        }
+}
+
+// Attention of one query `q` [size] over `seen` keys and values [seen, size]. `wide` are `size`
+// floats to work in, `scores` are `seen`, rounded up to whole vectors.
+static void attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *y, float *scores,
+                   float *wide, long size, long seen) {
+    widen_all(q, wide, size);
+    float scale = 1.0f / sqrtf((float)size), largest = -INFINITY;
+    for (long t = 0; t < seen; t++) {
+        floats sum = {0};
+        for (long k = 0; k < size; k += PAIRS) {
+            words both = load(keys + t * size + k);
+            const floats *qs = (const floats *)(wide + k);
+            sum += even(both) * qs[0] + odd(both) * qs[1];
+        }
+        scores[t] = total(sum) * scale;
+        largest = scores[t] > largest ? scores[t] : largest;
+    }
+    for (long t = seen; t % LANES; t++) scores[t] = -INFINITY;
+    floats all = {0};
+    for (long t = 0; t < seen; t += LANES) {
+        floats *some = (floats *)(scores + t);
+        *some = exponential(*some - largest);
+        all += *some;
+    }
+    float share = 1.0f / total(all);
+    for (long k = 0; k < size; k += PAIRS) {
+        floats evens = {0}, odds = {0};
+        for (long t = 0; t < seen; t++) {
+            words both = load(values + t * size + k);
+            evens += even(both) * scores[t];
+            odds += odd(both) * scores[t];
+        }
+        store(y + k, evens * share, odds * share);
+    }
+}
+
+typedef struct { // as in layers.py, whose order of fields this is; biases and last two may be NULL
+    const bf16 *input_norm, *qkv, *o, *post_norm, *gate_up, *down;
+    const bf16 *qkv_bias, *o_bias, *gate_up_bias, *down_bias, *q_norm, *k_norm;
+} Weights;
+
+typedef struct {
+    long rows, position, hidden, heads, groups, size, inner;
+    long capacity; // positions that keys and values have room for
+    float eps;
+    int threads;
+} Shape;
+
+static inline long most(long a, long b) { return a > b ? a : b; }
+
+// The next `bytes` of a work space, aligned.
+static void *take(char **space, long bytes) {
+    char *start = *space;
+    *space += (bytes + 63) / 64 * 64;
+    return start;
+}
+
+// One layer of `shape` for rows x [rows, hidden] that begin at `position`, whose cosines and sines
+// are cos and sin [rows, size]; writes y like x, and keys and values [groups, capacity, size].
+// Returns 0, or 1 where there is no memory.
+int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, const bf16 *cos,
+                  const bf16 *sin, bf16 *keys, bf16 *values) {
+    const Shape s = *shape;
+    long all_heads = s.heads + 2 * s.groups, end = s.position + s.rows;
+    long q_size = s.heads * s.size, apart = s.capacity * s.size;
+    long each = s.size + (end + LANES - 1) / LANES * LANES; // floats that a query head works in
+    long widest = most(most(s.hidden, s.inner), q_size);
+    long numbers = s.hidden + (all_heads + 2 * s.heads) * s.size + 3 * s.inner;
+    long bytes = s.rows * (2 * numbers + 4 * widest) + 4 * each * s.heads + 64 * 16;
+    char *block = aligned_alloc(64, (bytes + 63) / 64 * 64), *space = block;
+    if (!block) return 1;
+    bf16 *normed = take(&space, 2 * s.rows * s.hidden);
+    bf16 *qkv = take(&space, 2 * s.rows * all_heads * s.size);
+    bf16 *q = take(&space, 2 * s.rows * q_size);
+    bf16 *attended = take(&space, 2 * s.rows * q_size);
+    bf16 *gate_up = take(&space, 4 * s.rows * s.inner);
+    bf16 *gated = take(&space, 2 * s.rows * s.inner);
+    float *wide = take(&space, 4 * s.rows * widest);
+    float *work = take(&space, 4 * each * s.heads);
+
+    rms_norm(x, w->input_norm, normed, s.rows, s.hidden, s.eps);
+    linear(normed, w->qkv, w->qkv_bias, NULL, qkv, wide, s.rows, s.hidden, all_heads * s.size,
+           s.threads);
+    for (long row = 0; row < s.rows; row++) {
+        bf16 *new = qkv + row * all_heads * s.size, *k = new + q_size, *v = k + s.groups * s.size;
+        if (w->q_norm) rms_norm(new, w->q_norm, new, s.heads, s.size, s.eps);
+        if (w->k_norm) rms_norm(k, w->k_norm, k, s.groups, s.size, s.eps);
+        const bf16 *c = cos + row * s.size, *sn = sin + row * s.size;
+        long at = (s.position + row) * s.size;
+        rotate(new, c, sn, q + row * q_size, s.heads, s.size, s.size);
+        rotate(k, c, sn, keys + at, s.groups, s.size, apart);
+        for (long group = 0; group < s.groups; group++)
+            memcpy(values + group * apart + at, v + group * s.size, 2 * s.size);
+    }
+    int threads = s.heads * end * s.size < THREAD_WORK ? 1 : s.threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (long head = 0; head < s.heads; head++) {
+        long group = head / (s.heads / s.groups) * apart, at = head * s.size;
+        float *mine = work + head * each;
+        for (long row = 0; row < s.rows; row++, at += q_size)
+            attend(q + at, keys + group, values + group, attended + at, mine + s.size, mine, s.size,
+                   s.position + row + 1);
+    }
+    linear(attended, w->o, w->o_bias, x, y, wide, s.rows, q_size, s.hidden, s.threads);
+    rms_norm(y, w->post_norm, normed, s.rows, s.hidden, s.eps);
+    linear(normed, w->gate_up, w->gate_up_bias, NULL, gate_up, wide, s.rows, s.hidden, 2 * s.inner,
+           s.threads);
+    gate(gate_up, gated, s.rows, s.inner);
+    linear(gated, w->down, w->down_bias, y, y, wide, s.rows, s.inner, s.hidden, s.threads);
+    free(block);
+    return 0;
+}

@@ -1,0 +1,179 @@
+"""The compiled layer: right to rounding, the same bits for every block, and never a must."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, Qwen3Config
+
+from ppsd.model import kernels, layers
+from ppsd.model.layers import LayerWeights
+from ppsd.model.spec import ModelSpec, spec_from_config
+from tests.support.layers import CONTEXT, rand, random_layer, run_layer
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": CONTEXT,
+}
+BF16 = torch.bfloat16
+EPS = torch.finfo(BF16).eps
+compiled = pytest.mark.skipif(
+    kernels.library() is None, reason="no C compiler, or a CPU that needs no kernels"
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_in_decoding() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def library() -> Iterator[None]:
+    """Ask for the library anew, and once more afterwards."""
+    kernels.library.cache_clear()
+    yield
+    kernels.library.cache_clear()
+
+
+@pytest.fixture(params=["llama-biased", "qwen3"])
+def spec(request) -> ModelSpec:
+    if request.param == "qwen3":
+        return spec_from_config(Qwen3Config(**SIZES), "small")
+    return spec_from_config(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True), "small")
+
+
+def scaled_layer(spec: ModelSpec) -> LayerWeights:
+    """Weights whose products are about as large as what goes in."""
+    wide = random_layer(spec)
+    shrunk = {k: v if v is None or v.dim() == 1 else v / 3 for k, v in vars(wide).items()}
+    return narrowed(LayerWeights(**shrunk), BF16)
+
+
+def narrowed(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    given = {k: v.to(dtype) for k, v in vars(weights).items() if v is not None}
+    return replace(weights, **given)
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11, 16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_are_rounded_once(rows: int, biased: bool) -> None:
+    x, weight = rand(rows, 96, dtype=BF16), rand(37, 96, dtype=BF16)
+    bias = rand(37, dtype=BF16) if biased else None
+    assert kernels.fits(x)
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    torch.testing.assert_close(
+        layers.linear(x, weight, bias).double(), exact, rtol=EPS / 2, atol=1e-4
+    )
+
+
+@compiled
+def test_norms_are_rounded_once() -> None:
+    x, weight = rand(3, 7, 96, dtype=BF16) * 30, rand(96, dtype=BF16)
+    exact = F.rms_norm(x.double(), (96,), weight.double(), 1e-5)
+    torch.testing.assert_close(
+        layers.rms_norm(x, weight, 1e-5).double(), exact, rtol=EPS / 2 * 1.001, atol=0
+    )
+
+
+@compiled
+@pytest.mark.parametrize("sizes", [[1] * 40, [16, 16, 8], [3, 1, 4, 2, 5, 9, 16]])
+def test_a_layer_is_right_and_no_less_so_than_pytorchs(
+    spec: ModelSpec, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, x = scaled_layer(spec), rand(40, 96, dtype=BF16)
+    exact, exact_keys = run_layer(spec, narrowed(w, torch.float64), x.double(), [40])
+    got, keys = run_layer(spec, w, x, sizes)
+    monkeypatch.setattr(kernels, "fits", lambda *_: False)
+    theirs, their_keys = run_layer(spec, w, x, sizes)
+    assert error(got, exact) <= 1.1 * error(theirs, exact)
+    assert error(keys, exact_keys) <= 1.1 * error(their_keys, exact_keys)
+
+
+def error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """Root mean square of the error."""
+    return float((got.double() - exact).square().mean().sqrt())
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_has_the_same_bits_in_every_block(spec: ModelSpec, threads: int) -> None:
+    w, x = scaled_layer(spec), rand(40, 96, dtype=BF16)
+    alone = run_layer(spec, w, x, [1] * 40)
+    torch.set_num_threads(threads)
+    for sizes in ([16, 16, 8], [7, 2, 3, 4, 5, 6, 13]):
+        assert all(map(torch.equal, run_layer(spec, w, x, sizes), alone))
+
+
+@compiled
+def test_threads_share_large_products() -> None:
+    x, weight = rand(5, 256, dtype=BF16), rand(700, 256, dtype=BF16)
+    alone = layers.linear(x, weight)
+    torch.set_num_threads(3)
+    assert torch.equal(layers.linear(x, weight), alone)
+
+
+@compiled
+def test_large_numbers_saturate_and_nan_stays(spec: ModelSpec) -> None:
+    w, x = scaled_layer(spec), rand(3, 96, dtype=BF16)
+    w.gate_up *= 1e4
+    w.qkv *= 1e4
+    assert run_layer(spec, w, x, [3])[0].isfinite().all()
+    x[1, 5] = torch.nan
+    out = run_layer(spec, w, x, [3])[0]
+    assert out[0].isfinite().all()
+    assert out[1:].isnan().all()
+
+
+@compiled
+def test_gradients_dtypes_sizes_and_long_blocks_are_left_to_pytorch() -> None:
+    fit = rand(16, 96, dtype=BF16)
+    assert kernels.fits(fit, 32)
+    assert not kernels.fits(fit, 48)
+    assert not kernels.fits(fit[:, :80])
+    assert not kernels.fits(rand(17, 96, dtype=BF16))
+    assert not kernels.fits(fit.float())
+    with torch.inference_mode(False), torch.enable_grad():
+        assert not kernels.fits(fit)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_pytorch_does_it(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: ModelSpec
+) -> None:
+    monkeypatch.setenv("PPSD_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    assert kernels.library() is None
+    assert run_layer(spec, scaled_layer(spec), rand(3, 96, dtype=BF16), [3])[0].isfinite().all()
+    assert list(tmp_path.iterdir()) == []
+
+
+@compiled
+@pytest.mark.usefixtures("library")
+def test_they_are_built_once_and_can_be_turned_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PPSD_CACHE", str(tmp_path / "new"))
+    assert kernels.library() is not None
+    (built,) = (tmp_path / "new").iterdir()
+    kernels.library.cache_clear()
+    monkeypatch.setattr("subprocess.run", None)
+    assert kernels.library() is not None
+    assert list((tmp_path / "new").iterdir()) == [built]
+    kernels.library.cache_clear()
+    monkeypatch.setenv("PPSD_KERNELS", "torch")
+    assert kernels.library() is None
