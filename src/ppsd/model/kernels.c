@@ -178,7 +178,7 @@ static void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *y, lon
         }
 }
 
-// Attention of one query `q` [size] over `seen` keys and values [seen, size]. `wide` are `size`
+// Attention of one query `q` [size], a multiple of 32, over `seen` keys and values. `wide` are `size`
 // floats to work in, `scores` are `seen`, rounded up to whole vectors.
 static void attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *y, float *scores,
                    float *wide, long size, long seen) {
@@ -202,14 +202,18 @@ static void attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *y,
         all += *some;
     }
     float share = 1.0f / total(all);
-    for (long k = 0; k < size; k += PAIRS) {
-        floats evens = {0}, odds = {0};
+    for (long k = 0; k < size; k += 2 * PAIRS) {
+        floats sums[4] = {0};
         for (long t = 0; t < seen; t++) {
-            words both = load(values + t * size + k);
-            evens += even(both) * scores[t];
-            odds += odd(both) * scores[t];
+            const bf16 *value = values + t * size + k;
+            words first = load(value), second = load(value + PAIRS);
+            sums[0] += even(first) * scores[t];
+            sums[1] += odd(first) * scores[t];
+            sums[2] += even(second) * scores[t];
+            sums[3] += odd(second) * scores[t];
         }
-        store(y + k, evens * share, odds * share);
+        store(y + k, sums[0] * share, sums[1] * share);
+        store(y + k + PAIRS, sums[2] * share, sums[3] * share);
     }
 }
 
