@@ -158,6 +158,9 @@ def test_a_prediction_by_hand() -> None:
     errors = [predicted / seconds - 1 for seconds in (6.0, 6.75, 7.5)]
     assert row.error.median == pytest.approx(errors[1])
     assert row.median_error == pytest.approx(sorted(map(abs, errors))[1])
+    plainly = predict.predicted_token_time(plain(), plain(), Schedule(1, 1), OWN)
+    speedups = [plainly / predicted * seconds / plain().token_time for seconds in (6.0, 6.75, 7.5)]
+    assert row.speedup_error.median == pytest.approx(speedups[1] - 1)
 
 
 def test_variants_and_their_names() -> None:

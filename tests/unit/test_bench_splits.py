@@ -14,6 +14,7 @@ from ppsd.cost.planner import Problem, alternatives
 from ppsd.cost.profile import estimate
 from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
+from ppsd.speculation.policy import Schedule
 
 SIZES = Sizes(layers=6, hidden=64, vocabulary=1000, layer=50_000, cached=64, lm_head=150_000,
               tied=True)  # fmt: skip
@@ -40,8 +41,11 @@ def test_every_split_is_tried_the_planned_one_first(stages: int, count: int) -> 
 
 
 def run(name: str, repeat: int, seconds: float) -> Measurement:
-    counts = {"judged": 10, "accepted": 5}
-    return Measurement(name, "x", repeat, 10, seconds, 1.0, counts, "", {})
+    """A repeat in which everything takes (repeat + 1) times as long, plain decoding 20 s."""
+    pace, counts = repeat + 1, {"judged": 10, "accepted": 5}
+    return Measurement(
+        name, "x", repeat, 10, pace * seconds, 1.0, counts, "", {"plain": pace * 2.0}
+    )
 
 
 def test_the_planned_split_is_compared_with_the_fastest_median() -> None:
@@ -51,10 +55,13 @@ def test_the_planned_split_is_compared_with_the_fastest_median() -> None:
         for repeat, extra in enumerate((0.0, 0.5, 90.0)):  # one repeat of each is disturbed
             results.add(run(name, repeat, 10.0 + abs(i - 2) + extra))
     rows = splits.summarize(results, tried)
-    assert [row.measured.median for row in rows[:3]] == pytest.approx([1.25, 1.15, 1.05])
+    assert [row.measured.median for row in rows[:3]] == pytest.approx(
+        [2 / t for t in (1.25, 1.15, 1.05)]
+    )
     assert splits.behind_best(rows) == pytest.approx(1.25 / 1.05 - 1)
     for row, plan in zip(rows, tried.values(), strict=True):
-        assert row.predicted == pytest.approx(float(plan.cost.token_time(0.5, plan.schedule)))
+        plain = float(plan.cost.token_time(0.0, Schedule(1, 1)))
+        assert row.predicted == plain / float(plan.cost.token_time(0.5, plan.schedule))
         assert row.error == pytest.approx(row.predicted / row.measured.median - 1)
 
 

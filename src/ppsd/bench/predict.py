@@ -153,7 +153,8 @@ def predicted_token_time(
 class Row:
     """All repeats of one variant; times in seconds per token; ``error`` is predicted/measured − 1.
 
-    ``median_error`` is the median of its absolute values.
+    ``median_error`` is the median of its absolute values. ``speedup_error`` is that of
+    the speedup over plain decoding, which a change of the machine's pace leaves alone.
     """
 
     variant: str
@@ -162,6 +163,7 @@ class Row:
     predicted: Spread
     error: Spread
     median_error: float
+    speedup_error: Spread
 
 
 def summarize(results: Results, schedules: dict[str, Schedule], price: Price) -> list[Row]:
@@ -182,6 +184,10 @@ def _row(
     predicted = [predicted_token_time(run, plain, schedule, price) for run, plain in partners]
     measured = [run.token_time for run, _ in partners]
     errors = [p / m - 1 for p, m in zip(predicted, measured, strict=True)]
+    plainly = [
+        predicted_token_time(p, p, Schedule(1, 1), price) / p.token_time for _, p in partners
+    ]
+    speedups = [plain / (1 + error) - 1 for plain, error in zip(plainly, errors, strict=True)]
     return Row(
         variant=name,
         alpha=spread([run.alpha for run, _ in partners]),
@@ -189,4 +195,5 @@ def _row(
         predicted=spread(predicted),
         error=spread(errors),
         median_error=spread([abs(e) for e in errors]).median,
+        speedup_error=spread(speedups),
     )

@@ -264,15 +264,24 @@ def _show_efficiency(label: str, plain: dict[str, Any], rows: Sequence[efficienc
 def _show_predictions(label: str, rows: Sequence[predict.Row]) -> None:
     console = table_console()
     console.print(label, soft_wrap=True)
-    heads = ("mode", "α", "measured ms", "simulated ms", "error", "quartiles", "median |error|")
+    heads = (
+        "mode",
+        "α",
+        "measured ms",
+        "simulated ms",
+        "error",
+        "quartiles",
+        "median |error|",
+        "of speedup",
+    )
     table = Table(*heads, box=None, pad_edge=False)
     for row in rows:
         times = [f"{each.median * 1e3:.2f}" for each in (row.measured, row.predicted)]
         error = row.error
         quartiles = f"{error.low:+.1%} … {error.high:+.1%}"
-        alpha = _number(row.alpha.median)
-        shown = (f"{error.median:+.1%}", quartiles, f"{row.median_error:.1%}")
-        table.add_row(row.variant, alpha, *times, *shown)
+        errors = (f"{error.median:+.1%}", quartiles, f"{row.median_error:.1%}")
+        speedup = f"{row.speedup_error.median:+.1%}"
+        table.add_row(row.variant, _number(row.alpha.median), *times, *errors, speedup)
     console.print(table)
 
 

@@ -120,12 +120,13 @@ def _measure(
 def _show(rows: list[Row], behind: float) -> None:
     console = table_console()
     console.print(ORACLE_LABEL, soft_wrap=True)
-    table = Table("split", "w", "α", "predicted ms", "measured ms", "quartiles", box=None)
+    heads = ("split", "w", "α", "ms a token", "speedup", "quartiles", "predicted")
+    table = Table(*heads, box=None)
     for row in rows:
-        measured = row.measured
-        quartiles = f"{measured.low * 1e3:.2f} … {measured.high * 1e3:.2f}"
-        times = (f"{row.predicted * 1e3:.2f}", f"{measured.median * 1e3:.2f}", quartiles)
-        split = ",".join(map(str, row.bounds[1:-1]))
-        table.add_row(split, str(row.window), f"{row.alpha:.3f}", *times)
+        measured, split = row.measured, ",".join(map(str, row.bounds[1:-1]))
+        quartiles = f"{measured.low:.3f} … {measured.high:.3f}"
+        speedups = (f"{measured.median:.3f}", quartiles, f"{row.predicted:.3f}")
+        times = (f"{row.alpha:.3f}", f"{row.token_time * 1e3:.2f}")
+        table.add_row(split, str(row.window), *times, *speedups)
     console.print(table)
     console.print(f"the planned split takes {behind:.1%} longer than the fastest")
