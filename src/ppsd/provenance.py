@@ -27,7 +27,7 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
-        "kernels": "PyTorch's" if kernels.library() is None else "compiled",
+        "bfloat16_kernels": kernels.kind("bfloat16"),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "config": None if config is None else portable(config),

@@ -9,7 +9,7 @@ from ppsd.model.spec import ModelSpec
 
 CPU = torch.device("cpu")
 WIDE = torch.float64
-CONTEXT = 64
+CONTEXT = 320
 
 
 def rand(*shape: int, dtype: torch.dtype = WIDE) -> torch.Tensor:

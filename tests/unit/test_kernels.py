@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, Qwen3Config
 from ppsd.model import kernels, layers
 from ppsd.model.layers import LayerWeights
 from ppsd.model.spec import ModelSpec, spec_from_config
-from tests.support.layers import CONTEXT, rand, random_layer, run_layer
+from tests.support.layers import rand, random_layer, run_layer
 
 SIZES = {
     "vocab_size": 40,
@@ -24,10 +25,11 @@ SIZES = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": CONTEXT,
+    "max_position_embeddings": 64,
 }
 BF16 = torch.bfloat16
 EPS = torch.finfo(BF16).eps
+THREAD_WORK = 65536  # kernels.c
 compiled = pytest.mark.skipif(
     kernels.library() is None, reason="no C compiler, or a CPU that needs no kernels"
 )
@@ -73,7 +75,7 @@ def narrowed(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
 def test_products_are_rounded_once(rows: int, biased: bool) -> None:
     x, weight = rand(rows, 96, dtype=BF16), rand(37, 96, dtype=BF16)
     bias = rand(37, dtype=BF16) if biased else None
-    assert kernels.fits(x)
+    assert kernels.fits(x, weight)
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     torch.testing.assert_close(
         layers.linear(x, weight, bias).double(), exact, rtol=EPS / 2, atol=1e-4
@@ -118,12 +120,26 @@ def test_a_row_has_the_same_bits_in_every_block(spec: ModelSpec, threads: int) -
         assert all(map(torch.equal, run_layer(spec, w, x, sizes), alone))
 
 
+LARGE = SIZES | {"hidden_size": 384, "intermediate_size": 416, "head_dim": 64}
+
+
 @compiled
-def test_threads_share_large_products() -> None:
-    x, weight = rand(5, 256, dtype=BF16), rand(700, 256, dtype=BF16)
-    alone = layers.linear(x, weight)
-    torch.set_num_threads(3)
-    assert torch.equal(layers.linear(x, weight), alone)
+@pytest.mark.parametrize(("heads", "groups"), [(8, 8), (4, 1), (6, 3)])
+def test_threads_share_large_layers(heads: int, groups: int) -> None:
+    """Products and attention are large enough for several threads; more positions than a page."""
+    sizes = LARGE | {"num_attention_heads": heads, "num_key_value_heads": groups}
+    spec = spec_from_config(LlamaConfig(**sizes), "larger")
+    w, x = scaled_layer(spec), rand(320, 384, dtype=BF16)
+    assert heads * len(x) * 64 > THREAD_WORK
+    assert w.down.numel() > THREAD_WORK
+    blocks = [16] * 20
+    alone = run_layer(spec, w, x, blocks)
+    exact = run_layer(spec, narrowed(w, torch.float64), x.double(), [320])
+    for got, right in zip(alone, exact, strict=True):
+        assert error(got, right) < 4 * EPS * float(right.square().mean().sqrt())
+    for threads, cut in ((3, blocks), (2, [1] * 320)):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, run_layer(spec, w, x, cut), alone))
 
 
 @compiled
@@ -139,15 +155,27 @@ def test_large_numbers_saturate_and_nan_stays(spec: ModelSpec) -> None:
 
 
 @compiled
+def test_work_space_does_not_follow_the_callers_defaults() -> None:
+    x, weight = rand(3, 96, dtype=BF16), rand(5, 96, dtype=BF16)
+    expected = layers.linear(x, weight)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(layers.linear(x, weight), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@compiled
 def test_gradients_dtypes_sizes_and_long_blocks_are_left_to_pytorch() -> None:
     fit = rand(16, 96, dtype=BF16)
-    assert kernels.fits(fit, 32)
-    assert not kernels.fits(fit, 48)
-    assert not kernels.fits(fit[:, :80])
-    assert not kernels.fits(rand(17, 96, dtype=BF16))
-    assert not kernels.fits(fit.float())
+    assert kernels.fits(fit, fit, 32)
+    assert not kernels.fits(fit, fit, 48)
+    assert not kernels.fits(fit[:, :80], fit)
+    assert not kernels.fits(rand(17, 96, dtype=BF16), fit)
+    assert not kernels.fits(fit.float(), fit.float())
+    assert not kernels.fits(fit, fit.float())
     with torch.inference_mode(False), torch.enable_grad():
-        assert not kernels.fits(fit)
+        assert not kernels.fits(fit, fit)
 
 
 @pytest.mark.usefixtures("library")
@@ -157,7 +185,9 @@ def test_without_a_compiler_pytorch_does_it(
 ) -> None:
     monkeypatch.setenv("PPSD_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", compiler)
-    assert kernels.library() is None
+    with warnings.catch_warnings(record=True) as said:
+        assert kernels.library() is None
+    assert len(said) <= (compiler == "false"), "a broken compiler is worth a word, none is not"
     assert run_layer(spec, scaled_layer(spec), rand(3, 96, dtype=BF16), [3])[0].isfinite().all()
     assert list(tmp_path.iterdir()) == []
 
@@ -169,11 +199,46 @@ def test_they_are_built_once_and_can_be_turned_off(
 ) -> None:
     monkeypatch.setenv("PPSD_CACHE", str(tmp_path / "new"))
     assert kernels.library() is not None
-    (built,) = (tmp_path / "new").iterdir()
+    assert len(list((tmp_path / "new").rglob(kernels.BUILT))) == 1
     kernels.library.cache_clear()
-    monkeypatch.setattr("subprocess.run", None)
-    assert kernels.library() is not None
-    assert list((tmp_path / "new").iterdir()) == [built]
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.run", None)
+        assert kernels.library() is not None
     kernels.library.cache_clear()
     monkeypatch.setenv("PPSD_KERNELS", "torch")
     assert kernels.library() is None
+
+
+@compiled
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("damage", ["torn", "anybody's", "nowhere"])
+def test_a_damaged_file_is_built_anew(
+    damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PPSD_CACHE", "/dev/null/nowhere" if damage == "nowhere" else str(tmp_path))
+    assert kernels.library() is not None
+    for built in tmp_path.rglob(kernels.BUILT):
+        if damage == "torn":
+            built.write_bytes(built.read_bytes()[:1000])
+        else:
+            built.chmod(0o777)
+    built_again = []
+    monkeypatch.setattr(
+        kernels, "_build", lambda c, build=kernels._build: built_again.append(c) or build(c)
+    )
+    kernels.library.cache_clear()
+    assert kernels.library() is not None
+    assert built_again
+
+
+@compiled
+def test_a_compiler_that_lets_rows_differ_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = kernels.library()
+    assert library is not None
+    kernels._check(library)
+    linear = kernels._linear
+    monkeypatch.setattr(
+        kernels, "_linear", lambda k, x, w, b: linear(k, x, w, b) * (1 + len(x) % 2)
+    )
+    with pytest.raises(RuntimeError, match="depends on other rows"):
+        kernels._check(library)

@@ -39,7 +39,7 @@ def subject(tiny_model: Callable[[str], Path]) -> Subject:
 def made(subject: Subject) -> Profile:
     """A profile that passes for a measured one, in a moment."""
     counts = estimate(Sizes.of(subject.spec), 4, model="tiny", fingerprint=subject.fingerprint)
-    names = {"dtype": "float32", "itemsize": 4, "transport": "shared-memory"}
+    names = {"dtype": "float32", "itemsize": 4, "transport": "shared-memory", "kernels": "PyTorch"}
     return replace(counts, source="measured profile", measured=True, bandwidth=1e9, **names)
 
 
@@ -177,6 +177,7 @@ def test_a_given_profile_must_fit(subject: Subject, made: Profile, tmp_path: Pat
         ({"fingerprint": "other"}, "one of model .*, not of other"),
         ({"dtype": "float64"}, "one of dtype float32, not of float64"),
         ({"threads": 3}, "one of threads 1, not of 3"),
+        ({"kernels": "compiled"}, "one of kernels PyTorch, not of compiled"),
     ):
         replace(made, **change).save(place)
         with pytest.raises(ConfigError, match=message):

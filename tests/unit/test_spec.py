@@ -155,6 +155,10 @@ def test_context_stops_where_full_attention_stops_being_exact(config, limit, not
         (GPT2Config(), ["gpt2", "Mistral", "Qwen3"]),
         (LlamaConfig(**TINY, hidden_act="gelu"), ["hidden_act 'gelu'", "silu"]),
         (
+            LlamaConfig(**TINY | {"num_key_value_heads": 3}),
+            ["num_key_value_heads 3", "num_attention_heads"],
+        ),
+        (
             LlamaConfig(**TINY, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
             ["partial_rotary_factor 0.5"],
         ),

@@ -95,7 +95,7 @@ def _measure(
 
     rates = {exit_.layer: exit_.alpha for exit_ in problem.exits}
     settings = {
-        "verb": "splits",
+        "verb": "splits, against plain",
         "variants": list(tried),
         "tasks": [task.id for task in tasks],
         "tokens": options.tokens,

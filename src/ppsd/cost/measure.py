@@ -20,6 +20,7 @@ import torch
 from ppsd.cost.profile import HeadTime, LayerTime, Profile, RowsTime, Timing
 from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError, PipelineTimeoutError, StageFailedError
+from ppsd.model import kernels
 from ppsd.model.exit_head import ExitHead, HeadConfig, head_tensor_shapes
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage, StagePlan
@@ -134,6 +135,7 @@ def measure(
         bandwidth=bandwidth,
         overhead=overhead,
         contention=contention,
+        kernels=kernels.kind(str(subject.dtype).removeprefix("torch.")),
         provenance=dict(provenance),
     )
 

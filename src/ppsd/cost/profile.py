@@ -89,7 +89,8 @@ class Profile:
     ``latency`` is a message's way from the sender's last instruction to the receiver's first,
     ``bandwidth`` in bytes a second, ``overhead`` what a stage spends on a block beside its layers.
     ``contention`` is a ratio: how much longer a layer takes while another worker works.
-    ``source`` says where the figures come from, ``measured`` whether they are measurements.
+    ``source`` says where the figures come from, ``measured`` whether they are measurements, and
+    ``kernels`` whose operations they time (model/kernels.py).
     """
 
     model: str
@@ -109,6 +110,7 @@ class Profile:
     bandwidth: float
     overhead: Timing
     contention: Timing
+    kernels: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -24,6 +24,7 @@ from ppsd.cost.planner import (
 from ppsd.cost.profile import Profile, estimate, load_profile, profile_path
 from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
+from ppsd.model import kernels
 from ppsd.model.exit_head import HeadConfig, check_head, read_head_config
 from ppsd.model.head_library import FoundHead, find_heads, measured_alpha, suitable
 from ppsd.model.source import describe, resolve_model
@@ -151,12 +152,19 @@ def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> tuple[P
 def check_profile(
     profile: Profile, where: str, fingerprint: str, dtype: str, threads: int | None = None
 ) -> None:
-    """Raise ConfigError unless a profile is of this model, dtype and number of threads."""
-    wanted = {"model": fingerprint[:12], "dtype": dtype, "threads": threads or profile.threads}
+    """Raise ConfigError unless a profile is of this model, dtype, number of threads and kernels."""
+    ours = kernels.kind(dtype)
+    wanted = {
+        "model": fingerprint[:12],
+        "dtype": dtype,
+        "threads": threads or profile.threads,
+        "kernels": ours,
+    }
     found = {
         "model": profile.fingerprint[:12],
         "dtype": profile.dtype,
         "threads": profile.threads,
+        "kernels": profile.kernels if profile.measured else ours,
     }
     for name, value in wanted.items():
         if found[name] != value:

@@ -1,4 +1,4 @@
-// A decoder layer for a few bfloat16 rows, for CPUs without bfloat16 instructions.
+// A decoder layer for a few bfloat16 rows, for CPUs without instructions for them.
 //
 // Decoding reads every weight once a token, so the weights have to come from memory at its full
 // speed and be widened on the way, for all rows of a block at once. A 32-bit word holds two
@@ -12,7 +12,7 @@
 #include <string.h>
 
 typedef uint16_t bf16;
-typedef float floats __attribute__((vector_size(32)));
+typedef float floats __attribute__((vector_size(32), may_alias));
 typedef int32_t ints __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(32)));
 
@@ -63,11 +63,11 @@ static inline floats choose(ints which, floats yes, floats no) {
     return (floats)((which & (ints)yes) | (~which & (ints)no));
 }
 
-// e to the power of x within 2 units in the last place; 0 below -87, and above 87 as at 87.
+// e to the power of x within 2 units in the last place; 0 below -87, infinite above 88.
 static inline floats exponential(floats x) {
-    floats zero = {0}, most = zero + 87.0f;
+    floats zero = {0}, least = zero - 87.0f, most = zero + 88.0f;
     floats magic = zero + 0x1.8p23f; // adding it rounds to whole numbers
-    floats within = choose(x > most, most, choose(x < -most, -most, x));
+    floats within = choose(x > most, most, choose(x < least, least, x));
     floats whole = (within * 1.44269504f + magic) - magic;
     floats rest = within - whole * 0.693359375f + whole * 2.12194440e-4f; // ln 2 in two parts
     floats sum = zero + 1.9875691500e-4f; // Cephes' polynomial
@@ -78,7 +78,8 @@ static inline floats exponential(floats x) {
     sum = sum * rest + 5.0000001201e-1f;
     sum = sum * rest * rest + rest + 1.0f;
     ints power = (__builtin_convertvector(whole, ints) + 127) << 23;
-    return choose(x < -most, zero, sum * (floats)power);
+    floats result = choose(x < least, zero, sum * (floats)power);
+    return choose(x > most, zero + INFINITY, result);
 }
 
 // Evens and odds of each vector of words apart, as dot wants its x.

@@ -1,10 +1,11 @@
-"""The steps of a layer for a few bfloat16 rows, where PyTorch has no fast ones: kernels.c.
+"""A decoder layer for a few bfloat16 rows on CPUs where PyTorch has no fast one: kernels.c.
 
-The machine's C compiler builds it at first use, for this very CPU, into ppsd's cache directory.
-Without a compiler, or with ``PPSD_KERNELS=torch``, PyTorch's own operations are used instead.
+The machine's C compiler builds it when a stage is loaded, for this very CPU; the result is kept in
+ppsd's cache directory. Without a compiler, or with ``PPSD_KERNELS=torch``, PyTorch's operations are
+used instead.
 
-All functions round once, at their end, and give a row the same bits whatever rows come with it.
-Shapes as in layers.py; arguments have to satisfy ``fits``.
+A row has the same bits whatever rows come with it. Shapes are as in layers.py; arguments have to
+satisfy ``fits``.
 """
 
 from __future__ import annotations
@@ -12,21 +13,30 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import json
 import os
+import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ppsd.model.sidecar import cache_root
+from ppsd.model.sidecar import cached
 from ppsd.model.spec import ModelSpec
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
-COMPILE_S = 60.0
+BUILT = "kernels.so"
+FLAGS = (
+    *("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp"),
+    *("-shared", "-fPIC", "-fno-semantic-interposition"),
+)
+COMPILE_S = 20.0
 MAX_ROWS = 16  # above, widening all weights once costs no more than doing it for every 4 rows
 STEP = 32  # sizes are multiples of it
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -51,10 +61,10 @@ SIGNATURES = {
 }
 
 
-def fits(x: torch.Tensor, *sizes: int) -> bool:
-    """Whether to use the functions here for the rows ``x`` [n, …, size] and further ``sizes``."""
+def fits(x: torch.Tensor, weight: torch.Tensor, *sizes: int) -> bool:
+    """Whether to use the functions here for rows ``x`` [n, …, in], a weight and further sizes."""
     return (
-        x.dtype == torch.bfloat16
+        x.dtype == weight.dtype == torch.bfloat16
         and x.shape[0] <= MAX_ROWS
         and not any(size % STEP for size in (x.shape[-1], *sizes))
         and x.device.type == "cpu"
@@ -65,22 +75,33 @@ def fits(x: torch.Tensor, *sizes: int) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x`` [n, in] times ``weight`` [out, in] transposed, plus ``bias``; [n, out]."""
+    kernels = library()
+    assert kernels is not None
+    return _linear(kernels, x, weight, bias)
+
+
+def _linear(
+    kernels: ctypes.CDLL, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     rows, size = x.shape
     out = weight.shape[0]
-    y, wide = x.new_empty(rows, out), torch.empty(rows, size)
+    y = x.new_empty(rows, out)
+    wide = torch.empty(rows, size, dtype=torch.float32, device="cpu")
     added = None if bias is None else bias.data_ptr()
     at = x.data_ptr(), weight.data_ptr(), added, None, y.data_ptr(), wide.data_ptr()
-    _library().linear(*at, rows, size, out, torch.get_num_threads())
+    kernels.linear(*at, rows, size, out, torch.get_num_threads())
     return y
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm of ``x`` […, C] over its last dimension."""
+    kernels = library()
+    assert kernels is not None
     x = x.contiguous()
     y, size = torch.empty_like(x), x.shape[-1]
     at = x.data_ptr(), weight.data_ptr(), y.data_ptr()
-    _library().rms_norm(*at, x.numel() // size, size, eps)
+    kernels.rms_norm(*at, x.numel() // size, size, eps)
     return y
 
 
@@ -98,6 +119,10 @@ def decoder_layer(
 
     Rotates by ``cos`` and signed ``sin`` [n, 1, D]; writes ``keys``, ``values`` [K, cap, D].
     """
+    kernels = library()
+    assert kernels is not None
+    assert position + len(x) <= keys.shape[1]
+    assert len(cos) == len(x)
     x = x.contiguous()
     y = torch.empty_like(x)
     sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size, keys.shape[1]
@@ -106,51 +131,85 @@ def decoder_layer(
     )
     pointers = (POINTER * len(weights))(*(None if w is None else w.data_ptr() for w in weights))
     others = [t.data_ptr() for t in (cos, sin, keys, values)]
-    if _library().decoder_layer(x.data_ptr(), y.data_ptr(), pointers, shape, *others):
+    if kernels.decoder_layer(x.data_ptr(), y.data_ptr(), pointers, shape, *others):
         raise MemoryError("no memory for the work space of a decoder layer")
     return y
+
+
+def kind(dtype: str) -> str:
+    """Whose operations decode in ``dtype``, a name, on this CPU: ``compiled`` or ``PyTorch``."""
+    return "compiled" if dtype == "bfloat16" and library() is not None else "PyTorch"
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where PyTorch's operations are to be used."""
-    if os.environ.get("PPSD_KERNELS") == "torch" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    unasked = os.environ.get("PPSD_KERNELS") == "torch" or platform.system() != "Linux"
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if unasked or torch.ops.mkldnn._is_mkldnn_bf16_supported() or not shutil.which(compiler[0]):
         return None
     try:
-        kernels = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError):  # no compiler, or not a fit one: slower, as right
-        return None
+        build = functools.partial(_build, compiler)
+        return _load(cached(SOURCE, _kind(compiler), build, _write, _read))
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().rpartition("\n")[2] or str(error)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    warnings.warn(f"bfloat16 will be slow, as kernels.c cannot be built: {reason}", stacklevel=2)
+    return None
+
+
+def _kind(compiler: list[str]) -> str:
+    """A name for what this compiler makes for this CPU."""
+    status = Path(shutil.which(compiler[0]) or "").stat()
+    cpu = Path("/proc/cpuinfo").read_text().splitlines()
+    features = next((line for line in cpu if line.startswith(("flags", "Features"))), "")
+    parts = (*compiler, status.st_size, status.st_mtime_ns, *FLAGS, platform.machine(), features)
+    identity = SOURCE.read_bytes() + json.dumps(parts).encode()
+    return f"kernels-{hashlib.sha256(identity).hexdigest()[:16]}"
+
+
+def _build(compiler: list[str]) -> bytes:
+    with tempfile.TemporaryDirectory() as work:
+        built = Path(work) / BUILT
+        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_S)
+        return built.read_bytes()
+
+
+def _write(built: bytes, directory: Path) -> None:
+    (directory / BUILT).write_bytes(built)
+
+
+def _read(directory: Path) -> bytes:
+    file = directory / BUILT
+    status = file.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{file} is somebody else's, or theirs to write")
+    return file.read_bytes()
+
+
+def _load(built: bytes) -> ctypes.CDLL:
+    """Open the compiled file. Raises OSError or RuntimeError for one that is not fit for use."""
+    memory = os.memfd_create(BUILT)
+    try:
+        with open(memory, "wb", closefd=False) as file:
+            file.write(built)
+        kernels = ctypes.CDLL(f"/proc/self/fd/{memory}")
+    finally:
+        os.close(memory)
     for name, (arguments, result) in SIGNATURES.items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = arguments, result
+    _check(kernels)
     return kernels
 
 
-def _library() -> ctypes.CDLL:
-    kernels = library()
-    assert kernels is not None, "asked for without fits()"
-    return kernels
-
-
-def _built() -> Path:
-    """The compiled file for this CPU and compiler. Raises OSError or SubprocessError."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise FileNotFoundError("no C compiler")
-    parts = (SOURCE.read_text(), compiler, *FLAGS, _cpu_flags())
-    name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
-    target = cache_root() / name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as work:
-            draft = Path(work) / name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(draft), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
-            draft.replace(target)
-    return target
-
-
-def _cpu_flags() -> str:
-    """What tells CPUs apart that need code of their own."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+def _check(kernels: ctypes.CDLL) -> None:
+    """Raise RuntimeError unless this compiler kept what the bits of a row rest on."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 3 * STEP, generator=generator).bfloat16() for n in (7, 5))
+    alone = torch.cat([_linear(kernels, x[row : row + 1], weight, None) for row in range(7)])
+    for rows in (2, 3, 7):  # blocks of 4 rows, and what may be left
+        if not torch.equal(_linear(kernels, x[:rows], weight, None), alone[:rows]):
+            raise RuntimeError("a row's result depends on other rows")

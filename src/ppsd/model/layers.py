@@ -71,7 +71,7 @@ def _widen(x: torch.Tensor, rows: int) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x`` [n, in] times ``weight`` [out, in] transposed, plus ``bias``; [n, out]."""
-    if kernels.fits(x):
+    if kernels.fits(x, weight):
         return kernels.linear(x, weight, bias)
     if not _widen(x, x.shape[0]):
         return F.linear(x, weight, bias)
@@ -88,7 +88,7 @@ def _wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm over the last dimension, in float32 or wider (Zhang 2019)."""
-    if kernels.fits(x):
+    if kernels.fits(x, weight):
         return kernels.rms_norm(x, weight, eps)
     wide = x if x.dtype == torch.float64 else x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -160,7 +160,8 @@ def decoder_layer(
 ) -> torch.Tensor:
     """One layer for rows ``x`` [n, C] at ``position``; writes ``keys``, ``values`` [K, cap, D]."""
     end = position + x.shape[0]
-    if kernels.fits(x, spec.head_dim, spec.num_heads * spec.head_dim, spec.intermediate_size):
+    sizes = (spec.head_dim, spec.num_heads * spec.head_dim, spec.intermediate_size)
+    if kernels.fits(x, weights.qkv, *sizes):
         tensors = [getattr(weights, field.name) for field in FIELDS]
         cos, sin = rope.cos[position:end], rope.sin[position:end]
         return kernels.decoder_layer(x, tensors, spec, cos, sin, keys, values, position)

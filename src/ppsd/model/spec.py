@@ -182,6 +182,12 @@ def _refuse_unsupported(config: PretrainedConfig, name: str) -> None:
         raise UnsupportedModelError(
             f"{name}: hidden_act {config.hidden_act!r} is not supported; supported is 'silu'"
         )
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if groups < 1 or heads % groups:
+        raise UnsupportedModelError(
+            f"{name}: num_key_value_heads {groups} is not supported; it has to divide "
+            f"num_attention_heads {heads}"
+        )
     if getattr(config, "quantization_config", None):
         raise UnsupportedModelError(
             f"{name}: quantization_config is not supported; use unquantised safetensors or GGUF"

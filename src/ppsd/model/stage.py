@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from ppsd.model import kernels
 from ppsd.model.cache import KVCache
 from ppsd.model.layers import (
     LayerWeights,
@@ -132,6 +133,7 @@ class Stage:
         del self._source
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
         self.cache = new_cache(spec, len(self.layers), plan)
+        kernels.library()  # built now, not within the first token
 
     @property
     def is_last(self) -> bool:
