@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from typer.testing import CliRunner
@@ -65,6 +66,24 @@ def test_the_planned_split_is_compared_with_the_fastest_median() -> None:
         assert row.error == pytest.approx(row.predicted / row.measured.median - 1)
 
 
+def test_a_curve_through_all_runs_sees_through_noise() -> None:
+    """Speedups fall off on both sides of a split next to the planned one; single runs are off."""
+    tried = splits.trials(problem())
+    planned, *_ = tried.values()
+    best = planned.bounds[1] - 1
+    results = Results(None, {}, {})
+    for name, plan in tried.items():
+        for repeat in range(40):
+            noise = 0.05 * (-1) ** repeat
+            away = plan.bounds[1] - best
+            results.add(run(name, repeat, 10 * math.exp(0.02 * away**2 + noise)))
+    curve = splits.behind_curve(results, tried)
+    assert curve is not None
+    assert curve.median == pytest.approx(math.expm1(0.02), rel=0.3)
+    assert curve.low <= curve.median <= curve.high
+    assert splits.behind_curve(results, splits.trials(problem(3))) is None
+
+
 def bench(*arguments: object):
     return CliRunner().invoke(app, ["bench", "splits", *map(str, arguments)])
 
@@ -78,6 +97,7 @@ def test_a_run_is_continued_and_shown_both_ways(tiny_model, tmp_path) -> None:
     record = json.loads(found.stdout)
     assert sorted(row["bounds"][1] for row in record["rows"]) == [1, 2, 3, 4, 5]
     assert record["behind_best"] >= 0
+    assert record["behind_curve"]["median"] >= 0
     assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 1 + 5 * 2
     shown = bench(*flags).stdout
     assert f"the planned split takes {record['behind_best']:.1%} longer" in shown

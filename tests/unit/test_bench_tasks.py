@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ppsd.bench.baselines import GREEDY, BaselineBench, Outsider, OutsiderProcess
+from ppsd.bench.baselines import GREEDY, BaselineBench, Outsider, OutsiderProcess, outsiders
 from ppsd.bench.runner import Cell, Measurement, Results, interleaved, run
 from ppsd.bench.tasks import PLAIN, PPSD, TaskBench, digest, summarize, variants
 from ppsd.bench.workload import Task
@@ -124,3 +124,10 @@ def test_an_outsider_that_fails_says_why(tmp_path: Path) -> None:
 
 def test_digests_tell_outputs_apart() -> None:
     assert digest([1, 23]) != digest([12, 3])
+
+
+def test_gguf_files_need_accelerate_for_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert len(outsiders(1, gguf=False)) == 6
+    with pytest.raises(PpsdError, match=r"accelerate; install it by .*\[baselines\]"):
+        outsiders(1, gguf=True)

@@ -43,9 +43,17 @@ class Outsider:
 
 
 def outsiders(exit_layer: int, gguf: bool) -> list[Outsider]:
-    """Those that can run here; llama.cpp when it is installed and the model is a GGUF file."""
+    """Those that can run here; llama.cpp when it is installed and the model is a GGUF file.
+
+    Raises PpsdError where transformers could not read the model.
+    """
     from ppsd.bench.outsider import PROMPT_LOOKUP_TOKENS
 
+    if gguf and importlib.util.find_spec("accelerate") is None:
+        raise PpsdError(
+            "transformers reads GGUF files only with the package accelerate; "
+            "install it by `pip install ppsd-llm[baselines]`"
+        )
     found = [
         Outsider("one process", kind="ppsd"),
         Outsider("linears alone", kind="linears"),

@@ -8,6 +8,7 @@ split, and a machine's pace may change within a minute by more than splits diffe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ from ppsd.bench.workload import Task
 from ppsd.cost.planner import Exit, Plan, Problem, alternatives
 from ppsd.engine.llm import LLM
 from ppsd.speculation.policy import Schedule
+
+REACH = 6  # layers around the planned split that a parabola describes
+RESAMPLES = 500
 
 Opener = Callable[[Plan], AbstractContextManager[LLM]]
 
@@ -121,6 +125,33 @@ def _row(runs: Sequence[Measurement], plan: Plan) -> Row:
         measured=measured,
         error=predicted / measured.median - 1,
     )
+
+
+def behind_curve(results: Results, tried: Mapping[str, Plan]) -> Spread | None:
+    """``behind_best`` by a parabola through all runs near the planned split, for two stages.
+
+    One layer more or less changes little, so neighbours tell about each other: where single medians
+    scatter by more than splits differ, the curve does not. Quartiles are of RESAMPLES bootstraps.
+    """
+    planned, *others = (plan.bounds for plan in tried.values())
+    if len(planned) != 3 or len(others) < 2:
+        return None
+    cuts = {name: plan.bounds[1] - planned[1] for name, plan in tried.items()}
+    near = [
+        (cuts[cell.variant], math.log(run.details["plain"] / run.token_time))
+        for cell, run in results.measurements.items()
+        if abs(cuts[cell.variant]) <= REACH
+    ]
+    points = np.array(near)
+    grid = np.unique(points[:, 0])
+    generator = np.random.default_rng(0)
+    found: list[float] = []
+    while len(found) < RESAMPLES:
+        cut, gain = points[generator.integers(len(points), size=len(points))].T
+        if len(np.unique(cut)) > 2:  # a parabola needs three
+            curve = np.polyfit(cut, gain, deg=2)
+            found.append(float(np.polyval(curve, grid).max() - np.polyval(curve, 0)))
+    return spread([math.expm1(loss) for loss in found])
 
 
 def behind_best(rows: Sequence[Row]) -> float:

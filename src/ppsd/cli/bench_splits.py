@@ -18,6 +18,7 @@ from ppsd.cli.session import open_llm
 from ppsd.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ppsd.bench.runner import Spread
     from ppsd.bench.splits import Row
     from ppsd.cost.planner import Plan, Problem
     from ppsd.engine.llm import LLM
@@ -44,17 +45,18 @@ def bench_splits(
     tried = splits.trials(problem)
     results = _measure(pipeline, options, tried, problem)
     rows = splits.summarize(results, tried)
-    behind = splits.behind_best(rows)
+    behind, curve = splits.behind_best(rows), splits.behind_curve(results, tried)
     if options.as_json:
         record: dict[str, Any] = {
             "label": ORACLE_LABEL,
             "alpha": rates,
             "source": problem.profile.source,
         }
-        record |= {"behind_best": behind, "rows": [dataclasses.asdict(row) for row in rows]}
+        record |= {"behind_best": behind, "behind_curve": curve and dataclasses.asdict(curve)}
+        record |= {"rows": [dataclasses.asdict(row) for row in rows]}
         print(json.dumps(record | {"provenance": results.provenance}, indent=1))
     else:
-        _show(rows, behind)
+        _show(rows, behind, curve)
 
 
 def _problem(
@@ -117,7 +119,7 @@ def _measure(
     return results
 
 
-def _show(rows: list[Row], behind: float) -> None:
+def _show(rows: list[Row], behind: float, curve: Spread | None) -> None:
     console = table_console()
     console.print(ORACLE_LABEL, soft_wrap=True)
     heads = ("split", "w", "α", "ms a token", "speedup", "quartiles", "predicted")
@@ -130,3 +132,6 @@ def _show(rows: list[Row], behind: float) -> None:
         table.add_row(split, str(row.window), *times, *speedups)
     console.print(table)
     console.print(f"the planned split takes {behind:.1%} longer than the fastest")
+    if curve:
+        quartiles = f"{curve.low:.1%} … {curve.high:.1%}"
+        console.print(f"by a parabola through all runs near it: {curve.median:.1%} ({quartiles})")
