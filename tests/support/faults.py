@@ -142,8 +142,10 @@ def _be_child(program: Callable[[], int], standard: Sequence[int], keep: Iterabl
             os.dup2(fd, target)
         for kept, following in pairwise([2, *sorted(keep), 4096]):
             os.closerange(kept + 1, following)
-        # open as long as the child lives
-        streams = (open(fd, mode, closefd=False) for fd, mode in enumerate("rww"))  # noqa: SIM115
+        streams = (
+            open(fd, mode, closefd=False)  # noqa: SIM115 (open as long as the child lives)
+            for fd, mode in enumerate("rww")
+        )
         sys.stdin, sys.stdout, sys.stderr = streams
         code = program()
     except SystemExit as end:

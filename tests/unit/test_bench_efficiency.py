@@ -134,14 +134,16 @@ def test_a_profile_prices_a_request_by_its_context_alone() -> None:
         LayerTime(100, 1, Timing.computed(3e-3)),
     )
     head = (RowsTime(1, Timing.computed(2e-3)),)
-    profile = replace(estimate(sizes, link=Link()), layer=layer, lm_head=head)
-    price = predict.profiled(profile, (0, 4, 6), {"x": 50})
-    slow = plain(details=plain().details | {"stages": [stage(r1=400.0), stage(r1=600.0)]})
-    for run in (plain(), slow):
+    free = Link(bandwidth=1e15)  # a profile on disk has a number
+    profile = replace(estimate(sizes, link=free), layer=layer, lm_head=head)
+    price = predict.profiled((0, 4, 6), {"x": 50})
+    details = plain().details | {"profile": profile.to_json()}
+    slow = details | {"stages": [stage(r1=400.0), stage(r1=600.0)]}
+    for run in (plain(details=details), plain(details=slow)):
         found = predict.predicted_token_time(run, run, Schedule(1, 1), price)
         assert found == pytest.approx(6 * 2e-3 + 2e-3)
     right = fast(hits="1" * 11)
-    found = predict.predicted_token_time(right, plain(), Schedule(1, 2), price)
+    found = predict.predicted_token_time(right, plain(details=details), Schedule(1, 2), price)
     assert found == pytest.approx(4 * 2e-3, rel=0.1)  # the first stage is the slowest
 
 

@@ -158,15 +158,19 @@ def test_predict_sets_its_own_window(tiny_model) -> None:
     assert error.field == "in_flight"
 
 
-def test_predict_takes_times_from_a_profile(tiny_model, tmp_path) -> None:
+def test_predict_takes_a_profile_before_each_plain_request(tiny_model, tmp_path) -> None:
     pipeline = ["--model", tiny_model(), "--dtype", "float64", "--stages", 2]
-    profile = tmp_path / "profile.json"
-    made = CliRunner().invoke(app, ["profile", *map(str, pipeline), "--out", str(profile)])
-    assert made.exit_code == 0, made.output
-    short = ["--tokens", 8, "--repeats", 1, "--alphas", 1, "--json", "--profile", profile]
-    found = json.loads(bench("predict", *pipeline, "--transport", "inprocess", *short).stdout)
-    assert found["source"] == "profile"
+    short = ["--tokens", 8, "--repeats", 2, "--alphas", 1, "--json", "--profile"]
+    out = tmp_path / "runs.jsonl"
+    made = bench("predict", *pipeline, *short, "--out", out)
+    assert made.exit_code == 0, repr(made.exception)
+    found = json.loads(made.stdout)
+    assert found["source"] == "a profile of each repeat"
     assert all(row["predicted"]["median"] > 0 for row in found["rows"])
+    runs = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+    profiles = [run["details"]["profile"] for run in runs if run["variant"] == "plain"]
+    assert len(profiles) == 2
+    assert profiles[0]["layer"] != profiles[1]["layer"], "taken anew"
     paced = bench("predict", *pipeline, "--pace", 0.01, *short).exception
     assert isinstance(paced, ConfigError)
     assert paced.field == "profile"

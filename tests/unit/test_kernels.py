@@ -31,7 +31,7 @@ BF16 = torch.bfloat16
 EPS = torch.finfo(BF16).eps
 THREAD_WORK = 65536  # kernels.c
 compiled = pytest.mark.skipif(
-    kernels.library() is None, reason="no C compiler, or a CPU that needs no kernels"
+    kernels.loaded() is None, reason="no C compiler, or a CPU that needs no kernels"
 )
 
 
@@ -43,11 +43,11 @@ def _as_in_decoding() -> Iterator[None]:
 
 
 @pytest.fixture
-def library() -> Iterator[None]:
+def anew() -> Iterator[None]:
     """Ask for the library anew, and once more afterwards."""
-    kernels.library.cache_clear()
+    kernels.loaded.cache_clear()
     yield
-    kernels.library.cache_clear()
+    kernels.loaded.cache_clear()
 
 
 @pytest.fixture(params=["llama-biased", "qwen3"])
@@ -178,7 +178,7 @@ def test_gradients_dtypes_sizes_and_long_blocks_are_left_to_pytorch() -> None:
         assert not kernels.fits(fit, fit)
 
 
-@pytest.mark.usefixtures("library")
+@pytest.mark.usefixtures("anew")
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_compiler_pytorch_does_it(
     compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: ModelSpec
@@ -186,37 +186,37 @@ def test_without_a_compiler_pytorch_does_it(
     monkeypatch.setenv("PPSD_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", compiler)
     with warnings.catch_warnings(record=True) as said:
-        assert kernels.library() is None
+        assert kernels.loaded() is None
     assert len(said) <= (compiler == "false"), "a broken compiler is worth a word, none is not"
     assert run_layer(spec, scaled_layer(spec), rand(3, 96, dtype=BF16), [3])[0].isfinite().all()
     assert list(tmp_path.iterdir()) == []
 
 
 @compiled
-@pytest.mark.usefixtures("library")
+@pytest.mark.usefixtures("anew")
 def test_they_are_built_once_and_can_be_turned_off(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PPSD_CACHE", str(tmp_path / "new"))
-    assert kernels.library() is not None
+    assert kernels.loaded() is not None
     assert len(list((tmp_path / "new").rglob(kernels.BUILT))) == 1
-    kernels.library.cache_clear()
+    kernels.loaded.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr("subprocess.run", None)
-        assert kernels.library() is not None
-    kernels.library.cache_clear()
+        assert kernels.loaded() is not None
+    kernels.loaded.cache_clear()
     monkeypatch.setenv("PPSD_KERNELS", "torch")
-    assert kernels.library() is None
+    assert kernels.loaded() is None
 
 
 @compiled
-@pytest.mark.usefixtures("library")
+@pytest.mark.usefixtures("anew")
 @pytest.mark.parametrize("damage", ["torn", "anybody's", "nowhere"])
 def test_a_damaged_file_is_built_anew(
     damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PPSD_CACHE", "/dev/null/nowhere" if damage == "nowhere" else str(tmp_path))
-    assert kernels.library() is not None
+    assert kernels.loaded() is not None
     for built in tmp_path.rglob(kernels.BUILT):
         if damage == "torn":
             built.write_bytes(built.read_bytes()[:1000])
@@ -226,14 +226,14 @@ def test_a_damaged_file_is_built_anew(
     monkeypatch.setattr(
         kernels, "_build", lambda c, build=kernels._build: built_again.append(c) or build(c)
     )
-    kernels.library.cache_clear()
-    assert kernels.library() is not None
+    kernels.loaded.cache_clear()
+    assert kernels.loaded() is not None
     assert built_again
 
 
 @compiled
 def test_a_compiler_that_lets_rows_differ_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = kernels.library()
+    library = kernels.loaded()
     assert library is not None
     kernels._check(library)
     linear = kernels._linear

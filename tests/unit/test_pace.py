@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from itertools import pairwise
 
@@ -74,8 +75,8 @@ def test_stale_work_stops_while_it_waits() -> None:
         stage = FakeStage()
         wrapped, recorder = paced(stage, 3600.0)
         answers = iter([False] * looks)
-        # called within this turn of the loop, so `answers` is this turn's
-        assert wrapped.forward(ROW, 0, lambda: next(answers, True)) is None  # noqa: B023
+        stop = functools.partial(next, answers, True)
+        assert wrapped.forward(ROW, 0, stop) is None
         assert len(stage.began) == 1
         assert recorder.blocks[OVERRUN] == 0
 

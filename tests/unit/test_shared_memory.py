@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,8 +33,8 @@ def fd() -> Iterator[int]:
     os.close(fd)
 
 
-def attach(fd: int, rank: int) -> SharedMemoryEndpoint:
-    return SharedMemoryEndpoint(fd, GEOMETRY, rank, spin=False)
+def attach(fd: int, rank: int, *, spin: bool = False) -> SharedMemoryEndpoint:
+    return SharedMemoryEndpoint(fd, GEOMETRY, rank, spin)
 
 
 def frame(*values: int) -> list[torch.Tensor]:
@@ -215,4 +216,30 @@ def test_waiting_never_sleeps_less_the_longer_it_lasts(spin: bool) -> None:
     waits = [0.0, 1e-4, 1e-3, 0.01, 0.019, 0.03, 0.1, 1.0, 10.0, 1000.0]
     pauses = [pause(waited) for waited in waits]
     assert pauses == sorted(pauses)
-    assert (pauses[0], pauses[-1]) == ((0.0, 1e-3) if spin else (20e-6, 500e-6))
+    assert (pauses[0], pauses[-1]) == (0.0 if spin else 20e-6, 5e-3)
+
+
+@pytest.mark.parametrize("spin", [True, False])
+def test_waits_in_a_row_without_a_frame_are_one_long_wait(fd: int, spin: bool, monkeypatch) -> None:
+    """An idle worker asks again every second; were each wait a new one, it would poll for ever."""
+    end, peer = attach(fd, 0, spin=spin), attach(fd, 1, spin=spin)
+    slept: list[float] = []
+    now = [1000.0]
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += max(seconds, 1e-6)  # a clock never stands still
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr(shared_memory, "time", clock)
+    peer.send(0, frame(1), 0)
+    assert end.receive(0) is not None
+    now[0] += 6.0
+    assert end.receive(1.0) is None
+    assert len(slept) <= 210, "5 ms each, and what is left"
+    peer.send(0, frame(2), 0)
+    assert end.receive(0) is not None
+    slept.clear()
+    now[0] += 0.021
+    assert end.receive(0.001) is None
+    assert max(slept) < 1e-3, "work is due again"

@@ -3,7 +3,7 @@
 For each request the cost model is built from the times that its own stages needed, with the links
 as plain decoding of the same repeat shows them; the simulator then runs the real policy over the
 request's own trace of accepted drafts. What is compared is the time per token after the first.
-With a profile (``profiled``) nothing but that trace is taken from the run.
+With profiles (``profiled``) nothing but that trace is taken from the run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ppsd.bench.oracle import PLAIN, Variant
 from ppsd.bench.runner import Measurement, Results, Spread, pairs, spread
 from ppsd.cost.model import MIN_LAYER, CostModel, Link, StageCost
 from ppsd.cost.planner import Exit, Problem, cost_model
+from ppsd.cost.profile import Profile
 from ppsd.cost.simulator import simulate
 from ppsd.errors import PpsdError
 from ppsd.speculation.policy import Schedule
@@ -25,7 +26,6 @@ from ppsd.worker.pace import POLL_S
 
 if TYPE_CHECKING:
     from ppsd.config import EngineConfig
-    from ppsd.cost.profile import Profile
     from ppsd.engine.build import Layout
 
 ALPHAS = (0.8, 0.5)
@@ -127,14 +127,16 @@ def own_times(shape: Shape) -> Price:
     return lambda run, plain, schedule: cost_of(run, plain, shape)
 
 
-def profiled(profile: Profile, bounds: Sequence[int], contexts: Mapping[str, int]) -> Price:
-    """Price requests by a profile; ``contexts``: cached positions half-way through each task.
+def profiled(bounds: Sequence[int], contexts: Mapping[str, int]) -> Price:
+    """Price requests by the profile taken just before the plain one of the same repeat.
 
-    The oracle's drafts cost nothing.
+    It stands in that one's ``details``, as JSON. ``contexts``: cached positions half-way through
+    each task. The oracle's drafts cost nothing.
     """
     free = Exit(bounds[1], alpha=0.0, draft=0.0)
 
     def price(run: Measurement, plain: Measurement, schedule: Schedule) -> CostModel:
+        profile = Profile.from_json(plain.details["profile"])
         problem = Problem(profile, len(bounds) - 1, context=contexts[run.task])
         return cost_model(problem, bounds, free, schedule)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ppsd.errors import ConfigError
 if TYPE_CHECKING:
     from ppsd.bench import efficiency, predict
     from ppsd.bench.oracle import Variant
-    from ppsd.bench.runner import Results, Spread
+    from ppsd.bench.runner import Cell, Measurement, Results, Spread
     from ppsd.bench.workload import Task
     from ppsd.engine.llm import LLM
 
@@ -99,45 +99,64 @@ def bench_predict(
     pipeline: PipelineOptions,
     options: BenchOptions,
     profile: Annotated[
-        Path | None, _bench("Predict from `ppsd profile`'s times, not from the run's own.")
-    ] = None,
+        bool, _bench("Predict from profiles taken in between, not from the run's own times.")
+    ] = False,
 ) -> None:
     """Compare the simulator's token times with the engine's, in all three modes."""
     from ppsd.bench import predict
     from ppsd.speculation.policy import DEFAULT_BLOCK, schedule_for
 
     check(pipeline, ("mode", "in_flight", "head", "gate"))
-    if profile is not None and pipeline.pace is not None:
-        raise ConfigError("profile", str(profile), "left out with --pace: it knows no such device")
+    if profile and pipeline.pace is not None:
+        raise ConfigError("profile", profile, "left out with --pace: it knows no such device")
     block = pipeline.block or DEFAULT_BLOCK
     variants = predict.variants(options.rates(predict.ALPHAS), block)
-    with measured("predict", pipeline, options, variants, block) as (llm, results):
+    verb, before = ("predict by profile", _profiler(pipeline)) if profile else ("predict", _nothing)
+    with measured(verb, pipeline, options, variants, block, before) as (llm, results):
         stages = llm.layout.stages
         schedules = {v.name: schedule_for(v.mode, stages, v.block, v.in_flight) for v in variants}
-        price = _price(llm, options, profile)
+        price = _price(llm, options, profiled=profile)
         rows = predict.summarize(results, schedules, price)
         if options.as_json:
-            source = "stage times of the run itself" if profile is None else "profile"
+            source = "a profile of each repeat" if profile else "stage times of the run itself"
             record = {"source": source, "rows": [asdict(row) for row in rows]}
             print(json.dumps(_record(llm, results) | record, indent=1))
         else:
             _show_predictions(_label(llm, results), rows)
 
 
-def _price(llm: LLM, options: BenchOptions, path: Path | None) -> predict.Price:
+# What to note in a cell's details, found right before it is measured.
+Before = Callable[["Cell"], dict[str, Any]]
+
+
+def _nothing(cell: Cell) -> dict[str, Any]:
+    return {}
+
+
+def _profiler(pipeline: PipelineOptions) -> Before:
+    """Take a profile before each plain request."""
+    from ppsd.bench.oracle import PLAIN
+    from ppsd.cli.profile import subject_of
+    from ppsd.cost.measure import measure
+
+    p = pipeline
+    transport = "shared-memory" if p.transport == "auto" else p.transport
+    subject = subject_of(p.model, p.dtype, p.stages, p.threads_per_stage, transport)
+
+    def before(cell: Cell) -> dict[str, Any]:
+        return {"profile": measure(subject, {}).to_json()} if cell.variant == PLAIN else {}
+
+    return before
+
+
+def _price(llm: LLM, options: BenchOptions, *, profiled: bool) -> predict.Price:
     from ppsd.bench import predict
 
-    if path is None:
+    if not profiled:
         return predict.own_times(predict.shape_of(llm.layout, llm.config))
-    from ppsd.cost.profile import load_profile
-    from ppsd.engine.choose import check_profile
-
-    layout, profile = llm.layout, load_profile(path)
-    dtype = str(layout.dtype).removeprefix("torch.")
-    check_profile(profile, str(path), layout.fingerprint, dtype, layout.threads)
     half = options.tokens // 2
     contexts = {task.id: len(llm.encode(task.messages)) + half for task in options.tasks()}
-    return predict.profiled(profile, layout.bounds, contexts)
+    return predict.profiled(llm.layout.bounds, contexts)
 
 
 def check(pipeline: PipelineOptions, own: Sequence[str]) -> None:
@@ -176,6 +195,7 @@ def measured(
     options: BenchOptions,
     variants: Sequence[Variant],
     block: int,
+    before: Before = _nothing,
 ) -> Iterator[tuple[LLM, Results]]:
     """Open the pipeline, run what is not measured yet, and give all measurements."""
     _check_out(options.out)
@@ -197,13 +217,19 @@ def measured(
         bench = oracle.OracleBench(llm, variants, tasks, options.tokens)
         names, ids = [v.name for v in variants], [task.id for task in tasks]
         cells = runner.interleaved(names, ids, options.repeats)
+
+        def measure(cell: Cell) -> Measurement:
+            notes = before(cell)
+            found = bench.measure(cell)
+            return dataclasses.replace(found, details=found.details | notes)
+
         fields = "{task.completed} of {task.total} · {task.fields[note]}"
         with progress.bar("measuring", len(cells), fields) as (bar, task):
 
-            def done(cell: runner.Cell) -> None:
+            def done(cell: Cell) -> None:
                 bar.update(task, advance=1, note=f"{cell.variant}, task {cell.task}")
 
-            runner.run(cells, results, bench.measure, done)
+            runner.run(cells, results, measure, done)
         yield llm, results
 
 

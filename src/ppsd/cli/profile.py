@@ -50,7 +50,7 @@ def profile(
             f"the machine is busy (load {load:.1f}): times will be too long, contention above all"
         )
         log_console().print(text, style="yellow")
-    subject = _subject(model, dtype, stages, threads_per_stage, transport)
+    subject = subject_of(model, dtype, stages, threads_per_stage, transport)
     name = str(subject.dtype).removeprefix("torch.")
     place = out or profile_path(subject.fingerprint, name, subject.threads)
     measured = _measure(subject)
@@ -62,7 +62,8 @@ def profile(
     log_console().print(f"profile written to {place}")
 
 
-def _subject(model: str | None, dtype: str, stages: int, threads: int, transport: str) -> Subject:
+def subject_of(model: str | None, dtype: str, stages: int, threads: int, transport: str) -> Subject:
+    """What is measured, by the flags of a pipeline; raises ConfigError."""
     from ppsd.config import EngineConfig, core_shares
     from ppsd.engine.choose import dtype_name, threads_of
 

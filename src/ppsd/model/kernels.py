@@ -69,13 +69,13 @@ def fits(x: torch.Tensor, weight: torch.Tensor, *sizes: int) -> bool:
         and not any(size % STEP for size in (x.shape[-1], *sizes))
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and library() is not None
+        and loaded() is not None
     )
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x`` [n, in] times ``weight`` [out, in] transposed, plus ``bias``; [n, out]."""
-    kernels = library()
+    kernels = loaded()
     assert kernels is not None
     return _linear(kernels, x, weight, bias)
 
@@ -96,7 +96,7 @@ def _linear(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm of ``x`` […, C] over its last dimension."""
-    kernels = library()
+    kernels = loaded()
     assert kernels is not None
     x = x.contiguous()
     y, size = torch.empty_like(x), x.shape[-1]
@@ -119,7 +119,7 @@ def decoder_layer(
 
     Rotates by ``cos`` and signed ``sin`` [n, 1, D]; writes ``keys``, ``values`` [K, cap, D].
     """
-    kernels = library()
+    kernels = loaded()
     assert kernels is not None
     assert position + len(x) <= keys.shape[1]
     assert len(cos) == len(x)
@@ -138,11 +138,11 @@ def decoder_layer(
 
 def kind(dtype: str) -> str:
     """Whose operations decode in ``dtype``, a name, on this CPU: ``compiled`` or ``PyTorch``."""
-    return "compiled" if dtype == "bfloat16" and library() is not None else "PyTorch"
+    return "compiled" if dtype == "bfloat16" and loaded() is not None else "PyTorch"
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
     """The compiled kernels; None where PyTorch's operations are to be used."""
     unasked = os.environ.get("PPSD_KERNELS") == "torch" or platform.system() != "Linux"
     compiler = shlex.split(os.environ.get("CC", "cc"))

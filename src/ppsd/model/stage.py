@@ -133,7 +133,7 @@ class Stage:
         del self._source
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
         self.cache = new_cache(spec, len(self.layers), plan)
-        kernels.library()  # built now, not within the first token
+        kernels.loaded()  # built now, not within the first token
 
     @property
     def is_last(self) -> bool:

@@ -60,8 +60,8 @@ class RunDirectory:
         try:
             with safe_open(path, framework="pt") as file:
                 state = json.loads(file.metadata()["state"])
-                # safetensors files are no mappings: keys() is all they offer
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise PpsdError(f"{path} is not a checkpoint that can be read: {error}") from error
         self._check_same(state["settings"])

@@ -48,8 +48,7 @@ def chunked_losses(
     exist: the gradient of each chunk is taken to ``features`` at once.
     """
     losses: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    # PyTorch leaves Function.apply without types
-    losses = _Chunked.apply(  # type: ignore[no-untyped-call]
+    losses = _Chunked.apply(  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         features, teacher, lm_head, labels, weights
     )
     return losses

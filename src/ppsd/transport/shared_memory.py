@@ -90,6 +90,7 @@ class SharedMemoryEndpoint:
         self._senders = {to: ring for (source, to), ring in rings.items() if source == rank}
         self._sources = [(source, ring) for (source, to), ring in rings.items() if to == rank]
         self._lent: _Ring | None = None
+        self._last = time.monotonic()  # when a frame was sent or received
 
     def send(self, to: int, parts: Sequence[torch.Tensor], timeout: float) -> None:
         """Copy the frame into the ring; see ``Endpoint.send``."""
@@ -100,15 +101,19 @@ class SharedMemoryEndpoint:
                 f"the link from rank {self.rank} to rank {to} stayed full for {timeout} s"
             )
         ring.put(parts, length)
+        self._last = time.monotonic()
 
     def receive(self, timeout: float) -> tuple[int, torch.Tensor] | None:
         """Return the next frame where it lies; its slot is freed at the next call."""
         self._give_back()
-        if not self._any_frame() and not self._wait(self._any_frame, timeout):
-            return None
+        if not self._any_frame():
+            idle = time.monotonic() - self._last
+            if not self._wait(self._any_frame, timeout, idle):
+                return None
         source, ring = self._next_in_turn()
         frame = ring.look()
         self._lent = ring
+        self._last = time.monotonic()
         return source, frame
 
     def publish(self, epoch: int) -> None:
@@ -141,11 +146,12 @@ class SharedMemoryEndpoint:
         self._sources.append(chosen)
         return chosen
 
-    def _wait(self, done: Callable[[], bool], timeout: float) -> bool:
+    def _wait(self, done: Callable[[], bool], timeout: float, idle: float = 0.0) -> bool:
+        """``idle``: seconds without a frame before this wait, so that many waits are one."""
         start = time.monotonic()
         waited = 0.0
         while waited < timeout:
-            if (pause := self._pause(waited)) > 0.0:
+            if (pause := self._pause(idle + waited)) > 0.0:
                 time.sleep(min(pause, timeout - waited))
             if done():
                 return True
@@ -225,13 +231,18 @@ def _fence() -> None:
 
 
 def _pause_of_own_core(waited: float) -> float:
-    """Return seconds to sleep: none at first, then 50 µs, growing to 1 ms after a second."""
-    return 0.0 if waited < BUSY_SECONDS else min(max(50e-6, waited / 1000), 1e-3)
+    """Return seconds to sleep: none at first, then 50 µs, growing to 5 ms after 5 seconds."""
+    return 0.0 if waited < BUSY_SECONDS else max(50e-6, _pause_of_idle(waited))
 
 
 def _pause_of_shared_core(waited: float) -> float:
-    """Return seconds to sleep: an eighth of the wait so far, within 20 µs and 500 µs."""
-    return min(max(20e-6, waited / 8), 500e-6)
+    """Return seconds to sleep: an eighth of the wait so far, from 20 µs to 500 µs; 5 ms later."""
+    return max(20e-6, min(waited / 8, 500e-6), _pause_of_idle(waited))
+
+
+def _pause_of_idle(waited: float) -> float:
+    """Return seconds to sleep where nobody asked anything for seconds: under 1 % of a core."""
+    return min(waited / 1000, 5e-3)
 
 
 def _anonymous_file() -> int:
