@@ -137,13 +137,13 @@ def test_a_profile_prices_a_request_by_its_context_alone() -> None:
     free = Link(bandwidth=1e15)  # a profile on disk has a number
     profile = replace(estimate(sizes, link=free), layer=layer, lm_head=head)
     price = predict.profiled((0, 4, 6), {"x": 50})
-    details = plain().details | {"profile": profile.to_json()}
+    details = plain().details | {"profiles": [profile.to_json()]}
     slow = details | {"stages": [stage(r1=400.0), stage(r1=600.0)]}
     for run in (plain(details=details), plain(details=slow)):
         found = predict.predicted_token_time(run, run, Schedule(1, 1), price)
         assert found == pytest.approx(6 * 2e-3 + 2e-3)
-    right = fast(hits="1" * 11)
-    found = predict.predicted_token_time(right, plain(details=details), Schedule(1, 2), price)
+    right = fast(hits="1" * 11, details=details)
+    found = predict.predicted_token_time(right, plain(), Schedule(1, 2), price)
     assert found == pytest.approx(4 * 2e-3, rel=0.1)  # the first stage is the slowest
 
 

@@ -158,19 +158,19 @@ def test_predict_sets_its_own_window(tiny_model) -> None:
     assert error.field == "in_flight"
 
 
-def test_predict_takes_a_profile_before_each_plain_request(tiny_model, tmp_path) -> None:
+def test_predict_takes_a_profile_between_any_two_requests(tiny_model, tmp_path) -> None:
     pipeline = ["--model", tiny_model(), "--dtype", "float64", "--stages", 2]
     short = ["--tokens", 8, "--repeats", 2, "--alphas", 1, "--json", "--profile"]
     out = tmp_path / "runs.jsonl"
     made = bench("predict", *pipeline, *short, "--out", out)
     assert made.exit_code == 0, repr(made.exception)
     found = json.loads(made.stdout)
-    assert found["source"] == "a profile of each repeat"
+    assert found["source"] == "profiles taken in between"
     assert all(row["predicted"]["median"] > 0 for row in found["rows"])
     runs = [json.loads(line) for line in out.read_text().splitlines()[1:]]
-    profiles = [run["details"]["profile"] for run in runs if run["variant"] == "plain"]
-    assert len(profiles) == 2
-    assert profiles[0]["layer"] != profiles[1]["layer"], "taken anew"
+    before, after = zip(*(run["details"]["profiles"] for run in runs), strict=True)
+    assert before[1:] == after[:-1]
+    assert len({json.dumps(profile["layer"]) for profile in (*before, after[-1])}) == len(runs) + 1
     paced = bench("predict", *pipeline, "--pace", 0.01, *short).exception
     assert isinstance(paced, ConfigError)
     assert paced.field == "profile"

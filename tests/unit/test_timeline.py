@@ -178,7 +178,7 @@ def test_the_path_of_a_real_request_adds_up_and_explains_itself(
         llm.draft_with(OracleDrafter([*prompt, *plain], alpha, VOCAB))
         llm.use("ppsd")
         llm.trace.take()
-        llm.run(prompt, params)
+        judged = llm.run(prompt, params).stats.counts.judged
         found = llm.trace.take()
     assert llm.trace.take() == []
     verdicts = sorted(p.end for p in found[-1] if p.kind == "verify")
@@ -187,4 +187,7 @@ def test_the_path_of_a_real_request_adds_up_and_explains_itself(
     assert math.isclose(path.total, (end - first) / 1e9, rel_tol=1e-9)
     assert path.other == 0
     assert min(*path.work, *(getattr(path, name) for name in WAITS)) >= 0
-    assert sum(path.blocks) >= (33 if alpha == 0 else 11), "a miss takes a token through all stages"
+    # A miss takes a token through all three stages. Not so a token whose verdict came before its
+    # draft, as on a busy machine: then the draft, which is not judged, is what took longest.
+    assert sum(path.blocks) >= (11 + 2 * judged if alpha == 0 else 11)
+    assert judged <= 11

@@ -8,6 +8,7 @@ With profiles (``profiled``) nothing but that trace is taken from the run.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -118,27 +119,28 @@ def _mean(stage: dict[str, Any], rows: int) -> float:
     return float(stage[str(rows)]["mean"])
 
 
-# A request, the plain one of the same repeat, and a schedule: what that is thought to cost.
-Price = Callable[[Measurement, Measurement, Schedule], CostModel]
+# A request, the plain one of the same repeat, and a schedule: what that is thought to cost, by
+# one or several accounts.
+Price = Callable[[Measurement, Measurement, Schedule], Sequence[CostModel]]
 
 
 def own_times(shape: Shape) -> Price:
     """Price requests by what their own stages took."""
-    return lambda run, plain, schedule: cost_of(run, plain, shape)
+    return lambda run, plain, schedule: [cost_of(run, plain, shape)]
 
 
 def profiled(bounds: Sequence[int], contexts: Mapping[str, int]) -> Price:
-    """Price requests by the profile taken just before the plain one of the same repeat.
+    """Price requests by the profiles taken just before and just after them.
 
-    It stands in that one's ``details``, as JSON. ``contexts``: cached positions half-way through
+    They stand in a request's ``details``, as JSON. ``contexts``: cached positions half-way through
     each task. The oracle's drafts cost nothing.
     """
     free = Exit(bounds[1], alpha=0.0, draft=0.0)
 
-    def price(run: Measurement, plain: Measurement, schedule: Schedule) -> CostModel:
-        profile = Profile.from_json(plain.details["profile"])
-        problem = Problem(profile, len(bounds) - 1, context=contexts[run.task])
-        return cost_model(problem, bounds, free, schedule)
+    def price(run: Measurement, plain: Measurement, schedule: Schedule) -> list[CostModel]:
+        profiles = map(Profile.from_json, run.details["profiles"])
+        problems = [Problem(p, len(bounds) - 1, context=contexts[run.task]) for p in profiles]
+        return [cost_model(problem, bounds, free, schedule) for problem in problems]
 
     return price
 
@@ -146,9 +148,10 @@ def profiled(bounds: Sequence[int], contexts: Mapping[str, int]) -> Price:
 def predicted_token_time(
     run: Measurement, plain: Measurement, schedule: Schedule, price: Price
 ) -> float:
-    """Seconds per token that the simulator expects of a request."""
+    """Seconds per token that the simulator expects of a request, the mean over its prices."""
     hits = bytes(map(int, run.hits))
-    return simulate(price(run, plain, schedule), schedule, hits).token_time
+    costs = price(run, plain, schedule)
+    return statistics.fmean(simulate(cost, schedule, hits).token_time for cost in costs)
 
 
 @dataclass(frozen=True)

@@ -111,42 +111,49 @@ def bench_predict(
         raise ConfigError("profile", profile, "left out with --pace: it knows no such device")
     block = pipeline.block or DEFAULT_BLOCK
     variants = predict.variants(options.rates(predict.ALPHAS), block)
-    verb, before = ("predict by profile", _profiler(pipeline)) if profile else ("predict", _nothing)
-    with measured(verb, pipeline, options, variants, block, before) as (llm, results):
+    around = _profiler(pipeline) if profile else _unchanged
+    verb = "predict by profile" if profile else "predict"
+    with measured(verb, pipeline, options, variants, block, around) as (llm, results):
         stages = llm.layout.stages
         schedules = {v.name: schedule_for(v.mode, stages, v.block, v.in_flight) for v in variants}
         price = _price(llm, options, profiled=profile)
         rows = predict.summarize(results, schedules, price)
         if options.as_json:
-            source = "a profile of each repeat" if profile else "stage times of the run itself"
+            source = "profiles taken in between" if profile else "stage times of the run itself"
             record = {"source": source, "rows": [asdict(row) for row in rows]}
             print(json.dumps(_record(llm, results) | record, indent=1))
         else:
             _show_predictions(_label(llm, results), rows)
 
 
-# What to note in a cell's details, found right before it is measured.
-Before = Callable[["Cell"], dict[str, Any]]
+Measure = Callable[["Cell"], "Measurement"]
 
 
-def _nothing(cell: Cell) -> dict[str, Any]:
-    return {}
+def _unchanged(measure: Measure) -> Measure:
+    return measure
 
 
-def _profiler(pipeline: PipelineOptions) -> Before:
-    """Take a profile before each plain request."""
-    from ppsd.bench.oracle import PLAIN
+def _profiler(pipeline: PipelineOptions) -> Callable[[Measure], Measure]:
+    """Take a profile between any two measurements, and note both neighbours with each."""
     from ppsd.cli.profile import subject_of
-    from ppsd.cost.measure import measure
+    from ppsd.cost.measure import measure as take
 
     p = pipeline
     transport = "shared-memory" if p.transport == "auto" else p.transport
     subject = subject_of(p.model, p.dtype, p.stages, p.threads_per_stage, transport)
+    newest: list[dict[str, Any]] = []
 
-    def before(cell: Cell) -> dict[str, Any]:
-        return {"profile": measure(subject, {}).to_json()} if cell.variant == PLAIN else {}
+    def between(measure: Measure) -> Measure:
+        def measured_between(cell: Cell) -> Measurement:
+            before = newest.pop() if newest else take(subject, {}).to_json()
+            found = measure(cell)
+            newest.append(take(subject, {}).to_json())
+            details = found.details | {"profiles": [before, *newest]}
+            return dataclasses.replace(found, details=details)
 
-    return before
+        return measured_between
+
+    return between
 
 
 def _price(llm: LLM, options: BenchOptions, *, profiled: bool) -> predict.Price:
@@ -195,7 +202,7 @@ def measured(
     options: BenchOptions,
     variants: Sequence[Variant],
     block: int,
-    before: Before = _nothing,
+    around: Callable[[Measure], Measure] = _unchanged,
 ) -> Iterator[tuple[LLM, Results]]:
     """Open the pipeline, run what is not measured yet, and give all measurements."""
     _check_out(options.out)
@@ -218,18 +225,13 @@ def measured(
         names, ids = [v.name for v in variants], [task.id for task in tasks]
         cells = runner.interleaved(names, ids, options.repeats)
 
-        def measure(cell: Cell) -> Measurement:
-            notes = before(cell)
-            found = bench.measure(cell)
-            return dataclasses.replace(found, details=found.details | notes)
-
         fields = "{task.completed} of {task.total} · {task.fields[note]}"
         with progress.bar("measuring", len(cells), fields) as (bar, task):
 
             def done(cell: Cell) -> None:
                 bar.update(task, advance=1, note=f"{cell.variant}, task {cell.task}")
 
-            runner.run(cells, results, measure, done)
+            runner.run(cells, results, around(bench.measure), done)
         yield llm, results
 
 
