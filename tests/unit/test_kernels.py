@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, Qwen3Config
 
 from ppsd.model import kernels, layers
-from ppsd.model.layers import LayerWeights
+from ppsd.model.layers import FIELDS, LayerWeights
 from ppsd.model.spec import ModelSpec, spec_from_config
 from tests.support.layers import rand, random_layer, run_layer
 
@@ -60,12 +60,16 @@ def spec(request) -> ModelSpec:
 def scaled_layer(spec: ModelSpec) -> LayerWeights:
     """Weights whose products are about as large as what goes in."""
     wide = random_layer(spec)
-    shrunk = {k: v if v is None or v.dim() == 1 else v / 3 for k, v in vars(wide).items()}
+    shrunk = {k: v if v is None or v.dim() == 1 else v / 3 for k, v in tensors(wide).items()}
     return narrowed(LayerWeights(**shrunk), BF16)
 
 
+def tensors(weights: LayerWeights) -> dict[str, torch.Tensor | None]:
+    return {field.name: getattr(weights, field.name) for field in FIELDS}
+
+
 def narrowed(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
-    given = {k: v.to(dtype) for k, v in vars(weights).items() if v is not None}
+    given = {k: v.to(dtype) for k, v in tensors(weights).items() if v is not None}
     return replace(weights, **given)
 
 
@@ -145,8 +149,8 @@ def test_threads_share_large_layers(heads: int, groups: int) -> None:
 @compiled
 def test_large_numbers_saturate_and_nan_stays(spec: ModelSpec) -> None:
     w, x = scaled_layer(spec), rand(3, 96, dtype=BF16)
-    w.gate_up *= 1e4
-    w.qkv *= 1e4
+    w.gate_up.mul_(1e4)
+    w.qkv.mul_(1e4)
     assert run_layer(spec, w, x, [3])[0].isfinite().all()
     x[1, 5] = torch.nan
     out = run_layer(spec, w, x, [3])[0]

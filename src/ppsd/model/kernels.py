@@ -14,6 +14,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import operator
 import os
 import platform
 import shlex
@@ -66,7 +67,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor, *sizes: int) -> bool:
     return (
         x.dtype == weight.dtype == torch.bfloat16
         and x.shape[0] <= MAX_ROWS
-        and not any(size % STEP for size in (x.shape[-1], *sizes))
+        and not functools.reduce(operator.or_, sizes, x.shape[-1]) % STEP
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and loaded() is not None
@@ -105,9 +106,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return y
 
 
+Pointers = ctypes.Array[ctypes.c_void_p]
+
+
+def pointers(tensors: Sequence[torch.Tensor | None]) -> Pointers:
+    """Where tensors lie; they have to outlive the result."""
+    return (POINTER * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+
+
 def decoder_layer(
     x: torch.Tensor,
-    weights: Sequence[torch.Tensor | None],
+    weights: Pointers,
     spec: ModelSpec,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -117,21 +126,21 @@ def decoder_layer(
 ) -> torch.Tensor:
     """One layer for rows ``x`` [n, C] at ``position``; ``weights`` in the order of LayerWeights.
 
-    Rotates by ``cos`` and signed ``sin`` [n, 1, D]; writes ``keys``, ``values`` [K, cap, D].
+    Rotates by ``cos`` and signed ``sin`` [T, 1, D]; writes ``keys``, ``values`` [K, cap, D].
     """
     kernels = loaded()
     assert kernels is not None
-    assert position + len(x) <= keys.shape[1]
-    assert len(cos) == len(x)
+    rows, hidden = x.shape
+    capacity = keys.shape[1]
+    assert position + rows <= min(capacity, cos.shape[0])
     x = x.contiguous()
     y = torch.empty_like(x)
-    sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size, keys.shape[1]
-    shape = Shape(
-        x.shape[0], position, x.shape[1], *sizes, spec.rms_norm_eps, torch.get_num_threads()
-    )
-    pointers = (POINTER * len(weights))(*(None if w is None else w.data_ptr() for w in weights))
-    others = [t.data_ptr() for t in (cos, sin, keys, values)]
-    if kernels.decoder_layer(x.data_ptr(), y.data_ptr(), pointers, shape, *others):
+    sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size, capacity
+    shape = Shape(rows, position, hidden, *sizes, spec.rms_norm_eps, torch.get_num_threads())
+    turned = position * spec.head_dim * cos.itemsize
+    tables = cos.data_ptr() + turned, sin.data_ptr() + turned
+    cache = keys.data_ptr(), values.data_ptr()
+    if kernels.decoder_layer(x.data_ptr(), y.data_ptr(), weights, shape, *tables, *cache):
         raise MemoryError("no memory for the work space of a decoder layer")
     return y
 

@@ -6,6 +6,7 @@ F intermediate size, T positions so far.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 
 import torch
@@ -24,7 +25,7 @@ _NATIVE = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerWeights:
     """One decoder layer; q, k, v and gate, up are fused along their output dimension."""
 
@@ -40,6 +41,11 @@ class LayerWeights:
     down_bias: torch.Tensor | None = None
     q_norm: torch.Tensor | None = None  # [D]
     k_norm: torch.Tensor | None = None  # [D]
+
+    @functools.cached_property
+    def pointers(self) -> kernels.Pointers:
+        """Where the tensors lie, in order, as kernels.c wants them."""
+        return kernels.pointers([getattr(self, field.name) for field in FIELDS])
 
 
 FIELDS = fields(LayerWeights)
@@ -159,12 +165,11 @@ def decoder_layer(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """One layer for rows ``x`` [n, C] at ``position``; writes ``keys``, ``values`` [K, cap, D]."""
-    end = position + x.shape[0]
     sizes = (spec.head_dim, spec.num_heads * spec.head_dim, spec.intermediate_size)
     if kernels.fits(x, weights.qkv, *sizes):
-        tensors = [getattr(weights, field.name) for field in FIELDS]
-        cos, sin = rope.cos[position:end], rope.sin[position:end]
-        return kernels.decoder_layer(x, tensors, spec, cos, sin, keys, values, position)
+        tables = rope.cos, rope.sin
+        return kernels.decoder_layer(x, weights.pointers, spec, *tables, keys, values, position)
+    end = position + x.shape[0]
     normed = rms_norm(x, weights.input_norm, spec.rms_norm_eps)
     q, k, v = project_qkv(normed, weights, spec, rope, position)
     keys[:, position:end] = k.transpose(0, 1)
