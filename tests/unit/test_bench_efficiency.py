@@ -142,6 +142,10 @@ def test_a_profile_prices_a_request_by_its_context_alone() -> None:
     for run in (plain(details=details), plain(details=slow)):
         found = predict.predicted_token_time(run, run, Schedule(1, 1), price)
         assert found == pytest.approx(6 * 2e-3 + 2e-3)
+    slower = replace(profile, layer=tuple(replace(t, time=Timing.computed(4e-3)) for t in layer))
+    both = plain(details=details | {"profiles": [profile.to_json(), slower.to_json()]})
+    found = predict.predicted_token_time(both, both, Schedule(1, 1), price)
+    assert found == pytest.approx(6 * (2e-3 + 4e-3) / 2 + 2e-3), "the mean of before and after"
     right = fast(hits="1" * 11, details=details)
     found = predict.predicted_token_time(right, plain(), Schedule(1, 2), price)
     assert found == pytest.approx(4 * 2e-3, rel=0.1)  # the first stage is the slowest

@@ -171,6 +171,17 @@ def test_predict_takes_a_profile_between_any_two_requests(tiny_model, tmp_path) 
     before, after = zip(*(run["details"]["profiles"] for run in runs), strict=True)
     assert before[1:] == after[:-1]
     assert len({json.dumps(profile["layer"]) for profile in (*before, after[-1])}) == len(runs) + 1
-    paced = bench("predict", *pipeline, "--pace", 0.01, *short).exception
-    assert isinstance(paced, ConfigError)
-    assert paced.field == "profile"
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["--pace", 0.01], "profile"),
+        (["--transport", "distributed"], "transport"),
+        (["--devices", "cuda"], "devices"),
+    ],
+)
+def test_a_profile_says_nothing_of_other_pipelines(flags, field) -> None:
+    error = bench("predict", *flags, "--profile").exception
+    assert isinstance(error, ConfigError)
+    assert error.field == field

@@ -171,6 +171,7 @@ def test_the_path_of_a_real_request_adds_up_and_explains_itself(
     tiny_model, transport, alpha
 ) -> None:
     settings = {"dtype": "float64", "split": (2, 4), "transport": transport, "head": "untrained"}
+    settings["gate"] = False  # a pause leaves tokens without drafts
     params, prompt = SamplingParams(max_tokens=12, ignore_eos=True), list(range(3, 23))
     with LLM(str(tiny_model()), trace=True, **settings) as llm:
         llm.use("autoregressive")
@@ -187,7 +188,8 @@ def test_the_path_of_a_real_request_adds_up_and_explains_itself(
     assert math.isclose(path.total, (end - first) / 1e9, rel_tol=1e-9)
     assert path.other == 0
     assert min(*path.work, *(getattr(path, name) for name in WAITS)) >= 0
+    if transport == "inprocess":
+        assert judged == 11
     # A miss takes a token through all three stages. Not so a token whose verdict came before its
-    # draft, as on a busy machine: then the draft, which is not judged, is what took longest.
+    # draft, as may be on a busy machine: the draft, which is not judged, is what took longest.
     assert sum(path.blocks) >= (11 + 2 * judged if alpha == 0 else 11)
-    assert judged <= 11

@@ -31,7 +31,8 @@ def read_result(path: Path) -> Record:
 
 def kind(record: Record) -> str:
     """What a record holds: a bench verb, or ``acceptance``; KeyError for anything else."""
-    found = "acceptance" if "first_right" in record else str(record["settings"]["verb"])
+    verb = "acceptance" if "first_right" in record else str(record["settings"]["verb"])
+    found = verb.removesuffix(" by profile")
     if found not in SECTIONS:
         raise KeyError(found)
     return found
@@ -91,9 +92,9 @@ def _efficiency_cells(row: Record) -> list[str]:
 
 def _predict(records: Sequence[Record], out: Path) -> Iterator[str]:
     yield "## Simulator against engine\n"
-    yield "The simulator gets the stage times and the acceptance trace of the same run.\n"
+    yield "The simulator gets the acceptance trace of the same run, and the times that are named.\n"
     for record in records:
-        yield f"### {record['stages']} stages\n\n{record['label']}\n"
+        yield f"### {record['stages']} stages, by {record['source']}\n\n{record['label']}\n"
         rows = [
             [row["variant"], f"{row['alpha']['median']:.3f}"]
             + [_ms(row[name]["median"]) for name in ("measured", "predicted")]

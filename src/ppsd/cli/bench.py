@@ -99,7 +99,11 @@ def bench_predict(
     pipeline: PipelineOptions,
     options: BenchOptions,
     profile: Annotated[
-        bool, _bench("Predict from profiles taken in between, not from the run's own times.")
+        bool,
+        _bench(
+            "Predict from profiles taken in between, not from the run's own times; takes up to "
+            "a minute more a request."
+        ),
     ] = False,
 ) -> None:
     """Compare the simulator's token times with the engine's, in all three modes."""
@@ -107,8 +111,8 @@ def bench_predict(
     from ppsd.speculation.policy import DEFAULT_BLOCK, schedule_for
 
     check(pipeline, ("mode", "in_flight", "head", "gate"))
-    if profile and pipeline.pace is not None:
-        raise ConfigError("profile", profile, "left out with --pace: it knows no such device")
+    if profile:
+        _check_profiled(pipeline)
     block = pipeline.block or DEFAULT_BLOCK
     variants = predict.variants(options.rates(predict.ALPHAS), block)
     around = _profiler(pipeline) if profile else _unchanged
@@ -126,6 +130,16 @@ def bench_predict(
             _show_predictions(_label(llm, results), rows)
 
 
+def _check_profiled(pipeline: PipelineOptions) -> None:
+    """Refuse pipelines that a profile says nothing of."""
+    if pipeline.pace is not None:
+        raise ConfigError("profile", True, "left out with --pace: it knows no such device")
+    if pipeline.transport not in ("auto", "shared-memory"):
+        raise ConfigError("transport", pipeline.transport, "auto or shared-memory with --profile")
+    if pipeline.devices != "cpu":
+        raise ConfigError("devices", pipeline.devices, "cpu with --profile")
+
+
 Measure = Callable[["Cell"], "Measurement"]
 
 
@@ -136,11 +150,11 @@ def _unchanged(measure: Measure) -> Measure:
 def _profiler(pipeline: PipelineOptions) -> Callable[[Measure], Measure]:
     """Take a profile between any two measurements, and note both neighbours with each."""
     from ppsd.cli.profile import subject_of
+    from ppsd.config import EngineConfig
     from ppsd.cost.measure import measure as take
 
-    p = pipeline
-    transport = "shared-memory" if p.transport == "auto" else p.transport
-    subject = subject_of(p.model, p.dtype, p.stages, p.threads_per_stage, transport)
+    c = EngineConfig(**pipeline.settings())
+    subject = subject_of(c.model, c.dtype, c.stages, c.threads_per_stage, "shared-memory")
     newest: list[dict[str, Any]] = []
 
     def between(measure: Measure) -> Measure:

@@ -44,7 +44,7 @@ MAGIC = int.from_bytes(b"ppsd-shm", "little")
 LAYOUT_VERSION = 1
 EPOCH_WORD = LINE // WORD
 
-BUSY_SECONDS = 0.02  # longer than a decode tick: a pipeline at work never sleeps
+BUSY_SECONDS = 0.02  # longer than most ticks: a pipeline at work hardly ever sleeps
 
 
 def create_segment(geometry: Geometry) -> int:
@@ -90,7 +90,7 @@ class SharedMemoryEndpoint:
         self._senders = {to: ring for (source, to), ring in rings.items() if source == rank}
         self._sources = [(source, ring) for (source, to), ring in rings.items() if to == rank]
         self._lent: _Ring | None = None
-        self._last = time.monotonic()  # when a frame was sent or received
+        self._waiting_since: float | None = None  # the first of the waits in vain in a row
 
     def send(self, to: int, parts: Sequence[torch.Tensor], timeout: float) -> None:
         """Copy the frame into the ring; see ``Endpoint.send``."""
@@ -101,19 +101,17 @@ class SharedMemoryEndpoint:
                 f"the link from rank {self.rank} to rank {to} stayed full for {timeout} s"
             )
         ring.put(parts, length)
-        self._last = time.monotonic()
+        self._waiting_since = None
 
     def receive(self, timeout: float) -> tuple[int, torch.Tensor] | None:
         """Return the next frame where it lies; its slot is freed at the next call."""
         self._give_back()
-        if not self._any_frame():
-            idle = time.monotonic() - self._last
-            if not self._wait(self._any_frame, timeout, idle):
-                return None
+        if not self._any_frame() and not self._wait_for_frame(timeout):
+            return None
+        self._waiting_since = None
         source, ring = self._next_in_turn()
         frame = ring.look()
         self._lent = ring
-        self._last = time.monotonic()
         return source, frame
 
     def publish(self, epoch: int) -> None:
@@ -146,12 +144,21 @@ class SharedMemoryEndpoint:
         self._sources.append(chosen)
         return chosen
 
-    def _wait(self, done: Callable[[], bool], timeout: float, idle: float = 0.0) -> bool:
-        """``idle``: seconds without a frame before this wait, so that many waits are one."""
+    def _wait_for_frame(self, timeout: float) -> bool:
+        """Waits in vain without a frame sent in between are one long wait."""
+        if timeout <= 0.0:
+            return False
+        now = time.monotonic()
+        if self._waiting_since is None:
+            self._waiting_since = now
+        return self._wait(self._any_frame, timeout, now - self._waiting_since)
+
+    def _wait(self, done: Callable[[], bool], timeout: float, before: float = 0.0) -> bool:
+        """``before``: seconds of waiting that this wait goes on with."""
         start = time.monotonic()
         waited = 0.0
         while waited < timeout:
-            if (pause := self._pause(idle + waited)) > 0.0:
+            if (pause := self._pause(before + waited)) > 0.0:
                 time.sleep(min(pause, timeout - waited))
             if done():
                 return True
@@ -232,16 +239,16 @@ def _fence() -> None:
 
 def _pause_of_own_core(waited: float) -> float:
     """Return seconds to sleep: none at first, then 50 µs, growing to 5 ms after 5 seconds."""
-    return 0.0 if waited < BUSY_SECONDS else max(50e-6, _pause_of_idle(waited))
+    return 0.0 if waited < BUSY_SECONDS else max(50e-6, _pause_of_long_wait(waited))
 
 
 def _pause_of_shared_core(waited: float) -> float:
     """Return seconds to sleep: an eighth of the wait so far, from 20 µs to 500 µs; 5 ms later."""
-    return max(20e-6, min(waited / 8, 500e-6), _pause_of_idle(waited))
+    return max(20e-6, min(waited / 8, 500e-6), _pause_of_long_wait(waited))
 
 
-def _pause_of_idle(waited: float) -> float:
-    """Return seconds to sleep where nobody asked anything for seconds: under 1 % of a core."""
+def _pause_of_long_wait(waited: float) -> float:
+    """Return seconds to sleep: a thousandth of the wait so far; 5 ms take under 1 % of a core."""
     return min(waited / 1000, 5e-3)
 
 
