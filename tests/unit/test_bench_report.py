@@ -47,6 +47,17 @@ def test_every_result_has_its_section_plot_and_origin(results, tmp_path: Path) -
     assert page.count(str(record["provenance"][0]["commit"])) == 3
 
 
+def test_a_page_says_what_predictions_come_from(results, tmp_path: Path) -> None:
+    record = json.loads(results["predict"].read_text())
+    record["settings"]["verb"] += " by profile"
+    profiled = tmp_path / "profiled.json"
+    profiled.write_text(json.dumps(record))
+    assert bench("report", results["predict"], profiled, "--out", tmp_path).exit_code == 0
+    page = (tmp_path / "report.md").read_text()
+    assert page.count("## Simulator against engine") == 1
+    assert page.index("stages, by its stage times") < page.index("stages, by profiles")
+
+
 def test_results_are_named_when_they_are_none(results, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.json"
     for content in ("[]", "{", '{"settings": {"verb": "dance"}}'):

@@ -16,6 +16,7 @@ from ppsd.errors import PpsdError
 
 Record = dict[str, Any]
 PAGE = "report.md"
+PROFILED = " by profile"  # ends the verb of a predict record with profiles of its own
 ALL = "all"
 
 
@@ -32,7 +33,7 @@ def read_result(path: Path) -> Record:
 def kind(record: Record) -> str:
     """What a record holds: a bench verb, or ``acceptance``; KeyError for anything else."""
     verb = "acceptance" if "first_right" in record else str(record["settings"]["verb"])
-    found = verb.removesuffix(" by profile")
+    found = verb.removesuffix(PROFILED)
     if found not in SECTIONS:
         raise KeyError(found)
     return found
@@ -94,7 +95,8 @@ def _predict(records: Sequence[Record], out: Path) -> Iterator[str]:
     yield "## Simulator against engine\n"
     yield "The simulator gets the acceptance trace of the same run, and the times that are named.\n"
     for record in records:
-        yield f"### {record['stages']} stages, by {record['source']}\n\n{record['label']}\n"
+        by = "profiles" if record["settings"]["verb"].endswith(PROFILED) else "its stage times"
+        yield f"### {record['stages']} stages, by {by}\n\n{record['label']}\n"
         rows = [
             [row["variant"], f"{row['alpha']['median']:.3f}"]
             + [_ms(row[name]["median"]) for name in ("measured", "predicted")]
