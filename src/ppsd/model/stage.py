@@ -5,8 +5,9 @@ Used by worker/ and engine/. A stage knows nothing of other stages or of how row
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from ppsd.model import kernels
 from ppsd.model.cache import KVCache
 from ppsd.model.layers import (
+    FIELDS,
     LayerWeights,
     Rope,
     causal_mask,
@@ -22,7 +24,16 @@ from ppsd.model.layers import (
     rms_norm,
 )
 from ppsd.model.spec import ModelSpec
-from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSource, layer_prefix
+from ppsd.model.weights import (
+    EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
+    TensorSource,
+    expected_shapes,
+    layer_prefix,
+)
+
+ALIGNMENT = 64  # numbers: a tensor begins with a cache line
 
 Interrupted = Callable[[], bool]
 Progress = Callable[[int, int], None]
@@ -106,6 +117,32 @@ def fuse_layer(tensors: dict[str, torch.Tensor], prefix: str) -> LayerWeights:
     )
 
 
+class _Memory:
+    """One stretch of memory for all weights of a stage, taken and touched before any is read.
+
+    Taken bit by bit, while other stages load theirs, it lies scattered and is read more slowly.
+    """
+
+    def __init__(self, sizes: Iterable[int], plan: StagePlan) -> None:
+        numbers = sum(map(_aligned, sizes))
+        self._rest = torch.empty(numbers, dtype=plan.dtype, device=plan.device).zero_()
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in this memory."""
+        size = tensor.numel()
+        place, self._rest = self._rest[:size], self._rest[_aligned(size) :]
+        return place.view(tensor.shape).copy_(tensor)
+
+    def keep_layer(self, weights: LayerWeights) -> LayerWeights:
+        """A copy in this memory."""
+        held = {field.name: getattr(weights, field.name) for field in FIELDS}
+        return replace(weights, **{n: self.keep(t) for n, t in held.items() if t is not None})
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 class Stage:
     """Layers [first, last) of a model with their key/value cache; see StageModel."""
 
@@ -122,15 +159,17 @@ class Stage:
         self._loaded = 0
         self._progress = progress
         self._source = source
+        shapes = expected_shapes(spec)
+        self._memory = _Memory((prod(shapes[name]) for name in self._names), plan)
         first, last = plan.first == 0, self.is_last
-        embedding = self._load(EMBEDDING) if first or self._tied_head else None
+        embedding = self._table(EMBEDDING) if first or self._tied_head else None
         self.embedding = embedding if first else None  # [V, C]
         self.layers = [self._load_layer(i) for i in range(plan.first, plan.last)]
         self.norm = self._load(FINAL_NORM) if last else None  # [C]
         self.lm_head = embedding if self._tied_head else None  # [V, C]
         if last and not self._tied_head:
-            self.lm_head = self._load(LM_HEAD)
-        del self._source
+            self.lm_head = self._table(LM_HEAD)
+        del self._source, self._memory
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
         self.cache = new_cache(spec, len(self.layers), plan)
         kernels.loaded()  # built now, not within the first token
@@ -150,9 +189,13 @@ class Stage:
         self._progress(self._loaded, len(self._names))
         return tensor
 
+    def _table(self, name: str) -> torch.Tensor:
+        return self._memory.keep(self._load(name))
+
     def _load_layer(self, layer: int) -> LayerWeights:
         names = layer_tensor_names(self.spec, layer)
-        return fuse_layer({name: self._load(name) for name in names}, layer_prefix(layer))
+        fused = fuse_layer({name: self._load(name) for name in names}, layer_prefix(layer))
+        return self._memory.keep_layer(fused)
 
     def forward(
         self, inputs: torch.Tensor, position: int, interrupted: Interrupted = lambda: False
