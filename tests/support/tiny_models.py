@@ -136,7 +136,10 @@ def save_perfect_head(directory: Path, model: Path, exit_layer: int, sign: float
     """A head that *is* the rest of the model; with ``sign`` -1 its logits are turned round."""
     files = ModelFiles(model.name, model, is_gguf=False)
     spec, source = describe(files), open_source(model)
-    weights = {"norm.weight": sign * source.load(FINAL_NORM, torch.float64)}
+    weights = {
+        "norm.weight": sign * source.load(FINAL_NORM, torch.float64),
+        "input.weight": torch.eye(spec.hidden_size, dtype=torch.float64),
+    }
     for i in range(exit_layer, spec.num_layers):
         for name in spec.layer_shapes():
             tensor = source.load(layer_prefix(i) + name, torch.float64)

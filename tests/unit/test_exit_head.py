@@ -152,7 +152,7 @@ def change_json(directory: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 2}, "format 1"),
+        ({"format": 1}, "format 2"),
         ({"kind": "mamba"}, "'mamba'"),
         ({"kind": "norm"}, "'norm' with 1 layers"),
         ({"layers": 0}, "'transformer' with 0 layers"),
@@ -176,7 +176,7 @@ def test_a_foreign_or_damaged_configuration_is_named(tiny, tmp_path, changes, wo
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"null", b'{"format": 1}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"null", b'{"format": 2}'])
 def test_a_configuration_that_is_no_head_is_named(tiny, tmp_path, content) -> None:
     (tmp_path / CONFIG_FILE).write_bytes(content)
     with pytest.raises(HeadError, match=CONFIG_FILE):

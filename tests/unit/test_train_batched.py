@@ -14,7 +14,7 @@ from ppsd.model.transformer import reference_logits
 from ppsd.model.weights import layer_prefix, open_source
 from ppsd.train.batched import teacher_forward, teacher_rows, whole_sequences
 from ppsd.train.data import make_batch
-from ppsd.train.student import Student, unfuse_layer
+from ppsd.train.student import Options, Student, unfuse_layer
 from tests.support.teachers import random_examples, tiny_config, tiny_teacher
 from tests.support.tiny_models import FAMILIES
 
@@ -52,29 +52,34 @@ def test_unfusing_undoes_fusing(tiny_model: Models, family: str) -> None:
     assert all(torch.equal(unfused[name], stored[name]) for name in stored)
 
 
-@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize(
+    ("layers", "options"), [(0, Options()), (2, Options()), (2, Options(mlp=8, feedback=True))]
+)
 def test_an_exported_head_says_in_inference_what_it_said_in_training(
-    tiny_model: Models, tmp_path: Path, layers: int
+    tiny_model: Models, tmp_path: Path, layers: int, options: Options
 ) -> None:
     path = tiny_model("llama-biased")
     teacher = tiny_teacher(path, tiny_config())
     stage = teacher.stage
-    student = Student(stage, 3, layers, 2)
+    student = Student(stage, 3, layers, 2, options)
     with torch.no_grad():
         for _, parameter in student.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     tokens = torch.randint(0, 290, (1, 11))
-    hidden = teacher_forward(stage, tokens, (3,)).exits[3]
+    features = teacher_forward(stage, tokens, (3,))
+    hidden, verified = features.exits[3], features.last.flip(0)  # any rows will do
     rope = whole_sequences(stage.rope, 1, 11)
     draft_ids = torch.tensor([1, 5, 200])
     kind = "transformer" if layers else "norm"
-    config = HeadConfig(kind, 3, layers, 3, "tiny", teacher.fingerprint)
+    config = HeadConfig(
+        kind, 3, layers, 3, "tiny", teacher.fingerprint, options.mlp, options.feedback
+    )
     save_head(tmp_path, config, student.export(torch.float64) | {"draft_ids": draft_ids})
 
     plan = StagePlan(0, 3, 32, torch.float64, torch.device("cpu"))
     head = load_head(tmp_path, stage.spec, plan, open_source(path), teacher.fingerprint)
-    said = head.logits(head.forward(hidden, 0))[:, draft_ids]
+    said = head.logits(head.forward(hidden, 0), verified)[:, draft_ids]
     assert stage.lm_head is not None
     with torch.no_grad():
-        normed = student.forward(hidden, rope, 1, torch.arange(11))
+        normed = student.forward(hidden, verified, rope, 1, torch.arange(11))
     torch.testing.assert_close(said, normed @ stage.lm_head[draft_ids].T, rtol=1e-9, atol=1e-9)

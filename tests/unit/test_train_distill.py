@@ -13,6 +13,7 @@ import torch
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.train.checkpoint import CHECKPOINT, RunDirectory
 from ppsd.train.distill import StepReport, Trainer
+from ppsd.train.evaluate import Agreement
 from ppsd.train.settings import DistillConfig
 from tests.support.teachers import tiny_config, tiny_teacher, tiny_trainer
 
@@ -79,25 +80,31 @@ def test_heads_trained_together_equal_heads_trained_apart(
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
 
 
+def perfect_trainer(model: Path, out: Path, **changes: object) -> Trainer:
+    """Its head is the rest of the model."""
+    config = tiny_config(3, head_layers=3, **changes)
+    teacher = tiny_teacher(model, config)
+    trainer = tiny_trainer(teacher, config, out)
+    with torch.no_grad():
+        for own, true in zip(trainer.students[0].layers, teacher.stage.layers[3:], strict=True):
+            own.o.copy_(true.o)
+            own.down.copy_(true.down)
+    return trainer
+
+
 def test_a_head_that_is_the_rest_of_the_model_always_agrees(
     tiny_model: Models, tmp_path: Path
 ) -> None:
-    config = tiny_config(3, head_layers=3, draft_vocab=0, learning_rate=1e-12)
-    trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
-    trainer.run(ignore)
-    logged = [r["validation"]["3"] for r in trainer.directory.metrics() if "validation" in r]
-    assert logged[0] == {"alpha": 1.0, "top4": 1.0}
+    trainer = perfect_trainer(tiny_model("llama"), tmp_path, draft_vocab=0)
+    assert trainer._validate()[3] == Agreement(alpha=1.0, top4=1.0)
 
 
 def test_the_draft_vocabulary_costs_agreement(tiny_model: Models, tmp_path: Path) -> None:
     """A perfect head misses exactly the greedy tokens it cannot say."""
-    config = tiny_config(3, head_layers=3, learning_rate=1e-12)
-    trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
-    trainer.run(ignore)
+    trainer = perfect_trainer(tiny_model("llama"), tmp_path)
     greedy = torch.cat([part.greedy for part in trainer._held])
     sayable = (greedy % 3 == 0).double().mean().item()  # tiny_trainer drafts every third token
-    first = next(r for r in trainer.directory.metrics() if "validation" in r)
-    assert first["validation"]["3"]["alpha"] == pytest.approx(sayable, abs=1e-6)
+    assert trainer._validate()[3].alpha == pytest.approx(sayable)
 
 
 def test_another_run_in_the_same_directory_is_refused(tiny_model: Models, tmp_path: Path) -> None:

@@ -35,6 +35,17 @@ class TrainingOptions:
     ]
     head: Annotated[str, flag("transformer or norm.", panel=HEAD, metavar="KIND")] = "transformer"
     head_layers: Annotated[int, flag("Decoder layers of a transformer head.", panel=HEAD)] = 1
+    head_mlp: Annotated[
+        int, flag("Neurons of their MLPs; 0 for as many as the model's.", panel=HEAD)
+    ] = 0
+    feedback: Annotated[
+        bool,
+        flag(
+            "Read the last layer's newest verified row too (transformer heads).",
+            "--feedback/--no-feedback",
+            panel=HEAD,
+        ),
+    ] = True
     init: Annotated[
         str,
         flag("Begin as the model's last layers, or those after the exit.", panel=HEAD,

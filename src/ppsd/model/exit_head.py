@@ -7,6 +7,7 @@ A head directory holds ``head.json`` (what it is and for which model) and ``head
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan, fuse_layer, new_cache
 from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSource, layer_prefix
 
-FORMAT = 1
+FORMAT = 2
 KINDS = ("norm", "transformer")
 CONFIG_FILE = "head.json"
 WEIGHTS_FILE = "head.safetensors"
@@ -32,8 +33,10 @@ PROMPTS_FILE = "prompts.txt"
 class HeadConfig:
     """What a head is: its kind, the exit layer it reads, and the model it belongs to.
 
-    ``layers`` is the number of decoder layers (0 for ``norm``); ``draft_vocab`` the number of
-    tokens it scores, None for all; ``trained`` says whether drafts can be expected to be accepted.
+    ``layers`` is the number of decoder layers (0 for ``norm``), ``mlp`` the neurons of their MLPs,
+    None for the model's own; ``draft_vocab`` the number of tokens it scores, None for all.
+    ``feedback`` says that it also reads the last layer's rows of verified positions, ``trained``
+    whether drafts can be expected to be accepted.
     """
 
     kind: str
@@ -42,6 +45,8 @@ class HeadConfig:
     draft_vocab: int | None
     base_model: str
     fingerprint: str
+    mlp: int | None = None
+    feedback: bool = False
     trained: bool = True
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -97,10 +102,10 @@ def read_head_config(directory: Path) -> HeadConfig:
 
 def _check_config(config: HeadConfig, path: Path) -> None:
     """Raise HeadError unless every field is of its type and kind and layers agree."""
-    for name, low in (("exit_layer", 1), ("layers", 0), ("draft_vocab", 1)):
+    for name, low in (("exit_layer", 1), ("layers", 0), ("draft_vocab", 1), ("mlp", 1)):
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            if name == "draft_vocab" and value is None:
+            if name in ("draft_vocab", "mlp") and value is None:
                 continue
             raise HeadError(f"{path}: {name} must be an integer of at least {low}, got {value!r}")
     for name in ("base_model", "fingerprint"):
@@ -108,6 +113,8 @@ def _check_config(config: HeadConfig, path: Path) -> None:
             raise HeadError(f"{path}: {name} must be a text, got {getattr(config, name)!r}")
     if config.kind not in KINDS or (config.layers > 0) != (config.kind == "transformer"):
         raise HeadError(f"{path} names kind {config.kind!r} with {config.layers!r} layers")
+    if config.feedback not in (False, config.kind == "transformer"):
+        raise HeadError(f"{path}: feedback must be true or false, and false for a norm head")
 
 
 def check_head(
@@ -129,8 +136,12 @@ def check_head(
 class ExitHead:
     """Hidden rows after layer E to draft logits; rows are addressed by position like a stage's.
 
-    ``norm``: own norm, then LM head rows. ``transformer``: decoder layers with their own
-    key/value cache first. With a draft vocabulary only ``draft_ids`` (ascending) are scored.
+    ``norm``: own norm, then LM head rows. ``transformer``: before that a matrix that brings rows
+    of layer E near those of the last layer, and decoder layers with their own key/value cache.
+    With ``feedback`` the last layer's newest verified row is added, through a norm and a matrix of
+    its own: it saw all of the model, if not the newest tokens. It comes behind the layers, so
+    keys and values do not depend on when a verdict came. With a draft vocabulary only
+    ``draft_ids`` (ascending) are scored.
     """
 
     def __init__(
@@ -142,25 +153,28 @@ class ExitHead:
         lm_head: torch.Tensor,
     ) -> None:
         self.config = config
-        self.spec = spec
+        self.spec = head_spec(config, spec)
         weights = {
             name: t.to(plan.device) if name == "draft_ids" else t.to(plan.device, plan.dtype)
             for name, t in weights.items()
         }
         self.norm = weights.pop("norm.weight")  # [C]
         self.draft_ids = weights.pop("draft_ids", None)  # [draft vocabulary] int64, ascending
+        self.input = weights.pop("input.weight", None)  # [C, C], none for norm
+        self.feedback_norm = weights.pop("feedback_norm.weight", None)  # [C]
+        self.feedback = weights.pop("feedback.weight", None)  # [C, C]
         self.lm_head = lm_head  # [draft vocabulary or V, C]
         self.layers: list[LayerWeights] = [
             fuse_layer(weights, layer_prefix(i)) for i in range(config.layers)
         ]
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
-        self.cache = new_cache(spec, len(self.layers), plan)
+        self.cache = new_cache(self.spec, len(self.layers), plan)
 
     def forward(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
         """Rows [n, C] after layer E at ``position`` to the head's own rows [n, C]."""
         self.cache.reserve(position, hidden.shape[0])
         mask = causal_mask(position, hidden.shape[0], hidden.device)
-        x = hidden
+        x = hidden if self.input is None else linear(hidden, self.input)
         for weights, keys, values in zip(
             self.layers, self.cache.keys, self.cache.values, strict=True
         ):
@@ -168,8 +182,14 @@ class ExitHead:
         self.cache.advance(position, hidden.shape[0])
         return x
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Draft logits [n, V] of ``forward``'s rows; -inf outside the draft vocabulary."""
+    def logits(self, features: torch.Tensor, verified: torch.Tensor | None = None) -> torch.Tensor:
+        """Draft logits [n, V] of ``forward``'s rows; -inf outside the draft vocabulary.
+
+        ``verified`` [n, C]: the last layer's row of each row's newest verified position, or None.
+        """
+        if self.feedback is not None and self.feedback_norm is not None and verified is not None:
+            normed = rms_norm(verified, self.feedback_norm, self.spec.rms_norm_eps)
+            features = features + linear(normed, self.feedback)
         normed = rms_norm(features, self.norm, self.spec.rms_norm_eps)
         scores = linear(normed, self.lm_head)
         if self.draft_ids is None:
@@ -178,13 +198,30 @@ class ExitHead:
         return full.index_copy_(1, self.draft_ids, scores)
 
 
+def head_spec(config: HeadConfig, spec: ModelSpec) -> ModelSpec:
+    """The shape of a head's decoder layers: the model's, but for its own MLP."""
+    return spec if config.mlp is None else replace(spec, intermediate_size=config.mlp)
+
+
+def layer_equivalents(config: HeadConfig, spec: ModelSpec) -> float:
+    """What a draft reads besides the LM head, in layers of the model."""
+    own = (math.prod(shape) for shape in head_tensor_shapes(config, spec).values())
+    return (sum(own) - (config.draft_vocab or 0)) / spec.layer_parameters
+
+
 def head_tensor_shapes(config: HeadConfig, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in ``head.safetensors``."""
-    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (spec.hidden_size,)}
+    width = spec.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (width,)}
     if config.draft_vocab is not None:
         shapes["draft_ids"] = (config.draft_vocab,)
+    if config.layers:
+        shapes["input.weight"] = (width, width)
+    if config.feedback:
+        shapes |= {"feedback_norm.weight": (width,), "feedback.weight": (width, width)}
+    layer = head_spec(config, spec).layer_shapes()
     for i in range(config.layers):
-        shapes |= {layer_prefix(i) + name: shape for name, shape in spec.layer_shapes().items()}
+        shapes |= {layer_prefix(i) + name: shape for name, shape in layer.items()}
     return shapes
 
 

@@ -100,7 +100,7 @@ def teacher_forward(
 def head_forward(head: ExitHead, hidden: torch.Tensor, sequences: int) -> torch.Tensor:
     """``ExitHead.forward`` for whole sequences: rows [B·T, C] after the exit layer to [B·T, C]."""
     rope = whole_sequences(head.rope, sequences, len(hidden) // sequences)
-    x = hidden
+    x = hidden if head.input is None else linear(hidden, head.input)
     for weights in head.layers:
         x = batched_layer(x, weights, head.spec, rope, causal_attention(sequences))
     return x

@@ -21,10 +21,14 @@ OUTSIDE = -1  # label of a token outside the draft vocabulary
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids [L] (int32); the tokens from index ``start`` on are what the head must guess."""
+    """Token ids [L] (int32); the tokens from index ``start`` on are what the head must guess.
+
+    Those from ``prompt`` on are decoded one by one at run time, the others known beforehand.
+    """
 
     tokens: torch.Tensor
     start: int
+    prompt: int = 1
 
     @property
     def targets(self) -> torch.Tensor:
@@ -91,9 +95,11 @@ class Encoding:
 
 def joined(prompt: Sequence[int], target: Sequence[int], encoding: Encoding) -> Example:
     """An example of a prompt and its answer, cut at the encoding's ``max_length``."""
-    start = 1 if encoding.all_positions else max(1, len(prompt))
+    given = max(1, len(prompt))
     ids = [*prompt, *target][: encoding.max_length]
-    return Example(torch.tensor(ids, dtype=torch.int32), start)
+    return Example(
+        torch.tensor(ids, dtype=torch.int32), 1 if encoding.all_positions else given, given
+    )
 
 
 def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:

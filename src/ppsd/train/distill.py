@@ -17,16 +17,19 @@ import torch
 
 from ppsd.errors import PpsdError
 from ppsd.model.stage import Stage
-from ppsd.train.batched import teacher_rows, whole_sequences
+from ppsd.train.batched import Features, teacher_rows, whole_sequences
 from ppsd.train.checkpoint import Checkpoint, RunDirectory
 from ppsd.train.data import Batch, Example, label_table, make_batch, plan_epoch
 from ppsd.train.evaluate import Agreement, evaluate, prepare
 from ppsd.train.features import FeatureSource
+from ppsd.train.feedback import sample_verified, take_verified
 from ppsd.train.losses import LossWeights, chunked_losses
 from ppsd.train.settings import BETAS, DistillConfig
-from ppsd.train.student import Student
+from ppsd.train.start import LeastSquares
+from ppsd.train.student import Options, Student
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+START_TOKENS = 200_000  # of the training data, for where training begins
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,13 @@ class Trainer:
         self._lm_head = model.lm_head if self.draft_ids is None else model.lm_head[self.draft_ids]
         self._labels = label_table(lesson.draft_ids, spec.vocab_size).to(device)
         self.students = [
-            Student(model, layer, config.layers, config.first_copied(layer, spec.num_layers))
+            Student(
+                model,
+                layer,
+                config.layers,
+                config.first_copied(layer, spec.num_layers),
+                Options(config.mlp, config.feedback),
+            )
             for layer in config.exit_layers
         ]
         self._parameters = {n: p for s in self.students for n, p in s.parameters()}
@@ -108,7 +117,8 @@ class Trainer:
 
     def run(self, report: Report) -> dict[int, Agreement]:
         """Train to the end and return the agreement of the heads as rounded for saving."""
-        self._resume()
+        if not self._resume():
+            self._start()
         agreement = self._validate()
         while self.step < self.steps:
             losses = self._train_step()
@@ -122,10 +132,40 @@ class Trainer:
             student.round_to(torch.bfloat16)
         return self._validate(final=True)
 
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Put the heads where least squares over some of the data would."""
+        if not self.config.layers:
+            return
+        fits = [LeastSquares() for _ in self.students]
+        seen = 0
+        for step in range(self.steps):
+            batch = self._batch(step)
+            features = self._lesson.features(batch)
+            verified = self._verified(batch, features, step)
+            for student, fit in zip(self.students, fits, strict=True):
+                inputs = features.exits[student.exit_layer][batch.rows]
+                if student.feedback is not None:
+                    inputs = torch.cat([inputs, verified.to(inputs.dtype)], 1)
+                fit.add(inputs, features.last[batch.rows])
+            seen += batch.size
+            if seen >= START_TOKENS:
+                break
+        for student, fit in zip(self.students, fits, strict=True):
+            student.begin(fit.solve())
+
+    def _batch(self, step: int) -> Batch:
+        examples = [self._lesson.train[i] for i in self._plan[step]]
+        return make_batch(examples, self._model.plan.device)
+
+    def _verified(self, batch: Batch, features: Features, step: int) -> torch.Tensor:
+        """The verified rows [len(batch.rows), C] that heads read in this step."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        return take_verified(features.last, sample_verified(batch, generator))
+
     def _train_step(self) -> dict[int, float]:
         started = time.perf_counter()
-        examples = [self._lesson.train[i] for i in self._plan[self.step]]
-        batch = make_batch(examples, self._model.plan.device)
+        batch = self._batch(self.step)
         losses, record = self._losses(batch)
         losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         norms = [_clip(student, self.config.clip) for student in self.students]
@@ -153,9 +193,10 @@ class Trainer:
         self._synchronize()
         forward_seconds = time.perf_counter() - started
         rope = whole_sequences(self._model.rope, sequences, length)
+        verified = self._verified(batch, features, self.step)
         with self._precision():
             normed = [
-                s.forward(features.exits[s.exit_layer], rope, sequences, batch.rows)
+                s.forward(features.exits[s.exit_layer], verified, rope, sequences, batch.rows)
                 for s in self.students
             ]
         weights = LossWeights(self.config.kl_weight, self.config.ce_weight)
@@ -204,17 +245,19 @@ class Trainer:
         self.directory.save(Checkpoint(self.step, self.tokens, tensors))
 
     @torch.no_grad()
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Go on from the newest checkpoint, if there is one."""
         checkpoint = self.directory.load()
         if checkpoint is None:
             self.directory.rewind_metrics(-1)
-            return
+            return False
         self.step, self.tokens = checkpoint.step, checkpoint.tokens
         for name, parameter in self._parameters.items():
             parameter.copy_(checkpoint.tensors[name])
             moments = {m: checkpoint.tensors[f"{m}/{name}"].to(parameter.device) for m in MOMENTS}
             self._optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
         self.directory.rewind_metrics(self.step)
+        return True
 
 
 def _clip(student: Student, limit: float) -> float:

@@ -1,7 +1,7 @@
 """How often a head agrees with the model on held-out text, teacher forced. Within train/ only.
 
 The frozen model runs over the held-out data once; only its features stay in memory: one row of C
-numbers a token and exit.
+numbers a token and exit, and one more.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ppsd.model.stage import Stage
 from ppsd.train.batched import teacher_rows, whole_sequences
 from ppsd.train.data import Batch, Example, make_batch, plan_epoch
 from ppsd.train.features import FeatureSource
+from ppsd.train.feedback import sample_verified, take_verified
 from ppsd.train.student import Student
 
 TOP = 4
@@ -36,10 +37,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One batch of held-out text: hidden rows at each exit, and the model's greedy tokens [n]."""
+    """One batch of held-out text, n positions of which count.
+
+    Hidden rows at each exit, verified rows [n, C], and the model's greedy tokens [n].
+    """
 
     batch: Batch
     exits: dict[int, torch.Tensor]
+    verified: torch.Tensor
     greedy: torch.Tensor
 
 
@@ -49,13 +54,15 @@ def prepare(
     """Take the model's rows of the held-out examples, and what it would say greedily."""
     lengths = [len(e.tokens) for e in examples]
     held = []
+    generator = torch.Generator().manual_seed(0)
     for indices in plan_epoch(lengths, batch_tokens, 0, 0):
         batch = make_batch([examples[i] for i in indices], model.plan.device)
         features = source(batch)
         rows = teacher_rows(model, features, batch.rows)
         assert model.lm_head is not None
         greedy = [(part @ model.lm_head.T).argmax(-1) for part in torch.split(rows, CHUNK_ROWS)]
-        held.append(HeldOut(batch, features.exits, torch.cat(greedy)))
+        verified = take_verified(features.last, sample_verified(batch, generator))
+        held.append(HeldOut(batch, features.exits, verified, torch.cat(greedy)))
     return held
 
 
@@ -75,7 +82,7 @@ def evaluate(
         rope = whole_sequences(model.rope, sequences, length)
         hidden = part.exits[student.exit_layer]
         with precision:
-            normed = student.forward(hidden, rope, sequences, part.batch.rows)
+            normed = student.forward(hidden, part.verified, rope, sequences, part.batch.rows)
         for rows, greedy in zip(
             torch.split(normed, CHUNK_ROWS), torch.split(part.greedy, CHUNK_ROWS), strict=True
         ):

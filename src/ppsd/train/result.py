@@ -50,6 +50,8 @@ def save_heads(
             draft_vocab=None if trainer.draft_ids is None else len(trainer.draft_ids),
             base_model=origin.base_model,
             fingerprint=origin.fingerprint,
+            mlp=trainer.config.mlp,
+            feedback=trainer.config.feedback,
             provenance=origins,
             metrics={"validation": agreement[layer].to_json(), "lost_mass": origin.lost_mass},
         )

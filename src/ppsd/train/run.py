@@ -62,7 +62,7 @@ def load_teacher(
     """Load the whole model on one device; raises ModelError or ConfigError before weights."""
     files = resolve_model(model)
     spec = describe(files)
-    config.check_model(spec.num_layers, spec.max_context)
+    config.check_model(spec.num_layers, spec.max_context, spec.intermediate_size)
     source = open_source(files.path)
     check_shapes(source, spec)
     mark = fingerprint(spec, source)

@@ -23,14 +23,18 @@ class DistillConfig:
     """One run that trains a head at each of ``exit_layers``.
 
     ``kind`` transformer has ``head_layers`` decoder layers, which begin as copies of the model's
-    last layers (``init`` last) or of those after the exit (exit). ``draft_vocab`` 0 scores all
-    tokens. ``warmup`` is a share of all steps. ``batch_tokens`` counts padding. ``validation``
-    examples are held out, at most a tenth. Raises ConfigError.
+    last layers (``init`` last) or of those after the exit (exit), with ``head_mlp`` neurons in
+    their MLPs (0 for as many as the model's), and which read verified rows with ``feedback``;
+    ``norm`` heads never do. ``draft_vocab`` 0 scores all tokens. ``warmup`` is a share of all
+    steps. ``batch_tokens`` counts padding. ``validation`` examples are held out, at most a tenth.
+    Raises ConfigError.
     """
 
     exit_layers: tuple[int, ...]
     kind: str = "transformer"
     head_layers: int = 1
+    head_mlp: int = 0
+    feedback: bool = True
     init: str = "last"
     draft_vocab: int = 8192
     kl_weight: float = 1.0
@@ -56,10 +60,13 @@ class DistillConfig:
             _at_least(name, getattr(self, name), 1)
         _at_least("max_length", self.max_length, 2)
         _at_least("seed", self.seed, 0)
+        _at_least("head_mlp", self.head_mlp, 0)
         for name in ("kl_weight", "ce_weight", "weight_decay", "warmup"):
             _real(name, getattr(self, name))
         for name in ("learning_rate", "clip"):
             _real(name, getattr(self, name), positive=True)
+        if self.kind == "norm":
+            object.__setattr__(self, "feedback", False)
         if self.kl_weight + self.ce_weight == 0:
             raise ConfigError("kl_weight", 0.0, "above 0 when ce_weight is 0")
         if not self.exit_layers or len(set(self.exit_layers)) < len(self.exit_layers):
@@ -70,7 +77,12 @@ class DistillConfig:
         """Decoder layers of each head."""
         return self.head_layers if self.kind == "transformer" else 0
 
-    def check_model(self, num_layers: int, max_context: int) -> None:
+    @property
+    def mlp(self) -> int | None:
+        """Neurons of a head layer's MLP, None for as many as the model's."""
+        return self.head_mlp or None if self.layers else None
+
+    def check_model(self, num_layers: int, max_context: int, neurons: int) -> None:
         """Raise ConfigError for what a model of this size cannot do."""
         for layer in self.exit_layers:
             if not 1 <= layer < num_layers:
@@ -80,6 +92,8 @@ class DistillConfig:
                 raise ConfigError("head_layers", self.head_layers, allowed)
         if self.head_layers > num_layers:
             raise ConfigError("head_layers", self.head_layers, f"at most {num_layers}")
+        if self.head_mlp > neurons:
+            raise ConfigError("head_mlp", self.head_mlp, f"at most {neurons}, as in the model")
         if self.max_length > max_context:
             allowed = f"at most {max_context}, the context this model was made for"
             raise ConfigError("max_length", self.max_length, allowed)

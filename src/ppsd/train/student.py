@@ -3,53 +3,102 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
-from ppsd.model.layers import LayerWeights, rms_norm
+from ppsd.model.layers import LayerWeights, linear, rms_norm
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage
 from ppsd.model.weights import layer_prefix
 from ppsd.train.batched import RopeRows, batched_layer, causal_attention
+
+ADDS = ("o", "o_bias", "down", "down_bias")  # what a layer adds to a row comes through these
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a transformer head may have or not; see HeadConfig."""
+
+    mlp: int | None = None
+    feedback: bool = False
 
 
 class Student:
     """A head at one exit layer; ``layers`` 0 is the ``norm`` kind.
 
     It begins as the model's own final norm and, for a ``transformer``, as copies of the decoder
-    layers from ``first_copied`` on.
+    layers from ``first_copied`` on, which add nothing yet; what it says then is up to ``begin``.
     """
 
-    def __init__(self, model: Stage, exit_layer: int, layers: int, first_copied: int) -> None:
+    def __init__(
+        self, model: Stage, exit_layer: int, layers: int, first_copied: int, options: Options
+    ) -> None:
         assert model.norm is not None
         self.exit_layer = exit_layer
         self.spec = model.spec
         self.norm = _parameter(model.norm)
         copied = model.layers[first_copied : first_copied + layers]
-        self.layers = [_trainable(weights) for weights in copied]
+        self.layers = [_trainable(_pruned(weights, options.mlp)) for weights in copied]
+        feedback = options.feedback
+        square = torch.eye(model.spec.hidden_size, dtype=model.norm.dtype, device=model.plan.device)
+        self.input = _parameter(square) if layers else None
+        self.feedback = _parameter(torch.zeros_like(square)) if feedback else None
+        self.feedback_norm = _parameter(model.norm) if feedback else None
+
+    @torch.no_grad()
+    def begin(self, solution: torch.Tensor) -> None:
+        """Say what ``solution`` [C or 2·C, C], a transposed input (and feedback), makes of rows."""
+        assert self.input is not None
+        width = self.spec.hidden_size
+        self.input.copy_(solution[:width].T)
+        if self.feedback is not None:
+            self.feedback.copy_(solution[width:].T)
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All parameters with names that stay the same from run to run."""
         yield f"{self.exit_layer}.norm", self.norm
+        for name, tensor in self._matrices().items():
+            yield f"{self.exit_layer}.{name}", tensor
         for i, weights in enumerate(self.layers):
             for field in fields(weights):
                 if (tensor := getattr(weights, field.name)) is not None:
                     yield f"{self.exit_layer}.{i}.{field.name}", tensor
 
+    def _matrices(self) -> dict[str, torch.Tensor]:
+        """Those of the tensors around the layers that this head has, by their exported names."""
+        found = {
+            "input.weight": self.input,
+            "feedback_norm.weight": self.feedback_norm,
+            "feedback.weight": self.feedback,
+        }
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def forward(
-        self, hidden: torch.Tensor, rope: RopeRows, sequences: int, rows: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        verified: torch.Tensor,
+        rope: RopeRows,
+        sequences: int,
+        rows: torch.Tensor,
     ) -> torch.Tensor:
-        """Rows [B·T, C] after the exit layer to normed rows [len(rows), C] before the LM head."""
-        x = hidden
+        """Rows [B·T, C] after the exit layer to normed rows [len(rows), C] before the LM head.
+
+        ``verified`` [len(rows), C]: see ``ExitHead.logits``.
+        """
+        x = hidden if self.input is None else linear(hidden, self.input)
         for weights in self.layers:
             x = batched_layer(x, weights, self.spec, rope, causal_attention(sequences))
-        return rms_norm(x[rows], self.norm, self.spec.rms_norm_eps)
+        x = x[rows]
+        if self.feedback is not None and self.feedback_norm is not None:
+            normed = rms_norm(verified, self.feedback_norm, self.spec.rms_norm_eps)
+            x = x + linear(normed, self.feedback)
+        return rms_norm(x, self.norm, self.spec.rms_norm_eps)
 
     def export(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Tensors by the names and shapes of ``exit_head.head_tensor_shapes``, on the CPU."""
-        weights = {"norm.weight": self.norm}
+        weights = {"norm.weight": self.norm, **self._matrices()}
         for i, layer in enumerate(self.layers):
             weights |= unfuse_layer(layer, self.spec, layer_prefix(i))
         return {name: t.detach().to("cpu", dtype) for name, t in weights.items()}
@@ -66,9 +115,30 @@ def _parameter(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(wide, copy=True).requires_grad_()
 
 
+def _pruned(weights: LayerWeights, neurons: int | None) -> LayerWeights:
+    """The layer with those ``neurons`` of its MLP whose weights are largest."""
+    if neurons is None:
+        return weights
+    gate, up = weights.gate_up.chunk(2)
+    sizes = gate.norm(dim=1) * up.norm(dim=1) * weights.down.norm(dim=0)
+    kept = sizes.topk(neurons).indices.sort().values
+    rows = torch.cat([kept, kept + len(gate)])
+    bias = weights.gate_up_bias
+    return replace(
+        weights,
+        gate_up=weights.gate_up[rows],
+        gate_up_bias=None if bias is None else bias[rows],
+        down=weights.down[:, kept],
+    )
+
+
 def _trainable(weights: LayerWeights) -> LayerWeights:
     held = {f.name: getattr(weights, f.name) for f in fields(weights)}
     copies: dict[str, Any] = {n: t if t is None else _parameter(t) for n, t in held.items()}
+    with torch.no_grad():
+        for name in ADDS:
+            if copies[name] is not None:
+                copies[name].zero_()
     return LayerWeights(**copies)
 
 

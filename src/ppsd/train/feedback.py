@@ -1,0 +1,47 @@
+"""Which of the last layer's rows a head can read when it drafts: run time, imitated in training.
+
+Within train/ and bench/. Text is taken as decoded by PPSD: the draft after position p can rest on
+the verdicts of all positions up to p - w, with w blocks in flight, and of those before the newest
+token that a verdict had to correct (speculation/policy.py, ``Feed.verified``).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ppsd.train.data import Batch
+
+IN_FLIGHT = (2, 3, 4)  # each example is decoded with one of these
+MISSES = 0.45  # share of drafts that are wrong
+NONE = -1
+
+
+def newest_verified(corrected: torch.Tensor, prompt: int, in_flight: int) -> torch.Tensor:
+    """The newest position [L] whose verdict a draft after each of L positions can rest on.
+
+    ``corrected`` [L] (bool): tokens that replaced a draft. No verdict comes before the one of
+    position ``prompt`` - 1; NONE where that is still on its way.
+    """
+    positions = torch.arange(len(corrected))
+    restarts = torch.where(corrected, positions, 0).cummax(0).values
+    newest = torch.maximum(restarts - 1, positions - in_flight)
+    return torch.where(newest >= prompt - 1, newest, NONE)
+
+
+def sample_verified(batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    """For each of ``batch.rows`` a flattened row of the newest verified position, or NONE."""
+    length = batch.tokens.shape[1]
+    found = []
+    for i, example in enumerate(batch.examples):
+        count = len(example.tokens)
+        choice = int(torch.randint(len(IN_FLIGHT), (1,), generator=generator))
+        corrected = torch.rand(count, generator=generator) < MISSES
+        corrected[: example.prompt] = False
+        newest = newest_verified(corrected, example.prompt, IN_FLIGHT[choice])
+        found.append(torch.where(newest == NONE, NONE, newest + i * length)[example.start - 1 : -1])
+    return torch.cat(found).to(batch.rows.device)
+
+
+def take_verified(last: torch.Tensor, verified: torch.Tensor) -> torch.Tensor:
+    """Rows of ``last`` [B·T, C] that ``verified`` [n] names, zero for NONE; [n, C]."""
+    return last[verified.clamp(min=0)] * (verified != NONE)[:, None]

@@ -1,0 +1,37 @@
+"""Where a transformer head's training begins: the best linear guess, found without any descent.
+
+Within train/ only. The last layer's rows are fitted to the rows that a head reads by least squares
+with a small ridge. Fits weigh rows by the length of what is to be fitted, as the norm that follows
+takes it out again.
+"""
+
+from __future__ import annotations
+
+import torch
+
+RIDGE = 1e-4  # of the mean square of the inputs
+
+
+class LeastSquares:
+    """Normal equations that grow row by row: [k, k] and [k, C] float64, whatever the data."""
+
+    def __init__(self) -> None:
+        self._squares = torch.zeros(())
+        self._products = torch.zeros(())
+
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Take rows ``inputs`` [n, k] and what to make of them, ``outputs`` [n, C]."""
+        scale = outputs.float().square().mean(-1, keepdim=True).rsqrt()
+        scaled, wanted = inputs.float() * scale, outputs.float() * scale
+        self._squares = self._squares.to(inputs.device) + (scaled.T @ scaled).double()
+        self._products = self._products.to(inputs.device) + (scaled.T @ wanted).double()
+
+    def solve(self) -> torch.Tensor:
+        """The matrix [k, C] that inputs are to be multiplied by."""
+        ridge = (
+            RIDGE
+            * self._squares.diagonal().mean()
+            * torch.eye(len(self._squares), dtype=torch.float64, device=self._squares.device)
+        )
+        solution: torch.Tensor = torch.linalg.solve(self._squares + ridge, self._products)
+        return solution

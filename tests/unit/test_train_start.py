@@ -1,0 +1,67 @@
+"""Where training begins, and which verified rows a head learns to read."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppsd.train.data import Example, make_batch
+from ppsd.train.feedback import NONE, newest_verified, sample_verified, take_verified
+from ppsd.train.start import LeastSquares
+
+
+def test_least_squares_finds_the_matrix_that_made_the_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(6, 4, generator=generator)
+    fit = LeastSquares()
+    for _ in range(3):
+        inputs = torch.randn(50, 6, generator=generator)
+        fit.add(inputs, inputs @ true)
+    torch.testing.assert_close(fit.solve().float(), true, rtol=1e-2, atol=2e-3)
+
+
+def test_rows_weigh_alike_whatever_their_length() -> None:
+    """A row ten times as long says the same; two that disagree meet in the middle."""
+    fit = LeastSquares()
+    fit.add(torch.tensor([[1.0], [10.0]]), torch.tensor([[1.0, 1.0], [10.0, -10.0]]))
+    torch.testing.assert_close(fit.solve(), torch.tensor([[1.0, 0.0]]).double(), rtol=0, atol=1e-3)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(1, 5), st.integers(1, 5))
+def test_a_verified_position_is_one_whose_verdict_must_have_come(
+    corrected: list[bool], prompt: int, in_flight: int
+) -> None:
+    """As one who follows a decode would tell, position by position."""
+    corrected = [c and p >= prompt for p, c in enumerate(corrected)]
+    found = newest_verified(torch.tensor(corrected), prompt, in_flight).tolist()
+    for position, newest in enumerate(found):
+        before = [p - 1 for p in range(position + 1) if corrected[p]]
+        known = {p for p in range(position) if p <= max(before, default=-1)}
+        known |= {p for p in range(position) if position - p >= in_flight}
+        judged = [p for p in known if p >= prompt - 1]
+        assert newest == max(judged, default=NONE)
+
+
+def test_sampled_rows_lie_before_their_own_and_in_their_own_answer() -> None:
+    examples = [Example(torch.arange(n, dtype=torch.int32), 1, n // 2) for n in (9, 30, 17)]
+    batch = make_batch(examples, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    verified = sample_verified(batch, generator)
+    assert len(verified) == len(batch.rows)
+    length = batch.tokens.shape[1]
+    lags = set()
+    for row, newest in zip(batch.rows.tolist(), verified.tolist(), strict=True):
+        if newest != NONE:
+            assert newest // length == row // length
+            assert newest % length >= examples[row // length].prompt - 1
+            lags.add(row - newest)
+        else:
+            assert row % length < examples[row // length].prompt + 3
+    assert {1, 2, 3} <= lags <= {1, 2, 3, 4}
+
+
+def test_no_verified_row_is_a_row_of_zeros() -> None:
+    last = torch.randn(5, 3)
+    taken = take_verified(last, torch.tensor([4, NONE, 0]))
+    assert torch.equal(taken, torch.stack([last[4], torch.zeros(3), last[0]]))
