@@ -64,6 +64,40 @@ def test_any_order_of_work_gives_the_plain_output(
         assert counts.drafted == counts.judged + counts.discarded
 
 
+@settings(max_examples=60)
+@given(
+    data=st.data(),
+    stages=st.integers(2, 4),
+    schedule=schedules.filter(lambda s: s.drafts),
+    prompt=prompts,
+    sampling=samplings,
+    alpha=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
+)
+def test_a_draft_rests_on_the_same_verified_row_however_fast_answers_are(
+    data, stages, schedule, prompt, sampling, alpha
+) -> None:
+    params = SamplingParams(**{**sampling, "max_tokens": 16})
+    seen = []
+    for _ in range(2):
+        rig = Rig(stages, schedule)
+        turns = data.draw(st.lists(st.integers(0, stages - 1), min_size=1, max_size=12))
+        moves = iter(turns * 1000)
+        rig.order = lambda moves=moves: next(moves, 0) or None
+        rig.move_while_stage_0_computes(turns)
+        rig.decode(prompt, params, alpha=alpha)
+        seen.append(rig.pipeline.drafter.seen)
+    common = seen[0].keys() & seen[1].keys()
+    assert {k: seen[0][k] for k in common} == {k: seen[1][k] for k in common}
+
+
+def test_a_chain_of_accepted_drafts_rests_on_what_w_blocks_leave_behind() -> None:
+    """Of a row p the verdicts up to p - w are in, and none comes before the prompt's last."""
+    rig = Rig(3, Schedule(1, 3))
+    rig.decode([1, 2, 5], SamplingParams(max_tokens=9), alpha=1.0)
+    lags = {len(history) - 1: newest for history, newest in rig.pipeline.drafter.seen.items()}
+    assert lags == {2: -1, 3: -1, 4: -1, 5: 2, 6: 3, 7: 4, 8: 5, 9: 6}
+
+
 @settings(max_examples=30)
 @given(
     stages=st.integers(2, 4),

@@ -28,13 +28,21 @@ ALPHA = 1e-4
 class OtherOpinion:
     """A drafter whose distribution is that of the target's neighbour."""
 
+    feedback = False
+
     def __init__(self) -> None:
         self.rows: dict[int, torch.Tensor] = {}
 
     def observe(self, position: int, hidden: torch.Tensor) -> None:
         pass
 
-    def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
+    def draft(
+        self,
+        sampler: Sampler,
+        history: torch.Tensor,
+        stream: Stream,
+        verified: torch.Tensor | None = None,
+    ) -> int:
         word = digest(*history.tolist())
         logits = torch.tensor([((word >> (8 * i)) & 0xFF) / 64 for i in range(VOCAB)])
         self.rows[history.numel()] = sampler.probabilities(logits, history)

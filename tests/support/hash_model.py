@@ -69,20 +69,26 @@ class HashStage:
         return [byte / 32 for byte in data]  # ties happen: the lowest id must win everywhere
 
 
+def last_rows(tokens: torch.Tensor, stages: int, vocab: int) -> torch.Tensor:
+    """Rows of the last stage for a whole sequence, by fresh stages."""
+    rows: torch.Tensor | None = tokens
+    for rank in range(stages):
+        assert rows is not None
+        rows = HashStage(rank, stages, vocab).forward(rows, 0)
+    assert rows is not None
+    return rows
+
+
 def plain_decode(
     prompt: Sequence[int], params: SamplingParams, stop: frozenset[int], stages: int, vocab: int
 ) -> list[int]:
     """What any pipeline must say: fresh stages, whole prefix, no cache, no policy."""
     sampler = Sampler(params, len(prompt), stop, vocab)
-    tokens = list(prompt)
+    tokens, judge = list(prompt), HashStage(stages - 1, stages, vocab)
     while len(tokens) < len(prompt) + params.max_tokens:
-        rows: torch.Tensor | None = torch.tensor(tokens)
-        for rank in range(stages):
-            assert rows is not None
-            stage = HashStage(rank, stages, vocab)
-            rows = stage.forward(rows, 0)
-        assert rows is not None
-        tokens.append(sampler.choose(stage.logits(rows[-1:])[0], torch.tensor(tokens)))
+        history = torch.tensor(tokens)
+        rows = last_rows(history, stages, vocab)
+        tokens.append(sampler.choose(judge.logits(rows[-1:])[0], history))
         if tokens[-1] in stop:
             break
     return tokens[len(prompt) :]

@@ -53,6 +53,26 @@ def _(patch: Patch) -> None:
     patch.setattr(KVCache, "advance", restoring)
 
 
+@bug("verified rows filed one position too far")
+def _(patch: Patch) -> None:
+    keep = pipeline.Pipeline.keep
+
+    def shifted(self, verdict):
+        keep(self, replace(verdict, position=verdict.position + 1))
+
+    patch.setattr(pipeline.Pipeline, "keep", shifted)
+
+
+@bug("a draft rests on a verdict that may not have come")
+def _(patch: Patch) -> None:
+    certain = Policy._verified
+
+    def hasty(self, block):
+        return min(certain(self, block) + 1, block - 1)
+
+    patch.setattr(Policy, "_verified", hasty)
+
+
 @bug("position one too far after a resync, gaps in the cache allowed")
 def _(patch: Patch) -> None:
     feed_row = Policy._feed_row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -12,16 +13,45 @@ from ppsd.engine.engine import Engine, Request
 from ppsd.engine.pipeline import Pipeline
 from ppsd.speculation.gate import Gate
 from ppsd.speculation.policy import Schedule
+from ppsd.speculation.sampling import Sampler, Stream
 from ppsd.transport.base import Geometry
 from ppsd.transport.inprocess import InProcessHub
 from ppsd.types import SamplingParams
 from ppsd.worker.judge import Judge
 from ppsd.worker.loop import Worker
 from ppsd.worker.messages import frame_bytes
-from tests.support.hash_model import WIDTH, HashStage, plain_decode
+from tests.support.hash_model import WIDTH, HashStage, last_rows, plain_decode
 
 CONTEXT = 96
 VOCAB = 8
+
+
+class Witness(OracleDrafter):
+    """An oracle that asks for verified rows, and looks at what it gets.
+
+    ``seen``: the newest verified position, -1 for none, by the tokens that a draft followed.
+    """
+
+    feedback = True
+    stages = 1
+
+    def draft(
+        self,
+        sampler: Sampler,
+        history: torch.Tensor,
+        stream: Stream,
+        verified: torch.Tensor | None = None,
+    ) -> int:
+        newest = -1
+        if verified is not None:
+            rows = last_rows(history, self.stages, self._vocab)
+            newest = max(p for p, row in enumerate(rows) if torch.equal(row, verified[0]))
+        assert self.seen.setdefault(tuple(history.tolist()), newest) == newest
+        return super().draft(sampler, history, stream)
+
+    @functools.cached_property
+    def seen(self) -> dict[tuple[int, ...], int]:
+        return {}
 
 
 class Rig:
@@ -43,7 +73,7 @@ class Rig:
         gate: Gate | None = None,
     ) -> None:
         self.stages, self.vocab = stages, vocab
-        size = frame_bytes(max(chunk, schedule.block), max(WIDTH, vocab), torch.float32)
+        size = frame_bytes(max(chunk, schedule.block), WIDTH + vocab, torch.float32)
         self.hub = InProcessHub(Geometry(stages, size, size, slots))
         self.models = [HashStage(rank, stages, vocab) for rank in range(stages)]
         self.workers = [self._worker(rank) for rank in range(1, stages)]
@@ -118,7 +148,8 @@ class Rig:
         """Run one request; the drafter knows the truth and is right with probability alpha."""
         if self.schedule.drafts and drafter is None:
             truth = [*prompt, *self.plain(prompt, params, stop)]
-            drafter = OracleDrafter(truth, alpha, self.vocab)
+            drafter = Witness(truth, alpha, self.vocab)
+            drafter.stages = self.stages
         self.pipeline.drafter = drafter
         if not hasattr(self, "engine"):
             self.engine = Engine(self.pipeline, self.schedule, **self.engine_settings)

@@ -53,7 +53,12 @@ SAMPLED = SamplingParams(0.7, seed=3, max_tokens=NEW)
 
 
 def save_middling_head(
-    path: Path, model: Path, exit_layer: int, draft_ids: torch.Tensor | None = None
+    path: Path,
+    model: Path,
+    exit_layer: int,
+    draft_ids: torch.Tensor | None = None,
+    *,
+    feedback: bool = False,
 ) -> Path:
     """A head that is right now and then: the rest of the model, shaken."""
     from safetensors.torch import load_file
@@ -65,6 +70,11 @@ def save_middling_head(
         noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
         weights[name] = tensor + 0.04 * tensor.std() * noise
     config = read_head_config(path)
+    if feedback:
+        width = len(weights["norm.weight"])
+        weights["feedback_norm.weight"] = torch.ones(width).double()
+        weights["feedback.weight"] = 0.3 * torch.randn(width, width, generator=generator).double()
+        config = HeadConfig(**{**vars(config), "feedback": True})
     if draft_ids is not None:
         weights["draft_ids"] = draft_ids
         config = HeadConfig(**{**vars(config), "draft_vocab": len(draft_ids)})
@@ -84,13 +94,14 @@ def teacher(model: Path) -> Teacher:
 
 @pytest.fixture(scope="module")
 def heads(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """One head each after layers 2 and 4, and one that cannot draft every token."""
+    """One head each after layers 2 and 4, one that cannot draft every token, one with feedback."""
     root = tmp_path_factory.mktemp("heads")
     some = torch.arange(0, 296, 2)
     return [
         save_middling_head(root / "two", model, 2),
         save_middling_head(root / "four", model, 4),
         save_middling_head(root / "half", model, 2, some),
+        save_middling_head(root / "back", model, 2, feedback=True),
     ]
 
 
@@ -123,14 +134,18 @@ def test_every_draft_is_judged_as_the_engine_judges_it(
 ) -> None:
     """No tolerance: the same answers, the same drafts judged, the same ones accepted."""
     answers = ask(teacher, tmp_path / "answers.jsonl", params)
-    found = measure(
-        teacher, candidates, answers, params, tmp_path / "outcomes.jsonl", batch_tokens=100
-    )
+    path = tmp_path / "outcomes.jsonl"
+    found = {
+        stages: measure(
+            teacher, candidates, answers, params, path, batch_tokens=100, in_flight=stages
+        )
+        for stages in (2, 3)
+    }
     assert any(len(a.tokens) == CONTEXT for a in answers)
     for candidate in candidates:
         exit_layer = candidate.head.config.exit_layer
-        outcomes = found[candidate.label]
         for split in ((exit_layer,), (exit_layer, 5)):
+            outcomes = found[len(split) + 1][candidate.label]
             with open_llm(model, candidate, split) as llm:
                 for answer, outcome in zip(answers, outcomes, strict=True):
                     said = llm.run(answer.tokens[: answer.start], params)
@@ -301,7 +316,8 @@ def test_expected_speed_by_hand(model: Path) -> None:
     layer, token = spec.layer_parameters, spec.hidden_size
     figures = expected_speed(spec, head, 1.0, 2)
     lm_head = (spec.vocab_size + 1) * token / layer  # and the final norm
-    assert figures["head_layers"] == pytest.approx(1 + 32 * token / layer)
+    read = layer + token**2 + 32 * token  # its layer, its input matrix, and LM head rows
+    assert figures["head_layers"] == pytest.approx(read / layer)
     assert figures["split"] == [2]
     assert figures["speedup"] == pytest.approx((6 + lm_head) / (4 + lm_head))
     assert figures["paper"] == 3.0
@@ -313,7 +329,7 @@ def test_expected_speed_by_hand(model: Path) -> None:
 def test_heads_are_named_and_refused(
     heads: list[Path], tmp_path: Path, tiny_model: Models, teacher: Teacher
 ) -> None:
-    assert labels(heads) == ["two", "four", "half"]
+    assert labels(heads) == ["two", "four", "half", "back"]
     assert exit_layers(heads) == (2, 4)
     one, other = tmp_path / "a" / "x", tmp_path / "b" / "x"
     assert labels([one, other]) == ["a-x", "b-x"]
@@ -331,7 +347,7 @@ def test_outcome_lines_say_what_they_are(
 ) -> None:
     path = tmp_path / "outcomes.jsonl"
     answers = ask(teacher, tmp_path / "answers.jsonl", GREEDY)
-    found = measure(teacher, candidates[5:], answers, GREEDY, path, batch_tokens=100)["half alone"]
+    found = measure(teacher, candidates[6:7], answers, GREEDY, path, batch_tokens=100)["half alone"]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert {(r["head"], r["id"], r["category"], tuple(r["ranks"])) for r in rows} == {
         ("half alone", o.id, o.category, o.ranks) for o in found

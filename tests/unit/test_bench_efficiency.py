@@ -128,7 +128,9 @@ def test_plain_decoding_is_predicted_from_its_own_times() -> None:
 
 def test_a_profile_prices_a_request_by_its_context_alone() -> None:
     """Layers of 1 ms at context 0 and 3 ms at 100, an LM head of 2 ms, free messages."""
-    sizes = Sizes(layers=6, hidden=8, vocabulary=9, layer=50, cached=8, lm_head=72, tied=True)
+    sizes = Sizes(
+        layers=6, hidden=8, inner=2, vocabulary=9, layer=50, cached=8, lm_head=72, tied=True
+    )
     layer = (
         LayerTime(0, 1, Timing.computed(1e-3)),
         LayerTime(100, 1, Timing.computed(3e-3)),

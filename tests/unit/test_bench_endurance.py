@@ -22,7 +22,7 @@ from ppsd.model.source import describe, resolve_model
 from ppsd.model.weights import fingerprint, open_source
 from ppsd.speculation.policy import Schedule
 
-SIZES = Sizes(layers=6, hidden=8, vocabulary=9, layer=50, cached=8, lm_head=72, tied=True)
+SIZES = Sizes(layers=6, hidden=8, inner=2, vocabulary=9, layer=50, cached=8, lm_head=72, tied=True)
 FLAT = 2 * 2**20  # bytes a process may gain by chance: an arena, a thread's stack
 
 

@@ -17,8 +17,8 @@ from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
 from ppsd.speculation.policy import Schedule
 
-SIZES = Sizes(layers=6, hidden=64, vocabulary=1000, layer=50_000, cached=64, lm_head=150_000,
-              tied=True)  # fmt: skip
+SIZES = Sizes(layers=6, hidden=64, inner=96, vocabulary=1000, layer=50_000, cached=64,
+              lm_head=150_000, tied=True)  # fmt: skip
 RATES = {1: 0.2, 3: 0.6, 5: 0.7}
 
 

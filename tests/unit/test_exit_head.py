@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ppsd.cost.sizes import Sizes
+from ppsd.engine.choose import head_layers
 from ppsd.engine.drafter import MAX_LAG_ROWS, HeadDrafter
 from ppsd.errors import HeadError
 from ppsd.model.exit_head import (
@@ -97,6 +100,29 @@ def test_saved_heads_come_back(tiny, tmp_path, changes) -> None:
     got, expected = (h.logits(h.forward(rows, 0)) for h in (head, direct))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert torch.equal(head.norm, weights["norm.weight"])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"layers": 2, "mlp": 8}, {"feedback": True}, {"kind": "norm", "layers": 0}]
+)
+def test_a_draft_is_planned_to_cost_what_the_head_holds(tiny, changes) -> None:
+    config = tiny.config(**changes)
+    shapes = head_tensor_shapes(config, tiny.spec).values()
+    vectors = sum(shape[0] for shape in shapes if len(shape) == 1)
+    within = 2 * config.layers * tiny.spec.hidden_size  # a layer's norms count
+    sizes = Sizes.of(tiny.spec)
+    held = sum(prod(shape) for shape in shapes) - vectors
+    assert head_layers(sizes, config) * sizes.layer == pytest.approx(held + within)
+
+
+def test_verified_rows_are_for_heads_with_feedback_only(tiny, tmp_path) -> None:
+    tiny.save(tmp_path, tiny.config(feedback=True))
+    head, rows = tiny.load(tmp_path), hidden(3)
+    assert not torch.equal(head.logits(rows, hidden(3, seed=6)), head.logits(rows))
+    torch.testing.assert_close(head.logits(rows, torch.zeros_like(rows)), head.logits(rows))
+    tiny.save(tmp_path, tiny.config(kind="norm", layers=0, feedback=True))
+    with pytest.raises(HeadError, match="feedback must be true or false, and false for a norm"):
+        tiny.load(tmp_path)
 
 
 def test_a_draft_vocabulary_scores_its_tokens_as_the_full_one_does(tiny, tmp_path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from ppsd.errors import ProtocolError
@@ -68,6 +68,9 @@ def blocks(draw: st.DrawFn) -> Block:
 def verdicts(draw: st.DrawFn) -> Verdict:
     judged = draw(st.integers(0, 4))
     logits = draw(st.none() | rows_of_numbers(judged, min_width=1))
+    hidden = draw(st.none() | rows_of_numbers(judged, min_width=1))
+    if logits is not None and hidden is not None:
+        hidden = hidden.to(logits.dtype)  # as both come from one stage
     return Verdict(
         slot=draw(words),
         epoch=draw(epochs),
@@ -76,6 +79,7 @@ def verdicts(draw: st.DrawFn) -> Verdict:
         rows=draw(st.integers(judged, 9)),
         tokens=draw(token_ids(judged)),
         logits=logits,
+        hidden=hidden,
     )
 
 
@@ -97,6 +101,7 @@ begins = st.builds(
     stop_ids=st.lists(positions, max_size=4).map(tuple),
     vocab_size=positions,
     want_logits=st.booleans(),
+    want_hidden=st.booleans(),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -121,8 +126,8 @@ def same(a: Any, b: Any) -> bool:
 @given(all_messages)
 @example(Verdict(0, 1, 2, 3, 4, torch.zeros(0, dtype=torch.int64)))
 def test_round_trip_of_every_message(message) -> None:
-    if isinstance(message, Verdict) and message.logits is not None and not message.tokens.numel():
-        return  # nothing judged has no logits; the judge sends None
+    if isinstance(message, Verdict) and not message.tokens.numel():
+        assume(message.logits is None and message.hidden is None)  # nothing judged has no rows
     back = decode(frame(message))
     assert type(back) is type(message)
     for f in fields(message):
@@ -214,6 +219,7 @@ def test_the_header_used_below_is_well_formed() -> None:
         ({"width": 2**32 - 1}, "shape .1, 4294967295"),
         ({"bytes": 2**63}, "announces 9223372036854775808"),
         ({"kind": 2, "judge": -1}, "-1 tokens"),
+        ({"kind": 2, "judge": 1, "width": 2, "parent": 3}, "rows of 3 numbers among 2"),
         ({"kind": 2, "judge": 2**31 - 1}, "0 bytes are not rows of shape .2147483647"),
     ],
 )
@@ -228,6 +234,7 @@ GOOD = {
     "stop_ids": [],
     "vocab_size": 9,
     "want_logits": False,
+    "want_hidden": False,
 }
 
 

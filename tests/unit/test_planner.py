@@ -18,8 +18,8 @@ from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
 from ppsd.speculation.policy import Schedule
 
-SIZES = Sizes(layers=9, hidden=64, vocabulary=1000, layer=50_000, cached=64, lm_head=150_000,
-              tied=True)  # fmt: skip
+SIZES = Sizes(layers=9, hidden=64, inner=96, vocabulary=1000, layer=50_000, cached=64,
+              lm_head=150_000, tied=True)  # fmt: skip
 PROFILE = estimate(SIZES)
 
 

@@ -103,7 +103,7 @@ def changed(name: str, value: object) -> Callable[[str], str]:
         (torn, "JSONDecodeError"),
         (lambda text: "[1, 2]", "ValueError|TypeError"),
         (lambda text: "{}", "KeyError: 'format'"),
-        (changed("format", "ppsd-profile-9"), "its format is not ppsd-profile-1"),
+        (changed("format", "ppsd-profile-9"), "its format is not ppsd-profile-2"),
         (without("latency"), "KeyError: 'latency'"),
         (without("threads"), "missing 1 required"),
         (changed("layer", []), "holds no LayerTime"),

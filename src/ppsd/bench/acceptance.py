@@ -3,7 +3,9 @@
 With one token a block (m = 1) and greedy or coupled sampling the engine commits the model's own
 sequence, and a draft is judged only when all before it is that sequence: after a miss the next
 draft follows the corrected token. So whether a judged draft is accepted is a function of the
-model's own sequence alone, and one forward over it judges every position for every head.
+model's own sequence alone, and one forward over it judges every position for every head. Which
+verified row a draft can rest on is a function of the misses before it, and of how many blocks are
+in flight.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from ppsd.speculation.sampling import Sampler, Stream, gumbel
 from ppsd.train.batched import head_forward, teacher_forward
 from ppsd.train.checkpoint import append_line, continue_lines
 from ppsd.train.data import plan_epoch
+from ppsd.train.feedback import take_verified
 from ppsd.train.records import Record, read_data
 from ppsd.train.run import Teacher
 from ppsd.train.selfgen import GenerateConfig
@@ -184,14 +187,17 @@ def measure(
     path: Path,
     *,
     batch_tokens: int,
+    in_flight: int = 2,
     report: Callable[[MeasureReport], None] = lambda report: None,
 ) -> dict[str, list[Outcome]]:
     """Judge every candidate on every answer; outcomes by label, in the order of ``answers``.
 
     Outcomes are appended to the JSONL ``path`` as they are made, and those it already holds are
-    not made again. ``batch_tokens`` padded tokens run at once.
+    not made again. ``batch_tokens`` padded tokens run at once; ``in_flight`` blocks of one token
+    are decoded at once, which matters to heads with feedback.
     """
-    store = _Store(path, f"{params.temperature} {params.seed} {teacher.stage.plan.dtype}")
+    decisive = (params.temperature, params.seed, teacher.stage.plan.dtype, in_flight)
+    store = _Store(path, " ".join(map(str, decisive)))
     todo = [a for a in answers if any(not store.has(c, a) for c in candidates)]
     lengths = [a.start + a.judged for a in todo]
     report(MeasureReport(len(answers) - len(todo), len(answers)))
@@ -199,7 +205,7 @@ def measure(
     for indices in plan_epoch(lengths, batch_tokens, 0, 0) if todo else []:
         batch = [todo[i] for i in indices]
         missing = [c for c in candidates if any(not store.has(c, a) for a in batch)]
-        for candidate, answer, ranks in judge_batch(teacher, missing, batch, params):
+        for candidate, answer, ranks in judge_batch(teacher, missing, batch, params, in_flight):
             store.add(candidate, answer, ranks)
         done += len(batch)
         report(MeasureReport(done, len(answers)))
@@ -245,6 +251,7 @@ def judge_batch(
     candidates: Sequence[Candidate],
     answers: Sequence[Answer],
     params: SamplingParams,
+    in_flight: int,
 ) -> Iterator[tuple[Candidate, Answer, tuple[int, ...]]]:
     """One forward over ``answers``, then every head over the rows of its exit layer."""
     length = max(a.start + a.judged for a in answers)
@@ -253,30 +260,50 @@ def judge_batch(
         tokens[i, : a.start + a.judged] = torch.tensor(a.tokens[: a.start + a.judged])
     exits = {c.head.config.exit_layer for c in candidates}
     model = teacher.stage
-    features = teacher_forward(model, tokens.to(model.plan.device), exits, max(exits))
+    feedback = any(c.head.config.feedback for c in candidates)
+    depth = model.spec.num_layers if feedback else max(exits)
+    features = teacher_forward(model, tokens.to(model.plan.device), exits, depth)
     vocab = min(model.spec.vocab_size, teacher.encoding.tokenizer.vocab_size)
     for c in candidates:
         rows = head_forward(c.head, features.exits[c.head.config.exit_layer], len(answers))
         for i, a in enumerate(answers):
             first = i * length + a.start - 1
+            judged = slice(first, first + a.judged)
             sampler = Sampler(params, a.start, frozenset(), vocab)
-            yield c, a, _ranks(c, rows[first : first + a.judged], a, sampler)
+            logits = _by_lag(c.head, rows[judged], features.last[judged], in_flight)
+            yield c, a, _ranks(c.lookup, logits, a, sampler)
+
+
+def _by_lag(
+    head: ExitHead, rows: torch.Tensor, last: torch.Tensor, in_flight: int
+) -> Iterator[list[torch.Tensor]]:
+    """Of each of the head's rows [n, C], logits [V] for a verified row 1, 2, … positions before.
+
+    The last of them are for all longer lags; a head without feedback has one for all.
+    """
+    lags = range(1, in_flight + 1 if head.config.feedback else 2)
+    for first in range(0, len(rows), CHUNK_ROWS):
+        chunk = rows[first : first + CHUNK_ROWS]
+        positions = torch.arange(first, first + len(chunk))
+        found = [head.logits(chunk, take_verified(last, positions - lag)) for lag in lags]
+        yield from (list(logits) for logits in zip(*found, strict=True))
 
 
 def _ranks(
-    candidate: Candidate, rows: torch.Tensor, answer: Answer, sampler: Sampler
+    lookup: bool, by_lag: Iterator[list[torch.Tensor]], answer: Answer, sampler: Sampler
 ) -> tuple[int, ...]:
     """Rank of each judged token in the scores the draft is the maximum of."""
     tokens = torch.tensor(answer.tokens)
-    ranks = []
-    for first in range(0, answer.judged, CHUNK_ROWS):
-        chunk = candidate.head.logits(rows[first : first + CHUNK_ROWS])
-        for i, logits in enumerate(chunk, first):
-            position = answer.start + i
-            history = tokens[:position]
-            drafted = mixed(logits, history) if candidate.lookup else logits
-            scores = sampler.scores(drafted, history, Stream.TARGET)
-            ranks.append(rank(scores, answer.tokens[position]))
+    ranks: list[int] = []
+    restart = 0  # the row of the newest token that replaced a draft
+    for i, lags in enumerate(by_lag):
+        position = answer.start + i
+        history = tokens[:position]
+        logits = lags[min(i - restart, len(lags) - 1)]
+        drafted = mixed(logits, history) if lookup else logits
+        scores = sampler.scores(drafted, history, Stream.TARGET)
+        ranks.append(rank(scores, answer.tokens[position]))
+        restart = restart if ranks[-1] == 0 else i + 1
     return tuple(ranks)
 
 

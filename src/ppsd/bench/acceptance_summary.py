@@ -16,6 +16,7 @@ from ppsd.cost.planner import Exit, Problem, choose
 from ppsd.cost.profile import estimate
 from ppsd.cost.sizes import Sizes
 from ppsd.cost.theory import paper_speedup
+from ppsd.engine.choose import head_layers
 from ppsd.engine.llm import LLM
 from ppsd.model.exit_head import HeadConfig
 from ppsd.model.spec import ModelSpec
@@ -102,7 +103,8 @@ def expected_speed(spec: ModelSpec, head: HeadConfig, alpha: float, stages: int)
     head. Raises ConfigError when no split of so many stages ends stage 0 at the exit layer.
     """
     profile = estimate(Sizes.of(spec))
-    draft, layer = profile.head_time(head.layers, head.draft_vocab), profile.layer_time(0)
+    depth, layer = head_layers(profile.sizes, head), profile.layer_time(0)
+    draft = profile.head_time(depth, head.draft_vocab)
     exit_ = Exit(head.exit_layer, alpha, draft)
     plan = choose(Problem(profile, stages, (exit_,), exit_layer=head.exit_layer, mode="ppsd"))
     return {

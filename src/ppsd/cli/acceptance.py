@@ -127,7 +127,7 @@ def acceptance(
     for c in candidates:  # a number of stages that does not suit should not be found out at the end
         expected_speed(teacher.stage.spec, c.head.config, 0.0, subject.stages)
     answers = _answers(teacher, tasks, params, work, out)
-    outcomes = _measure(teacher, candidates, answers, params, work, out)
+    outcomes = _measure(teacher, candidates, answers, subject, work, out)
     result = _result(subject, teacher, candidates, outcomes)
     result["left_out"] = len(tasks) - len(answers)
     if subject.decode:
@@ -167,7 +167,7 @@ def _measure(
     teacher: Teacher,
     candidates: Sequence[Candidate],
     answers: Sequence[Answer],
-    params: SamplingParams,
+    subject: SubjectOptions,
     work: WorkOptions,
     out: Path,
 ) -> dict[str, list[Outcome]]:
@@ -181,8 +181,16 @@ def _measure(
                 bar.reset(task, total=r.total, completed=r.done, note="")
             bar.update(task, completed=r.done)
 
-        path, size = out / OUTCOMES, work.batch_tokens
-        return measure(teacher, candidates, answers, params, path, batch_tokens=size, report=report)
+        return measure(
+            teacher,
+            candidates,
+            answers,
+            subject.params(),
+            out / OUTCOMES,
+            batch_tokens=work.batch_tokens,
+            in_flight=subject.stages,
+            report=report,
+        )
 
 
 def _result(

@@ -56,6 +56,7 @@ class Shape:
         return Sizes(
             layers=self.layers,
             hidden=self.hidden,
+            inner=self.intermediate,
             vocabulary=self.vocabulary,
             layer=self.layer_weights,
             cached=2 * self.kv_heads * self.head_dim,

@@ -22,7 +22,7 @@ from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
 from ppsd.model.sidecar import cache_root
 
-FORMAT = "ppsd-profile-1"
+FORMAT = "ppsd-profile-2"
 COUNTS = "parameter counts"  # the source of times that are only good for ratios
 NOMINAL_BANDWIDTH = 1e10  # bytes a second; only ratios of such times mean anything
 
@@ -133,8 +133,11 @@ class Profile:
         """Seconds of final norm, LM head and sampling."""
         return _interpolate({t.rows: t.time.median for t in self.lm_head}, rows)
 
-    def head_time(self, layers: int, draft_vocab: int | None) -> float:
-        """Seconds of one draft by such a head: a norm head's, and so much for every layer."""
+    def head_time(self, layers: float, draft_vocab: int | None) -> float:
+        """Seconds of one draft by such a head: a norm head's, and so much for every layer.
+
+        ``layers`` are those of the model, or as much of one as the head's own weights amount to.
+        """
         scored = self.sizes.vocabulary if draft_vocab is None else draft_vocab
         norm = {t.draft_vocab: t.time.median for t in self.heads if not t.layers}
         bare = _extrapolate(norm, scored)

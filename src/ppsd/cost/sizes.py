@@ -17,11 +17,13 @@ RUNTIME_BYTES = 400 << 20  # what Python and PyTorch take in each process, measu
 class Sizes:
     """Numbers held by one decoder layer, by the tables, and cached a position and layer.
 
-    ``lm_head`` counts the final norm too. ``tied``: embedding and LM head are one table.
+    ``inner`` counts the neurons of a layer's MLP, ``lm_head`` the final norm too. ``tied``:
+    embedding and LM head are one table.
     """
 
     layers: int
     hidden: int
+    inner: int
     vocabulary: int
     layer: int
     cached: int
@@ -34,6 +36,7 @@ class Sizes:
         return cls(
             layers=spec.num_layers,
             hidden=spec.hidden_size,
+            inner=spec.intermediate_size,
             vocabulary=spec.vocab_size,
             layer=spec.layer_parameters,
             cached=2 * spec.num_kv_heads * spec.head_dim,
@@ -41,10 +44,10 @@ class Sizes:
             tied=spec.tie_embeddings,
         )
 
-    def exit_head(self, layers: int, draft_vocab: int | None) -> int:
+    def exit_head(self, layers: float, draft_vocab: int | None) -> int:
         """Numbers read for one draft by a head of ``layers`` layers over ``draft_vocab`` tokens."""
         scored = self.vocabulary if draft_vocab is None else draft_vocab
-        return layers * self.layer + scored * self.hidden
+        return round(layers * self.layer) + scored * self.hidden
 
     def stage_bytes(
         self, bounds: Sequence[int], rank: int, itemsize: int, context: int, head: int = 0

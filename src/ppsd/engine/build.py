@@ -273,7 +273,9 @@ class RunningPipeline:
         return Geometry(
             size=self.layout.stages,
             forward_bytes=frame_bytes(rows, spec.hidden_size, dtype),
-            return_bytes=frame_bytes(config.schedule.block, spec.vocab_size, dtype),
+            return_bytes=frame_bytes(
+                config.schedule.block, spec.hidden_size + spec.vocab_size, dtype
+            ),
             slots=2 * window + 4,  # a window of stale work, one of new work, and control
         )
 

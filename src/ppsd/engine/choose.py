@@ -61,9 +61,17 @@ def threads_of(config: EngineConfig) -> int:
     return config.threads_per_stage or max(1, len(available_cores()) // config.stages)
 
 
+def head_layers(sizes: Sizes, head: HeadConfig) -> float:
+    """How many of the model's layers a head's own weights amount to, its vectors left out."""
+    neurons = sizes.inner if head.mlp is None else head.mlp
+    layer = sizes.layer - 3 * sizes.hidden * (sizes.inner - neurons)
+    matrices = (head.layers > 0) + head.feedback
+    return (head.layers * layer + matrices * sizes.hidden**2) / sizes.layer
+
+
 def head_sizes(sizes: Sizes, head: HeadConfig | None) -> int:
     """Numbers read for one draft, 0 without a head."""
-    return 0 if head is None else sizes.exit_head(head.layers, head.draft_vocab)
+    return 0 if head is None else sizes.exit_head(head_layers(sizes, head), head.draft_vocab)
 
 
 def choose(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> Choice:
@@ -212,7 +220,7 @@ def _exit(head: HeadConfig, profile: Profile, name: str, lookup: bool) -> Exit:
     return Exit(
         layer=head.exit_layer,
         alpha=ASSUMED_ALPHA if alpha is None else alpha,
-        draft=profile.head_time(head.layers, head.draft_vocab),
+        draft=profile.head_time(head_layers(profile.sizes, head), head.draft_vocab),
         weights=head_sizes(profile.sizes, head),
         name=name,
     )

@@ -19,11 +19,24 @@ MAX_LAG_ROWS = 8
 class Drafter(Protocol):
     """Guesses the next token from what stage 0 has computed."""
 
+    @property
+    def feedback(self) -> bool:
+        """Whether ``draft`` makes use of verified rows."""
+
     def observe(self, position: int, hidden: torch.Tensor) -> None:
         """Take stage 0's rows [n, C] at ``position``…; what stood there or later is void."""
 
-    def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
-        """Guess the token that follows ``history`` [L], whose last row was observed."""
+    def draft(
+        self,
+        sampler: Sampler,
+        history: torch.Tensor,
+        stream: Stream,
+        verified: torch.Tensor | None = None,
+    ) -> int:
+        """Guess the token that follows ``history`` [L], whose last row was observed.
+
+        ``verified`` [1, C]: the last layer's row of the newest verified position, if known.
+        """
 
     def probabilities(self, position: int) -> torch.Tensor:
         """Return the distribution [V] that the draft for ``position`` was drawn from."""
@@ -43,6 +56,11 @@ class HeadDrafter:
         self._last = torch.empty(0)  # the head's row of the newest position
         self._probabilities: dict[int, torch.Tensor] = {}
 
+    @property
+    def feedback(self) -> bool:
+        """See Drafter."""
+        return self.head.config.feedback
+
     def observe(self, position: int, hidden: torch.Tensor) -> None:
         """See Drafter."""
         kept = max(0, len(self._rows) - (self._next - position))
@@ -56,11 +74,17 @@ class HeadDrafter:
         rows, self._rows = torch.cat(self._rows), []
         self._last = self.head.forward(rows, self._next - rows.shape[0])[-1:]
 
-    def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
+    def draft(
+        self,
+        sampler: Sampler,
+        history: torch.Tensor,
+        stream: Stream,
+        verified: torch.Tensor | None = None,
+    ) -> int:
         """See Drafter."""
         if self._rows:
             self._catch_up()
-        logits = self.head.logits(self._last)[0]
+        logits = self.head.logits(self._last, verified)[0]
         if self._lookup:
             logits = mixed(logits, history)
         if stream is Stream.TARGET:
@@ -81,13 +105,21 @@ class LookupDrafter:
     Where nothing stood before it repeats the last token: a wrong draft is as cheap as none.
     """
 
+    feedback = False
+
     def __init__(self) -> None:
         self._probabilities: dict[int, torch.Tensor] = {}
 
     def observe(self, position: int, hidden: torch.Tensor) -> None:
         """Need nothing."""
 
-    def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
+    def draft(
+        self,
+        sampler: Sampler,
+        history: torch.Tensor,
+        stream: Stream,
+        verified: torch.Tensor | None = None,
+    ) -> int:
         """See Drafter."""
         match, position = find(history), history.numel()
         token = match.token if match else int(history[-1])
@@ -110,14 +142,25 @@ class PacedDrafter:
         self._drafter = drafter
         self._seconds = seconds
 
+    @property
+    def feedback(self) -> bool:
+        """See Drafter."""
+        return self._drafter.feedback
+
     def observe(self, position: int, hidden: torch.Tensor) -> None:
         """See Drafter."""
         self._drafter.observe(position, hidden)
 
-    def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
+    def draft(
+        self,
+        sampler: Sampler,
+        history: torch.Tensor,
+        stream: Stream,
+        verified: torch.Tensor | None = None,
+    ) -> int:
         """See Drafter; nothing interrupts it, as nothing interrupts a head at work."""
         end = time.monotonic() + self._seconds
-        token = self._drafter.draft(sampler, history, stream)
+        token = self._drafter.draft(sampler, history, stream, verified)
         time.sleep(max(0.0, end - time.monotonic()))
         return token
 
@@ -133,6 +176,8 @@ class OracleDrafter:
     ``plain`` is the whole plain sequence, prompt included.
     """
 
+    feedback = False
+
     def __init__(self, plain: Sequence[int], alpha: float, vocab_size: int, seed: int = 0) -> None:
         self._plain = plain
         self._alpha = alpha
@@ -142,7 +187,13 @@ class OracleDrafter:
     def observe(self, position: int, hidden: torch.Tensor) -> None:
         """Need nothing."""
 
-    def draft(self, sampler: Sampler, history: torch.Tensor, stream: Stream) -> int:
+    def draft(
+        self,
+        sampler: Sampler,
+        history: torch.Tensor,
+        stream: Stream,
+        verified: torch.Tensor | None = None,
+    ) -> int:
         """See Drafter."""
         return self._guess(history.numel())
 

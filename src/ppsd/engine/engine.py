@@ -117,7 +117,15 @@ class Engine:
         stop_ids = tuple(sorted(request.stop_ids))
         wanted = self.rejection or request.logits is not None
         prompt_length = len(request.prompt)
-        begin = Begin(0, request.params, prompt_length, stop_ids, request.vocab_size, wanted)
+        begin = Begin(
+            0,
+            request.params,
+            prompt_length,
+            stop_ids,
+            request.vocab_size,
+            want_logits=wanted,
+            want_hidden=self.pipeline.wants_last_rows,
+        )
         self._sampler = Sampler(request.params, prompt_length, request.stop_ids, request.vocab_size)
         self.pipeline.publish(self.policy.epoch)
         self.pipeline.begin(begin)
@@ -142,6 +150,7 @@ class Engine:
     def _take(self, verdict: Verdict) -> None:
         if verdict.epoch != self.policy.epoch:
             return
+        self.pipeline.keep(verdict)
         if self._request.logits is not None and verdict.logits is not None:
             first = verdict.position + verdict.rows - verdict.logits.shape[0] + 1
             for i, row in enumerate(verdict.logits):

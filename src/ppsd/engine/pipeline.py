@@ -27,7 +27,7 @@ from ppsd.errors import (
     UnsupportedModelError,
 )
 from ppsd.model.stage import StageModel
-from ppsd.speculation.policy import Drafted, Feed, Judged
+from ppsd.speculation.policy import UNVERIFIED, Drafted, Feed, Judged
 from ppsd.speculation.sampling import Sampler, Stream
 from ppsd.transport.base import Endpoint
 from ppsd.worker.judge import Judge, TokenHistory, require_finite
@@ -102,6 +102,7 @@ class Pipeline:
         self._history = TokenHistory(max_context)
         self._sampler: Sampler | None = None
         self._open: list[torch.Tensor] = []  # stage 0's rows of the block not shipped yet
+        self._last_rows: dict[int, torch.Tensor] = {}  # the last layer's, by verified position
         self._verdicts: deque[Verdict] = deque()  # of a pipeline of one stage
 
     def begin(self, begin: Begin) -> None:
@@ -109,6 +110,7 @@ class Pipeline:
         self._sampler = Sampler(
             begin.params, begin.prompt_length, frozenset(begin.stop_ids), begin.vocab_size
         )
+        self._last_rows.clear()
         if self._judge is not None:
             self._judge.begin(begin)
         else:
@@ -143,6 +145,7 @@ class Pipeline:
             self._ship(feed)
         if self.drafter is None or not self.drafting:
             return None
+        self._last_rows = {p: row for p, row in self._last_rows.items() if p >= feed.verified}
         self.drafter.observe(feed.position, hidden)
         return self._draft(feed) if feed.draft and not interrupted() else None
 
@@ -166,12 +169,26 @@ class Pipeline:
         start = time.monotonic_ns()
         position = feed.position + len(feed.tokens)
         history = self._history.before(position)
+        known = self.wants_last_rows and feed.verified != UNVERIFIED
+        verified = self._last_rows[feed.verified] if known else None
         try:
-            token = self.drafter.draft(self._sampler, history, self.draft_stream)
+            token = self.drafter.draft(self._sampler, history, self.draft_stream, verified)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error} (exit head, position {position})") from error
         self.recorder.add(start, "draft", feed.epoch, position, 1)
         return Drafted(feed.epoch, position, token)
+
+    def keep(self, verdict: Verdict) -> None:
+        """Hold the rows of a valid verdict for drafts to come."""
+        if verdict.hidden is None:
+            return
+        first = verdict.position + verdict.rows - verdict.hidden.shape[0]
+        self._last_rows |= {first + i: row for i, row in enumerate(torch.split(verdict.hidden, 1))}
+
+    @property
+    def wants_last_rows(self) -> bool:
+        """Whether drafts are better with the last layer's rows."""
+        return self.drafting and self.drafter is not None and self.drafter.feedback
 
     def history(self, position: int) -> torch.Tensor:
         """Return the tokens fed at positions below ``position``; a view."""

@@ -7,7 +7,6 @@ A head directory holds ``head.json`` (what it is and for which model) and ``head
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -201,12 +200,6 @@ class ExitHead:
 def head_spec(config: HeadConfig, spec: ModelSpec) -> ModelSpec:
     """The shape of a head's decoder layers: the model's, but for its own MLP."""
     return spec if config.mlp is None else replace(spec, intermediate_size=config.mlp)
-
-
-def layer_equivalents(config: HeadConfig, spec: ModelSpec) -> float:
-    """What a draft reads besides the LM head, in layers of the model."""
-    own = (math.prod(shape) for shape in head_tensor_shapes(config, spec).values())
-    return (sum(own) - (config.draft_vocab or 0)) / spec.layer_parameters
 
 
 def head_tensor_shapes(config: HeadConfig, spec: ModelSpec) -> dict[str, tuple[int, ...]]:

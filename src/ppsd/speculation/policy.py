@@ -44,6 +44,7 @@ class Schedule:
 
 
 PLAIN = Schedule(1, 1)
+UNVERIFIED = -1
 
 
 def schedule_for(
@@ -71,6 +72,8 @@ class Feed(NamedTuple):
 
     ``ship``: the block is complete, send it on. ``judge``: how many of the block's last rows the
     last stage answers (0 inside a prompt). ``draft``: then ask the exit head for the next token.
+    ``verified``: the newest position whose verdict has come for certain, so that a draft that
+    rests on it is the same however fast answers are; UNVERIFIED when no judged row is known.
     """
 
     epoch: int
@@ -80,6 +83,7 @@ class Feed(NamedTuple):
     judge: int
     ship: bool
     draft: bool
+    verified: int
 
 
 class Emit(NamedTuple):
@@ -179,6 +183,7 @@ class Policy:
         self._fed = 0  # tokens at the front of _tokens that entered stage 0
         self._blocks: deque[tuple[int, int]] = deque()  # (first position, judged rows) in flight
         self._open_rows = 0  # rows fed of the block not shipped yet
+        self._corrected = 0  # position of the newest token that is the target's own
 
     def start(self, prompt: Sequence[int], cached: int = 0) -> list[Command]:
         """Begin with ``prompt``, of which the pipeline already holds the first ``cached`` rows."""
@@ -297,7 +302,7 @@ class Policy:
             self.counts.discarded += len(self._tokens) - position - 1
             self._drop_work()
         self._tokens[position:] = [token]
-        self._fed = position
+        self._fed = self._corrected = position
 
     def _drop_work(self) -> None:
         self.epoch += 1
@@ -337,6 +342,7 @@ class Policy:
             judge=int(last),
             ship=True,
             draft=last and self._active.in_flight > 1 and self._feedable(end),
+            verified=UNVERIFIED,
         )
 
     def _feed_row(self) -> Feed:
@@ -357,7 +363,18 @@ class Policy:
             judge=rows,
             ship=ship,
             draft=followed and (not ship or self._active.in_flight > 1),
+            verified=self._verified(block),
         )
+
+    def _verified(self, block: int) -> int:
+        """The newest position with a verdict when the block that begins at ``block`` is fed.
+
+        Of the blocks before it, all but w - 1 have been answered, and so has all that led to the
+        newest token of the target's own.
+        """
+        window = self._active.block * (self._active.in_flight - 1)
+        newest = max(self._corrected, block - window) - 1
+        return newest if newest >= self._prompt - 1 else UNVERIFIED
 
     def _feedable(self, position: int) -> bool:
         """Whether a token at ``position`` would ask for one that may still be emitted."""

@@ -43,5 +43,5 @@ def sample_verified(batch: Batch, generator: torch.Generator) -> torch.Tensor:
 
 
 def take_verified(last: torch.Tensor, verified: torch.Tensor) -> torch.Tensor:
-    """Rows of ``last`` [B·T, C] that ``verified`` [n] names, zero for NONE; [n, C]."""
-    return last[verified.clamp(min=0)] * (verified != NONE)[:, None]
+    """Rows of ``last`` [B·T, C] that ``verified`` [n] names, zero for NONE and below; [n, C]."""
+    return last[verified.clamp(min=0)] * (verified > NONE)[:, None]

@@ -44,7 +44,7 @@ class Judge:
         self._rank = rank
         self._history = TokenHistory(max_context)
         self._sampler: Sampler | None = None
-        self._want_logits = False
+        self._want_logits = self._want_hidden = False
 
     def begin(self, begin: Begin) -> None:
         """Sample as the request ``begin`` says from now on."""
@@ -52,6 +52,7 @@ class Judge:
             begin.params, begin.prompt_length, frozenset(begin.stop_ids), begin.vocab_size
         )
         self._want_logits = begin.want_logits
+        self._want_hidden = begin.want_hidden
 
     def verdict(self, block: Block, hidden: torch.Tensor) -> Verdict:
         """Judge the last ``block.judge`` of the rows ``hidden`` [n, C]."""
@@ -60,7 +61,8 @@ class Judge:
         rows = block.tokens.numel()
         self._history.write(block.position, block.tokens)
         first = block.position + rows - block.judge + 1
-        logits = self._stage.logits(hidden[rows - block.judge :]) if block.judge else None
+        judged = hidden[rows - block.judge :]
+        logits = self._stage.logits(judged) if block.judge else None
         chosen = (
             [] if logits is None else [self._choose(x, first + i) for i, x in enumerate(logits)]
         )
@@ -72,6 +74,7 @@ class Judge:
             rows=rows,
             tokens=torch.tensor(chosen, dtype=torch.int64),
             logits=logits if self._want_logits else None,
+            hidden=judged if self._want_hidden and block.judge else None,
         )
 
     def _choose(self, logits: torch.Tensor, position: int) -> int:

@@ -18,7 +18,7 @@ from ppsd.errors import ProtocolError
 from ppsd.types import SamplingParams
 
 MAGIC = 0x50505344  # "PPSD"
-VERSION = 1
+VERSION = 2
 # magic, version, kind, dtype, flags, slot, source, epoch,
 # position, parent, rows, judge, width, bytes of body
 HEADER = struct.Struct("<IBBBBHHQiiiiIQ16x")
@@ -51,7 +51,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The target's tokens [judge] for a block, and its logits [judge, V] when they are wanted."""
+    """The target's tokens [judge] for a block.
+
+    When they are wanted, with the logits [judge, V] they were drawn from, and the rows
+    [judge, C] that the last layer made.
+    """
 
     slot: int
     epoch: int
@@ -60,14 +64,15 @@ class Verdict:
     rows: int
     tokens: torch.Tensor
     logits: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Begin:
     """A request starts in ``slot`` (forwarded to the last stage, which samples).
 
-    ``vocab_size`` counts the real tokens (logits may be padded); ``want_logits`` asks for the
-    target's logits with every verdict.
+    ``vocab_size`` counts the real tokens (logits may be padded); ``want_logits`` and
+    ``want_hidden`` ask for the target's logits and the last layer's rows with every verdict.
     """
 
     slot: int
@@ -76,6 +81,7 @@ class Begin:
     stop_ids: tuple[int, ...]
     vocab_size: int
     want_logits: bool = False
+    want_hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ def encode(message: Message) -> list[torch.Tensor]:
             "stop_ids": message.stop_ids,
             "vocab_size": message.vocab_size,
             "want_logits": message.want_logits,
+            "want_hidden": message.want_hidden,
         }
         return _encode_json(Begin, record, slot=message.slot)
     if isinstance(message, Control):
@@ -197,13 +204,16 @@ def _encode_block(block: Block) -> list[torch.Tensor]:
 def _encode_verdict(verdict: Verdict) -> list[torch.Tensor]:
     parts = [_bytes(verdict.tokens)]
     dtype = width = 0
-    if verdict.logits is not None:
-        parts.append(_bytes(verdict.logits))
-        dtype, width = DTYPES.index(verdict.logits.dtype), verdict.logits.shape[1]
+    both = [rows for rows in (verdict.hidden, verdict.logits) if rows is not None]
+    if both:  # side by side in one matrix; ``parent`` tells them apart
+        rows = torch.cat(both, 1) if len(both) > 1 else both[0]
+        parts.append(_bytes(rows))
+        dtype, width = DTYPES.index(rows.dtype), rows.shape[1]
     return _header(
         Verdict,
         parts,
         dtype=dtype,
+        parent=0 if verdict.hidden is None else verdict.hidden.shape[1],
         slot=verdict.slot,
         source=verdict.source,
         epoch=verdict.epoch,
@@ -244,10 +254,21 @@ def _decode_block(header: tuple[int, ...], body: torch.Tensor, apart: torch.Tens
 def _decode_verdict(
     header: tuple[int, ...], body: torch.Tensor, apart: torch.Tensor | None
 ) -> Verdict:
-    _, _, _, dtype, _, slot, source, epoch, position, _, rows, judge, width, _ = header
+    _, _, _, dtype, _, slot, source, epoch, position, hidden, rows, judge, width, _ = header
     shape = (judge if width else 0, width)
-    tokens, logits = _split_rows(body, apart, judge, shape, dtype)
-    return Verdict(slot, epoch, source, position, rows, tokens, logits if width else None)
+    tokens, both = _split_rows(body, apart, judge, shape, dtype)
+    if not 0 <= hidden <= width:
+        raise ProtocolError(f"verdict states rows of {hidden} numbers among {width}")
+    return Verdict(
+        slot,
+        epoch,
+        source,
+        position,
+        rows,
+        tokens,
+        logits=both[:, hidden:] if hidden < width else None,
+        hidden=both[:, :hidden] if hidden else None,
+    )
 
 
 def _decode_json(header: tuple[int, ...], body: torch.Tensor) -> Message:
@@ -273,6 +294,7 @@ def _begin(slot: int, record: dict[str, Any]) -> Begin:
         stop_ids=tuple(int(token) for token in record["stop_ids"]),
         vocab_size=int(record["vocab_size"]),
         want_logits=bool(record["want_logits"]),
+        want_hidden=bool(record["want_hidden"]),
     )
 
 
