@@ -45,7 +45,8 @@ def _row(head: FoundHead) -> dict[str, object]:
     if head.config is None:
         return row | {"problem": head.problem}
     config = head.config
-    fields = ("base_model", "fingerprint", "kind", "exit_layer", "layers", "draft_vocab")
+    fields = ("base_model", "fingerprint", "kind", "exit_layer", "layers", "mlp", "feedback",
+              "draft_vocab")  # fmt: skip
     return row | {name: getattr(config, name) for name in fields} | {"alpha": head.alpha}
 
 

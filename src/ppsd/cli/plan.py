@@ -166,8 +166,9 @@ def _imagined(text: str, profile: Profile) -> tuple[Exit, ...]:
     from ppsd.cost.planner import Exit
 
     scored = min(IMAGINED_VOCABULARY, profile.sizes.vocabulary)
-    draft = profile.head_time(IMAGINED_LAYERS, scored)
-    weights = profile.sizes.exit_head(IMAGINED_LAYERS, scored)
+    depth = profile.sizes.head_layers(IMAGINED_LAYERS, feedback=True)
+    draft = profile.head_time(depth, scored)
+    weights = profile.sizes.exit_head(depth, scored)
     rates = pairs("alpha", text, "exit:rate")
     for layer in rates:
         if not 0 < layer < profile.sizes.layers:

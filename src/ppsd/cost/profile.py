@@ -75,7 +75,10 @@ class RowsTime:
 
 @dataclass(frozen=True)
 class HeadTime:
-    """Seconds of one draft by a head of ``layers`` layers (0: kind norm) over a vocabulary."""
+    """Seconds of one draft by a head of ``layers`` layers (0: kind norm) over a vocabulary.
+
+    A transformer head without feedback, its MLPs as large as the model's.
+    """
 
     layers: int
     draft_vocab: int
@@ -136,13 +139,13 @@ class Profile:
     def head_time(self, layers: float, draft_vocab: int | None) -> float:
         """Seconds of one draft by such a head: a norm head's, and so much for every layer.
 
-        ``layers`` are those of the model, or as much of one as the head's own weights amount to.
+        ``layers`` are those of the model that its weights amount to (Sizes.head_layers).
         """
         scored = self.sizes.vocabulary if draft_vocab is None else draft_vocab
         norm = {t.draft_vocab: t.time.median for t in self.heads if not t.layers}
         bare = _extrapolate(norm, scored)
         extra = [
-            (t.time.median - norm[t.draft_vocab]) / t.layers
+            (t.time.median - norm[t.draft_vocab]) / self.sizes.head_layers(t.layers)
             for t in self.heads
             if t.layers and t.draft_vocab in norm
         ]
@@ -245,7 +248,9 @@ def estimate(
         measured=False,
         layer=(LayerTime(0, 1, seconds(sizes.layer)),),
         lm_head=(RowsTime(1, seconds(sizes.lm_head)),),
-        heads=tuple(HeadTime(n, v, seconds(sizes.exit_head(n, v))) for n, v in heads),
+        heads=tuple(
+            HeadTime(n, v, seconds(sizes.exit_head(sizes.head_layers(n), v))) for n, v in heads
+        ),
         embedding=free,
         latency=Timing.computed(link.latency),
         bandwidth=link.bandwidth,

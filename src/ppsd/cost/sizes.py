@@ -44,8 +44,18 @@ class Sizes:
             tied=spec.tie_embeddings,
         )
 
+    def head_layers(self, layers: int, mlp: int | None = None, feedback: bool = False) -> float:
+        """How many of the model's layers a head's weights amount to; fields as in HeadConfig.
+
+        Its matrices count as well, but not the vectors around them, nor its LM head rows.
+        """
+        neurons = self.inner if mlp is None else mlp
+        layer = self.layer - 3 * self.hidden * (self.inner - neurons)
+        matrices = (layers > 0) + feedback
+        return (layers * layer + matrices * self.hidden**2) / self.layer
+
     def exit_head(self, layers: float, draft_vocab: int | None) -> int:
-        """Numbers read for one draft by a head of ``layers`` layers over ``draft_vocab`` tokens."""
+        """Numbers read for a draft over ``draft_vocab`` tokens; ``layers`` from ``head_layers``."""
         scored = self.vocabulary if draft_vocab is None else draft_vocab
         return round(layers * self.layer) + scored * self.hidden
 

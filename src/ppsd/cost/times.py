@@ -30,7 +30,7 @@ class Times:
         if services:
             services[-1] += self.lm_head
         hops = [nanoseconds(link.delay(rows * cost.row_bytes)) for link in cost.links[:-1]]
-        hops += [nanoseconds(link.delay(0)) for link in cost.links[-1:]]  # a verdict is a few bytes
+        hops += [nanoseconds(link.delay(0)) for link in cost.links[-1:]]  # a verdict is short
         self.first_hop = hops[0] if hops else 0
         self.later = list(zip(services, hops[1:], strict=False))
 

@@ -62,11 +62,8 @@ def threads_of(config: EngineConfig) -> int:
 
 
 def head_layers(sizes: Sizes, head: HeadConfig) -> float:
-    """How many of the model's layers a head's own weights amount to, its vectors left out."""
-    neurons = sizes.inner if head.mlp is None else head.mlp
-    layer = sizes.layer - 3 * sizes.hidden * (sizes.inner - neurons)
-    matrices = (head.layers > 0) + head.feedback
-    return (head.layers * layer + matrices * sizes.hidden**2) / sizes.layer
+    """How many of the model's layers a head's own weights amount to."""
+    return sizes.head_layers(head.layers, head.mlp, head.feedback)
 
 
 def head_sizes(sizes: Sizes, head: HeadConfig | None) -> int:

@@ -179,8 +179,10 @@ class Pipeline:
         return Drafted(feed.epoch, position, token)
 
     def keep(self, verdict: Verdict) -> None:
-        """Hold the rows of a valid verdict for drafts to come."""
+        """Hold the rows of a valid verdict for drafts to come; raises ProtocolError."""
         if verdict.hidden is None:
+            if self.wants_last_rows and len(verdict.tokens):
+                raise ProtocolError(f"a verdict at {verdict.position} lacks the last layer's rows")
             return
         first = verdict.position + verdict.rows - verdict.hidden.shape[0]
         self._last_rows |= {first + i: row for i, row in enumerate(torch.split(verdict.hidden, 1))}
