@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ppsd.errors import ConfigError, PpsdError
+from ppsd.train.batched import whole_sequences
 from ppsd.train.checkpoint import CHECKPOINT, RunDirectory
 from ppsd.train.distill import StepReport, Trainer
 from ppsd.train.evaluate import Agreement
@@ -105,6 +106,33 @@ def test_the_draft_vocabulary_costs_agreement(tiny_model: Models, tmp_path: Path
     greedy = torch.cat([part.greedy for part in trainer._held])
     sayable = (greedy % 3 == 0).double().mean().item()  # tiny_trainer drafts every third token
     assert trainer._validate()[3].alpha == pytest.approx(sayable)
+
+
+def test_a_head_begins_as_the_best_linear_guess(tiny_model: Models, tmp_path: Path) -> None:
+    """What it says before training misses the last layer's rows by no more than the least."""
+    config = tiny_config(3, head_mlp=8)
+    teacher = tiny_teacher(tiny_model("llama"), config)
+    trainer = tiny_trainer(teacher, config, tmp_path)
+    trainer._start()
+    [student] = trainer.students
+    found, wanted, read = [], [], []
+    for step in range(trainer.steps):
+        batch = trainer._batch(step)
+        features = trainer._lesson.features(batch)
+        verified = trainer._verified(batch, features, step)
+        rope = whole_sequences(teacher.stage.rope, *batch.tokens.shape)
+        with torch.no_grad():
+            student.norm.fill_(1)
+            rows = (features.exits[3], verified, rope, batch.tokens.shape[0], batch.rows)
+            found.append(student.forward(*rows))
+            read.append(student.reads(features.exits[3][batch.rows], verified))
+        wanted.append(features.last[batch.rows])
+    inputs, outputs = torch.cat(read), torch.cat(wanted)
+    scale = outputs.square().mean(1, keepdim=True).rsqrt()
+    best = inputs @ torch.linalg.lstsq(inputs * scale, outputs * scale).solution
+    normed = best * best.square().mean(1, keepdim=True).rsqrt()
+    off = (torch.cat(found) - normed).norm() / normed.norm()
+    assert off < 0.03  # the ridge
 
 
 def test_another_run_in_the_same_directory_is_refused(tiny_model: Models, tmp_path: Path) -> None:

@@ -144,9 +144,7 @@ class Trainer:
             features = self._lesson.features(batch)
             verified = self._verified(batch, features, step)
             for student, fit in zip(self.students, fits, strict=True):
-                inputs = features.exits[student.exit_layer][batch.rows]
-                if student.feedback is not None:
-                    inputs = torch.cat([inputs, verified.to(inputs.dtype)], 1)
+                inputs = student.reads(features.exits[student.exit_layer][batch.rows], verified)
                 fit.add(inputs, features.last[batch.rows])
             seen += batch.size
             if seen >= START_TOKENS:

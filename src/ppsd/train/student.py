@@ -47,6 +47,16 @@ class Student:
         self.feedback = _parameter(torch.zeros_like(square)) if feedback else None
         self.feedback_norm = _parameter(model.norm) if feedback else None
 
+    def reads(self, hidden: torch.Tensor, verified: torch.Tensor) -> torch.Tensor:
+        """What its matrices multiply, side by side: [n, C], with feedback [n, 2·C]."""
+        if self.feedback_norm is None:
+            return hidden
+        return torch.cat([hidden, self._normed(verified)], 1)
+
+    def _normed(self, verified: torch.Tensor) -> torch.Tensor:
+        assert self.feedback_norm is not None
+        return rms_norm(verified, self.feedback_norm, self.spec.rms_norm_eps)
+
     @torch.no_grad()
     def begin(self, solution: torch.Tensor) -> None:
         """Say what ``solution`` [C or 2·C, C], a transposed input (and feedback), makes of rows."""
@@ -91,9 +101,8 @@ class Student:
         for weights in self.layers:
             x = batched_layer(x, weights, self.spec, rope, causal_attention(sequences))
         x = x[rows]
-        if self.feedback is not None and self.feedback_norm is not None:
-            normed = rms_norm(verified, self.feedback_norm, self.spec.rms_norm_eps)
-            x = x + linear(normed, self.feedback)
+        if self.feedback is not None:
+            x = x + linear(self._normed(verified), self.feedback)
         return rms_norm(x, self.norm, self.spec.rms_norm_eps)
 
     def export(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
