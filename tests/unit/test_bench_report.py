@@ -58,6 +58,19 @@ def test_a_page_says_what_predictions_come_from(results, tmp_path: Path) -> None
     assert page.index("stages, by its stage times") < page.index("stages, by profiles")
 
 
+def test_exits_are_compared_where_nothing_else_differs(results, tmp_path: Path) -> None:
+    pages = []
+    for changes in ({}, {"max_tokens": 7}):
+        record = json.loads(results["tasks"].read_text())
+        record["bounds"][1] += 1
+        record["settings"] |= changes
+        other = tmp_path / f"other-{len(pages)}.json"
+        other.write_text(json.dumps(record))
+        assert bench("report", results["tasks"], other, "--out", tmp_path).exit_code == 0
+        pages.append((tmp_path / "report.md").read_text())
+    assert ["-exits.png" in page for page in pages] == [True, False]
+
+
 def test_results_are_named_when_they_are_none(results, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.json"
     for content in ("[]", "{", '{"settings": {"verb": "dance"}}'):

@@ -115,9 +115,20 @@ def _tasks(records: Sequence[Record], out: Path) -> Iterator[str]:
         yield from _task_plots(record, out)
         yield table(TASK_HEADS, [task_cells(row) for row in record["rows"]])
         yield _origin(record)
-    if len({record["bounds"][1] for record in records}) > 1:
-        plots.exit_depth(records, out / "exit-depth.png")
-        yield "![speedup and acceptance against exit layer](exit-depth.png)\n"
+    for alike in _alike(records):
+        name = f"{alike[0]['name']}-exits.png"
+        plots.exit_depth(alike, out / name)
+        yield f"![speedup and acceptance against exit layer]({name})\n"
+
+
+def _alike(records: Sequence[Record]) -> list[list[Record]]:
+    """Those that differ in the exit only: as many stages, the same prompts and tokens."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        settings = record["settings"]
+        key = str((record["stages"], settings["tasks"], settings["max_tokens"]))
+        groups.setdefault(key, []).append(record)
+    return [g for g in groups.values() if len({record["bounds"][1] for record in g}) > 1]
 
 
 def _task_plots(record: Record, out: Path) -> Iterator[str]:
