@@ -12,8 +12,9 @@ from itertools import product
 import pytest
 import torch
 
+from ppsd.engine.drafter import Given
 from ppsd.speculation.policy import Schedule
-from ppsd.speculation.sampling import Sampler, Stream
+from ppsd.speculation.sampling import Sampler
 from ppsd.types import SamplingParams
 from tests.statistics import g_test
 from tests.support.hash_model import HashStage, digest
@@ -36,17 +37,12 @@ class OtherOpinion:
     def observe(self, position: int, hidden: torch.Tensor) -> None:
         pass
 
-    def draft(
-        self,
-        sampler: Sampler,
-        history: torch.Tensor,
-        stream: Stream,
-        verified: torch.Tensor | None = None,
-    ) -> int:
+    def draft(self, given: Given) -> int:
+        history = given.history
         word = digest(*history.tolist())
         logits = torch.tensor([((word >> (8 * i)) & 0xFF) / 64 for i in range(VOCAB)])
-        self.rows[history.numel()] = sampler.probabilities(logits, history)
-        return sampler.draw(logits, history, stream)
+        self.rows[history.numel()] = given.sampler.probabilities(logits, history)
+        return given.sampler.draw(logits, history, given.stream)
 
     def probabilities(self, position: int) -> torch.Tensor:
         return self.rows[position]

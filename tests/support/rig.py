@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ppsd.engine.drafter import Drafter, OracleDrafter
+from ppsd.engine.drafter import Drafter, Given, OracleDrafter
 from ppsd.engine.engine import Engine, Request
 from ppsd.engine.pipeline import Pipeline
 from ppsd.speculation.gate import Gate
 from ppsd.speculation.policy import Schedule
-from ppsd.speculation.sampling import Sampler, Stream
 from ppsd.transport.base import Geometry
 from ppsd.transport.inprocess import InProcessHub
 from ppsd.types import SamplingParams
@@ -35,19 +34,13 @@ class Witness(OracleDrafter):
     feedback = True
     stages = 1
 
-    def draft(
-        self,
-        sampler: Sampler,
-        history: torch.Tensor,
-        stream: Stream,
-        verified: torch.Tensor | None = None,
-    ) -> int:
+    def draft(self, given: Given) -> int:
         newest = -1
-        if verified is not None:
-            rows = last_rows(history, self.stages, self._vocab)
-            newest = max(p for p, row in enumerate(rows) if torch.equal(row, verified[0]))
-        assert self.seen.setdefault(tuple(history.tolist()), newest) == newest
-        return super().draft(sampler, history, stream)
+        if given.verified is not None:
+            rows = last_rows(given.history, self.stages, self._vocab)
+            newest = max(p for p, row in enumerate(rows) if torch.equal(row, given.verified[0]))
+        assert self.seen.setdefault(tuple(given.history.tolist()), newest) == newest
+        return super().draft(given)
 
     @functools.cached_property
     def seen(self) -> dict[tuple[int, ...], int]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import head_layers
-from ppsd.engine.drafter import MAX_LAG_ROWS, HeadDrafter
+from ppsd.engine.drafter import MAX_LAG_ROWS, Given, HeadDrafter
 from ppsd.errors import HeadError
 from ppsd.model.exit_head import (
     CONFIG_FILE,
@@ -277,9 +277,8 @@ def test_a_draft_depends_on_the_true_rows_only(tiny, head_dir, steps) -> None:
             continue
         fresh = HeadDrafter(tiny.load(head_dir))
         fresh.observe(0, true)
-        history = torch.arange(len(true))
-        token = drafter.draft(sampler, history, Stream.DRAFT)
-        assert token == fresh.draft(sampler, history, Stream.DRAFT)
+        given = Given(sampler, torch.arange(len(true)), Stream.DRAFT)
+        assert drafter.draft(given) == fresh.draft(given)
         torch.testing.assert_close(
             drafter.probabilities(len(true)), fresh.probabilities(len(true)), rtol=0, atol=1e-9
         )

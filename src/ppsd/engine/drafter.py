@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -14,6 +14,19 @@ from ppsd.speculation.sampling import Sampler, Stream, uniform
 
 # A head lags behind until its next draft, when a few rows cost as much as one; prompts do not wait.
 MAX_LAG_ROWS = 8
+
+
+class Given(NamedTuple):
+    """What a draft rests on besides the observed rows.
+
+    ``history`` [L] are all tokens so far; ``verified`` [1, C] is the last layer's row of the newest
+    verified position, if one is known.
+    """
+
+    sampler: Sampler
+    history: torch.Tensor
+    stream: Stream
+    verified: torch.Tensor | None = None
 
 
 class Drafter(Protocol):
@@ -26,35 +39,41 @@ class Drafter(Protocol):
     def observe(self, position: int, hidden: torch.Tensor) -> None:
         """Take stage 0's rows [n, C] at ``position``…; what stood there or later is void."""
 
-    def draft(
-        self,
-        sampler: Sampler,
-        history: torch.Tensor,
-        stream: Stream,
-        verified: torch.Tensor | None = None,
-    ) -> int:
-        """Guess the token that follows ``history`` [L], whose last row was observed.
-
-        ``verified`` [1, C]: the last layer's row of the newest verified position, if known.
-        """
+    def draft(self, given: Given) -> int:
+        """Guess the token that follows ``given.history``, whose last row was observed."""
 
     def probabilities(self, position: int) -> torch.Tensor:
         """Return the distribution [V] that the draft for ``position`` was drawn from."""
 
 
-class HeadDrafter:
+class _Drawn:
+    """Keeps what drafts were drawn from, until they are judged or void."""
+
+    def __init__(self) -> None:
+        self._rows_by_position: dict[int, torch.Tensor] = {}
+
+    def _keep(self, position: int, probabilities: torch.Tensor) -> None:
+        before = {p: row for p, row in self._rows_by_position.items() if p < position}
+        self._rows_by_position = before | {position: probabilities}
+
+    def probabilities(self, position: int) -> torch.Tensor:
+        """See Drafter."""
+        return self._rows_by_position.pop(position)
+
+
+class HeadDrafter(_Drawn):
     """Drafts by an exit head, with the same sampler and noise as the target's own choice.
 
     ``lookup`` mixes in what followed the same tokens before (speculation/lookup.py).
     """
 
     def __init__(self, head: ExitHead, *, lookup: bool = False) -> None:
+        super().__init__()
         self.head = head
         self._lookup = lookup
         self._rows: list[torch.Tensor] = []  # observed, not yet run through the head
         self._next = 0  # position of the row after them
         self._last = torch.empty(0)  # the head's row of the newest position
-        self._probabilities: dict[int, torch.Tensor] = {}
 
     @property
     def feedback(self) -> bool:
@@ -74,32 +93,21 @@ class HeadDrafter:
         rows, self._rows = torch.cat(self._rows), []
         self._last = self.head.forward(rows, self._next - rows.shape[0])[-1:]
 
-    def draft(
-        self,
-        sampler: Sampler,
-        history: torch.Tensor,
-        stream: Stream,
-        verified: torch.Tensor | None = None,
-    ) -> int:
+    def draft(self, given: Given) -> int:
         """See Drafter."""
         if self._rows:
             self._catch_up()
+        sampler, history, stream, verified = given
         logits = self.head.logits(self._last, verified)[0]
         if self._lookup:
             logits = mixed(logits, history)
         if stream is Stream.TARGET:
             return sampler.choose(logits, history)
-        position = history.numel()
-        self._probabilities = {p: q for p, q in self._probabilities.items() if p < position}
-        self._probabilities[position] = sampler.probabilities(logits, history)
+        self._keep(history.numel(), sampler.probabilities(logits, history))
         return sampler.draw(logits, history, stream)
 
-    def probabilities(self, position: int) -> torch.Tensor:
-        """See Drafter."""
-        return self._probabilities.pop(position)
 
-
-class LookupDrafter:
+class LookupDrafter(_Drawn):
     """Repeats what followed the same tokens before, for models without a trained head.
 
     Where nothing stood before it repeats the last token: a wrong draft is as cheap as none.
@@ -107,32 +115,17 @@ class LookupDrafter:
 
     feedback = False
 
-    def __init__(self) -> None:
-        self._probabilities: dict[int, torch.Tensor] = {}
-
     def observe(self, position: int, hidden: torch.Tensor) -> None:
         """Need nothing."""
 
-    def draft(
-        self,
-        sampler: Sampler,
-        history: torch.Tensor,
-        stream: Stream,
-        verified: torch.Tensor | None = None,
-    ) -> int:
+    def draft(self, given: Given) -> int:
         """See Drafter."""
-        match, position = find(history), history.numel()
+        history = given.history
+        match = find(history)
         token = match.token if match else int(history[-1])
-        if stream is not Stream.TARGET:  # a lookup's draft is certain: a one-hot row
-            row = torch.zeros(sampler.vocab_size, dtype=torch.float64)
-            row[token] = 1.0
-            kept = {p: q for p, q in self._probabilities.items() if p < position}
-            self._probabilities = kept | {position: row}
+        if given.stream is not Stream.TARGET:
+            self._keep(history.numel(), _certain(token, given.sampler.vocab_size))
         return token
-
-    def probabilities(self, position: int) -> torch.Tensor:
-        """See Drafter."""
-        return self._probabilities.pop(position)
 
 
 class PacedDrafter:
@@ -151,16 +144,10 @@ class PacedDrafter:
         """See Drafter."""
         self._drafter.observe(position, hidden)
 
-    def draft(
-        self,
-        sampler: Sampler,
-        history: torch.Tensor,
-        stream: Stream,
-        verified: torch.Tensor | None = None,
-    ) -> int:
+    def draft(self, given: Given) -> int:
         """See Drafter; nothing interrupts it, as nothing interrupts a head at work."""
         end = time.monotonic() + self._seconds
-        token = self._drafter.draft(sampler, history, stream, verified)
+        token = self._drafter.draft(given)
         time.sleep(max(0.0, end - time.monotonic()))
         return token
 
@@ -187,23 +174,22 @@ class OracleDrafter:
     def observe(self, position: int, hidden: torch.Tensor) -> None:
         """Need nothing."""
 
-    def draft(
-        self,
-        sampler: Sampler,
-        history: torch.Tensor,
-        stream: Stream,
-        verified: torch.Tensor | None = None,
-    ) -> int:
+    def draft(self, given: Given) -> int:
         """See Drafter."""
-        return self._guess(history.numel())
+        return self._guess(given.history.numel())
 
     def probabilities(self, position: int) -> torch.Tensor:
-        """See Drafter; an oracle's draft is certain, so this is a one-hot row."""
-        row = torch.zeros(self._vocab, dtype=torch.float64)
-        row[self._guess(position)] = 1.0
-        return row
+        """See Drafter."""
+        return _certain(self._guess(position), self._vocab)
 
     def _guess(self, position: int) -> int:
         truth = self._plain[position] if position < len(self._plain) else 0
         right = uniform(self._seed, position, Stream.ACCEPT) < self._alpha
         return truth if right else (truth + 1) % self._vocab
+
+
+def _certain(token: int, vocab_size: int) -> torch.Tensor:
+    """The distribution [V] of a draft that could be no other."""
+    row = torch.zeros(vocab_size, dtype=torch.float64)
+    row[token] = 1.0
+    return row

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ppsd.engine.drafter import Drafter
+from ppsd.engine.drafter import Drafter, Given
 from ppsd.errors import (
     InsufficientMemoryError,
     ModelError,
@@ -172,7 +172,7 @@ class Pipeline:
         known = self.wants_last_rows and feed.verified != UNVERIFIED
         verified = self._last_rows[feed.verified] if known else None
         try:
-            token = self.drafter.draft(self._sampler, history, self.draft_stream, verified)
+            token = self.drafter.draft(Given(self._sampler, history, self.draft_stream, verified))
         except NonFiniteError as error:
             raise NonFiniteError(f"{error} (exit head, position {position})") from error
         self.recorder.add(start, "draft", feed.epoch, position, 1)
