@@ -22,7 +22,7 @@ from ppsd.bench.workload import Task
 from ppsd.errors import ConfigError, HeadError, PpsdError
 from ppsd.model.exit_head import WEIGHTS_FILE, ExitHead, load_head, read_head_config
 from ppsd.model.stage import StagePlan
-from ppsd.speculation.lookup import mixed
+from ppsd.speculation.lookup import find, mixed
 from ppsd.speculation.sampling import Sampler, Stream, gumbel
 from ppsd.train.batched import head_forward, teacher_forward
 from ppsd.train.checkpoint import append_line, continue_lines
@@ -270,14 +270,17 @@ def judge_batch(
             first = i * length + a.start - 1
             judged = slice(first, first + a.judged)
             sampler = Sampler(params, a.start, frozenset(), vocab)
-            logits = _by_lag(c.head, rows[judged], features.last[judged], in_flight)
-            yield c, a, _ranks(c.lookup, logits, a, sampler)
+            drafts = _by_lag(c.head, rows[judged], features.last[judged], in_flight)
+            yield c, a, _ranks(c.lookup, drafts, a, sampler)
+
+
+Said = tuple[torch.Tensor, torch.Tensor]  # a head's logits [V] and copy odds [LENGTHS]
 
 
 def _by_lag(
     head: ExitHead, rows: torch.Tensor, last: torch.Tensor, in_flight: int
-) -> Iterator[list[torch.Tensor]]:
-    """Of each of the head's rows [n, C], logits [V] for a verified row 1, 2, … positions before.
+) -> Iterator[list[Said]]:
+    """What the head says of each of its rows [n, C], with a verified row 1, 2, … positions before.
 
     The last of them are for all longer lags; a head without feedback has one for all.
     """
@@ -285,12 +288,13 @@ def _by_lag(
     for first in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[first : first + CHUNK_ROWS]
         positions = torch.arange(first, first + len(chunk))
-        found = [head.logits(chunk, take_verified(last, positions - lag)) for lag in lags]
-        yield from (list(logits) for logits in zip(*found, strict=True))
+        done = [head.finish(chunk, take_verified(last, positions - lag)) for lag in lags]
+        said = [zip(head.logits(f), head.copy_odds(f), strict=True) for f in done]
+        yield from (list(lags) for lags in zip(*said, strict=True))
 
 
 def _ranks(
-    lookup: bool, by_lag: Iterator[list[torch.Tensor]], answer: Answer, sampler: Sampler
+    lookup: bool, by_lag: Iterator[list[Said]], answer: Answer, sampler: Sampler
 ) -> tuple[int, ...]:
     """Rank of each judged token in the scores the draft is the maximum of."""
     tokens = torch.tensor(answer.tokens)
@@ -299,9 +303,10 @@ def _ranks(
     for i, lags in enumerate(by_lag):
         position = answer.start + i
         history = tokens[:position]
-        logits = lags[min(i - restart, len(lags) - 1)]
-        drafted = mixed(logits, history) if lookup else logits
-        scores = sampler.scores(drafted, history, Stream.TARGET)
+        logits, odds = lags[min(i - restart, len(lags) - 1)]
+        if lookup and (match := find(history)):
+            logits = mixed(logits, match, odds)
+        scores = sampler.scores(logits, history, Stream.TARGET)
         ranks.append(rank(scores, answer.tokens[position]))
         restart = restart if ranks[-1] == 0 else i + 1
     return tuple(ranks)

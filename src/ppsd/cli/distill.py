@@ -46,6 +46,14 @@ class TrainingOptions:
             panel=HEAD,
         ),
     ] = True
+    copy_gate: Annotated[
+        bool,
+        flag(
+            "Learn as one half of a mixture with prompt lookup (transformer heads).",
+            "--copy-gate/--no-copy-gate",
+            panel=HEAD,
+        ),
+    ] = True
     init: Annotated[
         str,
         flag("Begin as the model's last layers, or those after the exit.", panel=HEAD,

@@ -46,7 +46,7 @@ def _row(head: FoundHead) -> dict[str, object]:
         return row | {"problem": head.problem}
     config = head.config
     fields = ("base_model", "fingerprint", "kind", "exit_layer", "layers", "mlp", "feedback",
-              "draft_vocab")  # fmt: skip
+              "copy_gate", "draft_vocab")  # fmt: skip
     return row | {name: getattr(config, name) for name in fields} | {"alpha": head.alpha}
 
 

@@ -167,7 +167,7 @@ def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
         def run() -> None:
             head.cache.advance(0, at)
             features = head.forward(hidden[:1], at)
-            sampler.choose(head.logits(features)[0], history)
+            sampler.choose(head.logits(head.finish(features))[0], history)
 
         return run
 

@@ -98,9 +98,10 @@ class HeadDrafter(_Drawn):
         if self._rows:
             self._catch_up()
         sampler, history, stream, verified = given
-        logits = self.head.logits(self._last, verified)[0]
-        if self._lookup:
-            logits = mixed(logits, history)
+        finished = self.head.finish(self._last, verified)
+        logits = self.head.logits(finished)[0]
+        if self._lookup and (match := find(history)):
+            logits = mixed(logits, match, self.head.copy_odds(finished)[0])
         if stream is Stream.TARGET:
             return sampler.choose(logits, history)
         self._keep(history.numel(), sampler.probabilities(logits, history))

@@ -20,6 +20,7 @@ from ppsd.model.layers import LayerWeights, Rope, causal_mask, decoder_layer, li
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan, fuse_layer, new_cache
 from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSource, layer_prefix
+from ppsd.speculation.lookup import LENGTHS, ODDS
 
 FORMAT = 2
 KINDS = ("norm", "transformer")
@@ -34,8 +35,9 @@ class HeadConfig:
 
     ``layers`` is the number of decoder layers (0 for ``norm``), ``mlp`` the neurons of their MLPs,
     None for the model's own; ``draft_vocab`` the number of tokens it scores, None for all.
-    ``feedback`` says that it also reads the last layer's rows of verified positions, ``trained``
-    whether drafts can be expected to be accepted.
+    ``feedback`` says that it also reads the last layer's rows of verified positions, ``copy_gate``
+    that it tells when earlier text is worth copying, ``trained`` whether drafts can be expected to
+    be accepted.
     """
 
     kind: str
@@ -46,6 +48,7 @@ class HeadConfig:
     fingerprint: str
     mlp: int | None = None
     feedback: bool = False
+    copy_gate: bool = False
     trained: bool = True
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -112,8 +115,9 @@ def _check_config(config: HeadConfig, path: Path) -> None:
             raise HeadError(f"{path}: {name} must be a text, got {getattr(config, name)!r}")
     if config.kind not in KINDS or (config.layers > 0) != (config.kind == "transformer"):
         raise HeadError(f"{path} names kind {config.kind!r} with {config.layers!r} layers")
-    if config.feedback not in (False, config.kind == "transformer"):
-        raise HeadError(f"{path}: feedback must be true or false, and false for a norm head")
+    for name in ("feedback", "copy_gate"):
+        if getattr(config, name) not in (False, config.kind == "transformer"):
+            raise HeadError(f"{path}: {name} must be true or false, and false for a norm head")
 
 
 def check_head(
@@ -140,7 +144,9 @@ class ExitHead:
     With ``feedback`` the last layer's newest verified row is added, through a norm and a matrix of
     its own: it saw all of the model, if not the newest tokens. It comes behind the layers, so
     keys and values do not depend on when a verdict came. With a draft vocabulary only
-    ``draft_ids`` (ascending) are scored.
+    ``draft_ids`` (ascending) are scored. With a copy gate the head was trained as one half of a
+    mixture with prompt lookup (speculation/lookup.py), and says how much weight the other half
+    gets (See et al. 2017, "Get To The Point", where the copy is made by attention).
     """
 
     def __init__(
@@ -162,6 +168,8 @@ class ExitHead:
         self.input = weights.pop("input.weight", None)  # [C, C], none for norm
         self.feedback_norm = weights.pop("feedback_norm.weight", None)  # [C]
         self.feedback = weights.pop("feedback.weight", None)  # [C, C]
+        self.copy_weight = weights.pop("copy.weight", None)  # [LENGTHS, C]
+        self.copy_bias = weights.pop("copy.bias", None)  # [LENGTHS]
         self.lm_head = lm_head  # [draft vocabulary or V, C]
         self.layers: list[LayerWeights] = [
             fuse_layer(weights, layer_prefix(i)) for i in range(config.layers)
@@ -181,16 +189,25 @@ class ExitHead:
         self.cache.advance(position, hidden.shape[0])
         return x
 
-    def logits(self, features: torch.Tensor, verified: torch.Tensor | None = None) -> torch.Tensor:
-        """Draft logits [n, V] of ``forward``'s rows; -inf outside the draft vocabulary.
+    def finish(self, features: torch.Tensor, verified: torch.Tensor | None = None) -> torch.Tensor:
+        """``forward``'s rows [n, C] as ``logits`` and ``copy_odds`` want them [n, C].
 
         ``verified`` [n, C]: the last layer's row of each row's newest verified position, or None.
         """
         if self.feedback is not None and self.feedback_norm is not None and verified is not None:
             normed = rms_norm(verified, self.feedback_norm, self.spec.rms_norm_eps)
             features = features + linear(normed, self.feedback)
-        normed = rms_norm(features, self.norm, self.spec.rms_norm_eps)
-        scores = linear(normed, self.lm_head)
+        return rms_norm(features, self.norm, self.spec.rms_norm_eps)
+
+    def copy_odds(self, finished: torch.Tensor) -> torch.Tensor:
+        """The ``odds`` [n, LENGTHS] of ``lookup.mixed`` for each finished row."""
+        if self.copy_weight is None:
+            return ODDS.expand(len(finished), -1)
+        return linear(finished, self.copy_weight, self.copy_bias)
+
+    def logits(self, finished: torch.Tensor) -> torch.Tensor:
+        """Draft logits [n, V] of finished rows; -inf outside the draft vocabulary."""
+        scores = linear(finished, self.lm_head)
         if self.draft_ids is None:
             return scores
         full = scores.new_full((scores.shape[0], self.spec.vocab_size), float("-inf"))
@@ -212,6 +229,8 @@ def head_tensor_shapes(config: HeadConfig, spec: ModelSpec) -> dict[str, tuple[i
         shapes["input.weight"] = (width, width)
     if config.feedback:
         shapes |= {"feedback_norm.weight": (width,), "feedback.weight": (width, width)}
+    if config.copy_gate:
+        shapes |= {"copy.weight": (len(LENGTHS), width), "copy.bias": (len(LENGTHS),)}
     layer = head_spec(config, spec).layer_shapes()
     for i in range(config.layers):
         shapes |= {layer_prefix(i) + name: shape for name, shape in layer.items()}

@@ -19,11 +19,13 @@ from ppsd.errors import PpsdError
 from ppsd.model.stage import Stage
 from ppsd.train.batched import Features, teacher_rows, whole_sequences
 from ppsd.train.checkpoint import Checkpoint, RunDirectory
-from ppsd.train.data import Batch, Example, label_table, make_batch, plan_epoch
+from ppsd.train.copies import NONE as NO_COPY
+from ppsd.train.copies import Copies, copies_of
+from ppsd.train.data import OUTSIDE, Batch, Example, label_table, make_batch, plan_epoch
 from ppsd.train.evaluate import Agreement, evaluate, prepare
 from ppsd.train.features import FeatureSource
 from ppsd.train.feedback import sample_verified, take_verified
-from ppsd.train.losses import LossWeights, chunked_losses
+from ppsd.train.losses import LossWeights, Mixture, chunked_losses
 from ppsd.train.settings import BETAS, DistillConfig
 from ppsd.train.start import LeastSquares
 from ppsd.train.student import Options, Student
@@ -93,7 +95,7 @@ class Trainer:
                 layer,
                 config.layers,
                 config.first_copied(layer, spec.num_layers),
-                Options(config.mlp, config.feedback),
+                Options(config.mlp, config.feedback, config.copy_gate),
             )
             for layer in config.exit_layers
         ]
@@ -192,18 +194,27 @@ class Trainer:
         forward_seconds = time.perf_counter() - started
         rope = whole_sequences(self._model.rope, sequences, length)
         verified = self._verified(batch, features, self.step)
+        copies = copies_of(batch)
         with self._precision():
             normed = [
                 s.forward(features.exits[s.exit_layer], verified, rope, sequences, batch.rows)
                 for s in self.students
             ]
+            odds = [s.odds(x, copies.slots) for s, x in zip(self.students, normed, strict=True)]
         weights = LossWeights(self.config.kl_weight, self.config.ce_weight)
         labels = self._labels[batch.targets]
+        mixture = Mixture(self._copied(copies), torch.stack(odds))
         losses, kl, ce = chunked_losses(
-            torch.stack(normed), teacher, self._lm_head, labels, weights
+            torch.stack(normed), teacher, self._lm_head, labels, weights, mixture
         )
         record = {"kl": kl.tolist(), "ce": ce.tolist(), "targets": len(batch.targets)}
         return losses, record | {"forward_seconds": round(forward_seconds, 4)}
+
+    def _copied(self, copies: Copies) -> torch.Tensor:
+        """Copies as indices in the draft vocabulary; none for heads that learn without them."""
+        known = self._labels[copies.tokens.clamp(min=0)]
+        nothing = copies.tokens == NO_COPY if self.config.copy_gate else torch.ones_like(known) > 0
+        return known.masked_fill(nothing, OUTSIDE)
 
     def _synchronize(self) -> None:
         if self._model.plan.device.type == "cuda":

@@ -14,6 +14,7 @@ import torch
 
 from ppsd.model.stage import Stage
 from ppsd.train.batched import teacher_rows, whole_sequences
+from ppsd.train.copies import NONE, Copies, copies_of
 from ppsd.train.data import Batch, Example, make_batch, plan_epoch
 from ppsd.train.features import FeatureSource
 from ppsd.train.feedback import sample_verified, take_verified
@@ -39,12 +40,14 @@ class Agreement:
 class HeldOut:
     """One batch of held-out text, n positions of which count.
 
-    Hidden rows at each exit, verified rows [n, C], and the model's greedy tokens [n].
+    Hidden rows at each exit, verified rows [n, C], what lookup copies [n], and the model's greedy
+    tokens [n].
     """
 
     batch: Batch
     exits: dict[int, torch.Tensor]
     verified: torch.Tensor
+    copies: Copies
     greedy: torch.Tensor
 
 
@@ -62,7 +65,8 @@ def prepare(
         assert model.lm_head is not None
         greedy = [(part @ model.lm_head.T).argmax(-1) for part in torch.split(rows, CHUNK_ROWS)]
         verified = take_verified(features.last, sample_verified(batch, generator))
-        held.append(HeldOut(batch, features.exits, verified, torch.cat(greedy)))
+        copies = copies_of(batch)
+        held.append(HeldOut(batch, features.exits, verified, copies, torch.cat(greedy)))
     return held
 
 
@@ -75,7 +79,10 @@ def evaluate(
     draft_ids: torch.Tensor | None,
     precision: AbstractContextManager[object],
 ) -> Agreement:
-    """Agreement of one head; tokens outside its draft vocabulary count as misses."""
+    """Agreement of one head mixed with lookup, as it drafts by default.
+
+    Tokens outside its draft vocabulary count as misses, unless they are copied.
+    """
     first = among = total = 0
     for part in held:
         sequences, length = part.batch.tokens.shape
@@ -83,13 +90,29 @@ def evaluate(
         hidden = part.exits[student.exit_layer]
         with precision:
             normed = student.forward(hidden, part.verified, rope, sequences, part.batch.rows)
-        for rows, greedy in zip(
-            torch.split(normed, CHUNK_ROWS), torch.split(part.greedy, CHUNK_ROWS), strict=True
+            odds = student.odds(normed, part.copies.slots)
+        columns = (normed, odds.float(), part.copies.tokens, part.greedy)
+        for rows, log_weights, copied, greedy in zip(
+            *(torch.split(column, CHUNK_ROWS) for column in columns), strict=True
         ):
-            best = (rows.to(lm_head.dtype) @ lm_head.T).topk(min(TOP, len(lm_head)), -1).indices
-            ids = best if draft_ids is None else draft_ids[best]
-            hits = ids == greedy[:, None]
+            scores = (rows.to(lm_head.dtype) @ lm_head.T).float()
+            hits = _best(scores, draft_ids, copied, log_weights) == greedy[:, None]
             first += int(hits[:, 0].sum())
             among += int(hits.sum())
             total += len(greedy)
     return Agreement(first / total, among / total)
+
+
+def _best(
+    scores: torch.Tensor, draft_ids: torch.Tensor | None, copied: torch.Tensor, odds: torch.Tensor
+) -> torch.Tensor:
+    """The most likely tokens [n, TOP] of ``lookup.mixed`` for ``scores`` [n, Vd], best first."""
+    ids = torch.arange(scores.shape[1], device=scores.device) if draft_ids is None else draft_ids
+    same = ids == copied[:, None]
+    own = scores.masked_fill(~same, -torch.inf).amax(-1)
+    mixed = torch.logaddexp(own, scores.logsumexp(-1) + odds).masked_fill(
+        copied == NONE, -torch.inf
+    )
+    every = torch.cat([scores.masked_fill(same, -torch.inf), mixed[:, None]], -1)
+    best = every.topk(min(TOP, every.shape[1]), -1).indices
+    return torch.where(best == len(ids), copied[:, None], ids[best.clamp(max=len(ids) - 1)])

@@ -1,16 +1,22 @@
 """What a head is trained on: KL(model ‖ head) and cross-entropy, plain and in bounded memory.
 
 Both distributions live on the draft vocabulary: the model's is renormalised over it. Labels are
-indices into it, -1 for tokens outside, which have no cross-entropy. Within train/ only.
+indices into it, -1 for tokens outside, which have no cross-entropy. The head's is the mixture that
+it drafts from (lookup.mixed): a copied token c adds its weight w = exp(odds) to the head's q, so
+
+    log mix = log q + [c]·softplus(odds - log q(c)) - softplus(odds).
+
+Within train/ only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import softplus
 
 CHUNK_ROWS = 256  # with 8192 draft tokens, 8 MiB a logit matrix: it stays in a CPU's cache
 
@@ -23,11 +29,35 @@ class LossWeights:
     ce: float = 0.1
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """``copied`` [n]: index in the draft vocabulary of what lookup offers, -1 for nothing.
+
+    ``odds`` [E, n]: the log weight that each head gives it.
+    """
+
+    copied: torch.Tensor
+    odds: torch.Tensor
+
+
 def reference_loss(
-    scores: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, weights: LossWeights
+    scores: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    weights: LossWeights,
+    copied: torch.Tensor,
+    odds: torch.Tensor,
 ) -> torch.Tensor:
-    """The loss as in the paper, a mean over rows: logits [n, Vd] of head and model, labels [n]."""
-    log_q, log_p = scores.log_softmax(-1), teacher.log_softmax(-1)
+    """The loss as in the paper, a mean over rows: logits [n, Vd] of head and model, labels [n].
+
+    ``copied`` and ``odds`` [n]: see Mixture.
+    """
+    copy = torch.zeros_like(scores)
+    offered = copied >= 0
+    copy[offered, copied[offered]] = odds[offered].exp()
+    mixture = scores.softmax(-1) + copy
+    log_q = (mixture / mixture.sum(-1, keepdim=True)).log()
+    log_p = teacher.log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     picked = log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     surprise = -picked * (labels >= 0)
@@ -40,16 +70,17 @@ def chunked_losses(
     lm_head: torch.Tensor,
     labels: torch.Tensor,
     weights: LossWeights,
+    mixture: Mixture,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses [E], their KL [E] and cross-entropy [E] for E heads that share one teacher.
 
     ``features`` [E, n, C] and ``teacher`` [n, C] are normed rows; ``lm_head`` [Vd, C] turns
     either into logits and is frozen. Never more than three logit matrices of CHUNK_ROWS rows
-    exist: the gradient of each chunk is taken to ``features`` at once.
+    exist: the gradient of each chunk is taken to ``features`` and ``mixture.odds`` at once.
     """
     losses: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     losses = _Chunked.apply(  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-        features, teacher, lm_head, labels, weights
+        features, mixture.odds, teacher, lm_head, labels, mixture.copied, weights
     )
     return losses
 
@@ -59,13 +90,15 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx: Any,
         features: torch.Tensor,
+        odds: torch.Tensor,
         teacher: torch.Tensor,
         lm_head: torch.Tensor,
         labels: torch.Tensor,
+        copied: torch.Tensor,
         weights: LossWeights,
     ) -> tuple[torch.Tensor, ...]:
         heads, count, _ = features.shape
-        gradient = torch.empty_like(features)
+        gradient, odds_gradient = torch.empty_like(features), torch.zeros_like(odds)
         terms = features.new_zeros(2, heads, dtype=_wide(features))
         for rows in _chunks(count):
             log_p = _log_softmax(teacher[rows], lm_head)
@@ -76,18 +109,22 @@ class _Chunked(torch.autograd.Function):
                 terms[0, head] += negentropy - (p * log_q).sum()
                 known, slots = _known(labels[rows])
                 terms[1, head] -= log_q[known, slots].sum()
-                slope = _slope(log_q, p, known, slots, weights) / count
+                copies = _copying(log_q, p, labels[rows], copied[rows], odds[head, rows], weights)
+                terms[:, head] -= copies.gained
+                by_odds = (copies.by_odds / count).to(odds)
+                odds_gradient[head, rows].index_copy_(0, copies.rows, by_odds)
+                slope = _slope(log_q, p, known, slots, weights, copies) / count
                 gradient[head, rows] = (slope.to(lm_head.dtype) @ lm_head).to(features.dtype)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, odds_gradient)
         kl, ce = terms / count
         ctx.mark_non_differentiable(kl, ce)
         return weights.kl * kl + weights.ce * ce, kl, ce
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        scaled = gradient * gradients[0].to(gradient.dtype)[:, None, None]
-        return scaled, None, None, None, None
+        by_features, by_odds = ctx.saved_tensors
+        factors = gradients[0].to(by_features.dtype)[:, None]
+        return by_features * factors[:, None], by_odds * factors, None, None, None, None, None
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -109,12 +146,47 @@ def _known(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return known, labels[known]
 
 
+class _Copying(NamedTuple):
+    """What copies change for one head: in ``rows`` [k], where token ``ids`` [k] is copied.
+
+    ``gained`` [2]: how much KL and cross-entropy fall; ``by_odds`` [k]: the summed loss's
+    derivative; ``pull`` [k]: the same by the log-probability of the copied token.
+    """
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    gained: torch.Tensor
+    by_odds: torch.Tensor
+    pull: torch.Tensor
+
+
+def _copying(
+    log_q: torch.Tensor,
+    p: torch.Tensor,
+    labels: torch.Tensor,
+    copied: torch.Tensor,
+    odds: torch.Tensor,
+    weights: LossWeights,
+) -> _Copying:
+    rows, ids = _known(copied)
+    odds = odds[rows].to(p.dtype)
+    above = odds - log_q[rows, ids]
+    share = p[rows, ids]
+    same, known = ((labels[rows] == ids).to(p.dtype), (labels[rows] >= 0).to(p.dtype))
+    gain, loss = softplus(above), softplus(odds)
+    gained = torch.stack([(share * gain - loss).sum(), (same * gain - known * loss).sum()])
+    pull = (weights.kl * share + weights.ce * same) * above.sigmoid()
+    by_odds = (weights.kl + weights.ce * known) * odds.sigmoid() - pull
+    return _Copying(rows, ids, gained, by_odds, pull)
+
+
 def _slope(
     log_q: torch.Tensor,
     p: torch.Tensor,
     known: torch.Tensor,
     slots: torch.Tensor,
     weights: LossWeights,
+    copies: _Copying,
 ) -> torch.Tensor:
     """Derivative of the summed loss by the head's logits: softmax minus target, for each term.
 
@@ -122,6 +194,8 @@ def _slope(
     """
     factor = torch.full_like(log_q[:, :1], weights.kl)
     factor[known] += weights.ce
+    factor[copies.rows, 0] -= copies.pull
     slope = log_q.exp_().mul_(factor).sub_(p, alpha=weights.kl)
     slope[known, slots] -= weights.ce
+    slope[copies.rows, copies.ids] += copies.pull
     return slope

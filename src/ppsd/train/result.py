@@ -52,6 +52,7 @@ def save_heads(
             fingerprint=origin.fingerprint,
             mlp=trainer.config.mlp,
             feedback=trainer.config.feedback,
+            copy_gate=trainer.config.copy_gate,
             provenance=origins,
             metrics={"validation": agreement[layer].to_json(), "lost_mass": origin.lost_mass},
         )

@@ -24,10 +24,10 @@ class DistillConfig:
 
     ``kind`` transformer has ``head_layers`` decoder layers, which begin as copies of the model's
     last layers (``init`` last) or of those after the exit (exit), with ``head_mlp`` neurons in
-    their MLPs (0 for as many as the model's), and which read verified rows with ``feedback``;
-    ``norm`` heads never do. ``draft_vocab`` 0 scores all tokens. ``warmup`` is a share of all
-    steps. ``batch_tokens`` counts padding. ``validation`` examples are held out, at most a tenth.
-    Raises ConfigError.
+    their MLPs (0 for as many as the model's), and which read verified rows with ``feedback``
+    and weigh copies with ``copy_gate``; ``norm`` heads never do. ``draft_vocab`` 0 scores all
+    tokens. ``warmup`` is a share of all steps. ``batch_tokens`` counts padding. ``validation``
+    examples are held out, at most a tenth. Raises ConfigError.
     """
 
     exit_layers: tuple[int, ...]
@@ -35,6 +35,7 @@ class DistillConfig:
     head_layers: int = 1
     head_mlp: int = 0
     feedback: bool = True
+    copy_gate: bool = True
     init: str = "last"
     draft_vocab: int = 8192
     kl_weight: float = 1.0
@@ -67,6 +68,7 @@ class DistillConfig:
             _real(name, getattr(self, name), positive=True)
         if self.kind == "norm":
             object.__setattr__(self, "feedback", False)
+            object.__setattr__(self, "copy_gate", False)
         if self.kl_weight + self.ce_weight == 0:
             raise ConfigError("kl_weight", 0.0, "above 0 when ce_weight is 0")
         if not self.exit_layers or len(set(self.exit_layers)) < len(self.exit_layers):

@@ -12,6 +12,7 @@ from ppsd.model.layers import LayerWeights, linear, rms_norm
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage
 from ppsd.model.weights import layer_prefix
+from ppsd.speculation.lookup import ODDS
 from ppsd.train.batched import RopeRows, batched_layer, causal_attention
 
 ADDS = ("o", "o_bias", "down", "down_bias")  # what a layer adds to a row comes through these
@@ -23,6 +24,7 @@ class Options:
 
     mlp: int | None = None
     feedback: bool = False
+    copy_gate: bool = False
 
 
 class Student:
@@ -46,6 +48,10 @@ class Student:
         self.input = _parameter(square) if layers else None
         self.feedback = _parameter(torch.zeros_like(square)) if feedback else None
         self.feedback_norm = _parameter(model.norm) if feedback else None
+        gate = options.copy_gate
+        flat = square.new_zeros(len(ODDS), model.spec.hidden_size)
+        self.copy_weight = _parameter(flat) if gate else None
+        self.copy_bias = _parameter(ODDS.to(square)) if gate else None
 
     def reads(self, hidden: torch.Tensor, verified: torch.Tensor) -> torch.Tensor:
         """What its matrices multiply, side by side: [n, C], with feedback [n, 2·C]."""
@@ -82,6 +88,8 @@ class Student:
             "input.weight": self.input,
             "feedback_norm.weight": self.feedback_norm,
             "feedback.weight": self.feedback,
+            "copy.weight": self.copy_weight,
+            "copy.bias": self.copy_bias,
         }
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -104,6 +112,12 @@ class Student:
         if self.feedback is not None:
             x = x + linear(self._normed(verified), self.feedback)
         return rms_norm(x, self.norm, self.spec.rms_norm_eps)
+
+    def odds(self, normed: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Log weights [n] of copies for rows of ``forward`` [n, C]; ``slots`` [n] into LENGTHS."""
+        if self.copy_weight is None:
+            return ODDS.to(normed)[slots]
+        return linear(normed, self.copy_weight, self.copy_bias).gather(1, slots[:, None])[:, 0]
 
     def export(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Tensors by the names and shapes of ``exit_head.head_tensor_shapes``, on the CPU."""
