@@ -36,6 +36,7 @@ from ppsd.bench.workload import Task
 from ppsd.errors import ConfigError, HeadError, PpsdError
 from ppsd.model.exit_head import HeadConfig, read_head_config, save_head
 from ppsd.model.source import describe, resolve_model
+from ppsd.speculation.lookup import ODDS
 from ppsd.train.run import Teacher
 from tests.support.teachers import tiny_config, tiny_teacher
 from tests.support.tiny_models import save_perfect_head
@@ -58,9 +59,12 @@ def save_middling_head(
     exit_layer: int,
     draft_ids: torch.Tensor | None = None,
     *,
-    feedback: bool = False,
+    extras: bool = False,
 ) -> Path:
-    """A head that is right now and then: the rest of the model, shaken."""
+    """A head that is right now and then: the rest of the model, shaken.
+
+    ``extras``: feedback and a copy gate.
+    """
     from safetensors.torch import load_file
 
     save_perfect_head(path, model, exit_layer)
@@ -70,11 +74,13 @@ def save_middling_head(
         noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
         weights[name] = tensor + 0.04 * tensor.std() * noise
     config = read_head_config(path)
-    if feedback:
+    if extras:
         width = len(weights["norm.weight"])
         weights["feedback_norm.weight"] = torch.ones(width).double()
         weights["feedback.weight"] = 0.3 * torch.randn(width, width, generator=generator).double()
-        config = HeadConfig(**{**vars(config), "feedback": True})
+        weights["copy.weight"] = 0.3 * torch.randn(len(ODDS), width, generator=generator).double()
+        weights["copy.bias"] = ODDS.double()
+        config = HeadConfig(**{**vars(config), "feedback": True, "copy_gate": True})
     if draft_ids is not None:
         weights["draft_ids"] = draft_ids
         config = HeadConfig(**{**vars(config), "draft_vocab": len(draft_ids)})
@@ -94,14 +100,14 @@ def teacher(model: Path) -> Teacher:
 
 @pytest.fixture(scope="module")
 def heads(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """One head each after layers 2 and 4, one that cannot draft every token, one with feedback."""
+    """One head each after layers 2 and 4, one that cannot draft every token, one with extras."""
     root = tmp_path_factory.mktemp("heads")
     some = torch.arange(0, 296, 2)
     return [
         save_middling_head(root / "two", model, 2),
         save_middling_head(root / "four", model, 4),
         save_middling_head(root / "half", model, 2, some),
-        save_middling_head(root / "back", model, 2, feedback=True),
+        save_middling_head(root / "back", model, 2, extras=True),
     ]
 
 

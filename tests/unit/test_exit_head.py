@@ -30,6 +30,7 @@ from ppsd.model.source import ModelFiles, describe
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.transformer import reference_logits
 from ppsd.model.weights import EMBEDDING, FINAL_NORM, fingerprint, open_source
+from ppsd.speculation.lookup import ODDS
 from ppsd.speculation.sampling import Sampler, Stream
 from ppsd.types import SamplingParams
 from tests.support.tiny_models import VOCAB, save_perfect_head
@@ -66,6 +67,11 @@ class Tiny:
         return load_head(directory, self.spec, plan, self.source, self.mark)
 
 
+def said(head: ExitHead, rows: torch.Tensor) -> torch.Tensor:
+    """Draft logits for rows after the exit layer."""
+    return head.logits(head.finish(head.forward(rows, 0)))
+
+
 @pytest.fixture(scope="module")
 def tiny(tiny_model) -> Tiny:
     return Tiny(tiny_model())
@@ -97,7 +103,7 @@ def test_saved_heads_come_back(tiny, tmp_path, changes) -> None:
     head = tiny.load(tmp_path)
     direct = ExitHead(config, tiny.spec, PLAN, dict(weights), head.lm_head)
     rows = hidden(5)
-    got, expected = (h.logits(h.forward(rows, 0)) for h in (head, direct))
+    got, expected = (said(h, rows) for h in (head, direct))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert torch.equal(head.norm, weights["norm.weight"])
 
@@ -118,10 +124,23 @@ def test_a_draft_is_planned_to_cost_what_the_head_holds(tiny, changes) -> None:
 def test_verified_rows_are_for_heads_with_feedback_only(tiny, tmp_path) -> None:
     tiny.save(tmp_path, tiny.config(feedback=True))
     head, rows = tiny.load(tmp_path), hidden(3)
-    assert not torch.equal(head.logits(rows, hidden(3, seed=6)), head.logits(rows))
-    torch.testing.assert_close(head.logits(rows, torch.zeros_like(rows)), head.logits(rows))
+    assert not torch.equal(head.finish(rows, hidden(3, seed=6)), head.finish(rows))
+    torch.testing.assert_close(head.finish(rows, torch.zeros_like(rows)), head.finish(rows))
     tiny.save(tmp_path, tiny.config(kind="norm", layers=0, feedback=True))
     with pytest.raises(HeadError, match="feedback must be true or false, and false for a norm"):
+        tiny.load(tmp_path)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_copy_gate_weighs_copies_row_by_row(tiny, tmp_path, gate: bool) -> None:
+    weights = tiny.save(tmp_path, tiny.config(copy_gate=gate))
+    head, rows = tiny.load(tmp_path), hidden(3)
+    expected = ODDS.expand(3, -1)
+    if gate:
+        expected = rows @ weights["copy.weight"].T + weights["copy.bias"]
+    torch.testing.assert_close(head.copy_odds(rows), expected)
+    tiny.save(tmp_path, tiny.config(kind="norm", layers=0, copy_gate=True))
+    with pytest.raises(HeadError, match="copy_gate must be true or false, and false for a norm"):
         tiny.load(tmp_path)
 
 
@@ -130,8 +149,8 @@ def test_a_draft_vocabulary_scores_its_tokens_as_the_full_one_does(tiny, tmp_pat
     weights.pop("draft_ids")
     save_head(tmp_path / "full", tiny.config(), weights)
     full, part = tiny.load(tmp_path / "full"), tiny.load(tmp_path / "part")
-    expected = full.logits(full.forward(hidden(3), 0))
-    got = part.logits(part.forward(hidden(3), 0))
+    expected = said(full, hidden(3))
+    got = said(part, hidden(3))
     assert got.shape == (3, VOCAB)
     torch.testing.assert_close(got[:, DRAFT_IDS], expected[:, DRAFT_IDS], rtol=0, atol=1e-12)
     others = sorted(set(range(VOCAB)) - set(DRAFT_IDS))
@@ -143,7 +162,7 @@ def test_an_untrained_head_is_the_models_own_norm_and_lm_head(tiny) -> None:
     rows = hidden(4)
     norm, table = tiny.source.load(FINAL_NORM, WIDE), tiny.source.load(EMBEDDING, WIDE)
     expected = torch.nn.functional.rms_norm(rows, (32,), norm, tiny.spec.rms_norm_eps) @ table.T
-    torch.testing.assert_close(head.logits(head.forward(rows, 0)), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(said(head, rows), expected, rtol=0, atol=1e-10)
     assert not head.config.trained
 
 
@@ -154,7 +173,7 @@ def test_a_head_of_the_remaining_layers_is_the_model(tiny, tmp_path) -> None:
     rows = Stage(tiny.spec, PLAN, tiny.source).forward(tokens, 0)
     assert rows is not None
     expected = reference_logits(tiny.spec, tiny.source, tokens, WIDE)
-    torch.testing.assert_close(head.logits(head.forward(rows, 0)), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(said(head, rows), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("sizes", [[8], [3, 5], [1, 6, 1]])

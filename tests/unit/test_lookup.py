@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppsd import LLM, SamplingParams
-from ppsd.speculation.lookup import CONFIDENCE, Match, find, mixed
+from ppsd.speculation.lookup import (
+    CONFIDENCE,
+    LENGTHS,
+    LONGEST,
+    ODDS,
+    Match,
+    find,
+    find_all,
+    mixed,
+)
 
 
 def by_hand(tokens: list[int], longest: int) -> Match | None:
@@ -25,6 +34,18 @@ def by_hand(tokens: list[int], longest: int) -> Match | None:
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 9))
 def test_the_longest_repetition_the_newest_among_equals(tokens: list[int], longest: int) -> None:
     assert find(torch.tensor(tokens), longest) == by_hand(tokens, longest)
+
+
+@given(st.integers(1, 3), st.lists(st.integers(0, 2), min_size=1, max_size=90))
+def test_all_beginnings_at_once(few: int, tokens: list[int]) -> None:
+    text = torch.tensor([min(token, few) for token in tokens])
+    assert list(find_all(text)) == [find(text[: end + 1]) for end in range(len(text))]
+
+
+def test_lengths_are_told_apart_by_their_slots() -> None:
+    assert [Match(0, length).slot for length in LENGTHS] == list(range(len(LENGTHS)))
+    assert Match(0, 11).slot == Match(0, 8).slot
+    assert find(torch.zeros(LONGEST + 9, dtype=torch.int64)) == Match(0, LONGEST)
 
 
 def test_examples() -> None:
@@ -45,7 +66,9 @@ def test_the_mixture_is_what_it_says(dtype: torch.dtype) -> None:
         share = CONFIDENCE[1]  # "1, 2" stood before, and 0 came next
         wanted = logits.double().softmax(0) / (1 + share)
         wanted[0] += share / (1 + share)
-        found = mixed(logits.clone(), history)
+        match = find(history)
+        assert match is not None
+        found = mixed(logits.clone(), match)
         assert found.dtype == dtype
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(
@@ -59,16 +82,21 @@ def test_the_copy_wins_unless_the_head_is_surer(margin: float, copied: bool) -> 
     sure = CONFIDENCE[1] - margin
     rest = (1 - sure) / 5
     probabilities = torch.tensor([0.0, sure, rest, rest, rest, rest, rest])
-    best = mixed(probabilities.log(), history).argmax().item()
+    match = find(history)
+    assert match is not None
+    best = mixed(probabilities.log(), match).argmax().item()
     assert best == (0 if copied else 1)
 
 
-def test_new_text_leaves_the_head_alone() -> None:
-    logits = torch.randn(6)
-    assert torch.equal(mixed(logits.clone(), torch.tensor([1, 2, 3])), logits)
+def test_odds_of_one_s_own_are_taken_by_length() -> None:
+    odds = torch.full_like(ODDS, -99.0)
+    odds[2] = 99.0
+    assert mixed(torch.zeros(6), Match(4, 3), odds).argmax() == 4
+    torch.testing.assert_close(mixed(torch.zeros(6), Match(4, 2), odds), torch.zeros(6))
 
 
 def test_longer_repetitions_count_for_more() -> None:
+    assert len(CONFIDENCE) == len(LENGTHS)
     assert list(CONFIDENCE) == sorted(CONFIDENCE)
     assert all(0 < c < 1 for c in CONFIDENCE)
 

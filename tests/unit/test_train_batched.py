@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,8 @@ def test_unfusing_undoes_fusing(tiny_model: Models, family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "options"), [(0, Options()), (2, Options()), (2, Options(mlp=8, feedback=True))]
+    ("layers", "options"),
+    [(0, Options()), (2, Options()), (2, Options(8, feedback=True, copy_gate=True))],
 )
 def test_an_exported_head_says_in_inference_what_it_said_in_training(
     tiny_model: Models, tmp_path: Path, layers: int, options: Options
@@ -71,15 +73,17 @@ def test_an_exported_head_says_in_inference_what_it_said_in_training(
     rope = whole_sequences(stage.rope, 1, 11)
     draft_ids = torch.tensor([1, 5, 200])
     kind = "transformer" if layers else "norm"
-    config = HeadConfig(
-        kind, 3, layers, 3, "tiny", teacher.fingerprint, options.mlp, options.feedback
-    )
+    config = HeadConfig(kind, 3, layers, 3, "tiny", teacher.fingerprint, **asdict(options))
     save_head(tmp_path, config, student.export(torch.float64) | {"draft_ids": draft_ids})
 
     plan = StagePlan(0, 3, 32, torch.float64, torch.device("cpu"))
     head = load_head(tmp_path, stage.spec, plan, open_source(path), teacher.fingerprint)
-    said = head.logits(head.forward(hidden, 0), verified)[:, draft_ids]
+    finished = head.finish(head.forward(hidden, 0), verified)
+    said, odds = head.logits(finished)[:, draft_ids], head.copy_odds(finished)
+    slots = torch.arange(11)
     assert stage.lm_head is not None
     with torch.no_grad():
         normed = student.forward(hidden, verified, rope, 1, torch.arange(11))
+        trained = student.odds(normed, slots)
+    torch.testing.assert_close(odds[slots, slots], trained, rtol=1e-9, atol=1e-9, check_dtype=False)
     torch.testing.assert_close(said, normed @ stage.lm_head[draft_ids].T, rtol=1e-9, atol=1e-9)

@@ -82,7 +82,7 @@ def test_heads_trained_together_equal_heads_trained_apart(
 
 
 def perfect_trainer(model: Path, out: Path, **changes: object) -> Trainer:
-    """Its head is the rest of the model."""
+    """Its head is the rest of the model, and thinks nothing of copies."""
     config = tiny_config(3, head_layers=3, **changes)
     teacher = tiny_teacher(model, config)
     trainer = tiny_trainer(teacher, config, out)
@@ -90,6 +90,8 @@ def perfect_trainer(model: Path, out: Path, **changes: object) -> Trainer:
         for own, true in zip(trainer.students[0].layers, teacher.stage.layers[3:], strict=True):
             own.o.copy_(true.o)
             own.down.copy_(true.down)
+        assert trainer.students[0].copy_bias is not None
+        trainer.students[0].copy_bias.fill_(-99)
     return trainer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ppsd.train.losses import CHUNK_ROWS, LossWeights, chunked_losses, reference_loss
+from ppsd.train.losses import CHUNK_ROWS, LossWeights, Mixture, chunked_losses, reference_loss
 
 
 @pytest.mark.parametrize("rows", [1, CHUNK_ROWS, CHUNK_ROWS + 7])
@@ -19,25 +19,35 @@ def test_chunked_equals_reference(rows: int, weights: LossWeights) -> None:
     lm_head = torch.randn(50, 16, dtype=torch.float64)
     labels = torch.randint(-1, 50, (rows,))
     labels[0] = -1
+    copied = torch.where(torch.rand(rows) < 0.3, labels, torch.randint(-1, 50, (rows,)))
+    odds = (2 * torch.randn(2, rows, dtype=torch.float64)).requires_grad_()
     factors = torch.tensor([1.0, 3.0], dtype=torch.float64)
 
-    losses, kl, ce = chunked_losses(features, teacher, lm_head, labels, weights)
+    losses, kl, ce = chunked_losses(
+        features, teacher, lm_head, labels, weights, Mixture(copied, odds)
+    )
     (losses * factors).sum().backward()
-    gradient, features.grad = features.grad, None
+    gradients = features.grad, odds.grad
+    features.grad = odds.grad = None
+    scores = features @ lm_head.T, [teacher @ lm_head.T] * 2
     expected = torch.stack(
-        [reference_loss(f @ lm_head.T, teacher @ lm_head.T, labels, weights) for f in features]
+        [
+            reference_loss(s, t, labels, weights, copied, o)
+            for s, t, o in zip(*scores, odds, strict=True)
+        ]
     )
     (expected * factors).sum().backward()
 
-    assert features.grad is not None
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient, features.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradients, (features.grad, odds.grad), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(weights.kl * kl + weights.ce * ce, losses)
 
 
 def test_a_head_that_is_the_teacher_has_no_divergence() -> None:
     torch.manual_seed(0)
     rows, lm_head = torch.randn(9, 8), torch.randn(20, 8)
-    _, kl, ce = chunked_losses(rows[None], rows, lm_head, torch.full((9,), -1), LossWeights())
+    nothing, odds = torch.full((9,), -1), torch.zeros(1, 9)
+    mixture = Mixture(nothing, odds)
+    _, kl, ce = chunked_losses(rows[None], rows, lm_head, nothing, LossWeights(), mixture)
     assert abs(kl.item()) < 1e-6
     assert ce.item() == 0.0

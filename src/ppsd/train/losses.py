@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import softplus
 
 CHUNK_ROWS = 256  # with 8192 draft tokens, 8 MiB a logit matrix: it stays in a CPU's cache
 
@@ -173,11 +172,16 @@ def _copying(
     above = odds - log_q[rows, ids]
     share = p[rows, ids]
     same, known = ((labels[rows] == ids).to(p.dtype), (labels[rows] >= 0).to(p.dtype))
-    gain, loss = softplus(above), softplus(odds)
+    gain, loss = _softplus(above), _softplus(odds)
     gained = torch.stack([(share * gain - loss).sum(), (same * gain - known * loss).sum()])
     pull = (weights.kl * share + weights.ce * same) * above.sigmoid()
     by_odds = (weights.kl + weights.ce * known) * odds.sigmoid() - pull
     return _Copying(rows, ids, gained, by_odds, pull)
+
+
+def _softplus(x: torch.Tensor) -> torch.Tensor:
+    """log(1 + e^x), to the last digit; PyTorch's own gives up at x = 20."""
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def _slope(
