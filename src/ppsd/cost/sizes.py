@@ -47,7 +47,7 @@ class Sizes:
     def head_layers(self, layers: int, mlp: int | None = None, feedback: bool = False) -> float:
         """How many of the model's layers a head's weights amount to; fields as in HeadConfig.
 
-        Its matrices count as well, but not the vectors around them, nor its LM head rows.
+        Its square matrices count as well, but not what is smaller, nor its LM head rows.
         """
         neurons = self.inner if mlp is None else mlp
         layer = self.layer - 3 * self.hidden * (self.inner - neurons)
