@@ -174,6 +174,28 @@ def _baselines(records: Sequence[Record], out: Path) -> Iterator[str]:
         yield _origin(record)
 
 
+def _endurance(records: Sequence[Record], out: Path) -> Iterator[str]:
+    yield "## Long requests, and many\n"
+    yield (
+        "Seconds per token at both ends of a request; what the longer context explains comes from "
+        "a profile.\n"
+    )
+    heads = ["mode", "first ms", "last ms", "ratio", "quartiles", "by context", "beyond"]
+    for record in records:
+        yield f"### {_title(record)}\n"
+        rows = [
+            [row["variant"]]
+            + [_ms(row[name]["median"]) for name in ("first", "last")]
+            + ["{median:.3f}".format(**row["ratio"]), "{low:.3f}–{high:.3f}".format(**row["ratio"])]
+            + [f"{row['explained']:.3f}", f"{row['beyond']:+.1%}"]
+            for row in record["drift"]
+        ]
+        yield table(heads, rows)
+        grown = ", ".join(f"{size / 2**20:+.1f}" for size in record["memory"]["growth"])
+        yield f"Memory over {len(record['memory']['resident'])} requests: {grown} MiB a stage.\n"
+        yield _origin(record)
+
+
 def _acceptance(records: Sequence[Record], out: Path) -> Iterator[str]:
     yield "## Exit heads\n"
     for record in records:
@@ -250,4 +272,5 @@ SECTIONS: dict[str, Callable[[Sequence[Record], Path], Iterator[str]]] = {
     "predict": _predict,
     "acceptance": _acceptance,
     "baselines": _baselines,
+    "endurance": _endurance,
 }

@@ -86,7 +86,7 @@ def bench_efficiency(pipeline: PipelineOptions, options: BenchOptions) -> None:
         if options.as_json:
             speedups = {name: asdict(speedup) for name, speedup in gated.items()}
             record = {"plain": plain, "rows": [asdict(row) for row in rows], "gated": speedups}
-            print(json.dumps(_record(llm, results) | record, indent=1))
+            print(json.dumps(record_of(llm, results) | record, indent=1))
         else:
             _show_efficiency(_label(llm, results), plain, rows)
             for name, speedup in gated.items():
@@ -125,7 +125,7 @@ def bench_predict(
         if options.as_json:
             source = "profiles taken in between" if profile else "stage times of the run itself"
             record = {"source": source, "rows": [asdict(row) for row in rows]}
-            print(json.dumps(_record(llm, results) | record, indent=1))
+            print(json.dumps(record_of(llm, results) | record, indent=1))
         else:
             _show_predictions(_label(llm, results), rows)
 
@@ -258,7 +258,7 @@ def _label(llm: LLM, results: Results) -> str:
     return f"{ORACLE_LABEL} · {llm.layout.stages} stages at {bounds}{pace}"
 
 
-def _record(llm: LLM, results: Results) -> dict[str, Any]:
+def record_of(llm: LLM, results: Results) -> dict[str, Any]:
     """What every ``--json`` object begins with."""
     from ppsd.bench.runner import total
 

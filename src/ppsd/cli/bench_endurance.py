@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 
 from ppsd.cli import progress
-from ppsd.cli.bench import BenchOptions, check, measured, table_console
+from ppsd.cli.bench import BenchOptions, check, measured, record_of, table_console
 from ppsd.cli.options import PipelineOptions, flag
 from ppsd.errors import ConfigError
 
@@ -47,7 +47,7 @@ def bench_endurance(
                 llm, prompts[0], requests, lambda n: bar.update(task, completed=n)
             )
         if options.as_json:
-            print(json.dumps(_record(rows, memory) | {"provenance": results.provenance}, indent=1))
+            print(json.dumps(record_of(llm, results) | _findings(rows, memory), indent=1))
         else:
             _show(rows, memory)
 
@@ -63,7 +63,7 @@ def _profile(pipeline: PipelineOptions, llm: LLM) -> Any:
     return profile
 
 
-def _record(rows: Sequence[Drift], memory: Memory) -> dict[str, Any]:
+def _findings(rows: Sequence[Drift], memory: Memory) -> dict[str, Any]:
     drift = [dataclasses.asdict(row) | {"beyond": row.beyond} for row in rows]
     return {"drift": drift, "memory": {"resident": memory.resident, "growth": memory.growth}}
 
