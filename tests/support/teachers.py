@@ -25,11 +25,16 @@ def tiny_teacher(model: Path, config: DistillConfig) -> Teacher:
 
 
 def random_examples(count: int, seed: int = 0) -> list[Example]:
+    """Texts whose second half begins like the first, so that there is something to copy."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(6, 30, (count,), generator=generator).tolist()
-    return [
-        Example(torch.randint(3, 290, (n,), generator=generator, dtype=torch.int32), n // 3)
+    halves = [
+        torch.randint(3, 290, (n - n // 2,), generator=generator, dtype=torch.int32)
         for n in lengths
+    ]
+    return [
+        Example(torch.cat([half, half])[:n], n // 3)
+        for n, half in zip(lengths, halves, strict=True)
     ]
 
 

@@ -61,6 +61,7 @@ def test_decoding_says_more_of_a_head_than_training() -> None:
     assert measured_alpha(trained) == 0.6
     decoded = replace(config, metrics=trained.metrics | {"acceptance": {"alpha": 0.4}})
     assert measured_alpha(decoded) == 0.4
+    assert measured_alpha(decoded, lookup=False) is None  # both were measured with it
 
 
 def test_the_best_for_model_and_exit_wins(tmp_path: Path) -> None:

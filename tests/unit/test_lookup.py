@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ppsd import LLM, SamplingParams
@@ -37,6 +37,8 @@ def test_the_longest_repetition_the_newest_among_equals(tokens: list[int], longe
 
 
 @given(st.integers(1, 3), st.lists(st.integers(0, 2), min_size=1, max_size=90))
+@example(1, [0] * 80)
+@example(1, [0, 1] * 45)
 def test_all_beginnings_at_once(few: int, tokens: list[int]) -> None:
     text = torch.tensor([min(token, few) for token in tokens])
     assert list(find_all(text)) == [find(text[: end + 1]) for end in range(len(text))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.train.batched import whole_sequences
 from ppsd.train.checkpoint import CHECKPOINT, RunDirectory
+from ppsd.train.copies import NONE
 from ppsd.train.distill import StepReport, Trainer
 from ppsd.train.evaluate import Agreement
 from ppsd.train.settings import DistillConfig
@@ -90,9 +92,16 @@ def perfect_trainer(model: Path, out: Path, **changes: object) -> Trainer:
         for own, true in zip(trainer.students[0].layers, teacher.stage.layers[3:], strict=True):
             own.o.copy_(true.o)
             own.down.copy_(true.down)
-        assert trainer.students[0].copy_bias is not None
-        trainer.students[0].copy_bias.fill_(-99)
+    set_odds(trainer, -99)
     return trainer
+
+
+@torch.no_grad()
+def set_odds(trainer: Trainer, odds: float) -> None:
+    """What the copy gate says of every copy."""
+    bias = trainer.students[0].copy_bias
+    assert bias is not None
+    bias.fill_(odds)
 
 
 def test_a_head_that_is_the_rest_of_the_model_always_agrees(
@@ -108,6 +117,33 @@ def test_the_draft_vocabulary_costs_agreement(tiny_model: Models, tmp_path: Path
     greedy = torch.cat([part.greedy for part in trainer._held])
     sayable = (greedy % 3 == 0).double().mean().item()  # tiny_trainer drafts every third token
     assert trainer._validate()[3].alpha == pytest.approx(sayable)
+
+
+def test_held_out_agreement_is_that_of_the_mixture(tiny_model: Models, tmp_path: Path) -> None:
+    """A gate that always opens gives the share of right copies, where there is one."""
+    trainer = perfect_trainer(tiny_model("llama"), tmp_path, draft_vocab=0)
+    set_odds(trainer, 99)
+    right = [
+        torch.where(part.copies.tokens == NONE, part.greedy, part.copies.tokens) == part.greedy
+        for part in trainer._held
+    ]
+    share = torch.cat(right).double().mean().item()
+    assert trainer._validate()[3].alpha == pytest.approx(share)
+    assert share < 0.9
+
+
+def test_a_head_without_a_gate_learns_alone(tiny_model: Models, tmp_path: Path) -> None:
+    """Its loss is that of a head whose gate never opens, and not that of the mixture."""
+    config = tiny_config(3)
+    teacher = tiny_teacher(tiny_model("llama"), config)
+    gated = tiny_trainer(teacher, config, tmp_path / "gated")
+    alone = tiny_trainer(teacher, replace(config, copy_gate=False), tmp_path / "alone")
+    batch = gated._batch(0)
+    mixed, _ = gated._losses(batch)
+    set_odds(gated, -99)
+    shut, _ = gated._losses(batch)
+    torch.testing.assert_close(alone._losses(batch)[0], shut)
+    assert not torch.allclose(shut, mixed)
 
 
 def test_a_head_begins_as_the_best_linear_guess(tiny_model: Models, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ppsd.bench.workload import Task
 from ppsd.errors import ConfigError, HeadError, PpsdError
 from ppsd.model.exit_head import WEIGHTS_FILE, ExitHead, load_head, read_head_config
 from ppsd.model.stage import StagePlan
-from ppsd.speculation.lookup import find, mixed
+from ppsd.speculation.lookup import CONFIDENCE, LENGTHS, find, mixed
 from ppsd.speculation.sampling import Sampler, Stream, gumbel
 from ppsd.train.batched import head_forward, teacher_forward
 from ppsd.train.checkpoint import append_line, continue_lines
@@ -226,7 +226,7 @@ class _Store:
             raise PpsdError(f"{path} does not hold measured outcomes: {error!r}") from error
 
     def _key(self, candidate: Candidate, answer: Answer) -> str:
-        what = (candidate.digest, candidate.lookup)
+        what = (candidate.digest, candidate.lookup and (LENGTHS, CONFIDENCE))
         decisive = (*what, answer.tokens, answer.start, answer.judged, self._settings)
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
 

@@ -41,10 +41,10 @@ class FoundHead:
 def measured_alpha(config: HeadConfig, *, lookup: bool = True) -> float | None:
     """Acceptance as recorded by ``ppsd acceptance``, else agreement in training; None for neither.
 
-    Training holds out text like its own, and knows no prompt ``lookup``; what a prompt file
-    measured says more of others.
+    Training holds out text like its own; what a prompt file measured says more of others. Without
+    prompt ``lookup`` training says nothing.
     """
-    for name in ("acceptance" if lookup else "acceptance_alone", "validation"):
+    for name in ("acceptance", "validation") if lookup else ("acceptance_alone",):
         with suppress(KeyError, TypeError, ValueError):  # not measured, or not by us
             return float(config.metrics[name]["alpha"])
     return None

@@ -32,3 +32,9 @@ def copies_of(batch: Batch) -> Copies:
         slots += [match.slot if match else 0 for match in matches]
     device = batch.rows.device
     return Copies(torch.tensor(tokens, device=device), torch.tensor(slots, device=device))
+
+
+def no_copies(batch: Batch) -> Copies:
+    """As if nothing stood twice, for heads that learn alone."""
+    nothing = torch.full_like(batch.rows, NONE)
+    return Copies(nothing, torch.zeros_like(nothing))

@@ -20,7 +20,7 @@ from ppsd.model.stage import Stage
 from ppsd.train.batched import Features, teacher_rows, whole_sequences
 from ppsd.train.checkpoint import Checkpoint, RunDirectory
 from ppsd.train.copies import NONE as NO_COPY
-from ppsd.train.copies import Copies, copies_of
+from ppsd.train.copies import copies_of, no_copies
 from ppsd.train.data import OUTSIDE, Batch, Example, label_table, make_batch, plan_epoch
 from ppsd.train.evaluate import Agreement, evaluate, prepare
 from ppsd.train.features import FeatureSource
@@ -194,7 +194,7 @@ class Trainer:
         forward_seconds = time.perf_counter() - started
         rope = whole_sequences(self._model.rope, sequences, length)
         verified = self._verified(batch, features, self.step)
-        copies = copies_of(batch)
+        copies = copies_of(batch) if self.config.copy_gate else no_copies(batch)
         with self._precision():
             normed = [
                 s.forward(features.exits[s.exit_layer], verified, rope, sequences, batch.rows)
@@ -203,18 +203,14 @@ class Trainer:
             odds = [s.odds(x, copies.slots) for s, x in zip(self.students, normed, strict=True)]
         weights = LossWeights(self.config.kl_weight, self.config.ce_weight)
         labels = self._labels[batch.targets]
-        mixture = Mixture(self._copied(copies), torch.stack(odds))
+        copied = self._labels[copies.tokens.clamp(min=0)]
+        copied = copied.masked_fill(copies.tokens == NO_COPY, OUTSIDE)
+        mixture = Mixture(copied, torch.stack(odds))
         losses, kl, ce = chunked_losses(
             torch.stack(normed), teacher, self._lm_head, labels, weights, mixture
         )
         record = {"kl": kl.tolist(), "ce": ce.tolist(), "targets": len(batch.targets)}
         return losses, record | {"forward_seconds": round(forward_seconds, 4)}
-
-    def _copied(self, copies: Copies) -> torch.Tensor:
-        """Copies as indices in the draft vocabulary; none for heads that learn without them."""
-        known = self._labels[copies.tokens.clamp(min=0)]
-        nothing = copies.tokens == NO_COPY if self.config.copy_gate else torch.ones_like(known) > 0
-        return known.masked_fill(nothing, OUTSIDE)
 
     def _synchronize(self) -> None:
         if self._model.plan.device.type == "cuda":

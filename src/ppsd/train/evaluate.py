@@ -26,7 +26,7 @@ CHUNK_ROWS = 256  # rows whose logits over the whole vocabulary exist at once
 
 @dataclass(frozen=True)
 class Agreement:
-    """Shares of positions where the model's greedy token is the head's first, or among its four."""
+    """Shares of positions where the model's greedy token is the draft, or among its first four."""
 
     alpha: float
     top4: float

@@ -6,6 +6,7 @@ it drafts from (lookup.mixed): a copied token c adds its weight w = exp(odds) to
 
     log mix = log q + [c]·softplus(odds - log q(c)) - softplus(odds).
 
+Copies outside the draft vocabulary (2 % of positions, as often right as others) teach nothing.
 Within train/ only.
 """
 
@@ -103,12 +104,13 @@ class _Chunked(torch.autograd.Function):
             log_p = _log_softmax(teacher[rows], lm_head)
             p = log_p.exp()
             negentropy = (p * log_p).sum()
+            known, slots = _known(labels[rows])
+            offered = _known(copied[rows])
             for head in range(heads):
                 log_q = _log_softmax(features[head, rows], lm_head)
                 terms[0, head] += negentropy - (p * log_q).sum()
-                known, slots = _known(labels[rows])
                 terms[1, head] -= log_q[known, slots].sum()
-                copies = _copying(log_q, p, labels[rows], copied[rows], odds[head, rows], weights)
+                copies = _copying(log_q, p, labels[rows], offered, odds[head, rows], weights)
                 terms[:, head] -= copies.gained
                 by_odds = (copies.by_odds / count).to(odds)
                 odds_gradient[head, rows].index_copy_(0, copies.rows, by_odds)
@@ -163,11 +165,11 @@ def _copying(
     log_q: torch.Tensor,
     p: torch.Tensor,
     labels: torch.Tensor,
-    copied: torch.Tensor,
+    offered: tuple[torch.Tensor, torch.Tensor],
     odds: torch.Tensor,
     weights: LossWeights,
 ) -> _Copying:
-    rows, ids = _known(copied)
+    rows, ids = offered
     odds = odds[rows].to(p.dtype)
     above = odds - log_q[rows, ids]
     share = p[rows, ids]

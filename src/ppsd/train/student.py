@@ -103,7 +103,7 @@ class Student:
     ) -> torch.Tensor:
         """Rows [B·T, C] after the exit layer to normed rows [len(rows), C] before the LM head.
 
-        ``verified`` [len(rows), C]: see ``ExitHead.logits``.
+        ``verified`` [len(rows), C]: see ``ExitHead.finish``.
         """
         x = hidden if self.input is None else linear(hidden, self.input)
         for weights in self.layers:
