@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ppsd.speculation.policy import UNVERIFIED
 from ppsd.train.data import Example, make_batch
-from ppsd.train.feedback import NONE, newest_verified, sample_verified, take_verified
+from ppsd.train.feedback import newest_verified, sample_verified, take_verified
 from ppsd.train.start import LeastSquares
 
 
@@ -40,7 +41,7 @@ def test_a_verified_position_is_one_whose_verdict_must_have_come(
         known = {p for p in range(position) if p <= max(before, default=-1)}
         known |= {p for p in range(position) if position - p >= in_flight}
         judged = [p for p in known if p >= prompt - 1]
-        assert newest == max(judged, default=NONE)
+        assert newest == max(judged, default=UNVERIFIED)
 
 
 def test_sampled_rows_lie_before_their_own_and_in_their_own_answer() -> None:
@@ -52,7 +53,7 @@ def test_sampled_rows_lie_before_their_own_and_in_their_own_answer() -> None:
     length = batch.tokens.shape[1]
     lags = set()
     for row, newest in zip(batch.rows.tolist(), verified.tolist(), strict=True):
-        if newest != NONE:
+        if newest != UNVERIFIED:
             assert newest // length == row // length
             assert newest % length >= examples[row // length].prompt - 1
             lags.add(row - newest)
@@ -63,5 +64,5 @@ def test_sampled_rows_lie_before_their_own_and_in_their_own_answer() -> None:
 
 def test_no_verified_row_is_a_row_of_zeros() -> None:
     last = torch.randn(5, 3)
-    taken = take_verified(last, torch.tensor([4, NONE, 0]))
+    taken = take_verified(last, torch.tensor([4, UNVERIFIED, 0]))
     assert torch.equal(taken, torch.stack([last[4], torch.zeros(3), last[0]]))

@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import torch
 
+from ppsd.speculation.policy import UNVERIFIED
 from ppsd.train.data import Batch
 
 IN_FLIGHT = (2, 3, 4)  # each example is decoded with one of these
 MISSES = 0.45  # share of drafts that are wrong
-NONE = -1
 
 
 def newest_verified(corrected: torch.Tensor, prompt: int, in_flight: int) -> torch.Tensor:
     """The newest position [L] whose verdict a draft after each of L positions can rest on.
 
     ``corrected`` [L] (bool): tokens that replaced a draft. No verdict comes before the one of
-    position ``prompt`` - 1; NONE where that is still on its way.
+    position ``prompt`` - 1; UNVERIFIED where that is still on its way.
     """
     positions = torch.arange(len(corrected))
     restarts = torch.where(corrected, positions, 0).cummax(0).values
     newest = torch.maximum(restarts - 1, positions - in_flight)
-    return torch.where(newest >= prompt - 1, newest, NONE)
+    return torch.where(newest >= prompt - 1, newest, UNVERIFIED)
 
 
 def sample_verified(batch: Batch, generator: torch.Generator) -> torch.Tensor:
-    """For each of ``batch.rows`` a flattened row of the newest verified position, or NONE."""
+    """For each of ``batch.rows`` a flattened row of the newest verified position, or UNVERIFIED."""
     length = batch.tokens.shape[1]
     found = []
     for i, example in enumerate(batch.examples):
@@ -38,10 +38,11 @@ def sample_verified(batch: Batch, generator: torch.Generator) -> torch.Tensor:
         corrected = torch.rand(count, generator=generator) < MISSES
         corrected[: example.prompt] = False
         newest = newest_verified(corrected, example.prompt, IN_FLIGHT[choice])
-        found.append(torch.where(newest == NONE, NONE, newest + i * length)[example.start - 1 : -1])
+        newest = newest[example.start - 1 : -1]
+        found.append(torch.where(newest == UNVERIFIED, UNVERIFIED, newest + i * length))
     return torch.cat(found).to(batch.rows.device)
 
 
 def take_verified(last: torch.Tensor, verified: torch.Tensor) -> torch.Tensor:
-    """Rows of ``last`` [B·T, C] that ``verified`` [n] names, zero for NONE and below; [n, C]."""
-    return last[verified.clamp(min=0)] * (verified > NONE)[:, None]
+    """Rows of ``last`` [B·T, C] that ``verified`` [n] names; zeros for UNVERIFIED and below."""
+    return last[verified.clamp(min=0)] * (verified > UNVERIFIED)[:, None]
