@@ -43,16 +43,15 @@ def find(history: Tensor, longest: int = LONGEST) -> Match | None:
     """
     tokens = history.numpy()
     last = len(tokens) - 1
-    ends = np.flatnonzero(tokens[:-1] == tokens[last]) if last > 0 else np.empty(0, np.int64)
-    length = 0
-    while len(ends) > 0:
-        length += 1
-        newest = int(ends[-1])
-        if length == longest:
-            break
-        ends = ends[ends >= length]
-        ends = ends[tokens[ends - length] == tokens[last - length]]
-    return Match(int(tokens[newest + 1]), length) if length else None
+    ends = np.flatnonzero(tokens[:-1] == tokens[-1])
+    if not len(ends):
+        return None
+    back = np.arange(min(longest, last))
+    places = ends[:, None] - back
+    agree = (tokens[places] == tokens[last - back]) & (places >= 0)
+    lengths = np.logical_and.accumulate(agree, axis=1).sum(1)
+    newest = len(ends) - 1 - int(lengths[::-1].argmax())
+    return Match(int(tokens[ends[newest] + 1]), int(lengths[newest]))
 
 
 def find_all(tokens: Tensor) -> Iterator[Match | None]:
