@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ppsd.bench import report_plots as plots
+from ppsd.bench.report_plots import ALL, PLAIN
 from ppsd.errors import PpsdError
 
 Record = dict[str, Any]
 PAGE = "report.md"
 PROFILED = " by profile"  # ends the verb of a predict record with profiles of its own
-ALL = "all"
 
 
 def read_result(path: Path) -> Record:
@@ -110,19 +110,36 @@ def _predict(records: Sequence[Record], out: Path) -> Iterator[str]:
 
 def _tasks(records: Sequence[Record], out: Path) -> Iterator[str]:
     yield "## Tasks, with trained heads\n"
+    groups = _alike(records)
+    compared = [record for group in groups for record in group]
     for record in records:
+        if record in compared:
+            continue
         yield f"### {_title(record)}\n"
         yield from _task_plots(record, out)
         yield table(TASK_HEADS, [task_cells(row) for row in record["rows"]])
         yield _origin(record)
-    for alike in _alike(records):
-        name = f"{alike[0]['name']}-exits.png"
-        plots.exit_depth(alike, out / name)
-        yield f"![speedup and acceptance against exit layer]({name})\n"
+    for group in groups:
+        yield from _exits(sorted(group, key=lambda record: record["bounds"][1]), out)
+
+
+def _exits(records: Sequence[Record], out: Path) -> Iterator[str]:
+    picture = f"{records[0]['name']}-exits.png"
+    plots.exit_depth(records, out / picture)
+    yield f"### Exits compared, {records[0]['stages']} stages\n"
+    yield f"![speedup and acceptance against exit layer]({picture})\n"
+    rows = [
+        [str(record["bounds"][1]), plots.head_name(record), *task_cells(row)[1:]]
+        for record in records
+        for row in record["rows"]
+        if row["group"] == ALL and row["variant"] != PLAIN
+    ]
+    yield table(["exit", "head", *TASK_HEADS[1:]], rows)
+    yield from map(_origin, records)
 
 
 def _alike(records: Sequence[Record]) -> list[list[Record]]:
-    """Those that differ in the exit only: as many stages, the same prompts and tokens."""
+    """Those that differ in exit and head only: as many stages, the same prompts and tokens."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         settings = record["settings"]

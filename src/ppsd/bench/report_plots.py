@@ -11,7 +11,7 @@ from ppsd.cost.plot import KIND_COLOUR, require_matplotlib, save
 from ppsd.errors import PpsdError
 
 Record = Mapping[str, Any]
-ALL, PPSD, DRAFTING = "all", "ppsd", "draft-then-verify γ="
+ALL, PLAIN, PPSD, DRAFTING = "all", "plain", "ppsd", "draft-then-verify γ="
 SHOWN_MS = 400.0  # of a timeline: more is unreadable
 
 
@@ -72,22 +72,31 @@ def draft_lengths(record: Record, path: Path) -> bool:
 
 
 def exit_depth(records: Sequence[Record], path: Path) -> None:
-    """Speedup and α of PPSD on all tasks against the exit layer."""
-    found = sorted(
-        (record["bounds"][1], row["ratio"], row["alpha"])
-        for record in records
-        for row in record["rows"]
-        if (row["group"], row["variant"]) == (ALL, PPSD)
-    )
-    layers, ratios, alphas = zip(*found, strict=True)
+    """Speedup and α of PPSD on all tasks against the exit layer, by kind of head."""
     figure, (left, right) = require_matplotlib().subplots(1, 2, figsize=(9, 4))
-    left.plot(layers, ratios, "o-", label=PPSD)
+    kinds: dict[str, list[Record]] = {}
+    for record in records:
+        kinds.setdefault(head_name(record).rsplit("-", 1)[0], []).append(record)
+    for kind, found in kinds.items():
+        rows = [
+            row
+            for record in found
+            for row in record["rows"]
+            if (row["group"], row["variant"]) == (ALL, PPSD)
+        ]
+        layers = [record["bounds"][1] for record in found]
+        left.plot(layers, [row["ratio"] for row in rows], "o-", label=kind)
+        right.plot(layers, [row["alpha"] for row in rows], "o-", label=kind)
     left.set(xlabel="exit layer E", ylabel="speedup over plain decoding")
-    _finish(left)
-    right.plot(layers, alphas, "o-", color="tab:green")
     right.set(xlabel="exit layer E", ylabel="acceptance rate α", ylim=(0, 1))
-    right.grid(alpha=0.3)
+    for axes in (left, right):
+        _finish(axes)
     save(figure, path)
+
+
+def head_name(record: Record) -> str:
+    """The head of a run, as it was named."""
+    return str(record["settings"]["config"].get("head")).rsplit("/", 1)[-1]
 
 
 def heads(record: Record, path: Path) -> None:
