@@ -258,7 +258,7 @@ def _title(record: Record) -> str:
     bounds = ", ".join(map(str, record["bounds"]))
     pace = record["settings"]["config"].get("pace")
     label = f" · PACED: emulated stages of {pace} s" if pace else ""
-    return f"{record['stages']} stages at layers {bounds}{label}"
+    return f"{record['name']}: {record['stages']} stages at layers {bounds}{label}"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
