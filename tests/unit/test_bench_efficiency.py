@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -148,9 +149,33 @@ def test_a_profile_prices_a_request_by_its_context_alone() -> None:
     both = plain(details=details | {"profiles": [profile.to_json(), slower.to_json()]})
     found = predict.predicted_token_time(both, both, Schedule(1, 1), price)
     assert found == pytest.approx(6 * (2e-3 + 4e-3) / 2 + 2e-3), "the mean of before and after"
-    right = fast(hits="1" * 11, details=details)
+    oracle = details | {"gaps": fast().details["gaps"] | {"drafting": 1e-3}}
+    right = fast(hits="1" * 11, details=oracle)
     found = predict.predicted_token_time(right, plain(), Schedule(1, 2), price)
-    assert found == pytest.approx(4 * 2e-3, rel=0.1)  # the first stage is the slowest
+    assert found == pytest.approx(4 * 2e-3 + 1e-3, rel=0.1)  # the first stage is the slowest
+
+
+def test_the_spread_of_a_profile_costs_time_where_stages_wait_for_each_other() -> None:
+    """Two stages of 8 ms each: whichever is slower this time decides."""
+    sizes = Sizes(
+        layers=2, hidden=8, inner=2, vocabulary=9, layer=50, cached=8, lm_head=72, tied=True
+    )
+    steady = replace(
+        estimate(sizes, link=Link(bandwidth=1e15)),
+        layer=(LayerTime(0, 1, Timing.computed(7e-3)),),
+        lm_head=(RowsTime(1, Timing.computed(1e-3)),),
+    )
+    unsteady = replace(steady, layer=(LayerTime(0, 1, Timing(7e-3, 6e-3, 8e-3, 9)),))
+    assert unsteady.jitter == pytest.approx(math.log(8 / 6) / 2 / 0.67449, rel=1e-4)
+    price = predict.profiled((0, 1, 2), {"x": 0})
+    expected = []
+    for profile in (steady, unsteady):
+        details = {"profiles": [profile.to_json()], "gaps": {"drafting": 1e-3}}
+        run = fast(hits="1" * 2001, details=details)
+        expected.append(predict.predicted_token_time(run, run, Schedule(1, 2), price))
+    assert expected[0] == pytest.approx(8e-3, rel=0.01)
+    waits = unsteady.jitter / math.sqrt(math.pi)  # E max(X, Y) − E X for equal normals
+    assert expected[1] / expected[0] - 1 == pytest.approx(waits, rel=0.3)
 
 
 def test_a_prediction_by_hand() -> None:

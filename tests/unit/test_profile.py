@@ -12,7 +12,7 @@ import torch
 
 from ppsd.config import EngineConfig, core_shares
 from ppsd.cost import measure as measuring
-from ppsd.cost.measure import Subject, measure
+from ppsd.cost.measure import Subject, profiler
 from ppsd.cost.profile import Profile, Timing, estimate, load_profile, profile_path
 from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import choose
@@ -51,11 +51,10 @@ def test_everything_a_plan_needs_is_measured(
     monkeypatch.setattr(measuring, "PINGS", 4)
     steps: list[tuple[int, int]] = []
     threads = torch.get_num_threads()
-    profile = measure(
-        replace(subject, transport=transport),
-        {"command": "test"},
-        lambda done, total: steps.append((done, total)),
-    )
+    with profiler(replace(subject, transport=transport)) as take:
+        earlier = take({}, lambda done, total: None)
+        profile = take({"command": "test"}, lambda done, total: steps.append((done, total)))
+    assert earlier.layer != profile.layer
     assert torch.get_num_threads() == threads
     assert steps == sorted(steps)
     assert steps[-1][0] == steps[-1][1]

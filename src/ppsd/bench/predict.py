@@ -3,7 +3,8 @@
 For each request the cost model is built from the times that its own stages needed, with the links
 as plain decoding of the same repeat shows them; the simulator then runs the real policy over the
 request's own trace of accepted drafts. What is compared is the time per token after the first.
-With profiles (``profiled``) nothing but that trace is taken from the run.
+With profiles (``profiled``) nothing is taken from the run but that trace, and what the oracle
+takes for a draft, as it is no part of a model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ppsd.bench.efficiency import alone
 from ppsd.bench.oracle import PLAIN, Variant
@@ -119,28 +120,37 @@ def _mean(stage: dict[str, Any], rows: int) -> float:
     return float(stage[str(rows)]["mean"])
 
 
-# A request, the plain one of the same repeat, and a schedule: what that is thought to cost, by
-# one or several accounts.
-Price = Callable[[Measurement, Measurement, Schedule], Sequence[CostModel]]
+class Account(NamedTuple):
+    """What a request is thought to cost; ``jitter``: see Simulator."""
+
+    cost: CostModel
+    jitter: float = 0.0
+
+
+# A request, the plain one of the same repeat, and a schedule: one or several accounts.
+Price = Callable[[Measurement, Measurement, Schedule], Sequence[Account]]
 
 
 def own_times(shape: Shape) -> Price:
     """Price requests by what their own stages took."""
-    return lambda run, plain, schedule: [cost_of(run, plain, shape)]
+    return lambda run, plain, schedule: [Account(cost_of(run, plain, shape))]
 
 
 def profiled(bounds: Sequence[int], contexts: Mapping[str, int]) -> Price:
-    """Price requests by the profiles taken just before and just after them.
+    """Price requests by the profiles taken just before and just after them, and their spread.
 
     They stand in a request's ``details``, as JSON. ``contexts``: cached positions half-way through
-    each task. The oracle's drafts cost nothing.
+    each task.
     """
-    free = Exit(bounds[1], alpha=0.0, draft=0.0)
 
-    def price(run: Measurement, plain: Measurement, schedule: Schedule) -> list[CostModel]:
+    def price(run: Measurement, plain: Measurement, schedule: Schedule) -> list[Account]:
+        oracle = Exit(bounds[1], alpha=0.0, draft=run.details["gaps"]["drafting"] or 0.0)
         profiles = map(Profile.from_json, run.details["profiles"])
         problems = [Problem(p, len(bounds) - 1, context=contexts[run.task]) for p in profiles]
-        return [cost_model(problem, bounds, free, schedule) for problem in problems]
+        return [
+            Account(cost_model(problem, bounds, oracle, schedule), problem.profile.jitter)
+            for problem in problems
+        ]
 
     return price
 
@@ -148,10 +158,12 @@ def profiled(bounds: Sequence[int], contexts: Mapping[str, int]) -> Price:
 def predicted_token_time(
     run: Measurement, plain: Measurement, schedule: Schedule, price: Price
 ) -> float:
-    """Seconds per token that the simulator expects of a request, the mean over its prices."""
+    """Seconds per token that the simulator expects of a request, the mean over its accounts."""
     hits = bytes(map(int, run.hits))
-    costs = price(run, plain, schedule)
-    return statistics.fmean(simulate(cost, schedule, hits).token_time for cost in costs)
+    accounts = price(run, plain, schedule)
+    return statistics.fmean(
+        simulate(cost, schedule, hits, jitter=jitter).token_time for cost, jitter in accounts
+    )
 
 
 @dataclass(frozen=True)

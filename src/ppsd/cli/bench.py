@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,8 +101,8 @@ def bench_predict(
     profile: Annotated[
         bool,
         _bench(
-            "Predict from profiles taken in between, not from the run's own times; takes up to "
-            "a minute more a request."
+            "Predict from profiles taken in between, not from the run's own times; takes some "
+            "ten seconds more a request."
         ),
     ] = False,
 ) -> None:
@@ -115,9 +115,11 @@ def bench_predict(
         _check_profiled(pipeline)
     block = pipeline.block or DEFAULT_BLOCK
     variants = predict.variants(options.rates(predict.ALPHAS), block)
-    around = _profiler(pipeline) if profile else _unchanged
     verb = "predict by profile" if profile else "predict"
-    with measured(verb, pipeline, options, variants, block, around) as (llm, results):
+    with (
+        _profiler(pipeline) if profile else nullcontext(_unchanged) as around,
+        measured(verb, pipeline, options, variants, block, around) as (llm, results),
+    ):
         stages = llm.layout.stages
         schedules = {v.name: schedule_for(v.mode, stages, v.block, v.in_flight) for v in variants}
         price = _price(llm, options, profiled=profile)
@@ -147,27 +149,32 @@ def _unchanged(measure: Measure) -> Measure:
     return measure
 
 
-def _profiler(pipeline: PipelineOptions) -> Callable[[Measure], Measure]:
+@contextmanager
+def _profiler(pipeline: PipelineOptions) -> Iterator[Callable[[Measure], Measure]]:
     """Take a profile between any two measurements, and note both neighbours with each."""
     from ppsd.cli.profile import subject_of
     from ppsd.config import EngineConfig
-    from ppsd.cost.measure import measure as take
+    from ppsd.cost.measure import profiler
 
     c = EngineConfig(**pipeline.settings())
     subject = subject_of(c.model, c.dtype, c.stages, c.threads_per_stage, "shared-memory")
     newest: list[dict[str, Any]] = []
+    with profiler(subject) as take:
 
-    def between(measure: Measure) -> Measure:
-        def measured_between(cell: Cell) -> Measurement:
-            before = newest.pop() if newest else take(subject, {}).to_json()
-            found = measure(cell)
-            newest.append(take(subject, {}).to_json())
-            details = found.details | {"profiles": [before, *newest]}
-            return dataclasses.replace(found, details=details)
+        def profile() -> dict[str, Any]:
+            return take({}, lambda done, total: None).to_json()
 
-        return measured_between
+        def between(measure: Measure) -> Measure:
+            def measured_between(cell: Cell) -> Measurement:
+                before = newest.pop() if newest else profile()
+                found = measure(cell)
+                newest.append(profile())
+                details = found.details | {"profiles": [before, *newest]}
+                return dataclasses.replace(found, details=details)
 
-    return between
+            return measured_between
+
+        yield between
 
 
 def _price(llm: LLM, options: BenchOptions, *, profiled: bool) -> predict.Price:

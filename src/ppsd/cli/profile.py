@@ -91,7 +91,7 @@ def subject_of(model: str | None, dtype: str, stages: int, threads: int, transpo
 
 
 def _measure(subject: Subject) -> Profile:
-    from ppsd.cost.measure import measure
+    from ppsd.cost.measure import profiler
     from ppsd.provenance import provenance
 
     console = log_console()
@@ -103,7 +103,8 @@ def _measure(subject: Subject) -> Profile:
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return measure(subject, provenance(), progress)
+        with profiler(subject) as take:
+            return take(provenance(), progress)
 
 
 def _show(profile: Profile) -> None:

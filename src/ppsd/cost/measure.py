@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ STALE, CURRENT = 1, 2  # epochs: a stale block is carried but not worked on
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 Case = Callable[[], object]
+Key = tuple[str, int, int]  # of a case
 
 
 @dataclass(frozen=True)
@@ -90,29 +92,43 @@ class Subject:
         return StagePlan(first, spec.num_layers, context, self.dtype, torch.device("cpu"))
 
 
-@torch.inference_mode()
-def measure(
-    subject: Subject,
-    provenance: Mapping[str, Any],
-    progress: Progress = lambda done, total: None,
-) -> Profile:
-    """Time everything a plan needs; under two minutes for a model of 135 M on an idle core.
+Take = Callable[[Mapping[str, Any], Progress], Profile]  # with this provenance
 
-    Raises what loading a model raises, and PipelineError when the worker fails.
+
+@contextmanager
+def profiler(subject: Subject) -> Iterator[Take]:
+    """Load the layers, here and in a worker, and yield what measures profile after profile.
+
+    Each takes under two minutes for a model of 135 M on an idle core. Raises what loading a model
+    raises, and PipelineError when the worker fails.
     """
-    with _placed(subject):
+    with torch.inference_mode():
         stage = Stage(subject.spec, subject.plan, subject.source)
         cases = _cases(stage, subject)
-        steps = len(cases) * (REPEATS + 1)  # one round to warm up
-        times = _rounds(cases, lambda done: progress(done, steps + 2 * PINGS))
-        layers = subject.plan.last - subject.plan.first
-        with _worker(subject) as peer:
-            latency, overhead, bandwidth = _link(
-                peer, stage, lambda done: progress(steps + done, steps + 2 * PINGS)
-            )
-            contention = _contention(
-                peer, stage, lambda done: progress(steps + PINGS + done, steps + 2 * PINGS)
-            )
+    with _worker(subject) as peer:
+        yield partial(_take, subject, stage, cases, peer)
+
+
+@torch.inference_mode()
+def _take(
+    subject: Subject,
+    stage: Stage,
+    cases: Mapping[Key, Case],
+    peer: _Peer,
+    provenance: Mapping[str, Any],
+    progress: Progress,
+) -> Profile:
+    """Time everything a plan needs."""
+    steps = len(cases) * (REPEATS + 1)  # one round to warm up
+
+    def after(done: int) -> Callable[[int], None]:
+        return lambda more: progress(done + more, steps + 2 * PINGS)
+
+    with _placed(subject):
+        times = _rounds(cases, after(0))
+        latency, overhead, bandwidth = _link(peer, stage, after(steps))
+        contention = _contention(peer, stage, after(steps + PINGS))
+    layers = subject.plan.last - subject.plan.first
     return Profile(
         model=subject.spec.name,
         fingerprint=subject.fingerprint,
@@ -138,9 +154,6 @@ def measure(
         kernels=kernels.kind(str(subject.dtype).removeprefix("torch.")),
         provenance=dict(provenance),
     )
-
-
-Key = tuple[str, int, int]
 
 
 def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, TypeVar
 
 import numpy as np
@@ -120,6 +121,12 @@ class Profile:
     def link(self) -> Link:
         """One hop."""
         return Link(self.latency.median, self.bandwidth)
+
+    @property
+    def jitter(self) -> float:
+        """σ of a log-normal factor whose quartiles are those of a pass of one row."""
+        spreads = [math.log(t.time.high / t.time.low) for t in self.layer if t.rows == 1]
+        return float(np.median(spreads)) / 2 / NormalDist().inv_cdf(0.75)
 
     def layer_time(self, context: int, rows: int = 1) -> float:
         """Seconds of a layer, interpolated; beyond what was measured the last value holds."""
