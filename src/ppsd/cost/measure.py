@@ -59,6 +59,7 @@ STALE, CURRENT = 1, 2  # epochs: a stale block is carried but not worked on
 Progress = Callable[[int, int], None]  # steps done, steps in all
 Case = Callable[[], object]
 Key = tuple[str, int, int]  # of a case
+PASS = ("layer", 0, 1)
 
 
 @dataclass(frozen=True)
@@ -106,19 +107,17 @@ def profiler(subject: Subject) -> Iterator[Take]:
         stage = Stage(subject.spec, subject.plan, subject.source)
         cases = _cases(stage, subject)
     with _worker(subject) as peer:
-        yield partial(_take, subject, stage, cases, peer)
+        yield partial(_take, subject, cases, peer)
 
 
 @torch.inference_mode()
 def _take(
     subject: Subject,
-    stage: Stage,
     cases: Mapping[Key, Case],
     peer: _Peer,
     provenance: Mapping[str, Any],
     progress: Progress,
 ) -> Profile:
-    """Time everything a plan needs."""
     steps = len(cases) * (REPEATS + 1)  # one round to warm up
 
     def after(done: int) -> Callable[[int], None]:
@@ -126,8 +125,8 @@ def _take(
 
     with _placed(subject):
         times = _rounds(cases, after(0))
-        latency, overhead, bandwidth = _link(peer, stage, after(steps))
-        contention = _contention(peer, stage, after(steps + PINGS))
+        latency, overhead, bandwidth = _link(peer, cases[PASS], after(steps))
+        contention = _contention(peer, cases[PASS], after(steps + PINGS))
     layers = subject.plan.last - subject.plan.first
     return Profile(
         model=subject.spec.name,
@@ -355,7 +354,7 @@ def _config(subject: Subject, rank: int, geometry: Geometry, **join: Any) -> Wor
 
 
 def _link(
-    peer: _Peer, stage: Stage, progress: Callable[[int], None]
+    peer: _Peer, forward: Case, progress: Callable[[int], None]
 ) -> tuple[Timing, Timing, float]:
     """Latency and the sender's overhead in seconds, bandwidth in bytes a second.
 
@@ -363,11 +362,10 @@ def _link(
     each direction is timed by itself: from before a message is laid out until the receiver begins
     to work on it, and back.
     """
-    hidden = torch.randn(1, stage.spec.hidden_size).to(stage.plan.dtype)
     sent: list[tuple[int, int, int]] = []
     peer.slices()
     for i in range(2 * PINGS):
-        stage.forward(hidden, 0)
+        forward()
         start, end = peer.feed(bulk=bool(i % 2))
         sent.append((start, end, peer.answer()))
         progress(i // 2 + 1)
@@ -382,21 +380,20 @@ def _link(
     return latency, Timing.of(sending[::2]), peer.bulk_bytes / max(longer, 1e-6)
 
 
-def _contention(peer: _Peer, stage: Stage, progress: Callable[[int], None]) -> Timing:
+def _contention(peer: _Peer, forward: Case, progress: Callable[[int], None]) -> Timing:
     """How many times as long the layers take while the worker runs the same on its own core."""
-    hidden = torch.randn(1, stage.spec.hidden_size).to(stage.plan.dtype)
 
-    def forward() -> float:
+    def timed() -> float:
         start = time.perf_counter()
-        stage.forward(hidden, 0)
+        forward()
         return time.perf_counter() - start
 
     ratios = []
     for i in range(PINGS):
-        alone = forward()
+        alone = timed()
         for _ in range(2):  # the second keeps it busy to the end
             peer.feed()
-        ratios.append(forward() / alone)
+        ratios.append(timed() / alone)
         for _ in range(2):
             peer.answer()
         progress(i + 1)
