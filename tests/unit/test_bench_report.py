@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ppsd.bench.report_plots import _trained
 from tests.unit.test_cli_bench import bench
 
 
@@ -83,3 +84,29 @@ def test_results_are_named_when_they_are_none(results, tmp_path: Path) -> None:
     trace.write_text("{}")
     result = bench("report", results["tasks"], "--out", tmp_path / "out", "--trace", trace)
     assert "trace.json is not a trace" in str(result.exception)
+
+
+def test_heads_are_listed_with_what_they_were_trained_on(tmp_path: Path) -> None:
+    def head(exit_layer: int, tokens: int | None, alpha: float) -> dict[str, object]:
+        return {
+            "kind": "transformer", "exit_layer": exit_layer, "layers": 1, "lookup": True,
+            "trained_tokens": tokens, "alpha": alpha, "interval": None, "top": {"4": 0.9},
+            "expected": {"head_layers": 2.0, "speedup": 1.5, "paper": 1.7},
+            "by_category": {"math": {"alpha": alpha}},
+        }  # fmt: skip
+
+    heads = {"little": head(8, 1_000, 0.5), "more": head(8, 4_000, 0.6), "none": head(9, None, 0.1)}
+    assert list(_trained(list(heads.values()))) == [(8, [1_000, 4_000], [0.5, 0.6])]
+    origin = {"commit": "abc", "command": "ppsd acceptance", "cpu": "a", "cores": 2}
+    record = {
+        "heads": heads,
+        "first_right": {"shares": {"more": 1.0}},
+        "provenance": origin | {"versions": {"torch": "2"}},
+    }
+    result = tmp_path / "acceptance.json"
+    result.write_text(json.dumps(record))
+    assert bench("report", result, "--out", tmp_path).exit_code == 0
+    page = (tmp_path / "report.md").read_text()
+    assert "| more | 8 | 4,000 | 0.600 |" in page
+    assert "| none | 9 | – | 0.100 |" in page
+    assert (tmp_path / "acceptance-heads.png").stat().st_size > 1000

@@ -218,8 +218,9 @@ def _acceptance(records: Sequence[Record], out: Path) -> Iterator[str]:
     for record in records:
         picture = f"{record['name']}-heads.png"
         plots.heads(record, out / picture)
-        yield f"![acceptance against exit layer and cost]({picture})\n"
-        names = ["head", "exit", "α", "95 % interval", "top 4", "layer-times", "expected", "ρ*"]
+        yield f"![acceptance against exit layer, cost and training]({picture})\n"
+        names = ["head", "exit", "trained on tokens", "α", "95 % interval", "top 4", "layer-times",
+                 "expected", "ρ*"]  # fmt: skip
         yield table(names, [_head_cells(*item) for item in record["heads"].items()])
         categories = sorted({c for h in record["heads"].values() for c in h["by_category"]})
         rows = [
@@ -239,6 +240,7 @@ def _head_cells(label: str, head: Record) -> list[str]:
     return [
         label,
         str(head["exit_layer"]),
+        "–" if head["trained_tokens"] is None else f"{head['trained_tokens']:,}",
         f"{head['alpha']:.3f}",
         between,
         f"{head['top']['4']:.3f}",

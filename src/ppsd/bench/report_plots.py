@@ -100,23 +100,42 @@ def head_name(record: Record) -> str:
 
 
 def heads(record: Record, path: Path) -> None:
-    """α against exit layer, and against the cost of the head, by kind of head."""
-    figure, (left, right) = require_matplotlib().subplots(1, 2, figsize=(9, 4), sharey=True)
+    """α against exit layer, against the cost of the head, and against training, by kind of head."""
+    figure, (left, middle, right) = require_matplotlib().subplots(
+        1, 3, figsize=(13, 4), sharey=True
+    )
     kinds: dict[str, list[Record]] = {}
     for head in record["heads"].values():
         layers = f" {head['layers']}" if head["layers"] else ""
-        lookup = " with lookup" if head.get("lookup") else ""
+        lookup = " with lookup" if head["lookup"] else ""
         kinds.setdefault(f"{head['kind']}{layers}{lookup}", []).append(head)
     for name, found in kinds.items():
         alphas = [head["alpha"] for head in found]
-        left.plot([head["exit_layer"] for head in found], alphas, "o-", label=name)
-        right.plot([head["expected"]["head_layers"] for head in found], alphas, "o", label=name)
+        left.plot([head["exit_layer"] for head in found], alphas, "o", label=name)
+        middle.plot([head["expected"]["head_layers"] for head in found], alphas, "o")
+        for exit_layer, tokens, rates in _trained(found):
+            right.plot(tokens, rates, "o-", label=f"{name}, exit {exit_layer}")
     left.set(xlabel="exit layer E", ylabel="acceptance rate α", ylim=(0, 1))
-    right.set(xlabel="cost of a draft (layer-times)")
-    for axes in (left, right):
+    middle.set(xlabel="cost of a draft (layer-times)")
+    right.set(xlabel="tokens trained on", xscale="log")
+    for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    left.legend(fontsize=7)
+    if right.has_data():
+        right.legend(fontsize=7)
     save(figure, path)
+
+
+def _trained(heads: Sequence[Record]) -> Iterator[tuple[int, list[int], list[float]]]:
+    """An exit layer, amounts of training tokens and α, where there are several of one kind."""
+    for exit_layer in sorted({head["exit_layer"] for head in heads}):
+        pairs = sorted(
+            (head["trained_tokens"], head["alpha"])
+            for head in heads
+            if head["exit_layer"] == exit_layer and head["trained_tokens"]
+        )
+        if len(pairs) > 1:
+            yield exit_layer, [tokens for tokens, _ in pairs], [alpha for _, alpha in pairs]
 
 
 def timelines(traces: Sequence[Path], path: Path) -> None:

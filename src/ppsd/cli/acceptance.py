@@ -211,6 +211,7 @@ def _result(
         about |= {
             "lookup": c.lookup,
             "sha256": c.digest,
+            "trained_tokens": config.provenance.get("tokens"),
             "held_out": config.metrics.get("validation"),
         }
         speed = expected_speed(spec, config, found["alpha"], subject.stages)
