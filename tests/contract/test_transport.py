@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -210,7 +209,7 @@ def test_any_interleaving_equals_queues(
     A received frame stays intact until its receiver's next call.
     """
     queues: dict[tuple[int, int], deque[bytes]] = {link: deque() for link in LINKS}
-    lent: dict[int, tuple[int, torch.Tensor, bytes]] = {}
+    lent: dict[int, tuple[int, memoryview, bytes]] = {}
     epoch = 0
     with closing(make(3)) as ends:
         for step in steps:

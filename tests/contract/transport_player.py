@@ -55,7 +55,8 @@ class Player:
         self.endpoint = endpoint
 
     def send(self, to: int, parts: Parts, timeout: float = PATIENCE) -> None:
-        self.endpoint.send(to, [tensor(content(*part)) for part in parts], timeout)
+        first, *others = (content(*part) for part in parts)
+        self.endpoint.send(to, [first, *map(tensor, others)], timeout)
 
     def send_all(self, to: int, frames: list[Parts]) -> None:
         for parts in frames:

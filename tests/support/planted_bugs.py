@@ -120,11 +120,11 @@ def _(patch: Patch) -> None:
 @bug("penalties count rejected drafts")
 def _(patch: Patch) -> None:
     def append(self, position, tokens):
-        self.end = position if tokens.numel() > 1 else getattr(self, "end", position)
+        self.end = position if len(tokens) > 1 else getattr(self, "end", position)
         self.end = 0 if position == 0 else self.end
         room = len(self._tokens) - self.end
-        self._tokens[self.end : self.end + tokens.numel()] = tokens[:room]
-        self.end += tokens.numel()
+        self._ids[self.end : self.end + len(tokens)] = tokens[:room]
+        self.end += len(tokens)
 
     patch.setattr(TokenHistory, "write", append)
 

@@ -202,17 +202,16 @@ def test_a_bad_torchrun_variable_is_named(
 
 
 TORCHRUN_PROGRAM = """
-import torch
 from ppsd.transport.base import Geometry
 from ppsd.transport.distributed import DistributedEndpoint
 from ppsd.transport.rendezvous import init_group_from_environment
 rank, size = init_group_from_environment(60)
 end = DistributedEndpoint(Geometry(size, 100, 100, 2), rank, 60)
 if rank == 0:
-    end.send(1, [torch.tensor([1, 2, 3], dtype=torch.uint8)], 60)
+    end.send(1, [bytes([1, 2, 3])], 60)
 source, frame = end.receive(60)
 if rank == 1:
-    end.send(0, [frame + 1], 60)
+    end.send(0, [bytes(value + 1 for value in frame)], 60)
 else:
     print(source, frame.tolist())
 end.close()

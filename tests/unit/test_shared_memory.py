@@ -13,11 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from ppsd.errors import InsufficientMemoryError, PipelineTimeoutError, ProtocolError
 from ppsd.transport import shared_memory
-from ppsd.transport.base import Geometry
+from ppsd.transport.base import Geometry, Part
 from ppsd.transport.shared_memory import LINE, WORD, SharedMemoryEndpoint, create_segment
 
 GEOMETRY = Geometry(size=3, forward_bytes=1000, return_bytes=100, slots=2)
@@ -36,8 +35,8 @@ def attach(fd: int, rank: int, *, spin: bool = False) -> SharedMemoryEndpoint:
     return SharedMemoryEndpoint(fd, GEOMETRY, rank, spin)
 
 
-def frame(*values: int) -> list[torch.Tensor]:
-    return [torch.tensor(values, dtype=torch.uint8)]
+def frame(*values: int) -> list[Part]:
+    return [bytes(values)]
 
 
 def write_word(fd: int, offset: int, value: int) -> None:
@@ -185,12 +184,12 @@ def test_fifty_cycles_leak_nothing() -> None:
 
 
 CHILD_PROGRAM = """
-import sys, time, torch
+import sys, time
 from ppsd.transport.base import Geometry
 from ppsd.transport.shared_memory import SharedMemoryEndpoint
 end = SharedMemoryEndpoint(int(sys.argv[1]), Geometry(3, 1000, 100, 2), 1, spin=True)
 source, frame = end.receive(60)
-end.send(0, [frame + 1], 60)
+end.send(0, [bytes(value + 1 for value in frame)], 60)
 time.sleep(60)
 """
 

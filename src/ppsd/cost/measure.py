@@ -27,7 +27,7 @@ from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.weights import TensorSource
 from ppsd.speculation.sampling import Sampler
-from ppsd.transport.base import Endpoint, Geometry
+from ppsd.transport.base import Endpoint, Geometry, part_bytes
 from ppsd.types import SamplingParams
 from ppsd.worker.messages import (
     Begin,
@@ -246,7 +246,7 @@ class _Peer:
         self._check = check
         self._small = self._block(subject, CURRENT, 1)
         self._large = self._block(subject, STALE, BULK_ROWS)
-        self.bulk_bytes = sum(part.numel() for part in encode(self._large))
+        self.bulk_bytes = sum(map(part_bytes, encode(self._large)))
         self._expect(Status, "ready")
         vocabulary = subject.spec.vocab_size
         self._send(Begin(0, SamplingParams(), 1, (), vocabulary))
@@ -254,9 +254,8 @@ class _Peer:
 
     @staticmethod
     def _block(subject: Subject, epoch: int, rows: int) -> Block:
-        tokens = torch.zeros(rows, dtype=torch.int64)
         hidden = torch.randn(rows, subject.spec.hidden_size).to(subject.dtype)
-        return Block(0, epoch, 0, -1, 1, tokens, hidden)
+        return Block(0, epoch, 0, -1, 1, (0,) * rows, hidden)
 
     def feed(self, *, bulk: bool = False) -> tuple[int, int]:
         """Send a block of one row, after a large stale one if asked; start and end in ns."""

@@ -167,10 +167,11 @@ class OracleDrafter:
     feedback = False
 
     def __init__(self, plain: Sequence[int], alpha: float, vocab_size: int, seed: int = 0) -> None:
-        self._plain = plain
-        self._alpha = alpha
         self._vocab = vocab_size
-        self._seed = seed
+        self._guesses = [  # made beforehand, as they would delay the pipeline
+            token if uniform(seed, at, Stream.ACCEPT) < alpha else (token + 1) % vocab_size
+            for at, token in enumerate(plain)
+        ]
 
     def observe(self, position: int, hidden: torch.Tensor) -> None:
         """Need nothing."""
@@ -184,9 +185,7 @@ class OracleDrafter:
         return _certain(self._guess(position), self._vocab)
 
     def _guess(self, position: int) -> int:
-        truth = self._plain[position] if position < len(self._plain) else 0
-        right = uniform(self._seed, position, Stream.ACCEPT) < self._alpha
-        return truth if right else (truth + 1) % self._vocab
+        return self._guesses[position] if position < len(self._guesses) else 0
 
 
 def _certain(token: int, vocab_size: int) -> torch.Tensor:

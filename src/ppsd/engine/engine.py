@@ -166,9 +166,9 @@ class Engine:
 
     def _targets(self, verdict: Verdict) -> tuple[int, ...]:
         """The target's tokens; under ``rejection`` drawn here, coupled to the waiting drafts."""
-        tokens = verdict.tokens.tolist()
         if not self.rejection or verdict.logits is None:
-            return tuple(tokens)
+            return verdict.tokens
+        tokens = list(verdict.tokens)
         first = verdict.position + verdict.rows - len(tokens) + 1
         for i, logits in enumerate(verdict.logits):
             draft = self.policy.draft_at(first + i)

@@ -131,8 +131,8 @@ class Pipeline:
         """
         if feed.position == feed.block:
             self._open.clear()
-        tokens = torch.tensor(feed.tokens, dtype=torch.int64)
-        self._history.write(feed.position, tokens)
+        self._history.write(feed.position, feed.tokens)
+        tokens = self._history.before(feed.position + len(feed.tokens))[feed.position :]
         start = time.monotonic_ns()
         hidden = self._stage.forward(tokens, feed.position, interrupted)
         kind = "cancelled" if hidden is None else "forward" if feed.judge else "prefill"
@@ -153,7 +153,7 @@ class Pipeline:
         hidden = torch.cat(self._open) if len(self._open) > 1 else self._open[0]
         self._open.clear()
         end = feed.position + len(feed.tokens)
-        tokens = self._history.before(end)[feed.block :]
+        tokens = self._history.ids(feed.block, end)
         block = Block(0, feed.epoch, feed.block, feed.block - 1, feed.judge, tokens, hidden)
         if self._judge is None:
             self._send(block)

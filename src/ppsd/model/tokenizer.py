@@ -17,6 +17,7 @@ from ppsd.model.sidecar import cached
 REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 CONTEXT = 4  # tokens; an unfinished UTF-8 character has at most three bytes, a token at least one
+MOST = 3 * CONTEXT  # a window is cut back before it is so long
 
 
 class Tokenizer:
@@ -116,6 +117,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
+        self._said = ""  # what of the window is settled
         self._bytes: list[int] = []
 
     def push(self, token_ids: Iterable[int]) -> str:
@@ -124,9 +126,8 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """Return the text still held back; broken characters come out as U+FFFD."""
-        settled = len(self._settled(self._window))
-        tail = self._tokenizer.decode(self._window + self._bytes)[settled:]
-        self._window, self._bytes = [], []
+        tail = self._tokenizer.decode(self._window + self._bytes)[len(self._said) :]
+        self._window, self._said, self._bytes = [], "", []
         return tail
 
     def _push(self, token: int) -> str:
@@ -137,8 +138,12 @@ class StreamDecoder:
             self._bytes.append(token)
             return ""
         longer = [*self._window, *self._bytes, token]
-        text = self._settled(longer)[len(self._settled(self._window)) :]
-        self._window, self._bytes = longer[-CONTEXT:], []
+        said = self._settled(longer)
+        text = said[len(self._said) :]
+        if len(longer) >= MOST:  # not each time: that takes a second decoding
+            longer = longer[-CONTEXT:]
+            said = self._settled(longer)
+        self._window, self._said, self._bytes = longer, said, []
         return text
 
     def _settled(self, ids: list[int]) -> str:

@@ -6,6 +6,7 @@ of the pipeline and no others: rank k → k+1 (work) and every rank k ≥ 1 → 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,24 +44,38 @@ class Geometry:
         return {source: limit for (source, to), limit in self.links().items() if to == rank}
 
 
-def frame_bytes(outgoing: Mapping[int, int], to: int, parts: Sequence[torch.Tensor]) -> int:
+Part = bytes | torch.Tensor  # tensors are contiguous, of any type, on any device
+
+
+def part_bytes(part: Part) -> int:
+    """Length of a part."""
+    return len(part) if isinstance(part, bytes) else part.nbytes
+
+
+def frame_bytes(outgoing: Mapping[int, int], to: int, parts: Sequence[Part]) -> int:
     """Return the length of a frame made of ``parts``; ProtocolError when ``to`` cannot take it."""
     limit = outgoing.get(to)
     if limit is None:
         raise ProtocolError(f"no link to rank {to}: this rank sends to {sorted(outgoing)} only")
-    length = sum(part.numel() for part in parts)
+    length = sum(map(part_bytes, parts))
     if length > limit:
         raise ProtocolError(f"a frame to rank {to} may have {limit} bytes, got {length}")
     return length
 
 
-def gather(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    """Copy ``parts`` end to end into the first bytes of ``out``."""
-    start = 0
+def gather(parts: Sequence[Part], address: int) -> None:
+    """Copy ``parts`` end to end to where ``frame_bytes`` of them have room.
+
+    PyTorch would take ten times as long: between two messages a stage reads all its weights, so
+    whatever code is not short has left the caches by then.
+    """
     for part in parts:
-        end = start + part.numel()
-        out[start:end].copy_(part)
-        start = end
+        if isinstance(part, bytes):
+            ctypes.memmove(address, part, len(part))
+        else:
+            host = part if part.device.type == "cpu" else part.cpu()
+            ctypes.memmove(address, host.data_ptr(), host.nbytes)
+        address += part_bytes(part)
 
 
 class Endpoint(Protocol):
@@ -77,8 +92,8 @@ class Endpoint(Protocol):
     def rows(self) -> torch.Tensor | None:
         """See above."""
 
-    def send(self, to: int, parts: Sequence[torch.Tensor], timeout: float) -> None:
-        """Send one frame made of contiguous one-dimensional uint8 tensors, laid end to end.
+    def send(self, to: int, parts: Sequence[Part], timeout: float) -> None:
+        """Send one frame made of ``parts`` laid end to end: first bytes, then tensors.
 
         A part on a GPU passes through host memory unless the transport can do better. Returns when
         the parts may be reused. Raises PipelineTimeoutError when the link stays full for
@@ -86,10 +101,10 @@ class Endpoint(Protocol):
         larger than the geometry allows or there is no such link.
         """
 
-    def receive(self, timeout: float) -> tuple[int, torch.Tensor] | None:
-        """Return (source rank, frame as uint8 tensor), or None when ``timeout`` seconds pass.
+    def receive(self, timeout: float) -> tuple[int, memoryview] | None:
+        """Return (source rank, bytes of the frame), or None when ``timeout`` seconds pass.
 
-        The tensor is the caller's until the next ``receive``; copy what must live longer.
+        The bytes are the caller's until the next ``receive``; copy what must live longer.
         ``timeout`` 0 only looks. Raises StageLostError when a peer is known to be gone.
         """
 

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from ppsd.errors import PipelineError, PipelineTimeoutError, ProtocolError, StageLostError
-from ppsd.transport.base import Geometry, frame_bytes, gather
+from ppsd.transport.base import Geometry, Part, frame_bytes, gather, part_bytes
 
 MAGIC = int.from_bytes(b"ppsd-msg", "little")
 HEADER_BYTES = 32  # magic, payload length, bytes that travel apart, 0: int64 each
@@ -52,7 +52,7 @@ INLINE_BYTES = 16 * 1024 + 256
 ) = range(1, 8)
 GOODBYE = -1  # in place of a frame's length: nothing more comes on this link
 ROWS_BACKEND = {"cuda": "nccl", "cpu": "gloo"}  # CPU rows travel apart in tests only
-ROWS_PART = 2  # a frame's parts are its header, token ids, and then rows of numbers
+ROWS_PART = 1  # a frame's parts are what describes it, and then rows of numbers
 NO_ROWS = torch.empty(0, dtype=torch.uint8)
 FOREVER = timedelta(days=365)
 HEARTBEAT_SECONDS = 1.0
@@ -92,15 +92,16 @@ class DistributedEndpoint:
         self._threads = self._start_threads()
         atexit.register(self.close)  # for a main thread that dies of an error
 
-    def send(self, to: int, parts: Sequence[torch.Tensor], timeout: float) -> None:
+    def send(self, to: int, parts: Sequence[Part], timeout: float) -> None:
         """Copy the frame into a buffer and start sending it; see ``Endpoint.send``."""
         frame_bytes(self._outgoing, to, parts)
         inside = parts if self._apart is None else parts[:ROWS_PART]
         apart = parts[len(inside) :]
-        rows = torch.cat(list(apart)) if apart else NO_ROWS
-        self._send(self._senders[to], sum(part.numel() for part in inside), inside, rows, timeout)
+        flat = [part.view(-1).view(torch.uint8) for part in apart if isinstance(part, torch.Tensor)]
+        rows = torch.cat(flat) if flat else NO_ROWS
+        self._send(self._senders[to], sum(map(part_bytes, inside)), inside, rows, timeout)
 
-    def receive(self, timeout: float) -> tuple[int, torch.Tensor] | None:
+    def receive(self, timeout: float) -> tuple[int, memoryview] | None:
         """Return the next frame in order of arrival; see ``Endpoint.receive``."""
         if self._lent is not None:
             link, buffer = self._lent
@@ -264,13 +265,13 @@ class DistributedEndpoint:
         self,
         link: _Link,
         length: int,
-        parts: Sequence[torch.Tensor],
+        parts: Sequence[Part],
         rows: torch.Tensor,
         timeout: float,
     ) -> None:
         buffer = self._free_buffer(link, timeout)
         _header(buffer).copy_(torch.tensor([MAGIC, length, rows.numel(), 0]))
-        gather(parts, buffer[HEADER_BYTES:])
+        gather(parts, buffer.data_ptr() + HEADER_BYTES)
         pieces = link.pieces(buffer, length)
         try:
             works = [self._start_send(piece, link.peer, tag) for piece, tag in pieces]
@@ -359,8 +360,8 @@ class _Link:
     def rows_bytes(self, buffer: torch.Tensor) -> int:
         return int(_header(buffer)[2])
 
-    def payload(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer[HEADER_BYTES : HEADER_BYTES + self.length(buffer)]
+    def payload(self, buffer: torch.Tensor) -> memoryview:
+        return buffer.numpy().data[HEADER_BYTES : HEADER_BYTES + self.length(buffer)]
 
     def says_goodbye(self, buffer: torch.Tensor) -> bool:
         return bool(_header(buffer)[:2].tolist() == [MAGIC, GOODBYE])

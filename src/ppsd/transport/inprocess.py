@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ppsd.errors import PipelineTimeoutError
-from ppsd.transport.base import Geometry, frame_bytes, gather
+from ppsd.transport.base import Geometry, Part, frame_bytes, gather
 
 
 class InProcessHub:
@@ -24,7 +24,7 @@ class InProcessHub:
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
-        self.links: dict[tuple[int, int], deque[torch.Tensor]] = {
+        self.links: dict[tuple[int, int], deque[memoryview]] = {
             link: deque() for link in geometry.links()
         }
         self.epoch = 0
@@ -48,7 +48,7 @@ class InProcessEndpoint:
         # Rotated at every receive, so that no busy link starves the others.
         self._sources = deque(hub.geometry.incoming(rank))
 
-    def send(self, to: int, parts: Sequence[torch.Tensor], timeout: float) -> None:
+    def send(self, to: int, parts: Sequence[Part], timeout: float) -> None:
         """Queue a copy of the frame; see ``Endpoint.send``."""
         length = frame_bytes(self._outgoing, to, parts)
         link = self._hub.links[self.rank, to]
@@ -58,10 +58,10 @@ class InProcessEndpoint:
                 f"the link from rank {self.rank} to rank {to} stayed full ({slots} frames)"
             )
         frame = torch.empty(length, dtype=torch.uint8)
-        gather(parts, frame)
-        link.append(frame)
+        gather(parts, frame.data_ptr())
+        link.append(frame.numpy().data)
 
-    def receive(self, timeout: float) -> tuple[int, torch.Tensor] | None:
+    def receive(self, timeout: float) -> tuple[int, memoryview] | None:
         """Return the next frame, or None when the workers have nothing more to do."""
         self._wait(self._ready, timeout)
         for source in tuple(self._sources):

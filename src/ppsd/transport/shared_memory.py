@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ppsd.errors import InsufficientMemoryError, PipelineTimeoutError, ProtocolError
-from ppsd.transport.base import Geometry, frame_bytes, gather
+from ppsd.transport.base import Geometry, Part, frame_bytes, gather
 
 LINE = 64
 WORD = 8
@@ -83,8 +83,7 @@ class SharedMemoryEndpoint:
         self._outgoing = geometry.outgoing(rank)
         self._pause = _pause_of_own_core if spin else _pause_of_shared_core
         segment = _attach(fd, geometry)
-        # torch keeps a reference to the mmap, not a lock on its buffer: an explicit mmap.close()
-        # would pull the memory from under live frames. It is unmapped with its last reference.
+        # Unmapped with its last reference: frames that live longer than this endpoint hold one.
         self._words: memoryview = memoryview(segment).cast("q")
         rings = {link: _Ring(segment, self._words, *place) for link, place in _places(geometry)}
         self._senders = {to: ring for (source, to), ring in rings.items() if source == rank}
@@ -92,7 +91,7 @@ class SharedMemoryEndpoint:
         self._lent: _Ring | None = None
         self._waiting_since: float | None = None  # the first of the waits in vain in a row
 
-    def send(self, to: int, parts: Sequence[torch.Tensor], timeout: float) -> None:
+    def send(self, to: int, parts: Sequence[Part], timeout: float) -> None:
         """Copy the frame into the ring; see ``Endpoint.send``."""
         length = frame_bytes(self._outgoing, to, parts)
         ring = self._senders[to]
@@ -103,7 +102,7 @@ class SharedMemoryEndpoint:
         ring.put(parts, length)
         self._waiting_since = None
 
-    def receive(self, timeout: float) -> tuple[int, torch.Tensor] | None:
+    def receive(self, timeout: float) -> tuple[int, memoryview] | None:
         """Return the next frame where it lies; its slot is freed at the next call."""
         self._give_back()
         if not self._any_frame() and not self._wait_for_frame(timeout):
@@ -184,10 +183,10 @@ class _Ring:
         self._put: int = words[self._tail]
         offsets = [start + 2 * LINE + slot * _slot_bytes(limit) for slot in range(slots + 1)]
         self._lengths = [offset // WORD for offset in offsets]
-        self._payloads = [
-            torch.frombuffer(segment, dtype=torch.uint8, count=_round_up(limit), offset=at + LINE)
-            for at in offsets
-        ]
+        whole = memoryview(segment)
+        self._payloads = [whole[at + LINE : at + LINE + limit] for at in offsets]
+        base = torch.frombuffer(segment, dtype=torch.uint8).data_ptr()
+        self._addresses = [base + at + LINE for at in offsets]
 
     def has_room(self) -> bool:
         return self._put - self._words[self._head] < self._slots
@@ -195,15 +194,15 @@ class _Ring:
     def has_frame(self) -> bool:
         return self._words[self._tail] != self._taken
 
-    def put(self, parts: Sequence[torch.Tensor], length: int) -> None:
+    def put(self, parts: Sequence[Part], length: int) -> None:
         slot = self._put % self._slots
-        gather(parts, self._payloads[slot])
+        gather(parts, self._addresses[slot])
         self._words[self._lengths[slot]] = length
         self._put += 1
         _fence()
         self._words[self._tail] = self._put
 
-    def look(self) -> torch.Tensor:
+    def look(self) -> memoryview:
         _fence()
         slot = self._taken % self._slots
         length: int = self._words[self._lengths[slot]]

@@ -5,6 +5,10 @@ Used by the last worker, or by rank 0 when there is one stage only.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 from ppsd.errors import NonFiniteError, ProtocolError
@@ -15,8 +19,10 @@ from ppsd.worker.messages import Begin, Block, Verdict
 
 def require_finite(hidden: torch.Tensor, rank: int, position: int) -> None:
     """Raise NonFiniteError unless a stage's output rows [n, C] at ``position``… are finite."""
+    if math.isfinite(hidden.sum().item()):
+        return
     finite = torch.isfinite(hidden)
-    if not finite.all():
+    if not finite.all():  # a sum can overflow by itself
         row = int((~finite.all(dim=1)).nonzero()[0])
         raise NonFiniteError(f"stage {rank} computed NaN or infinity at position {position + row}")
 
@@ -25,11 +31,16 @@ class TokenHistory:
     """The tokens fed so far, addressed by position like the key/value cache."""
 
     def __init__(self, capacity: int) -> None:
-        self._tokens = torch.zeros(capacity, dtype=torch.int64)
+        self._ids = np.zeros(capacity, dtype=np.int64)
+        self._tokens = torch.from_numpy(self._ids)  # the same memory
 
-    def write(self, position: int, tokens: torch.Tensor) -> None:
-        """Put ``tokens`` [n] at ``position``…"""
-        self._tokens[position : position + tokens.numel()] = tokens
+    def write(self, position: int, tokens: Sequence[int]) -> None:
+        """Put ``tokens`` at ``position``…"""
+        self._ids[position : position + len(tokens)] = tokens
+
+    def ids(self, first: int, end: int) -> tuple[int, ...]:
+        """Return the tokens at positions from ``first`` to below ``end``."""
+        return tuple(self._ids[first:end].tolist())
 
     def before(self, position: int) -> torch.Tensor:
         """Return the tokens at positions below ``position``; a view."""
@@ -58,21 +69,19 @@ class Judge:
         """Judge the last ``block.judge`` of the rows ``hidden`` [n, C]."""
         if self._sampler is None:
             raise ProtocolError("a block arrived before any request began")
-        rows = block.tokens.numel()
+        rows = len(block.tokens)
         self._history.write(block.position, block.tokens)
         first = block.position + rows - block.judge + 1
         judged = hidden[rows - block.judge :]
         logits = self._stage.logits(judged) if block.judge else None
-        chosen = (
-            [] if logits is None else [self._choose(x, first + i) for i, x in enumerate(logits)]
-        )
+        rows_of_logits = () if logits is None else logits
         return Verdict(
             slot=block.slot,
             epoch=block.epoch,
             source=self._rank,
             position=block.position,
             rows=rows,
-            tokens=torch.tensor(chosen, dtype=torch.int64),
+            tokens=tuple(self._choose(x, first + i) for i, x in enumerate(rows_of_logits)),
             logits=logits if self._want_logits else None,
             hidden=judged if self._want_hidden and block.judge else None,
         )

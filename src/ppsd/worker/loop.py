@@ -88,7 +88,7 @@ class Worker:
         hidden = self._stage.forward(block.hidden, block.position, stale)
         answer = None if hidden is None else self._answer(block, hidden)
         kind = "cancelled" if answer is None else "verify" if block.judge else "prefill"
-        self._recorder.add(start, kind, block.epoch, block.position, block.tokens.numel())
+        self._recorder.add(start, kind, block.epoch, block.position, len(block.tokens))
         if answer is not None:
             self._send(0 if self._judge is not None else self.rank + 1, answer)
 

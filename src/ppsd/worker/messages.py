@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ppsd.errors import ProtocolError
+from ppsd.transport.base import Part
 from ppsd.types import SamplingParams
 
 MAGIC = 0x50505344  # "PPSD"
@@ -36,7 +37,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Block:
     """Rows of one request on their way from a stage to the next (k → k+1).
 
-    ``tokens`` [n] int64 and ``hidden`` [n, C] stand at ``position``… and follow the token at
+    ``tokens`` [n] and ``hidden`` [n, C] stand at ``position``… and follow the token at
     ``parent`` (position - 1 in a chain); the last stage answers the last ``judge`` rows.
     """
 
@@ -45,7 +46,7 @@ class Block:
     position: int
     parent: int
     judge: int
-    tokens: torch.Tensor
+    tokens: tuple[int, ...]
     hidden: torch.Tensor
 
 
@@ -62,7 +63,7 @@ class Verdict:
     source: int
     position: int
     rows: int
-    tokens: torch.Tensor
+    tokens: tuple[int, ...]
     logits: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
 
@@ -110,8 +111,8 @@ def frame_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
     return HEADER_BYTES + max(body, CONTROL_BYTES)
 
 
-def encode(message: Message) -> list[torch.Tensor]:
-    """Lay a message out as uint8 tensors: header, token ids or JSON, then rows of numbers.
+def encode(message: Message) -> list[Part]:
+    """Lay a message out: header with token ids or JSON, then rows of numbers.
 
     Rows stay on their device; what becomes of them is the transport's choice.
     """
@@ -136,20 +137,20 @@ def encode(message: Message) -> list[torch.Tensor]:
     )
 
 
-def decode(frame: torch.Tensor, rows: torch.Tensor | None = None) -> Message:
-    """Read a message from a frame (uint8 [n]) and the rows that travelled apart from it, if any.
+def decode(frame: memoryview, rows: torch.Tensor | None = None) -> Message:
+    """Read a message from a frame and the rows (uint8 [n]) that travelled apart from it, if any.
 
     The result does not share the frame's memory. Raises ProtocolError for anything that is not a
     message of this protocol version.
     """
-    if frame.numel() < HEADER_BYTES:
-        raise ProtocolError(f"frame of {frame.numel()} bytes is shorter than a header")
-    header = HEADER.unpack(frame[:HEADER_BYTES].numpy().tobytes())
+    if len(frame) < HEADER_BYTES:
+        raise ProtocolError(f"frame of {len(frame)} bytes is shorter than a header")
+    header = HEADER.unpack_from(frame)
     magic, version, kind, *_, body_bytes = header
     if magic != MAGIC or version != VERSION:
         raise ProtocolError(f"frame has magic {magic:#x} version {version}, not ours")
     body = frame[HEADER_BYTES:]
-    present = body.numel() + (0 if rows is None else rows.numel())
+    present = len(body) + (0 if rows is None else rows.numel())
     if body_bytes != present:
         raise ProtocolError(f"frame announces {body_bytes} bytes of body and has {present}")
     if kind == _KINDS[Block]:
@@ -159,12 +160,11 @@ def decode(frame: torch.Tensor, rows: torch.Tensor | None = None) -> Message:
     return _decode_json(header, body)
 
 
-def _header(
+def _frame(
     kind: type,
-    parts: list[torch.Tensor],
+    body: bytes,
+    numbers: torch.Tensor | None = None,
     *,
-    dtype: int = 0,
-    flags: int = 0,
     slot: int = 0,
     source: int = 0,
     epoch: int = 0,
@@ -172,78 +172,79 @@ def _header(
     parent: int = 0,
     rows: int = 0,
     judge: int = 0,
-    width: int = 0,
-) -> list[torch.Tensor]:
-    body = sum(part.numel() for part in parts)
-    packed = HEADER.pack(
-        MAGIC, VERSION, _KINDS[kind], dtype, flags, slot, source, epoch, position, parent, rows,
-        judge, width, body,
+) -> list[Part]:
+    """A header, then ``body``, then the rows ``numbers`` [n, width]."""
+    dtype = width = size = 0
+    if numbers is not None:
+        dtype, width, size = DTYPES.index(numbers.dtype), numbers.shape[1], numbers.nbytes
+    header = HEADER.pack(
+        MAGIC, VERSION, _KINDS[kind], dtype, 0, slot, source, epoch, position, parent, rows,
+        judge, width, len(body) + size,
     )  # fmt: skip
-    return [torch.frombuffer(bytearray(packed), dtype=torch.uint8), *parts]
+    return [header + body] if numbers is None else [header + body, numbers.contiguous()]
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+def _ids(tokens: tuple[int, ...]) -> bytes:
+    return struct.pack(f"{len(tokens)}q", *tokens)
 
 
-def _encode_block(block: Block) -> list[torch.Tensor]:
-    return _header(
+def _encode_block(block: Block) -> list[Part]:
+    return _frame(
         Block,
-        [_bytes(block.tokens), _bytes(block.hidden)],
-        dtype=DTYPES.index(block.hidden.dtype),
+        _ids(block.tokens),
+        block.hidden,
         slot=block.slot,
         epoch=block.epoch,
         position=block.position,
         parent=block.parent,
         rows=block.hidden.shape[0],
         judge=block.judge,
-        width=block.hidden.shape[1],
     )
 
 
-def _encode_verdict(verdict: Verdict) -> list[torch.Tensor]:
-    parts = [_bytes(verdict.tokens)]
-    dtype = width = 0
+def _encode_verdict(verdict: Verdict) -> list[Part]:
     both = [rows for rows in (verdict.hidden, verdict.logits) if rows is not None]
+    numbers = None
     if both:  # side by side in one matrix; ``parent`` tells them apart
-        rows = torch.cat(both, 1) if len(both) > 1 else both[0]
-        parts.append(_bytes(rows))
-        dtype, width = DTYPES.index(rows.dtype), rows.shape[1]
-    return _header(
+        numbers = torch.cat(both, 1) if len(both) > 1 else both[0]
+    return _frame(
         Verdict,
-        parts,
-        dtype=dtype,
-        parent=0 if verdict.hidden is None else verdict.hidden.shape[1],
+        _ids(verdict.tokens),
+        numbers,
         slot=verdict.slot,
         source=verdict.source,
         epoch=verdict.epoch,
         position=verdict.position,
+        parent=0 if verdict.hidden is None else verdict.hidden.shape[1],
         rows=verdict.rows,
-        judge=verdict.tokens.numel(),
-        width=width,
+        judge=len(verdict.tokens),
     )
 
 
-def _encode_json(kind: type, record: dict[str, Any], **header: int) -> list[torch.Tensor]:
-    text = json.dumps(record, separators=(",", ":")).encode()
-    return _header(kind, [torch.frombuffer(bytearray(text), dtype=torch.uint8)], **header)
+def _encode_json(kind: type, record: dict[str, Any], **header: int) -> list[Part]:
+    return _frame(kind, json.dumps(record, separators=(",", ":")).encode(), None, **header)
 
 
 def _split_rows(
-    body: torch.Tensor, apart: torch.Tensor | None, tokens: int, shape: tuple[int, int], dtype: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    body: memoryview, apart: torch.Tensor | None, tokens: int, shape: tuple[int, int], dtype: int
+) -> tuple[tuple[int, ...], torch.Tensor]:
     """Token ids [tokens] and numbers of ``shape`` from a body that must hold just these."""
     if not 0 <= dtype < len(DTYPES) or tokens < 0 or min(shape) < 0:
         raise ProtocolError(f"frame states dtype {dtype}, {tokens} tokens, rows of shape {shape}")
     kind = DTYPES[dtype]
     cut = tokens * TOKEN_BYTES
-    numbers = body[cut:].clone() if apart is None else apart
-    if numbers.numel() != shape[0] * shape[1] * kind.itemsize or body.numel() < cut:
-        raise ProtocolError(f"{numbers.numel()} bytes are not rows of shape {shape} in {kind}")
-    return body[:cut].clone().view(torch.int64), numbers.view(kind).view(shape)
+    size = len(body) - cut if apart is None else apart.numel()
+    if size != shape[0] * shape[1] * kind.itemsize or len(body) < cut:
+        raise ProtocolError(f"{max(0, size)} bytes are not rows of shape {shape} in {kind}")
+    ids = struct.unpack_from(f"{tokens}q", body)
+    if apart is not None:
+        return ids, apart.view(kind).view(shape)
+    if not size:
+        return ids, torch.empty(shape, dtype=kind)
+    return ids, torch.frombuffer(bytearray(body[cut:]), dtype=kind).view(shape)
 
 
-def _decode_block(header: tuple[int, ...], body: torch.Tensor, apart: torch.Tensor | None) -> Block:
+def _decode_block(header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None) -> Block:
     _, _, _, dtype, _, slot, _, epoch, position, parent, rows, judge, width, _ = header
     if not 0 <= judge <= rows or rows < 1 or position < 0:
         raise ProtocolError(f"block of {rows} rows at {position} asks for {judge} verdicts")
@@ -252,7 +253,7 @@ def _decode_block(header: tuple[int, ...], body: torch.Tensor, apart: torch.Tens
 
 
 def _decode_verdict(
-    header: tuple[int, ...], body: torch.Tensor, apart: torch.Tensor | None
+    header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None
 ) -> Verdict:
     _, _, _, dtype, _, slot, source, epoch, position, hidden, rows, judge, width, _ = header
     shape = (judge if width else 0, width)
@@ -271,10 +272,10 @@ def _decode_verdict(
     )
 
 
-def _decode_json(header: tuple[int, ...], body: torch.Tensor) -> Message:
+def _decode_json(header: tuple[int, ...], body: memoryview) -> Message:
     kind, slot, source = header[2], header[5], header[6]
     try:
-        record = json.loads(body.numpy().tobytes())
+        record = json.loads(bytes(body))
         if kind == _KINDS[Begin]:
             return _begin(slot, record)
         if kind == _KINDS[Control]:
