@@ -204,7 +204,7 @@ class Stage:
         rows = inputs.shape[0]
         self.cache.reserve(position, rows)
         inputs = inputs.to(self.plan.device)
-        x = inputs if self.embedding is None else self.embedding[inputs]
+        x = inputs if self.embedding is None else self.embedding.index_select(0, inputs)
         mask = causal_mask(position, rows, x.device)
         for weights, keys, values in zip(
             self.layers, self.cache.keys, self.cache.values, strict=True

@@ -199,7 +199,7 @@ def _argmax(values: Tensor) -> int:
 
 def _checked(values: Tensor, name: str) -> Tensor:
     """``values``, or NonFiniteError; one look at the maximum suffices, as NaN and +inf win it."""
-    top = float(values.amax())
+    top = float(values.numpy().max())
     if not math.isfinite(top):
         raise NonFiniteError(f"{name} must have a finite maximum, got {top}")
     return values
