@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ppsd import LLM, SamplingParams
+from ppsd.errors import NonFiniteError
 from ppsd.speculation.lookup import (
     CONFIDENCE,
     LENGTHS,
@@ -19,6 +21,7 @@ from ppsd.speculation.lookup import (
     Match,
     find,
     find_all,
+    likeliest,
     mixed,
 )
 
@@ -31,7 +34,11 @@ def by_hand(tokens: list[int], longest: int) -> Match | None:
     return None
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 9))
+ids = st.integers(0, 3) | st.sampled_from([256, 2**16, 2**56])  # bytes as of 1, shifted
+
+
+@given(st.lists(ids, min_size=1, max_size=40), st.integers(1, 9))
+@example([256, 0, 9, 1], 9)
 def test_the_longest_repetition_the_newest_among_equals(tokens: list[int], longest: int) -> None:
     assert find(torch.tensor(tokens), longest) == by_hand(tokens, longest)
 
@@ -71,7 +78,7 @@ def test_the_mixture_is_what_it_says(dtype: torch.dtype) -> None:
         match = find(history)
         assert match is not None
         found = mixed(logits.clone(), match)
-        assert found.dtype == dtype
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(
             found.double().softmax(0), wanted, rtol=tolerance, atol=tolerance
@@ -130,3 +137,29 @@ def test_repeating_needs_no_head_and_changes_nothing(
         **settings,
     ) as llm:  # fmt: skip
         assert len(llm.run(prompt, params).token_ids) == 40
+
+
+@given(
+    scores=st.lists(st.integers(-3, 3), min_size=1, max_size=6),
+    gaps=st.lists(st.integers(1, 3), min_size=6, max_size=6),
+    copy=st.none() | st.tuples(st.integers(0, 20), st.integers(1, 40)),
+    odds=st.sampled_from([-40.0, -1.0, 0.0, 1.0]),
+)
+def test_the_likeliest_token_is_the_maximum_of_the_mixture(scores, gaps, copy, odds) -> None:
+    ids = np.cumsum(gaps[: len(scores)]) - 1
+    full = torch.full((21,), -torch.inf, dtype=torch.float64)
+    full[torch.from_numpy(ids)] = torch.tensor(scores, dtype=torch.float64)
+    match = None if copy is None else Match(*copy)
+    wanted = full if match is None else mixed(full.clone(), match, torch.full_like(ODDS, odds))
+    top = wanted.max()
+    near = (wanted - top).abs() < 1e-12  # both sum in an order of their own
+    found = likeliest(np.array(scores, dtype=np.float64), ids, match, odds)
+    assert near[found]
+    if (wanted[near] == top).all():
+        assert found == int(wanted.argmax())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_draft_of_nothing_finite_is_refused(bad: float) -> None:
+    with pytest.raises(NonFiniteError, match="finite maximum, got"):
+        likeliest(np.array([bad, bad]), np.arange(2), None, 0.0)

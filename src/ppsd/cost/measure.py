@@ -26,6 +26,7 @@ from ppsd.model.exit_head import ExitHead, HeadConfig, head_tensor_shapes
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.weights import TensorSource
+from ppsd.speculation.lookup import likeliest
 from ppsd.speculation.sampling import Sampler
 from ppsd.transport.base import Endpoint, Geometry, part_bytes
 from ppsd.types import SamplingParams
@@ -162,7 +163,7 @@ def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
     table = stage.lm_head
     assert table is not None
     sampler = Sampler(SamplingParams(), 1, frozenset(), spec.vocab_size)
-    history, one = torch.zeros(at + 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    history, ids = torch.zeros(at + 1, dtype=torch.int64), torch.arange(spec.vocab_size)
     hidden = torch.randn(max(ROWS), spec.hidden_size).to(subject.dtype)
 
     def layers(context: int, rows: int) -> Case:
@@ -178,8 +179,8 @@ def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
     def draft(head: ExitHead) -> Case:
         def run() -> None:
             head.cache.advance(0, at)
-            features = head.forward(hidden[:1], at)
-            sampler.choose(head.logits(head.finish(features))[0], history)
+            scores = head.scores(head.finish(head.forward(hidden[:1], at)))[0]
+            likeliest(scores.float().numpy(), ids[: len(scores)].numpy(), None, 0.0)
 
         return run
 
@@ -187,7 +188,7 @@ def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
     cases: dict[Key, Case] = {("layer", c, 1): layers(c, 1) for c in contexts}
     cases |= {("layer", at, rows): layers(at, rows) for rows in ROWS}
     cases |= {("lm_head", rows, 0): lm_head(rows) for rows in ROWS}
-    cases["embedding", 0, 0] = lambda: table[one]
+    cases["embedding", 0, 0] = lambda: table.index_select(0, ids[:1])
     for depth in HEAD_LAYERS:
         for scored in sorted({min(DRAFT_VOCABULARY, spec.vocab_size), spec.vocab_size}):
             cases["head", depth, scored] = draft(_head(stage, subject, depth, scored))

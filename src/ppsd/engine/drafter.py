@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ppsd.model.exit_head import ExitHead
-from ppsd.speculation.lookup import find, mixed
+from ppsd.speculation.lookup import ODDS, find, likeliest, mixed
 from ppsd.speculation.sampling import Sampler, Stream, uniform
 
 # A head lags behind until its next draft, when a few rows cost as much as one; prompts do not wait.
@@ -71,6 +71,7 @@ class HeadDrafter(_Drawn):
         super().__init__()
         self.head = head
         self._lookup = lookup
+        self._ids = None if head.draft_ids is None else head.draft_ids.cpu().numpy()
         self._rows: list[torch.Tensor] = []  # observed, not yet run through the head
         self._next = 0  # position of the row after them
         self._last = torch.empty(0)  # the head's row of the newest position
@@ -99,13 +100,24 @@ class HeadDrafter(_Drawn):
             self._catch_up()
         sampler, history, stream, verified = given
         finished = self.head.finish(self._last, verified)
-        logits = self.head.logits(finished)[0]
-        if self._lookup and (match := find(history)):
-            logits = mixed(logits, match, self.head.copy_odds(finished)[0])
+        scores = self.head.scores(finished)
+        match = find(history) if self._lookup else None
+        odds = self.head.copy_odds(finished)[0] if match else ODDS
+        if self._ids is not None and self._greedy(sampler, history):
+            values = scores[0].to("cpu", torch.promote_types(scores.dtype, torch.float32)).numpy()
+            return likeliest(values, self._ids, match, float(odds[match.slot]) if match else 0.0)
+        logits = self.head.spread(scores)[0]
+        if match:
+            logits = mixed(logits, match, odds)
         if stream is Stream.TARGET:
             return sampler.choose(logits, history)
         self._keep(history.numel(), sampler.probabilities(logits, history))
         return sampler.draw(logits, history, stream)
+
+    def _greedy(self, sampler: Sampler, history: torch.Tensor) -> bool:
+        """Whether the draft is the maximum of the scores, all of which are of real tokens."""
+        real = self._ids is not None and self._ids[-1] < sampler.vocab_size
+        return bool(real) and sampler.takes_largest(history)
 
 
 class LookupDrafter(_Drawn):

@@ -205,9 +205,16 @@ class ExitHead:
             return ODDS.expand(len(finished), -1)
         return linear(finished, self.copy_weight, self.copy_bias)
 
+    def scores(self, finished: torch.Tensor) -> torch.Tensor:
+        """Draft logits of finished rows, for the draft vocabulary alone where there is one."""
+        return linear(finished, self.lm_head)
+
     def logits(self, finished: torch.Tensor) -> torch.Tensor:
         """Draft logits [n, V] of finished rows; -inf outside the draft vocabulary."""
-        scores = linear(finished, self.lm_head)
+        return self.spread(self.scores(finished))
+
+    def spread(self, scores: torch.Tensor) -> torch.Tensor:
+        """``logits`` from ``scores``."""
         if self.draft_ids is None:
             return scores
         full = scores.new_full((scores.shape[0], self.spec.vocab_size), float("-inf"))

@@ -6,13 +6,16 @@ on an exit head's draft. Pure functions; used by model/, engine/, train/ and ben
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ppsd.errors import NonFiniteError
 
 # Repetitions are told apart by how many tokens agree: so many, but fewer than the next. Trained
 # copy gates have a row for each, so this is part of their format.
@@ -22,6 +25,9 @@ LONGEST = LENGTHS[-1]
 # training prompts, 74,501 tokens.
 CONFIDENCE = (0.22, 0.55, 0.63, 0.69, 0.75, 0.77, 0.80, 0.84, 0.89, 0.92, 0.95, 0.99)
 ODDS = torch.tensor(CONFIDENCE).log()
+WORD = 8  # bytes of a token id
+
+Array = np.ndarray[Any, Any]
 
 
 class Match(NamedTuple):
@@ -41,17 +47,26 @@ def find(history: Tensor, longest: int = LONGEST) -> Match | None:
 
     None when the last token is new. Lengths above ``longest`` are not told apart.
     """
-    tokens = history.numpy()
-    last = len(tokens) - 1
-    ends = np.flatnonzero(tokens[:-1] == tokens[-1])
-    if not len(ends):
-        return None
-    back = np.arange(min(longest, last))
-    places = ends[:, None] - back
-    agree = (tokens[places] == tokens[last - back]) & (places >= 0)
-    lengths = np.logical_and.accumulate(agree, axis=1).sum(1)
-    newest = len(ends) - 1 - int(lengths[::-1].argmax())
-    return Match(int(tokens[ends[newest] + 1]), int(lengths[newest]))
+    text = history.numpy().tobytes()  # searched as bytes: C, and hardly any Python
+    size = len(text)
+
+    def before(length: int) -> int:
+        """Where the last ``length`` tokens stood before, the newest place; -1 for nowhere."""
+        end, wanted = size - WORD, text[size - WORD * length :]
+        while (at := text.rfind(wanted, 0, end)) >= 0 and at % WORD:
+            end = at + len(wanted) - 1
+        return at
+
+    length, place = 0, -1
+    beyond = min(longest, size // WORD - 1) + 1
+    while beyond - length > 1:  # what repeats a longer end repeats a shorter one
+        middle = (length + beyond) // 2 if length else 1
+        if (at := before(middle)) < 0:
+            beyond = middle
+        else:
+            length, place = middle, at
+    after = place // WORD + length
+    return Match(int(history[after]), length) if length else None
 
 
 def find_all(tokens: Tensor) -> Iterator[Match | None]:
@@ -72,11 +87,33 @@ def mixed(logits: Tensor, match: Match, odds: Tensor = ODDS) -> Tensor:
     The mixture is (softmax(logits) + c·[copied]) / (1 + c). ``odds`` holds log c by LENGTHS; by
     default c is the CONFIDENCE, so the most likely token is the copy unless the head is surer of
     another than copies are right. A token without a logit of its own (-inf) can be copied too.
-    ``logits`` are changed.
+    In float32 or wider; ``logits`` of such types are changed.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     # logsumexp, which alone would take five times as long where most are -inf
     total = wide.amax() - wide.log_softmax(0).amax()
     copied = total + odds[match.slot].to(wide.dtype)
-    logits[match.token] = wide[match.token].logaddexp(copied)
-    return logits
+    wide[match.token] = wide[match.token].logaddexp(copied)
+    return wide
+
+
+def likeliest(scores: Array, ids: Array, match: Match | None, odds: float) -> int:
+    """The token that ``mixed`` logits have their maximum at, the lowest among equals.
+
+    ``scores`` [n] are the logits of the tokens ``ids`` [n], which ascend; all others are -inf.
+    ``odds`` is the log c of the match. Without rows as long as the vocabulary, in little code: it
+    runs between two passes over a stage's weights, and has left the caches by then. Raises
+    NonFiniteError like Sampler.
+    """
+    best = int(scores.argmax())
+    top, token = scores[best], int(ids[best])
+    if not math.isfinite(top):  # NaN and +inf win
+        raise NonFiniteError(f"draft logits must have a finite maximum, got {top}")
+    if match is None or token == match.token:  # a copy adds to its own token only
+        return token
+    copied = top + np.log(np.exp(scores - top).sum()) + odds
+    at = int(ids.searchsorted(match.token))
+    if at < len(ids) and ids[at] == match.token:
+        copied = np.logaddexp(scores[at], copied)
+    ahead = (copied, -match.token) > (top, -token)
+    return match.token if ahead else token
