@@ -29,6 +29,11 @@ class Given(NamedTuple):
     verified: torch.Tensor | None = None
 
 
+def single_rows(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The rows of ``x`` [n, C], each [1, C]; mostly it is one."""
+    return (x,) if x.shape[0] == 1 else torch.split(x, 1)
+
+
 class Drafter(Protocol):
     """Guesses the next token from what stage 0 has computed."""
 
@@ -85,13 +90,14 @@ class HeadDrafter(_Drawn):
         """See Drafter."""
         kept = max(0, len(self._rows) - (self._next - position))
         del self._rows[kept:]
-        self._rows += torch.split(hidden, 1)
+        self._rows += single_rows(hidden)
         self._next = position + hidden.shape[0]
         if len(self._rows) > MAX_LAG_ROWS:
             self._catch_up()
 
     def _catch_up(self) -> None:
-        rows, self._rows = torch.cat(self._rows), []
+        rows = torch.cat(self._rows) if len(self._rows) > 1 else self._rows[0]
+        self._rows = []
         self._last = self.head.forward(rows, self._next - rows.shape[0])[-1:]
 
     def draft(self, given: Given) -> int:

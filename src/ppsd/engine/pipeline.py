@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ppsd.engine.drafter import Drafter, Given
+from ppsd.engine.drafter import Drafter, Given, single_rows
 from ppsd.errors import (
     InsufficientMemoryError,
     ModelError,
@@ -185,7 +185,7 @@ class Pipeline:
                 raise ProtocolError(f"a verdict at {verdict.position} lacks the last layer's rows")
             return
         first = verdict.position + verdict.rows - verdict.hidden.shape[0]
-        self._last_rows |= {first + i: row for i, row in enumerate(torch.split(verdict.hidden, 1))}
+        self._last_rows |= {first + i: row for i, row in enumerate(single_rows(verdict.hidden))}
 
     @property
     def wants_last_rows(self) -> bool:
