@@ -47,7 +47,8 @@ def find(history: Tensor, longest: int = LONGEST) -> Match | None:
 
     None when the last token is new. Lengths above ``longest`` are not told apart.
     """
-    text = history.numpy().tobytes()  # searched as bytes: C, and hardly any Python
+    tokens = history.numpy()
+    text = tokens.tobytes()  # searched as bytes: C, and hardly any Python
     size = len(text)
 
     def before(length: int) -> int:
@@ -66,7 +67,7 @@ def find(history: Tensor, longest: int = LONGEST) -> Match | None:
         else:
             length, place = middle, at
     after = place // WORD + length
-    return Match(int(history[after]), length) if length else None
+    return Match(int(tokens[after]), length) if length else None
 
 
 def find_all(tokens: Tensor) -> Iterator[Match | None]:
