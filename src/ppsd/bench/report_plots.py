@@ -32,10 +32,16 @@ def efficiency(records: Sequence[Record], path: Path) -> None:
         axes.plot(alpha, [row["model"]["median"] for row in rows], label="bound, measured times")
         axes.errorbar(alpha, middle, reach, fmt="o", capsize=3, label="measured, quartiles")
         paced = " (paced)" if record["pace"] else ""
-        axes.set(xlabel="acceptance rate α (oracle)", title=f"{record['stages']} stages{paced}")
+        axes.set(xlabel="acceptance rate α (oracle)", title=stages_and_window(record) + paced)
         _finish(axes)
     panels[0][0].set_ylabel("speedup over plain decoding")
     save(figure, path)
+
+
+def stages_and_window(record: Record) -> str:
+    """How many stages, and the window where it is not as large."""
+    window = record["settings"]["config"]["in_flight"]
+    return f"{record['stages']} stages" + (f", {window} blocks in flight" if window else "")
 
 
 def by_task(record: Record, path: Path) -> None:
