@@ -96,7 +96,7 @@ def test_heads_are_listed_with_what_they_were_trained_on(tmp_path: Path) -> None
         }  # fmt: skip
 
     heads = {"little": head(8, 1_000, 0.5), "more": head(8, 4_000, 0.6), "none": head(9, None, 0.1)}
-    assert list(_trained(list(heads.values()))) == [(8, [1_000, 4_000], [0.5, 0.6])]
+    assert list(_trained(list(heads.values()))) == [(8, [0.001, 0.004], [0.5, 0.6])]
     origin = {"commit": "abc", "command": "ppsd acceptance", "cpu": "a", "cores": 2}
     record = {
         "heads": heads,

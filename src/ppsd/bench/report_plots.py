@@ -119,24 +119,26 @@ def heads(record: Record, path: Path) -> None:
         alphas = [head["alpha"] for head in found]
         left.plot([head["exit_layer"] for head in found], alphas, "o", label=name)
         middle.plot([head["expected"]["head_layers"] for head in found], alphas, "o")
+        trained = [(h["trained_tokens"] / 1e6, h["alpha"]) for h in found if h["trained_tokens"]]
+        [dots] = right.plot([t for t, _ in trained], [alpha for _, alpha in trained], "o")
         for exit_layer, tokens, rates in _trained(found):
-            right.plot(tokens, rates, "o-", label=f"{name}, exit {exit_layer}")
+            right.plot(tokens, rates, color=dots.get_color(), label=f"{name}, exit {exit_layer}")
     left.set(xlabel="exit layer E", ylabel="acceptance rate α", ylim=(0, 1))
     middle.set(xlabel="cost of a draft (layer-times)")
-    right.set(xlabel="tokens trained on", xscale="log")
+    right.set(xlabel="million tokens trained on")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     left.legend(fontsize=7)
-    if right.has_data():
+    if right.get_legend_handles_labels()[0]:
         right.legend(fontsize=7)
     save(figure, path)
 
 
-def _trained(heads: Sequence[Record]) -> Iterator[tuple[int, list[int], list[float]]]:
-    """An exit layer, amounts of training tokens and α, where there are several of one kind."""
+def _trained(heads: Sequence[Record]) -> Iterator[tuple[int, list[float], list[float]]]:
+    """An exit layer, millions of training tokens and α, where there are several of one kind."""
     for exit_layer in sorted({head["exit_layer"] for head in heads}):
         pairs = sorted(
-            (head["trained_tokens"], head["alpha"])
+            (head["trained_tokens"] / 1e6, head["alpha"])
             for head in heads
             if head["exit_layer"] == exit_layer and head["trained_tokens"]
         )
