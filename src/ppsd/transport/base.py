@@ -66,8 +66,8 @@ def frame_bytes(outgoing: Mapping[int, int], to: int, parts: Sequence[Part]) -> 
 def gather(parts: Sequence[Part], address: int) -> None:
     """Copy ``parts`` end to end to where ``frame_bytes`` of them have room.
 
-    PyTorch would take ten times as long: between two messages a stage reads all its weights, so
-    whatever code is not short has left the caches by then.
+    Not by PyTorch: between two messages a stage reads all its weights, so whatever code is not
+    short has left the caches by then.
     """
     for part in parts:
         if isinstance(part, bytes):
