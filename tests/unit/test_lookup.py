@@ -150,10 +150,11 @@ def test_the_likeliest_token_is_the_maximum_of_the_mixture(scores, gaps, copy, o
     full = torch.full((21,), -torch.inf, dtype=torch.float64)
     full[torch.from_numpy(ids)] = torch.tensor(scores, dtype=torch.float64)
     match = None if copy is None else Match(*copy)
-    wanted = full if match is None else mixed(full.clone(), match, torch.full_like(ODDS, odds))
+    same = torch.full_like(ODDS, odds)
+    wanted = full if match is None else mixed(full.clone(), match, same)
     top = wanted.max()
     near = (wanted - top).abs() < 1e-12  # both sum in an order of their own
-    found = likeliest(np.array(scores, dtype=np.float64), ids, match, odds)
+    found = likeliest(np.array(scores, dtype=np.float64), ids, match, same)
     assert near[found]
     if (wanted[near] == top).all():
         assert found == int(wanted.argmax())
@@ -162,4 +163,4 @@ def test_the_likeliest_token_is_the_maximum_of_the_mixture(scores, gaps, copy, o
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_draft_of_nothing_finite_is_refused(bad: float) -> None:
     with pytest.raises(NonFiniteError, match="finite maximum, got"):
-        likeliest(np.array([bad, bad]), np.arange(2), None, 0.0)
+        likeliest(np.array([bad, bad]), np.arange(2), None)

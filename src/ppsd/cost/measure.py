@@ -180,7 +180,7 @@ def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
         def run() -> None:
             head.cache.advance(0, at)
             scores = head.scores(head.finish(head.forward(hidden[:1], at)))[0]
-            likeliest(scores.float().numpy(), ids[: len(scores)].numpy(), None, 0.0)
+            likeliest(scores.float().numpy(), ids[: len(scores)].numpy(), None)
 
         return run
 

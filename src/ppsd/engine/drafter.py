@@ -109,9 +109,10 @@ class HeadDrafter(_Drawn):
         scores = self.head.scores(finished)
         match = find(history) if self._lookup else None
         odds = self.head.copy_odds(finished)[0] if match else ODDS
-        if self._ids is not None and self._greedy(sampler, history):
+        ids = self._ids
+        if ids is not None and ids[-1] < sampler.vocab_size and sampler.takes_largest(history):
             values = scores[0].to("cpu", torch.promote_types(scores.dtype, torch.float32)).numpy()
-            return likeliest(values, self._ids, match, float(odds[match.slot]) if match else 0.0)
+            return likeliest(values, ids, match, odds)
         logits = self.head.spread(scores)[0]
         if match:
             logits = mixed(logits, match, odds)
@@ -119,11 +120,6 @@ class HeadDrafter(_Drawn):
             return sampler.choose(logits, history)
         self._keep(history.numel(), sampler.probabilities(logits, history))
         return sampler.draw(logits, history, stream)
-
-    def _greedy(self, sampler: Sampler, history: torch.Tensor) -> bool:
-        """Whether the draft is the maximum of the scores, all of which are of real tokens."""
-        real = self._ids is not None and self._ids[-1] < sampler.vocab_size
-        return bool(real) and sampler.takes_largest(history)
 
 
 class LookupDrafter(_Drawn):

@@ -98,11 +98,11 @@ def mixed(logits: Tensor, match: Match, odds: Tensor = ODDS) -> Tensor:
     return wide
 
 
-def likeliest(scores: Array, ids: Array, match: Match | None, odds: float) -> int:
+def likeliest(scores: Array, ids: Array, match: Match | None, odds: Tensor = ODDS) -> int:
     """The token that ``mixed`` logits have their maximum at, the lowest among equals.
 
     ``scores`` [n] are the logits of the tokens ``ids`` [n], which ascend; all others are -inf.
-    ``odds`` is the log c of the match. Without rows as long as the vocabulary, in little code: it
+    ``odds``: see ``mixed``. Without rows as long as the vocabulary, in little code: it
     runs between two passes over a stage's weights, and has left the caches by then. Raises
     NonFiniteError like Sampler.
     """
@@ -112,7 +112,7 @@ def likeliest(scores: Array, ids: Array, match: Match | None, odds: float) -> in
         raise NonFiniteError(f"draft logits must have a finite maximum, got {top}")
     if match is None or token == match.token:  # a copy adds to its own token only
         return token
-    copied = top + np.log(np.exp(scores - top).sum()) + odds
+    copied = top + np.log(np.exp(scores - top).sum()) + float(odds[match.slot])
     at = int(ids.searchsorted(match.token))
     if at < len(ids) and ids[at] == match.token:
         copied = np.logaddexp(scores[at], copied)
