@@ -358,6 +358,22 @@ def test_ctrl_c_exits_with_130(ppsd, tiny, monkeypatch, verb) -> None:
     assert "Traceback" not in result.err
 
 
+def test_ctrl_c_that_an_extension_swallows_is_one(ppsd, tiny, monkeypatch) -> None:
+    """safetensors, interrupted half-way, raised ValueError about the shape of a storage."""
+
+    def show(chunk, paint):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of a storage") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("ppsd.cli.generate.show", show)
+    result = ppsd("generate", "fox", "-n", 12, *tiny())
+    assert (result.code, result.err.count("Traceback"), result.err.count("shape")) == (130, 0, 0)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.fixture
 def prompts(tmp_path) -> Path:
     path = tmp_path / "prompts.jsonl"

@@ -118,10 +118,10 @@ def _stoppable() -> Iterator[Callable[[], bool]]:
     """
     asked = False
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
+    def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
+        if asked and callable(before):
+            before(number, frame)
         asked = True
 
     before = signal.signal(signal.SIGINT, ask)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -196,16 +199,41 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
             name: group(**{f.name: flags.pop(f.name) for f in dataclasses.fields(group)})
             for name, group in groups.items()
         }
-        try:
+        with _interruptible():
             verb(**flags, **arguments)
-        except KeyboardInterrupt:
-            print(file=sys.stderr)  # what comes next starts below the ^C
-            raise typer.Exit(EXIT_INTERRUPTED) from None
 
     signature = inspect.Signature(parameters)
     wrapper.__signature__ = signature  # type: ignore[attr-defined]  # typeshed lacks it
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the verb with 130 and no words.
+
+    Extensions that call back into Python may turn KeyboardInterrupt into an error of their own
+    (safetensors: ValueError), so that the signal is noted apart from the exception.
+    """
+    pressed = False
+
+    def press(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as in a shell's background jobs
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        if not pressed and not isinstance(error, KeyboardInterrupt):
+            raise
+        print(file=sys.stderr)  # what comes next starts below the ^C
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _expand(parameter: inspect.Parameter, group: Any) -> Sequence[inspect.Parameter]:
