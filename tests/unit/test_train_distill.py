@@ -16,9 +16,10 @@ from ppsd.train.batched import whole_sequences
 from ppsd.train.checkpoint import CHECKPOINT, RunDirectory
 from ppsd.train.copies import NONE
 from ppsd.train.distill import StepReport, Trainer
-from ppsd.train.evaluate import Agreement
+from ppsd.train.evaluate import Agreement, prepare
+from ppsd.train.features import live_features
 from ppsd.train.settings import DistillConfig
-from tests.support.teachers import tiny_config, tiny_teacher, tiny_trainer
+from tests.support.teachers import random_examples, tiny_config, tiny_teacher, tiny_trainer
 
 Models = Callable[[str], Path]
 
@@ -130,6 +131,15 @@ def test_held_out_agreement_is_that_of_the_mixture(tiny_model: Models, tmp_path:
     share = torch.cat(right).double().mean().item()
     assert trainer._validate()[3].alpha == pytest.approx(share)
     assert share < 0.9
+
+
+def test_held_out_agreement_is_of_answers(tiny_model: Models) -> None:
+    """With all positions trained on, too: nothing is drafted within a prompt."""
+    teacher = tiny_teacher(tiny_model("llama"), tiny_config())
+    examples = [replace(e, start=1, prompt=5) for e in random_examples(3)]
+    held = prepare(teacher.stage, examples, live_features(teacher.stage, (3,)), 96)
+    answers = sum(len(e.tokens) - e.prompt for e in examples)
+    assert sum(len(part.greedy) for part in held) == answers
 
 
 def test_a_head_without_a_gate_learns_alone(tiny_model: Models, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,7 +54,11 @@ class HeldOut:
 def prepare(
     model: Stage, examples: Sequence[Example], source: FeatureSource, batch_tokens: int
 ) -> list[HeldOut]:
-    """Take the model's rows of the held-out examples, and what it would say greedily."""
+    """Take the model's rows of the held-out examples, and what it would say greedily.
+
+    Answers alone count, whatever is trained on: nothing is drafted within a prompt.
+    """
+    examples = [replace(e, start=max(e.start, e.prompt)) for e in examples]
     lengths = [len(e.tokens) for e in examples]
     held = []
     generator = torch.Generator().manual_seed(0)
