@@ -1,11 +1,15 @@
-// A decoder layer for a few bfloat16 rows, for CPUs without instructions for them.
+// A decoder layer for a few bfloat16 rows.
 //
 // Decoding reads every weight once a token, so the weights have to come from memory at its full
-// speed and be widened on the way, for all rows of a block at once. A 32-bit word holds two
-// bfloat16 numbers: shifted left it is the first as a float, masked the second, so widening takes
-// no shuffles. All sums are floats, and all are made in the same order whatever the number of rows
-// or threads: a row of a block has the same bits as that row alone.
+// speed and be multiplied on the way, for all rows of a block at once. CPUs with AVX512_BF16 have
+// an instruction for it; others widen: a 32-bit word holds two bfloat16 numbers, shifted left it is
+// the first as a float, masked the second, so that takes no shuffles. All sums are floats, and all
+// are made in the same order whatever the number of rows or threads: a row of a block has the same
+// bits as that row alone.
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -91,24 +95,65 @@ static void widen_all(const bf16 *x, float *wide, long n) {
     }
 }
 
-// One output for each of `rows` (a constant after inlining) rows x [rows, in].
-static inline __attribute__((always_inline)) void dot(int rows, const float *x, const bf16 *weight,
-                                                      float bias, const bf16 *residual, bf16 *y,
-                                                      long in, long out) {
-    floats sums[AT_ONCE][2] = {0};
+#ifdef __AVX512BF16__
+typedef bf16 factor; // what weights are multiplied with: rows as they are
+
+static inline const factor *factors(const bf16 *x, float *wide, long n) {
+    (void)wide, (void)n;
+    return x;
+}
+
+static inline __m512bh narrows(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
+
+// sums [rows] = x [rows, in] · weight [in]; `rows` is a constant after inlining.
+static inline __attribute__((always_inline)) void dots(int rows, const factor *x,
+                                                       const bf16 *weight, float *sums, long in) {
+    __m512 parts[AT_ONCE];
+    for (int row = 0; row < rows; row++) parts[row] = _mm512_setzero_ps();
+    for (long k = 0; k < in; k += 2 * PAIRS) {
+        __builtin_prefetch(weight + k + AHEAD);
+        __m512bh some = narrows(weight + k);
+        for (int row = 0; row < rows; row++)
+            parts[row] = _mm512_dpbf16_ps(parts[row], some, narrows(x + row * in + k));
+    }
+    for (int row = 0; row < rows; row++) sums[row] = _mm512_reduce_add_ps(parts[row]);
+}
+#else
+typedef float factor; // rows as widen_all leaves them
+
+static inline const factor *factors(const bf16 *x, float *wide, long n) {
+    widen_all(x, wide, n);
+    return wide;
+}
+
+// sums [rows] = x [rows, in] · weight [in]; `rows` is a constant after inlining.
+static inline __attribute__((always_inline)) void dots(int rows, const factor *x,
+                                                       const bf16 *weight, float *sums, long in) {
+    floats parts[AT_ONCE][2] = {0};
     for (long k = 0; k < in; k += 2 * PAIRS) {
         __builtin_prefetch(weight + k + AHEAD);
         for (long at = k; at < k + 2 * PAIRS; at += PAIRS) {
             words both = load(weight + at);
             for (int row = 0; row < rows; row++) {
                 const floats *xs = (const floats *)(x + row * in + at);
-                sums[row][0] += even(both) * xs[0];
-                sums[row][1] += odd(both) * xs[1];
+                parts[row][0] += even(both) * xs[0];
+                parts[row][1] += odd(both) * xs[1];
             }
         }
     }
+    for (int row = 0; row < rows; row++) sums[row] = total(parts[row][0] + parts[row][1]);
+}
+#endif
+
+// One output for each of `rows` (a constant after inlining) rows x [rows, in].
+static inline __attribute__((always_inline)) void dot(int rows, const factor *x,
+                                                      const bf16 *weight, float bias,
+                                                      const bf16 *residual, bf16 *y, long in,
+                                                      long out) {
+    float sums[AT_ONCE];
+    dots(rows, x, weight, sums, in);
     for (int row = 0; row < rows; row++) {
-        float sum = total(sums[row][0] + sums[row][1]) + bias;
+        float sum = sums[row] + bias;
         y[row * out] = narrow(residual ? sum + widen(residual[row * out]) : sum);
     }
 }
@@ -118,14 +163,14 @@ static inline __attribute__((always_inline)) void dot(int rows, const float *x, 
 // aligned to 32 bytes.
 void linear(const bf16 *x, const bf16 *weight, const bf16 *bias, const bf16 *residual, bf16 *y,
             float *wide, long rows, long in, long out, int threads) {
-    widen_all(x, wide, rows * in);
+    const factor *all = factors(x, wide, rows * in);
     if (in * out < THREAD_WORK) threads = 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long j = 0; j < out; j++) {
         const bf16 *w = weight + j * in;
         float b = bias ? widen(bias[j]) : 0;
         for (long row = 0; row < rows; row += AT_ONCE) {
-            const float *from = wide + row * in;
+            const factor *from = all + row * in;
             const bf16 *add = residual ? residual + row * out + j : NULL;
             bf16 *to = y + row * out + j;
             switch (rows - row) {

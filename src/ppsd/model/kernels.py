@@ -1,4 +1,4 @@
-"""A decoder layer for a few bfloat16 rows on CPUs where PyTorch has no fast one: kernels.c.
+"""A decoder layer for a few bfloat16 rows on CPUs: kernels.c.
 
 The machine's C compiler builds it when a stage is loaded, for this very CPU; the result is kept in
 ppsd's cache directory. Without a compiler, or with ``PPSD_KERNELS=torch``, PyTorch's operations are
@@ -155,7 +155,7 @@ def loaded() -> ctypes.CDLL | None:
     """The compiled kernels; None where PyTorch's operations are to be used."""
     unasked = os.environ.get("PPSD_KERNELS") == "torch" or platform.system() != "Linux"
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    if unasked or torch.ops.mkldnn._is_mkldnn_bf16_supported() or not shutil.which(compiler[0]):
+    if unasked or not shutil.which(compiler[0]):
         return None
     try:
         build = functools.partial(_build, compiler)
