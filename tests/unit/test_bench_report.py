@@ -45,6 +45,12 @@ def test_every_result_has_its_section_plot_and_origin(results, tmp_path: Path) -
     record = json.loads(results["efficiency"].read_text())
     assert f"| {record['rows'][0]['speedup']['median']:.3f}× |" in page
     assert record["label"] in page
+    rows = json.loads(results["tasks"].read_text())["rows"]
+    drafting = [r for r in rows if r["group"] == "prompts" and "draft" in r["variant"]]
+    best = max(drafting, key=lambda row: row["ratio"])
+    lines = [line for line in page.splitlines() if line.startswith("| prompts |")]
+    assert len(lines) == 1
+    assert f"| γ={best['variant'][-1]} | {best['ratio']:.2f}× |" in lines[0]
     assert page.count(str(record["provenance"][0]["commit"])) == 3
 
 

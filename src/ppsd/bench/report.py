@@ -117,10 +117,33 @@ def _tasks(records: Sequence[Record], out: Path) -> Iterator[str]:
             continue
         yield f"### {_title(record)}\n"
         yield from _task_plots(record, out)
-        yield table(TASK_HEADS, [task_cells(row) for row in record["rows"]])
+        rows = [row for row in record["rows"] if _overall(row["group"])]
+        yield table(TASK_HEADS, [task_cells(row) for row in rows])
+        if len(rows) < len(record["rows"]):
+            yield table(BY_TASK_HEADS, list(_by_task(record)))
         yield _origin(record)
     for group in groups:
         yield from _exits(sorted(group, key=lambda record: record["bounds"][1]), out)
+
+
+def _overall(group: str) -> bool:
+    """Whether a group is all tasks, at some temperature."""
+    return group.split(" ")[0] == ALL
+
+
+def _by_task(record: Record) -> Iterator[list[str]]:
+    """A line a task under BY_TASK_HEADS; the result file has all draft lengths."""
+    rows = {(row["group"], row["variant"]): row for row in record["rows"]}
+    for (group, variant), own in rows.items():
+        if _overall(group) or variant != plots.PPSD:
+            continue
+        drafting = [r for (g, v), r in rows.items() if g == group and v.startswith(plots.DRAFTING)]
+        best = max(drafting, key=lambda row: row["ratio"], default=None)
+        _, _, tasks, speed, _, speedup, quartiles, _, alpha, *_ = task_cells(own)
+        differing = sum(row["differing"] for row in (own, *drafting))
+        name = "–" if best is None else f"γ={best['variant'].removeprefix(plots.DRAFTING)}"
+        rival = "–" if best is None else f"{best['ratio']:.2f}×"
+        yield [group, tasks, speed, speedup, quartiles, alpha, name, rival, str(differing)]
 
 
 def _exits(records: Sequence[Record], out: Path) -> Iterator[str]:
@@ -159,6 +182,12 @@ def _task_plots(record: Record, out: Path) -> Iterator[str]:
 TASK_HEADS = [
     "group", "variant", "tasks", "tokens/s", "a device", "speedup", "quartiles", "all tokens", "α",
     "resyncs", "discarded", "differing outputs",
+]  # fmt: skip
+
+
+BY_TASK_HEADS = [
+    "task", "prompts", "tokens/s", "PPSD", "quartiles", "α", "best draft length",
+    "draft-then-verify", "differing outputs",
 ]  # fmt: skip
 
 
@@ -216,6 +245,7 @@ def _endurance(records: Sequence[Record], out: Path) -> Iterator[str]:
 def _acceptance(records: Sequence[Record], out: Path) -> Iterator[str]:
     yield "## Exit heads\n"
     for record in records:
+        yield f"### {record['name']}\n"
         picture = f"{record['name']}-heads.png"
         plots.heads(record, out / picture)
         yield f"![acceptance against exit layer, cost and training]({picture})\n"
