@@ -162,11 +162,12 @@ def _exits(records: Sequence[Record], out: Path) -> Iterator[str]:
 
 
 def _alike(records: Sequence[Record]) -> list[list[Record]]:
-    """Those that differ in exit and head only: as many stages, the same prompts and tokens."""
+    """Those that differ in exit and head only: same stages, prompts, tokens and variants."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         settings = record["settings"]
-        key = str((record["stages"], settings["tasks"], settings["max_tokens"]))
+        shared = (settings[name] for name in ("tasks", "max_tokens", "variants"))
+        key = str((record["stages"], *shared))
         groups.setdefault(key, []).append(record)
     return [g for g in groups.values() if len({record["bounds"][1] for record in g}) > 1]
 
