@@ -65,7 +65,7 @@ def _efficiency(records: Sequence[Record], out: Path) -> Iterator[str]:
     plots.efficiency(records, out / "efficiency.png")
     yield "![speedup against acceptance](efficiency.png)\n"
     for record in records:
-        yield f"### {plots.stages_and_window(record)}\n\n{record['label']}\n"
+        yield f"### {record['name']}: {plots.stages_and_window(record)}\n\n{record['label']}\n"
         heads = ["α", "speedup", "quartiles", "ρ*", "of ρ*", "bound", "of the bound"]
         yield table(heads, [_efficiency_cells(row) for row in record["rows"]])
         budget = list(record["rows"][0]["budget"])

@@ -32,7 +32,8 @@ def efficiency(records: Sequence[Record], path: Path) -> None:
         axes.plot(alpha, [row["model"]["median"] for row in rows], label="bound, measured times")
         axes.errorbar(alpha, middle, reach, fmt="o", capsize=3, label="measured, quartiles")
         paced = " (paced)" if record["pace"] else ""
-        axes.set(xlabel="acceptance rate α (oracle)", title=stages_and_window(record) + paced)
+        axes.set(xlabel="acceptance rate α (oracle)")
+        axes.set_title(f"{stages_and_window(record)}{paced}\n{record['name']}", fontsize=10)
         _finish(axes)
     panels[0][0].set_ylabel("speedup over plain decoding")
     save(figure, path)
