@@ -123,7 +123,8 @@ def linears(path: Path, dtype: str) -> Answer:
     from ppsd.model.weights import open_source
 
     spec = describe(resolve_model(str(path)))
-    plan = StagePlan(0, spec.num_layers, 2, getattr(torch, dtype), torch.device("cpu"))
+    place = getattr(torch, dtype), torch.device("cpu")
+    plan = StagePlan(0, spec.num_layers, 2, *place, packed=True)
     stage = Stage(spec, plan, open_source(path))
     fused = operator.attrgetter("qkv", "o", "gate_up", "down")
     parts = [part for layer in stage.layers for part in fused(layer)]

@@ -23,6 +23,7 @@ from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError, PipelineTimeoutError, StageFailedError
 from ppsd.model import kernels
 from ppsd.model.exit_head import ExitHead, HeadConfig, head_tensor_shapes
+from ppsd.model.packed import first_rows
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.weights import TensorSource
@@ -91,7 +92,8 @@ class Subject:
         fitting = STAGE_BYTES // (spec.layer_parameters * self.dtype.itemsize)
         first = max(1, spec.num_layers - max(2, fitting))
         context = min(spec.max_context, max(CONTEXTS) + max(ROWS))
-        return StagePlan(first, spec.num_layers, context, self.dtype, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        return StagePlan(first, spec.num_layers, context, self.dtype, cpu, packed=True)
 
 
 Take = Callable[[Mapping[str, Any], Progress], Profile]  # with this provenance
@@ -160,8 +162,7 @@ def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
     """What is timed, by part and its two numbers (context and rows; layers and vocabulary)."""
     spec, room = subject.spec, subject.plan.max_context - max(ROWS)
     at = min(ROWS_CONTEXT, room)
-    table = stage.lm_head
-    assert table is not None
+    table = torch.zeros(spec.vocab_size, spec.hidden_size, dtype=subject.dtype)
     sampler = Sampler(SamplingParams(), 1, frozenset(), spec.vocab_size)
     history, ids = torch.zeros(at + 1, dtype=torch.int64), torch.arange(spec.vocab_size)
     hidden = torch.randn(max(ROWS), spec.hidden_size).to(subject.dtype)
@@ -202,11 +203,10 @@ def _head(stage: Stage, subject: Subject, layers: int, scored: int) -> ExitHead:
     kind = "transformer" if layers else "norm"
     subset = None if scored == spec.vocab_size else scored
     config = HeadConfig(kind, spec.num_layers, layers, subset, spec.name, subject.fingerprint)
-    shapes = head_tensor_shapes(config, spec)
-    weights = {name: 0.02 * torch.randn(shape) for name, shape in shapes.items()}
+    weights = {n: 0.02 * torch.randn(s) for n, s in head_tensor_shapes(config, spec).items()}
     if subset is not None:
         weights["draft_ids"] = torch.arange(scored)
-        table = table[:scored].clone()
+        table = first_rows(table, scored)
     return ExitHead(config, spec, subject.plan, weights, table)
 
 

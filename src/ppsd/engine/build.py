@@ -85,6 +85,7 @@ class Layout:
             max_context=self.max_context,
             dtype=self.dtype,
             device=torch.device(device),
+            packed=True,
         )
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from ppsd.errors import HeadError
 from ppsd.model.layers import LayerWeights, Rope, causal_mask, decoder_layer, linear, rms_norm
+from ppsd.model.packed import Weight, pack
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stage import StagePlan, fuse_layer, new_cache
+from ppsd.model.stage import StagePlan, fuse_layer, new_cache, packable
 from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSource, layer_prefix
 from ppsd.speculation.lookup import LENGTHS, ODDS
 
@@ -155,7 +156,7 @@ class ExitHead:
         spec: ModelSpec,
         plan: StagePlan,
         weights: dict[str, torch.Tensor],
-        lm_head: torch.Tensor,
+        lm_head: Weight,
     ) -> None:
         self.config = config
         self.spec = head_spec(config, spec)
@@ -297,10 +298,14 @@ def lm_head_rows(
     plan: StagePlan,
     draft_ids: torch.Tensor | None,
     embedding: torch.Tensor | None,
-) -> torch.Tensor:
+) -> Weight:
     """The model's LM head rows for ``draft_ids`` (all when None), [draft vocabulary or V, C]."""
+    name = EMBEDDING if spec.tie_embeddings else LM_HEAD
+    count = spec.vocab_size if draft_ids is None else len(draft_ids)
+    if packable(source, plan, {name: (count, spec.hidden_size)}, [name]):
+        codes = source.codes(name)
+        return pack([codes if draft_ids is None else codes.rows(draft_ids)])
     if embedding is None or not spec.tie_embeddings:
-        name = EMBEDDING if spec.tie_embeddings else LM_HEAD
         embedding = source.load(name, plan.dtype).to(plan.device)
     return embedding if draft_ids is None else embedding[draft_ids.to(embedding.device)]
 

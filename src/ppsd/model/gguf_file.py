@@ -21,6 +21,8 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from ppsd.errors import ModelError, UnsupportedModelError
+from ppsd.model.gguf_codes import BITS, codes_of
+from ppsd.model.packed import Codes
 from ppsd.model.spec import ModelSpec, config_from_dict, spec_from_config
 from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
 
@@ -99,6 +101,20 @@ class GGUFSource:
         heads = self._permuted_heads(name)
         return unpermute(tensor, heads) if heads else tensor
 
+    def bits(self, name: str) -> int | None:
+        """See TensorSource."""
+        return BITS.get(self._header.tensors[self._stored[name]].kind)
+
+    def codes(self, name: str) -> Codes:
+        """See TensorSource."""
+        stored = self._stored[name]
+        found = codes_of(self._rows(stored), self._header.tensors[stored].kind)
+        heads = self._permuted_heads(name)
+        if not heads:
+            return found
+        order = unpermute(torch.arange(len(found.codes)), heads)
+        return found.rows(order)
+
     def rope_factors(self) -> torch.Tensor | None:
         """Return what divides each inverse frequency (Llama 3.1 stores it), in float32, or None."""
         if ROPE_FACTORS not in self._header.tensors:
@@ -133,10 +149,15 @@ class GGUFSource:
             return heads
         return meta.get("llama.attention.head_count_kv", heads) if ".k_proj." in name else 0
 
-    def _dequantise(self, stored: str, dtype: torch.dtype) -> torch.Tensor:
+    def _rows(self, stored: str) -> np.ndarray:
+        """A tensor's bytes, row by row."""
         entry = self._header.tensors[stored]
         rows = np.frombuffer(self._data, np.uint8, entry.nbytes, entry.offset)
-        rows = rows.reshape(-1, quant_shape_to_byte_shape(entry.shape, entry.kind)[-1])
+        return rows.reshape(-1, quant_shape_to_byte_shape(entry.shape, entry.kind)[-1])
+
+    def _dequantise(self, stored: str, dtype: torch.dtype) -> torch.Tensor:
+        entry = self._header.tensors[stored]
+        rows = self._rows(stored)
         result = torch.empty(entry.shape, dtype=dtype)
         table, step = result.view(len(rows), -1), max(1, CHUNK // entry.shape[-1])
         for start in range(0, len(rows), step):

@@ -158,16 +158,154 @@ static inline __attribute__((always_inline)) void dot(int rows, const factor *x,
     }
 }
 
-// y [rows, out] = x [rows, in] · weight [out, in] transposed + bias [out] + residual [rows, out],
-// both of which may be NULL. `in` is a multiple of 32; `wide` are rows · in floats to work in,
-// aligned to 32 bytes.
-void linear(const bf16 *x, const bf16 *weight, const bf16 *bias, const bf16 *residual, bf16 *y,
-            float *wide, long rows, long in, long out, int threads) {
-    const factor *all = factors(x, wide, rows * in);
-    if (in * out < THREAD_WORK) threads = 1;
+// What a weight is made of: numbers, or codes of so many bits (packed.py).
+enum { CODES_4 = 4, CODES_8 = 8, NUMBERS = 16 };
+
+#ifdef __AVX512BF16__
+#define BLOCK 32         // weights that share a scale and an offset
+#define GROUP 128        // weights whose codes lie together
+#define PACKED_AHEAD 4096 // bytes fetched ahead
+
+typedef struct { // lane k of the words holds the codes of weights k, k + 32, k + 64, k + 96
+    uint16_t words[BLOCK];
+    float scales[4], offsets[4];
+} Group4;
+
+typedef struct {
+    int8_t codes[GROUP];
+    float scales[4];
+} Group8;
+
+static inline long group_bytes(int bits) {
+    return bits == CODES_4 ? sizeof(Group4) : sizeof(Group8);
+}
+
+// Weights 32 · block to 32 · block + 31 of a group; both constants after inlining.
+static inline __attribute__((always_inline)) __m512bh unpacked(int bits, const void *group,
+                                                               int block) {
+    if (bits == CODES_4) { // of 16 weights there may be: look each up
+        const Group4 *g = group;
+        const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        __m512 all = _mm512_fmadd_ps(codes, _mm512_set1_ps(g->scales[block]),
+                                     _mm512_set1_ps(g->offsets[block]));
+        __m512i table = (__m512i)_mm512_cvtne2ps_pbh(all, all); // twice: the fifth bit is anything
+        __m512i words = _mm512_loadu_si512(g->words);
+        return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * block), table);
+    }
+    const Group8 *g = group;
+    const __m128i *codes = (const __m128i *)(g->codes + BLOCK * block);
+    __m512 scale = _mm512_set1_ps(g->scales[block]);
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes)));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes + 1)));
+    return _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
+}
+
+// Adds the products of one block of two weights' groups.
+static inline __attribute__((always_inline)) void add_block(int bits, int rows, const bf16 *x,
+                                                            const char *groups, int block,
+                                                            __m512 parts[2][AT_ONCE], long in) {
+    for (int of = 0; of < 2; of++) {
+        __m512bh some = unpacked(bits, groups + of * group_bytes(bits), block);
+        for (int row = 0; row < rows; row++)
+            parts[of][row] = _mm512_dpbf16_ps(parts[of][row], some,
+                                              narrows(x + row * in + BLOCK * block));
+    }
+}
+
+// Like dot, for two outputs whose packed weights take turns; the same bits.
+static inline __attribute__((always_inline)) void packed_dot(int bits, int rows, const bf16 *x,
+                                                             const char *weight, const bf16 *bias,
+                                                             const bf16 *residual, bf16 *y,
+                                                             long in, long out) {
+    long bytes = 2 * group_bytes(bits), k = 0;
+    __m512 parts[2][AT_ONCE];
+    for (int row = 0; row < rows; row++) parts[0][row] = parts[1][row] = _mm512_setzero_ps();
+    for (; k + GROUP <= in; k += GROUP, weight += bytes) {
+        for (long at = 0; at < bytes; at += 64) __builtin_prefetch(weight + PACKED_AHEAD + at);
+        add_block(bits, rows, x + k, weight, 0, parts, in);
+        add_block(bits, rows, x + k, weight, 1, parts, in);
+        add_block(bits, rows, x + k, weight, 2, parts, in);
+        add_block(bits, rows, x + k, weight, 3, parts, in);
+    }
+    if (k < in) add_block(bits, rows, x + k, weight, 0, parts, in);
+    if (k + BLOCK < in) add_block(bits, rows, x + k, weight, 1, parts, in);
+    if (k + 2 * BLOCK < in) add_block(bits, rows, x + k, weight, 2, parts, in);
+    for (int of = 0; of < 2; of++)
+        for (int row = 0; row < rows; row++) {
+            float sum = _mm512_reduce_add_ps(parts[of][row]) + (bias ? widen(bias[of]) : 0);
+            long at = row * out + of;
+            y[at] = narrow(residual ? sum + widen(residual[at]) : sum);
+        }
+}
+
+static inline __attribute__((always_inline)) void packed_linear(
+    int bits, const bf16 *x, const char *weight, const bf16 *bias, const bf16 *residual, bf16 *y,
+    long rows, long in, long out, int threads) {
+    long bytes = (in + GROUP - 1) / GROUP * group_bytes(bits);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (long j = 0; j < out; j += 2) {
+        const char *w = weight + j * bytes;
+        const bf16 *b = bias ? bias + j : NULL;
+        for (long row = 0; row < rows; row += AT_ONCE) {
+            const bf16 *from = x + row * in, *add = residual ? residual + row * out + j : NULL;
+            bf16 *to = y + row * out + j;
+            switch (rows - row) {
+            case 1: packed_dot(bits, 1, from, w, b, add, to, in, out); break;
+            case 2: packed_dot(bits, 2, from, w, b, add, to, in, out); break;
+            case 3: packed_dot(bits, 3, from, w, b, add, to, in, out); break;
+            default: packed_dot(bits, AT_ONCE, from, w, b, add, to, in, out);
+            }
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void unpack_row(int bits, const char *weight, bf16 *y,
+                                                             long in) {
+    for (long k = 0; k < in; k += GROUP, weight += 2 * group_bytes(bits)) {
+        if (k < in) _mm512_storeu_si512(y + k, (__m512i)unpacked(bits, weight, 0));
+        if (k + 32 < in) _mm512_storeu_si512(y + k + 32, (__m512i)unpacked(bits, weight, 1));
+        if (k + 64 < in) _mm512_storeu_si512(y + k + 64, (__m512i)unpacked(bits, weight, 2));
+        if (k + 96 < in) _mm512_storeu_si512(y + k + 96, (__m512i)unpacked(bits, weight, 3));
+    }
+}
+
+// y [out, in] = the numbers of a packed weight.
+void unpack(const char *weight, int bits, bf16 *y, long in, long out, int threads) {
+    long bytes = (in + GROUP - 1) / GROUP * group_bytes(bits);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long j = 0; j < out; j++) {
-        const bf16 *w = weight + j * in;
+        const char *w = weight + j / 2 * 2 * bytes + j % 2 * group_bytes(bits);
+        if (bits == CODES_4) unpack_row(CODES_4, w, y + j * in, in);
+        else unpack_row(CODES_8, w, y + j * in, in);
+    }
+}
+
+int packs(void) { return 1; }
+#else
+void unpack(const char *weight, int bits, bf16 *y, long in, long out, int threads) {}
+int packs(void) { return 0; }
+#endif
+
+// y [rows, out] = x [rows, in] · weight [out, in] transposed + bias [out] + residual [rows, out],
+// both of which may be NULL. `in` is a multiple of 32; `wide` are rows · in floats to work in,
+// aligned to 32 bytes. `bits` say what the weight is made of.
+void linear(const bf16 *x, const void *weight, int bits, const bf16 *bias, const bf16 *residual,
+            bf16 *y, float *wide, long rows, long in, long out, int threads) {
+    if (in * out < THREAD_WORK) threads = 1;
+#ifdef __AVX512BF16__
+    if (bits == CODES_4) {
+        packed_linear(CODES_4, x, weight, bias, residual, y, rows, in, out, threads);
+        return;
+    }
+    if (bits == CODES_8) {
+        packed_linear(CODES_8, x, weight, bias, residual, y, rows, in, out, threads);
+        return;
+    }
+#endif
+    const factor *all = factors(x, wide, rows * in);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (long j = 0; j < out; j++) {
+        const bf16 *w = (const bf16 *)weight + j * in;
         float b = bias ? widen(bias[j]) : 0;
         for (long row = 0; row < rows; row += AT_ONCE) {
             const factor *from = all + row * in;
@@ -264,8 +402,12 @@ static void attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *y,
 }
 
 typedef struct { // as in layers.py, whose order of fields this is; biases and last two may be NULL
-    const bf16 *input_norm, *qkv, *o, *post_norm, *gate_up, *down;
+    const bf16 *input_norm;
+    const void *qkv, *o;
+    const bf16 *post_norm;
+    const void *gate_up, *down;
     const bf16 *qkv_bias, *o_bias, *gate_up_bias, *down_bias, *q_norm, *k_norm;
+    intptr_t qkv_bits, o_bits, gate_up_bits, down_bits;
 } Weights;
 
 typedef struct {
@@ -308,8 +450,8 @@ int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, 
     float *work = take(&space, 4 * each * s.heads);
 
     rms_norm(x, w->input_norm, normed, s.rows, s.hidden, s.eps);
-    linear(normed, w->qkv, w->qkv_bias, NULL, qkv, wide, s.rows, s.hidden, all_heads * s.size,
-           s.threads);
+    linear(normed, w->qkv, w->qkv_bits, w->qkv_bias, NULL, qkv, wide, s.rows, s.hidden,
+           all_heads * s.size, s.threads);
     for (long row = 0; row < s.rows; row++) {
         bf16 *new = qkv + row * all_heads * s.size, *k = new + q_size, *v = k + s.groups * s.size;
         if (w->q_norm) rms_norm(new, w->q_norm, new, s.heads, s.size, s.eps);
@@ -330,12 +472,13 @@ int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, 
             attend(q + at, keys + group, values + group, attended + at, mine + s.size, mine, s.size,
                    s.position + row + 1);
     }
-    linear(attended, w->o, w->o_bias, x, y, wide, s.rows, q_size, s.hidden, s.threads);
+    linear(attended, w->o, w->o_bits, w->o_bias, x, y, wide, s.rows, q_size, s.hidden, s.threads);
     rms_norm(y, w->post_norm, normed, s.rows, s.hidden, s.eps);
-    linear(normed, w->gate_up, w->gate_up_bias, NULL, gate_up, wide, s.rows, s.hidden, 2 * s.inner,
-           s.threads);
+    linear(normed, w->gate_up, w->gate_up_bits, w->gate_up_bias, NULL, gate_up, wide, s.rows,
+           s.hidden, 2 * s.inner, s.threads);
     gate(gate_up, gated, s.rows, s.inner);
-    linear(gated, w->down, w->down_bias, y, y, wide, s.rows, s.inner, s.hidden, s.threads);
+    linear(gated, w->down, w->down_bits, w->down_bias, y, y, wide, s.rows, s.inner, s.hidden,
+           s.threads);
     free(block);
     return 0;
 }

@@ -25,6 +25,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -56,13 +57,38 @@ class Shape(ctypes.Structure):
 
 
 SIGNATURES = {
-    "linear": ([POINTER] * 6 + [LONG] * 3 + [INT], None),
+    "linear": ([POINTER] * 2 + [INT] + [POINTER] * 4 + [LONG] * 3 + [INT], None),
+    "unpack": ([POINTER, INT, POINTER] + [LONG] * 2 + [INT], None),
+    "packs": ([], INT),
     "rms_norm": ([POINTER] * 3 + [LONG] * 2 + [FLOAT], None),
     "decoder_layer": ([POINTER] * 3 + [ctypes.POINTER(Shape)] + [POINTER] * 4, INT),
 }
 
 
-def fits(x: torch.Tensor, weight: torch.Tensor, *sizes: int) -> bool:
+NUMBERS = 16  # bits: a weight that is a tensor
+
+
+class Packed(Protocol):
+    """A weight of codes, PackedWeight of packed.py."""
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The codes, scales and offsets."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its numbers."""
+
+
+def fits(x: torch.Tensor, weight: torch.Tensor | Packed, *sizes: int) -> bool:
     """Whether to use the functions here for rows ``x`` [n, …, in], a weight and further sizes."""
     return (
         x.dtype == weight.dtype == torch.bfloat16
@@ -74,7 +100,9 @@ def fits(x: torch.Tensor, weight: torch.Tensor, *sizes: int) -> bool:
     )
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None
+) -> torch.Tensor:
     """``x`` [n, in] times ``weight`` [out, in] transposed, plus ``bias``; [n, out]."""
     kernels = loaded()
     assert kernels is not None
@@ -82,16 +110,38 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def _linear(
-    kernels: ctypes.CDLL, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    kernels: ctypes.CDLL, x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    x, weight = x.contiguous(), weight.contiguous()
+    x, (data, bits) = x.contiguous(), _stored(weight)
+    data = data.contiguous()
     rows, size = x.shape
     out = weight.shape[0]
     y = x.new_empty(rows, out)
     wide = torch.empty(rows, size, dtype=torch.float32, device="cpu")
     added = None if bias is None else bias.data_ptr()
-    at = x.data_ptr(), weight.data_ptr(), added, None, y.data_ptr(), wide.data_ptr()
+    into = None, y.data_ptr(), wide.data_ptr()
+    at = x.data_ptr(), data.data_ptr(), bits, added, *into
     kernels.linear(*at, rows, size, out, torch.get_num_threads())
+    return y
+
+
+def _stored(weight: torch.Tensor | Packed) -> tuple[torch.Tensor, int]:
+    """What kernels.c reads, and of how many bits its numbers are."""
+    return (weight, NUMBERS) if isinstance(weight, torch.Tensor) else (weight.data, weight.bits)
+
+
+def packs() -> bool:
+    """Whether products with packed weights are faster here than with whole ones."""
+    kernels = loaded()
+    return kernels is not None and bool(kernels.packs())
+
+
+def unpack(data: torch.Tensor, shape: tuple[int, int], bits: int) -> torch.Tensor:
+    """The numbers [out, in] of a packed weight's contiguous ``data``."""
+    kernels = loaded()
+    assert kernels is not None
+    y = torch.empty(shape, dtype=torch.bfloat16, device="cpu")
+    kernels.unpack(data.data_ptr(), bits, y.data_ptr(), *shape[::-1], torch.get_num_threads())
     return y
 
 
@@ -109,9 +159,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 Pointers = ctypes.Array[ctypes.c_void_p]
 
 
-def pointers(tensors: Sequence[torch.Tensor | None]) -> Pointers:
-    """Where tensors lie; they have to outlive the result."""
-    return (POINTER * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+def pointers(
+    weights: Sequence[torch.Tensor | Packed | None], matrices: Sequence[torch.Tensor | Packed]
+) -> Pointers:
+    """Where weights lie, and of how many bits the ``matrices`` are; they have to outlive it."""
+    places = [None if weight is None else _stored(weight)[0].data_ptr() for weight in weights]
+    bits = [_stored(matrix)[1] for matrix in matrices]
+    return (POINTER * (len(places) + len(bits)))(*places, *bits)
 
 
 def decoder_layer(
@@ -146,8 +200,13 @@ def decoder_layer(
 
 
 def kind(dtype: str) -> str:
-    """Whose operations decode in ``dtype``, a name, on this CPU: ``compiled`` or ``PyTorch``."""
-    return "compiled" if dtype == "bfloat16" and loaded() is not None else "PyTorch"
+    """What decodes in ``dtype``, a name, on this CPU: ``compiled``, ``packed`` or ``PyTorch``.
+
+    ``packed`` is compiled as well, and reads weights in the codes of their file.
+    """
+    if dtype != "bfloat16" or loaded() is None:
+        return "PyTorch"
+    return "packed" if packs() else "compiled"
 
 
 @functools.cache

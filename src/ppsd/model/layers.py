@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ppsd.model import kernels
+from ppsd.model.packed import Weight, whole
 from ppsd.model.spec import ModelSpec
 
 # From this many rows on, CPUs without bfloat16/float16 matrix instructions are faster when the
@@ -30,11 +31,11 @@ class LayerWeights:
     """One decoder layer; q, k, v and gate, up are fused along their output dimension."""
 
     input_norm: torch.Tensor  # [C]
-    qkv: torch.Tensor  # [(H + 2K)·D, C]
-    o: torch.Tensor  # [C, H·D]
+    qkv: Weight  # [(H + 2K)·D, C]
+    o: Weight  # [C, H·D]
     post_norm: torch.Tensor  # [C]
-    gate_up: torch.Tensor  # [2F, C]
-    down: torch.Tensor  # [C, F]
+    gate_up: Weight  # [2F, C]
+    down: Weight  # [C, F]
     qkv_bias: torch.Tensor | None = None
     o_bias: torch.Tensor | None = None
     gate_up_bias: torch.Tensor | None = None
@@ -45,7 +46,8 @@ class LayerWeights:
     @functools.cached_property
     def pointers(self) -> kernels.Pointers:
         """Where the tensors lie, in order, as kernels.c wants them."""
-        return kernels.pointers([getattr(self, field.name) for field in FIELDS])
+        matrices = (self.qkv, self.o, self.gate_up, self.down)
+        return kernels.pointers([getattr(self, field.name) for field in FIELDS], matrices)
 
 
 FIELDS = fields(LayerWeights)
@@ -75,10 +77,11 @@ def _widen(x: torch.Tensor, rows: int) -> bool:
     return rows >= WIDEN_ROWS and x.device.type == "cpu" and not _NATIVE.get(x.dtype, True)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x`` [n, in] times ``weight`` [out, in] transposed, plus ``bias``; [n, out]."""
     if kernels.fits(x, weight):
         return kernels.linear(x, weight, bias)
+    weight = whole(weight)
     if not _widen(x, x.shape[0]):
         return F.linear(x, weight, bias)
     if weight.shape[0] <= WIDEN_AT_ONCE:

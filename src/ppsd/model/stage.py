@@ -5,10 +5,10 @@ Used by worker/ and engine/. A stage knows nothing of other stages or of how row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +23,7 @@ from ppsd.model.layers import (
     linear,
     rms_norm,
 )
+from ppsd.model.packed import Codes, Weight, can_pack, pack, packed_bytes
 from ppsd.model.spec import ModelSpec
 from ppsd.model.weights import (
     EMBEDDING,
@@ -33,10 +34,23 @@ from ppsd.model.weights import (
     layer_prefix,
 )
 
-ALIGNMENT = 64  # numbers: a tensor begins with a cache line
+ALIGNMENT = 128  # bytes: a tensor begins with a cache line
+FUSED = {  # what LayerWeights holds together
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+SINGLE = {
+    "input_norm": "input_layernorm",
+    "post_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
 
 Interrupted = Callable[[], bool]
 Progress = Callable[[int, int], None]
+Names = Sequence[str]
 
 
 class StageModel(Protocol):
@@ -61,13 +75,28 @@ class StageModel(Protocol):
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Layers [first, last) of a model, and how to hold them."""
+    """Layers [first, last) of a model, and how to hold them.
+
+    ``packed``: keep weights in the codes of their file where products are faster for it.
+    """
 
     first: int
     last: int
     max_context: int
     dtype: torch.dtype
     device: torch.device
+    packed: bool = False
+
+
+def packable(
+    source: TensorSource, plan: StagePlan, shapes: Mapping[str, tuple[int, ...]], names: Names
+) -> bool:
+    """Whether the weights ``names``, held as one, can be kept in the codes of their file."""
+    if not plan.packed or plan.dtype != torch.bfloat16 or plan.device.type != "cpu":
+        return False
+    bits = {source.bits(name) for name in names}
+    rows = sum(shapes[name][0] for name in names)
+    return len(bits) == 1 and None not in bits and can_pack(rows, shapes[names[0]][1])
 
 
 def tensor_names(spec: ModelSpec, first: int, last: int) -> list[str]:
@@ -86,35 +115,23 @@ def layer_tensor_names(spec: ModelSpec, layer: int) -> list[str]:
     return [layer_prefix(layer) + name for name in spec.layer_shapes()]
 
 
-def fuse_layer(tensors: dict[str, torch.Tensor], prefix: str) -> LayerWeights:
-    """Take one layer's tensors out of ``tensors`` (names start with ``prefix``) and fuse them."""
+def fuse_layer(tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
+    """One layer of tensors or Codes, whose names start with ``prefix``."""
+    held: dict[str, Any] = {
+        field: tensors.get(f"{prefix}{name}.weight") for field, name in SINGLE.items()
+    }
+    for field, names in FUSED.items():
+        held[field] = _joined([tensors[f"{prefix}{name}.weight"] for name in names])
+        biases = [tensors.get(f"{prefix}{name}.bias") for name in names]
+        held[f"{field}_bias"] = _joined([bias for bias in biases if bias is not None])
+    return LayerWeights(**held)
 
-    def take(name: str) -> torch.Tensor | None:
-        return tensors.pop(prefix + name, None)
 
-    def need(name: str) -> torch.Tensor:
-        return tensors.pop(prefix + name)
-
-    def fused(names: tuple[str, ...], kind: str) -> torch.Tensor | None:
-        parts = [part for name in names if (part := take(f"{name}.{kind}")) is not None]
-        return torch.cat(parts) if parts else None
-
-    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    gate_up = ("mlp.gate_proj", "mlp.up_proj")
-    return LayerWeights(
-        input_norm=need("input_layernorm.weight"),
-        qkv=torch.cat([need(f"{name}.weight") for name in qkv]),
-        o=need("self_attn.o_proj.weight"),
-        post_norm=need("post_attention_layernorm.weight"),
-        gate_up=torch.cat([need(f"{name}.weight") for name in gate_up]),
-        down=need("mlp.down_proj.weight"),
-        qkv_bias=fused(qkv, "bias"),
-        o_bias=take("self_attn.o_proj.bias"),
-        gate_up_bias=fused(gate_up, "bias"),
-        down_bias=take("mlp.down_proj.bias"),
-        q_norm=take("self_attn.q_norm.weight"),
-        k_norm=take("self_attn.k_norm.weight"),
-    )
+def _joined(parts: list[Any]) -> Weight | None:
+    """Parts of a weight, tensors all or Codes all, one below the other."""
+    if not parts:
+        return None
+    return pack(parts) if isinstance(parts[0], Codes) else torch.cat(parts)
 
 
 class _Memory:
@@ -123,20 +140,27 @@ class _Memory:
     Taken bit by bit, while other stages load theirs, it lies scattered and is read more slowly.
     """
 
-    def __init__(self, sizes: Iterable[int], plan: StagePlan) -> None:
-        numbers = sum(map(_aligned, sizes))
-        self._rest = torch.empty(numbers, dtype=plan.dtype, device=plan.device).zero_()
+    def __init__(self, sizes: Iterable[int], device: torch.device) -> None:
+        size = sum(map(_aligned, sizes))
+        self._rest = torch.empty(size, dtype=torch.uint8, device=device).zero_()
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in this memory."""
-        size = tensor.numel()
+        size = tensor.nbytes
         place, self._rest = self._rest[:size], self._rest[_aligned(size) :]
-        return place.view(tensor.shape).copy_(tensor)
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def keep_weight(self, weight: Weight) -> Weight:
+        """A copy in this memory."""
+        if isinstance(weight, torch.Tensor):
+            return self.keep(weight)
+        return replace(weight, data=self.keep(weight.data))
 
     def keep_layer(self, weights: LayerWeights) -> LayerWeights:
         """A copy in this memory."""
         held = {field.name: getattr(weights, field.name) for field in FIELDS}
-        return replace(weights, **{n: self.keep(t) for n, t in held.items() if t is not None})
+        kept: dict[str, Any] = {n: self.keep_weight(w) for n, w in held.items() if w is not None}
+        return replace(weights, **kept)
 
 
 def _aligned(size: int) -> int:
@@ -156,19 +180,17 @@ class Stage:
         self.spec = spec
         self.plan = plan
         self._names = tensor_names(spec, plan.first, plan.last)
-        self._loaded = 0
+        self._loaded: set[str] = set()
         self._progress = progress
         self._source = source
-        shapes = expected_shapes(spec)
-        self._memory = _Memory((prod(shapes[name]) for name in self._names), plan)
-        first, last = plan.first == 0, self.is_last
-        embedding = self._table(EMBEDDING) if first or self._tied_head else None
-        self.embedding = embedding if first else None  # [V, C]
+        self._shapes = expected_shapes(spec)
+        self._packed = frozenset(self._packable())
+        self._memory = _Memory(self._sizes(), plan.device)
+        table = self._load_embedding()
+        self.embedding = table if plan.first == 0 else None  # [V, C]
         self.layers = [self._load_layer(i) for i in range(plan.first, plan.last)]
-        self.norm = self._load(FINAL_NORM) if last else None  # [C]
-        self.lm_head = embedding if self._tied_head else None  # [V, C]
-        if last and not self._tied_head:
-            self.lm_head = self._table(LM_HEAD)
+        self.norm = self._load(FINAL_NORM) if self.is_last else None  # [C]
+        self.lm_head = self._load_lm_head(table) if self.is_last else None  # [V, C]
         del self._source, self._memory
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
         self.cache = new_cache(spec, len(self.layers), plan)
@@ -179,23 +201,64 @@ class Stage:
         """Whether this stage ends with the final norm and LM head."""
         return self.plan.last == self.spec.num_layers
 
+    def _packable(self) -> Iterator[str]:
+        """Names of the weights that stay in the codes of their file."""
+        groups = [
+            [f"{layer_prefix(i)}{name}.weight" for name in names]
+            for i in range(self.plan.first, self.plan.last)
+            for names in FUSED.values()
+        ]
+        groups += [[self._head_name]] if self.is_last else []
+        for names in groups:
+            if packable(self._source, self.plan, self._shapes, names):
+                yield from names
+
+    def _sizes(self) -> Iterator[int]:
+        """Bytes of all weights."""
+        for name in self._names:
+            shape = self._shapes[name]
+            if name in self._packed:
+                yield packed_bytes(shape[0], shape[1], self._source.bits(name) or 0)
+            if name not in self._packed or (name == EMBEDDING and self.plan.first == 0):
+                yield prod(shape) * self.plan.dtype.itemsize
+
     @property
-    def _tied_head(self) -> bool:
-        return self.is_last and self.spec.tie_embeddings
+    def _head_name(self) -> str:
+        return EMBEDDING if self.spec.tie_embeddings else LM_HEAD
 
     def _load(self, name: str) -> torch.Tensor:
         tensor = self._source.load(name, self.plan.dtype).to(self.plan.device)
-        self._loaded += 1
-        self._progress(self._loaded, len(self._names))
+        self._note(name)
         return tensor
 
-    def _table(self, name: str) -> torch.Tensor:
-        return self._memory.keep(self._load(name))
+    def _load_codes(self, name: str) -> Codes:
+        codes = self._source.codes(name)
+        self._note(name)
+        return codes
+
+    def _note(self, name: str) -> None:
+        self._loaded.add(name)
+        self._progress(len(self._loaded), len(self._names))
+
+    def _load_embedding(self) -> torch.Tensor | None:
+        """The embedding, where this stage has it or a tied LM head of the same numbers."""
+        tied_head = self.is_last and self.spec.tie_embeddings and EMBEDDING not in self._packed
+        if self.plan.first > 0 and not tied_head:
+            return None
+        return self._memory.keep(self._load(EMBEDDING))
 
     def _load_layer(self, layer: int) -> LayerWeights:
         names = layer_tensor_names(self.spec, layer)
-        fused = fuse_layer({name: self._load(name) for name in names}, layer_prefix(layer))
-        return self._memory.keep_layer(fused)
+        tensors = {n: self._load_codes(n) if n in self._packed else self._load(n) for n in names}
+        return self._memory.keep_layer(fuse_layer(tensors, layer_prefix(layer)))
+
+    def _load_lm_head(self, embedding: torch.Tensor | None) -> Weight:
+        name = self._head_name
+        if name in self._packed:
+            return self._memory.keep_weight(pack([self._load_codes(name)]))
+        if self.spec.tie_embeddings and embedding is not None:
+            return embedding
+        return self._memory.keep(self._load(name))
 
     def forward(
         self, inputs: torch.Tensor, position: int, interrupted: Interrupted = lambda: False

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ppsd.errors import ModelError
+from ppsd.model.packed import Codes
 from ppsd.model.spec import ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -44,6 +45,12 @@ class TensorSource(Protocol):
 
         Raises ModelError naming file and tensor when it is missing or unreadable.
         """
+
+    def bits(self, name: str) -> int | None:
+        """Bits of the codes that a weight is stored in; None when ``codes`` cannot give them."""
+
+    def codes(self, name: str) -> Codes:
+        """A weight as it is stored; its numbers rounded to bfloat16 are what ``load`` gives."""
 
 
 def layer_prefix(layer: int) -> str:
@@ -140,6 +147,14 @@ class SafetensorsSource:
             )
         mapped: torch.Tensor = self._open(self._index[name]).get_tensor(name)
         return mapped.to(dtype, copy=True).contiguous()
+
+    def bits(self, name: str) -> int | None:
+        """See TensorSource: safetensors hold numbers."""
+        return None
+
+    def codes(self, name: str) -> Codes:
+        """See TensorSource."""
+        raise ModelError(f"{self._directory}: tensor {name} is not stored in codes")
 
     def _slice(self, name: str) -> Any:
         if name not in self._index:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ppsd.errors import PpsdError
+from ppsd.model.packed import whole
 from ppsd.model.stage import Stage
 from ppsd.train.batched import Features, teacher_rows, whole_sequences
 from ppsd.train.checkpoint import Checkpoint, RunDirectory
@@ -87,7 +88,8 @@ class Trainer:
         self._cadence = cadence
         device, spec = model.plan.device, model.spec
         self.draft_ids = None if lesson.draft_ids is None else lesson.draft_ids.to(device)
-        self._lm_head = model.lm_head if self.draft_ids is None else model.lm_head[self.draft_ids]
+        table = whole(model.lm_head)
+        self._lm_head = table if self.draft_ids is None else table[self.draft_ids]
         self._labels = label_table(lesson.draft_ids, spec.vocab_size).to(device)
         self.students = [
             Student(

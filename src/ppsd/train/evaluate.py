@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ppsd.model.packed import whole
 from ppsd.model.stage import Stage
 from ppsd.train.batched import teacher_rows, whole_sequences
 from ppsd.train.copies import NONE, Copies, copies_of
@@ -67,7 +68,8 @@ def prepare(
         features = source(batch)
         rows = teacher_rows(model, features, batch.rows)
         assert model.lm_head is not None
-        greedy = [(part @ model.lm_head.T).argmax(-1) for part in torch.split(rows, CHUNK_ROWS)]
+        table = whole(model.lm_head)
+        greedy = [(part @ table.T).argmax(-1) for part in torch.split(rows, CHUNK_ROWS)]
         verified = take_verified(features.last, sample_verified(batch, generator))
         copies = copies_of(batch)
         held.append(HeldOut(batch, features.exits, verified, copies, torch.cat(greedy)))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ppsd.errors import ConfigError
 from ppsd.model.layers import linear, rms_norm
+from ppsd.model.packed import whole
 from ppsd.model.stage import Stage
 from ppsd.train.batched import Attention, RopeRows, batched_layer, by_sequence, causal_attention
 
@@ -281,7 +282,7 @@ class BatchGenerator:
         assert model.norm is not None
         assert model.lm_head is not None
         normed = rms_norm(hidden, model.norm, model.spec.rms_norm_eps)
-        scores = linear(normed, model.lm_head[: self._vocab_size]).float()
+        scores = linear(normed, whole(model.lm_head)[: self._vocab_size]).float()
         if self._config.temperature > 0:
             noise = torch.stack([row.noise(row.length, scores.shape[1]) for row in rows])
             scores = scores / self._config.temperature + noise.to(scores.device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ppsd.model.layers import LayerWeights, linear, rms_norm
+from ppsd.model.packed import whole
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage
 from ppsd.model.weights import layer_prefix
@@ -142,16 +143,17 @@ def _pruned(weights: LayerWeights, neurons: int | None) -> LayerWeights:
     """The layer with those ``neurons`` of its MLP whose weights are largest."""
     if neurons is None:
         return weights
-    gate, up = weights.gate_up.chunk(2)
-    sizes = gate.norm(dim=1) * up.norm(dim=1) * weights.down.norm(dim=0)
+    gate_up, down = whole(weights.gate_up), whole(weights.down)
+    gate, up = gate_up.chunk(2)
+    sizes = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
     kept = sizes.topk(neurons).indices.sort().values
     rows = torch.cat([kept, kept + len(gate)])
     bias = weights.gate_up_bias
     return replace(
         weights,
-        gate_up=weights.gate_up[rows],
+        gate_up=gate_up[rows],
         gate_up_bias=None if bias is None else bias[rows],
-        down=weights.down[:, kept],
+        down=down[:, kept],
     )
 
 
@@ -169,10 +171,10 @@ def unfuse_layer(weights: LayerWeights, spec: ModelSpec, prefix: str) -> dict[st
     """The inverse of ``stage.fuse_layer``: one layer's tensors by their canonical names."""
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     projections = {
-        ("q_proj", "k_proj", "v_proj"): ("self_attn", weights.qkv, weights.qkv_bias),
-        ("o_proj",): ("self_attn", weights.o, weights.o_bias),
-        ("gate_proj", "up_proj"): ("mlp", weights.gate_up, weights.gate_up_bias),
-        ("down_proj",): ("mlp", weights.down, weights.down_bias),
+        ("q_proj", "k_proj", "v_proj"): ("self_attn", whole(weights.qkv), weights.qkv_bias),
+        ("o_proj",): ("self_attn", whole(weights.o), weights.o_bias),
+        ("gate_proj", "up_proj"): ("mlp", whole(weights.gate_up), weights.gate_up_bias),
+        ("down_proj",): ("mlp", whole(weights.down), weights.down_bias),
     }
     sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
     named = {

@@ -169,6 +169,7 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
         config.max_context,
         getattr(torch, config.dtype),
         torch.device(config.device),
+        packed=True,
     )
     loaded = Stage(spec, plan, open_source(Path(config.model_path)), progress)
     recorder = Recorder(config.trace)

@@ -1,0 +1,68 @@
+"""The codes, scales and offsets of GGUF's block formats, as they lie in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType as Kind
+from gguf.quants import Q4_K
+
+from ppsd.model.packed import BLOCK, Codes
+
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # codes, scales, offsets of all blocks
+HALF = 2  # bytes of a float16
+
+
+def codes_of(rows: np.ndarray, kind: Kind) -> Codes:
+    """The weight [out, in] whose blocks are ``rows`` uint8 [out, bytes]; ``kind`` is in BITS."""
+    out = len(rows)
+    codes, scales, offsets = _READERS[kind](rows.reshape(-1, _BYTES[kind]))
+
+    def numbers(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32).reshape(out, -1))
+
+    whole = torch.from_numpy(np.ascontiguousarray(codes).reshape(out, -1))
+    return Codes(whole, numbers(scales), None if offsets is None else numbers(offsets))
+
+
+def _floats(blocks: np.ndarray, at: int) -> np.ndarray:
+    """The float16 at byte ``at`` of every block, [n, 1]."""
+    halves = np.ascontiguousarray(blocks[:, at : at + HALF]).view(np.float16)
+    return halves.astype(np.float32)
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """All low nibbles of each [n, k], then all high ones, [n, 2k]."""
+    return np.concatenate([packed & 0xF, packed >> 4], 1)
+
+
+def _q4_0(blocks: np.ndarray) -> Parts:
+    scale = _floats(blocks, 0)
+    return _nibbles(blocks[:, HALF:]), scale, -8 * scale
+
+
+def _q4_1(blocks: np.ndarray) -> Parts:
+    return _nibbles(blocks[:, 2 * HALF :]), _floats(blocks, 0), _floats(blocks, HALF)
+
+
+def _q4_k(blocks: np.ndarray) -> Parts:
+    at = 2 * HALF + Q4_K.K_SCALE_SIZE
+    scales, least = Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 2 * HALF : at]))
+    codes = _nibbles(np.ascontiguousarray(blocks[:, at:]).reshape(-1, BLOCK))
+    return codes, _floats(blocks, 0) * scales, -_floats(blocks, HALF) * least
+
+
+def _q8_0(blocks: np.ndarray) -> Parts:
+    return np.ascontiguousarray(blocks[:, HALF:]).view(np.int8), _floats(blocks, 0), None
+
+
+_READERS: dict[Kind, Callable[[np.ndarray], Parts]] = {
+    Kind.Q4_0: _q4_0,
+    Kind.Q4_1: _q4_1,
+    Kind.Q4_K: _q4_k,
+    Kind.Q8_0: _q8_0,
+}
+_BYTES = {Kind.Q4_0: 18, Kind.Q4_1: 20, Kind.Q4_K: 144, Kind.Q8_0: 34}
+BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q4_K: 4, Kind.Q8_0: 8}

@@ -1,0 +1,186 @@
+"""Packed weights: the numbers of their file to the bit, and the products of the whole weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as Kind
+from gguf.quants import dequantize, quantize
+from transformers import LlamaConfig, Qwen3Config
+
+from ppsd.model import kernels
+from ppsd.model.gguf_codes import BITS, codes_of
+from ppsd.model.layers import LayerWeights, linear
+from ppsd.model.packed import Codes, PackedWeight, can_pack, first_rows, pack, packed_bytes, whole
+from ppsd.model.source import describe, resolve_model
+from ppsd.model.spec import spec_from_config
+from ppsd.model.stage import Stage, StagePlan, packable
+from ppsd.model.weights import EMBEDDING, TensorSource, expected_shapes, open_source
+from tests.support.layers import rand, random_layer, run_layer
+
+BF16, CPU = torch.bfloat16, torch.device("cpu")
+FORMATS = [Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q8_0]
+MATRICES = ("qkv", "o", "gate_up", "down")
+needs_kernels = pytest.mark.skipif(not kernels.packs(), reason="no AVX512_BF16 or no compiler")
+
+
+@pytest.fixture(autouse=True)
+def _as_in_decoding() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def stored(kind: Kind, rows: int, size: int) -> np.ndarray:
+    """Blocks of random weights."""
+    if kind is not Kind.Q4_K:  # which the package can read, not write
+        return quantize(rand(rows, size).float().numpy() / 8, kind)
+    blocks = torch.randint(256, (rows, size // 256, 144), dtype=torch.uint8).numpy()
+    scales = rand(rows, size // 256, 2).abs().numpy().astype(np.float16) / 100
+    blocks[:, :, :4] = scales.view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def packed_as(kind: Kind, rows: int, size: int) -> PackedWeight:
+    return pack([codes_of(stored(kind, rows, size), kind)])
+
+
+def numbers(codes: Codes) -> torch.Tensor:
+    """What the codes mean, by the book."""
+    blocks = codes.codes.float().view(len(codes.codes), -1, 32)
+    offsets = 0 if codes.offsets is None else codes.offsets[..., None]
+    return (blocks * codes.scales[..., None] + offsets).flatten(1).to(BF16)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_codes_mean_what_the_file_says(kind: Kind) -> None:
+    rows = stored(kind, 6, 512)
+    codes = codes_of(rows, kind)
+    assert codes.codes.shape == (6, 512)
+    assert (codes.offsets is None) == (BITS[kind] == 8)
+    assert torch.equal(numbers(codes), torch.from_numpy(dequantize(rows, kind)).to(BF16))
+
+
+@pytest.mark.parametrize("size", [128, 160, 192, 224, 576])
+def test_codes_lie_where_the_kernel_reads_them(size: int) -> None:
+    """By the layout that kernels.c states, without it."""
+    codes = codes_of(stored(Kind.Q4_1, 4, size), Kind.Q4_1)
+    packed = pack([codes])
+    assert packed.data.nbytes == packed_bytes(4, size, 4)
+    for row in range(4):
+        for group, data in enumerate(packed.data[row // 2, :, row % 2]):
+            words = data[:64].clone().view(torch.int16).int()
+            scales, offsets = data[64:].clone().view(torch.float32).view(2, 4)
+            for block in range(min(4, size // 32 - 4 * group)):
+                at = 4 * group + block
+                expected = codes.codes[row, 32 * at : 32 * at + 32]
+                assert torch.equal(words >> 4 * block & 15, expected.int())
+                assert codes.offsets is not None
+                assert scales[block] == codes.scales[row, at]
+                assert offsets[block] == codes.offsets[row, at]
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("size", [128, 160, 192, 224, 576])
+def test_products_have_the_bits_of_those_with_the_whole_weight(kind: Kind, size: int) -> None:
+    size = 512 if kind is Kind.Q4_K else size
+    parts = [codes_of(stored(kind, rows, size), kind) for rows in (6, 3, 1)]
+    packed = pack(parts)
+    whole_weight = torch.cat([numbers(part) for part in parts])
+    assert torch.equal(packed.whole(), whole_weight)
+    assert torch.equal(whole(first_rows(packed, 4)), whole_weight[:4])
+    for rows in (1, 2, 3, 4, 5, 16, 17):
+        x, bias = rand(rows, size, dtype=BF16), rand(10, dtype=BF16)
+        assert torch.equal(linear(x, packed), linear(x, whole_weight))
+        assert torch.equal(linear(x, packed, bias), linear(x, whole_weight, bias))
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_layer_has_the_bits_of_one_with_whole_weights(threads: int) -> None:
+    sizes = {"hidden_size": 192, "intermediate_size": 416, "head_dim": 64, "vocab_size": 40}
+    for config in (
+        LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=2, attention_bias=True),
+        Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=4),
+    ):
+        spec = spec_from_config(config, "small")
+        layer = random_layer(spec, BF16)
+        kinds = dict(zip(MATRICES, (Kind.Q4_1, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1), strict=True))
+        matrices = {n: packed_as(k, *getattr(layer, n).shape) for n, k in kinds.items()}
+        packed = replace(layer, **matrices)
+        unpacked = replace(layer, **{name: weight.whole() for name, weight in matrices.items()})
+        x = rand(40, 192, dtype=BF16)
+        torch.set_num_threads(threads)
+        for blocks in ([1] * 40, [3, 16, 1, 17, 3]):
+            pairs = zip(*(run_layer(spec, w, x, blocks) for w in (packed, unpacked)), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_only_what_pays_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "packs", lambda: True)
+    assert can_pack(2, 128)
+    assert not can_pack(3, 128)
+    assert not can_pack(2, 96)
+    assert not can_pack(2, 144)
+    monkeypatch.setattr(kernels, "packs", lambda: False)
+    assert not can_pack(2, 128)
+
+
+class Described:
+    """A source that knows nothing but the bits of its weights."""
+
+    def __init__(self, **bits: int | None) -> None:
+        self._bits = bits
+
+    def bits(self, name: str) -> int | None:
+        return self._bits[name]
+
+
+@pytest.mark.parametrize(
+    ("bits", "changed", "expected"),
+    [
+        ((4, 4), {}, True),
+        ((8, 8), {}, True),
+        ((4, 8), {}, False),
+        ((4, None), {}, False),
+        ((4, 4), {"dtype": torch.float32}, False),
+        ((4, 4), {"device": torch.device("meta")}, False),
+        ((4, 4), {"packed": False}, False),
+    ],
+)
+def test_parts_are_packed_together_or_not_at_all(
+    bits: tuple[int | None, int | None],
+    changed: dict,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "packs", lambda: True)
+    plan = replace(StagePlan(0, 1, 8, BF16, CPU, packed=True), **changed)
+    source: TensorSource = Described(a=bits[0], b=bits[1])  # type: ignore[assignment]
+    assert packable(source, plan, {"a": (3, 128), "b": (1, 128)}, ["a", "b"]) is expected
+
+
+@needs_kernels
+def test_a_stage_of_the_default_model_is_packed_and_has_the_same_bits() -> None:
+    path = resolve_model(None)
+    spec, source = describe(path), open_source(path.path)
+    plan = StagePlan(spec.num_layers - 1, spec.num_layers, 32, BF16, CPU)
+    steps: list[tuple[int, int]] = []
+    plain = Stage(spec, plan, source, lambda *step: steps.append(step))
+    packed = Stage(spec, replace(plan, packed=True), source, lambda *step: steps.append(step))
+    assert steps[: len(steps) // 2] == steps[len(steps) // 2 :]
+    assert isinstance(packed.lm_head, PackedWeight)
+    assert isinstance(plain.lm_head, torch.Tensor)
+    for name in MATRICES:
+        own: LayerWeights = packed.layers[0]
+        assert isinstance(getattr(own, name), PackedWeight)
+        assert torch.equal(whole(getattr(own, name)), getattr(plain.layers[0], name))
+    assert expected_shapes(spec)[EMBEDDING] == packed.lm_head.shape
+    x = rand(5, spec.hidden_size, dtype=BF16)
+    rows = [stage.forward(x, 0) for stage in (plain, packed)]
+    assert torch.equal(plain.logits(rows[0]), packed.logits(rows[1]))
