@@ -139,7 +139,7 @@ def test_a_profile_prices_a_request_by_its_context_alone() -> None:
     head = (RowsTime(1, Timing.computed(2e-3)),)
     free = Link(bandwidth=1e15)  # a profile on disk has a number
     profile = replace(estimate(sizes, link=free), layer=layer, lm_head=head)
-    price = predict.profiled((0, 4, 6), {"x": 50})
+    price = predict.profiled((0, 4, 6), {"x": 50}, (), SHAPE)
     details = plain().details | {"profiles": [profile.to_json()]}
     slow = details | {"stages": [stage(r1=400.0), stage(r1=600.0)]}
     for run in (plain(details=details), plain(details=slow)):
@@ -155,6 +155,26 @@ def test_a_profile_prices_a_request_by_its_context_alone() -> None:
     assert found == pytest.approx(4 * 2e-3 + 1e-3, rel=0.1)  # the first stage is the slowest
 
 
+def test_of_paced_stages_a_profile_tells_all_but_the_pace() -> None:
+    """Stages of 5 and 8 ms whatever their layers take, and messages of 1 ms."""
+    sizes = Sizes(
+        layers=6, hidden=8, inner=2, vocabulary=9, layer=50, cached=8, lm_head=72, tied=True
+    )
+    profile = replace(
+        estimate(sizes, link=Link(latency=1e-3, bandwidth=1e15)),
+        layer=(LayerTime(0, 1, Timing.computed(2e-3)),),
+        lm_head=(RowsTime(1, Timing.computed(1e-3)),),
+    )
+    price = predict.profiled((0, 4, 6), {"x": 50}, (5e-3, 8e-3), SHAPE)
+    details = {"profiles": [profile.to_json()], "gaps": {"drafting": 0.0}}
+    run = plain(details=details)
+    found = predict.predicted_token_time(run, run, Schedule(1, 1), price)
+    assert found == pytest.approx(15e-3, rel=1e-3)
+    right = fast(hits="1" * 2001, details=details)
+    found = predict.predicted_token_time(right, run, Schedule(1, 2), price)
+    assert found == pytest.approx(8e-3, rel=0.01)
+
+
 def test_the_spread_of_a_profile_costs_time_where_stages_wait_for_each_other() -> None:
     """Two stages of 8 ms each: whichever is slower this time decides."""
     sizes = Sizes(
@@ -167,7 +187,7 @@ def test_the_spread_of_a_profile_costs_time_where_stages_wait_for_each_other() -
     )
     unsteady = replace(steady, layer=(LayerTime(0, 1, Timing(7e-3, 6e-3, 8e-3, 9)),))
     assert unsteady.jitter == pytest.approx(math.log(8 / 6) / 2 / 0.67449, rel=1e-4)
-    price = predict.profiled((0, 1, 2), {"x": 0})
+    price = predict.profiled((0, 1, 2), {"x": 0}, (), SHAPE)
     expected = []
     for profile in (steady, unsteady):
         details = {"profiles": [profile.to_json()], "gaps": {"drafting": 1e-3}}

@@ -176,7 +176,6 @@ def test_predict_takes_a_profile_between_any_two_requests(tiny_model, tmp_path) 
 @pytest.mark.parametrize(
     ("flags", "field"),
     [
-        (["--pace", 0.01], "profile"),
         (["--transport", "distributed"], "transport"),
         (["--devices", "cuda"], "devices"),
     ],

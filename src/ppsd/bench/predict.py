@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,14 +76,9 @@ def cost_of(run: Measurement, plain: Measurement, shape: Shape) -> CostModel:
     gaps, links = run.details["gaps"], plain.details["gaps"]["links"]
     sending = gaps["sending"] or 0.0
     times, row_cost = row_times(run, plain)
-    head_share = shape.head_layers / (shape.layers[-1] + shape.head_layers)
-    lm_head = times[-1] * head_share
-    times[-1] -= lm_head
+    stages, lm_head = _stage_costs(shape, times)
     return CostModel(
-        stages=tuple(
-            StageCost(layers, max(MIN_LAYER, time / layers))
-            for layers, time in zip(shape.layers, times, strict=True)
-        ),
+        stages=stages,
         links=tuple(Link(max(0.0, (gap or 0.0) - sending)) for gap in links),
         head=gaps["drafting"] or 0.0,
         lm_head=lm_head,
@@ -91,6 +86,17 @@ def cost_of(run: Measurement, plain: Measurement, shape: Shape) -> CostModel:
         overhead=sending,
         source="stage times of the run itself",
     )
+
+
+def _stage_costs(shape: Shape, times: Sequence[float]) -> tuple[tuple[StageCost, ...], float]:
+    """Stages that take ``times`` for a row, the last with its LM head, and the LM head's part."""
+    *others, last = times
+    lm_head = last * shape.head_layers / (shape.layers[-1] + shape.head_layers)
+    costs = tuple(
+        StageCost(layers, max(MIN_LAYER, time / layers))
+        for layers, time in zip(shape.layers, [*others, last - lm_head], strict=True)
+    )
+    return costs, lm_head
 
 
 def row_times(run: Measurement, plain: Measurement) -> tuple[list[float], float]:
@@ -136,20 +142,25 @@ def own_times(shape: Shape) -> Price:
     return lambda run, plain, schedule: [Account(cost_of(run, plain, shape))]
 
 
-def profiled(bounds: Sequence[int], contexts: Mapping[str, int]) -> Price:
+def profiled(
+    bounds: Sequence[int], contexts: Mapping[str, int], pace: Sequence[float], shape: Shape
+) -> Price:
     """Price requests by the profiles taken just before and just after them, and their spread.
 
     They stand in a request's ``details``, as JSON. ``contexts``: cached positions half-way through
-    each task.
+    each task. Stages with a ``pace``, in seconds, take that for every block; all else is measured.
     """
 
     def price(run: Measurement, plain: Measurement, schedule: Schedule) -> list[Account]:
         oracle = Exit(bounds[1], alpha=0.0, draft=run.details["gaps"]["drafting"] or 0.0)
         profiles = map(Profile.from_json, run.details["profiles"])
         problems = [Problem(p, len(bounds) - 1, context=contexts[run.task]) for p in profiles]
+        costs = [cost_model(problem, bounds, oracle, schedule) for problem in problems]
+        if not pace:
+            return [Account(c, p.profile.jitter) for c, p in zip(costs, problems, strict=True)]
+        stages, lm_head = _stage_costs(shape, pace)
         return [
-            Account(cost_model(problem, bounds, oracle, schedule), problem.profile.jitter)
-            for problem in problems
+            Account(replace(cost, stages=stages, lm_head=lm_head, row_cost=0.0)) for cost in costs
         ]
 
     return price

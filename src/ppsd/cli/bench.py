@@ -134,8 +134,6 @@ def bench_predict(
 
 def _check_profiled(pipeline: PipelineOptions) -> None:
     """Refuse pipelines that a profile says nothing of."""
-    if pipeline.pace is not None:
-        raise ConfigError("profile", True, "left out with --pace: it knows no such device")
     if pipeline.transport not in ("auto", "shared-memory"):
         raise ConfigError("transport", pipeline.transport, "auto or shared-memory with --profile")
     if pipeline.devices != "cpu":
@@ -180,11 +178,14 @@ def _profiler(pipeline: PipelineOptions) -> Iterator[Callable[[Measure], Measure
 def _price(llm: LLM, options: BenchOptions, *, profiled: bool) -> predict.Price:
     from ppsd.bench import predict
 
+    shape = predict.shape_of(llm.layout, llm.config)
     if not profiled:
-        return predict.own_times(predict.shape_of(llm.layout, llm.config))
+        return predict.own_times(shape)
     half = options.tokens // 2
     contexts = {task.id: len(llm.encode(task.messages)) + half for task in options.tasks()}
-    return predict.profiled(llm.layout.bounds, contexts)
+    paced = range(llm.layout.stages) if llm.config.pace else ()
+    pace = [llm.config.pace_of(rank) for rank in paced]
+    return predict.profiled(llm.layout.bounds, contexts, pace, shape)
 
 
 def check(pipeline: PipelineOptions, own: Sequence[str]) -> None:
