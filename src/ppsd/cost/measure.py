@@ -1,7 +1,6 @@
 """Measure a profile on this machine: a model's parts in this process, a link to a real worker.
 
-The only module of cost/ that imports torch. What is timed is the code that decoding runs: Stage,
-ExitHead, Sampler, messages, transports, and a worker process with its own core where there is one.
+The only module of cost/ that imports torch. What is timed is the code that decoding runs.
 """
 
 from __future__ import annotations
@@ -211,19 +210,20 @@ def _head(stage: Stage, subject: Subject, layers: int, scored: int) -> ExitHead:
 
 
 def _rounds(cases: Mapping[Key, Case], progress: Callable[[int], None]) -> dict[Key, list[float]]:
-    """Time all cases in turn, again and again, so that a busy spell spreads over all of them."""
+    """Time all cases in turn, over and over; what follows layers in decoding follows them here."""
     times: dict[Key, list[float]] = {key: [] for key in cases}
     end = time.monotonic() + BUDGET_S
     for repeat in range(-1, REPEATS):  # the first round only warms up
         if repeat >= LEAST_REPEATS and time.monotonic() > end:
             break
         for i, (key, case) in enumerate(cases.items()):
+            if key[0] != PASS[0]:
+                cases[PASS]()
             start = time.perf_counter()
             case()
-            times[key].append(time.perf_counter() - start)
+            if repeat >= 0:
+                times[key].append(time.perf_counter() - start)
             progress((repeat + 1) * len(cases) + i + 1)
-        if repeat < 0:
-            times = {key: [] for key in cases}
     return times
 
 

@@ -28,6 +28,7 @@ UNTRAINED_ALPHA = 0.05  # of the model's own norm and LM head; 4 to 10 % were me
 MESSAGE_BYTES = 72  # header and token id of a block of one row
 LEAST_GAIN = 1.02  # predictions are off by about as much: what promises less does not pay
 RELATIVE_TIE = 1e-9  # token times closer than this are equal
+SPARE = 0.05  # of a tick in which the round trip may stay unfilled
 
 
 @dataclass(frozen=True)
@@ -297,9 +298,12 @@ def _single_blocks(problem: Problem) -> Iterable[int]:
 
 
 def _window(problem: Problem, bounds: tuple[int, ...], exit_: Exit, block: int) -> int:
-    """⌈A/τ⌉ blocks fill the round trip where hops are slow; P as in the paper otherwise."""
+    """⌈A/τ⌉ blocks fill the round trip where hops are slow; P as in the paper otherwise.
+
+    One block more for less than SPARE of a tick would cost more in work thrown away.
+    """
     cost = cost_model(problem, bounds, exit_, Schedule(block, 2))
-    needed = math.ceil(cost.latency(block) / cost.tick(block) - RELATIVE_TIE)
+    needed = math.ceil(cost.latency(block) / cost.tick(block) - SPARE)
     return min(MAX_IN_FLIGHT, max(problem.workers, needed))
 
 
