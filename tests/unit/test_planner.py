@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from ppsd.cost import theory
 from ppsd.cost.model import Link
-from ppsd.cost.planner import Exit, Plan, Problem, alternatives, check_split, choose
+from ppsd.cost.planner import (
+    Exit,
+    Plan,
+    Problem,
+    alternatives,
+    check_split,
+    choose,
+    cost_model,
+)
 from ppsd.cost.profile import LayerTime, RowsTime, Timing, estimate
 from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
@@ -157,6 +165,16 @@ def test_slow_hops_ask_for_more_in_flight_and_hopeless_drafts_for_none() -> None
     assert narrow.schedule == Schedule(1, 3)
     hopeless = alternatives(Problem(PROFILE, 3, exits((3, 0.0)), bitwise=True))
     assert hopeless[0].mode == "autoregressive"
+
+
+@pytest.mark.parametrize(("ticks", "blocks"), [(2.0, 2), (2.04, 2), (2.1, 3), (3.04, 3)])
+def test_a_block_more_in_flight_has_to_fill_some_of_a_tick(ticks: float, blocks: int) -> None:
+    """A round trip of so many ticks, by the time of a hop."""
+    exit_, bounds = Exit(5, 0.9, 0.0), (0, 5, 9)
+    near = cost_model(Problem(PROFILE, 2, (exit_,)), bounds, exit_, Schedule(1, 2))
+    hop = (ticks * near.tick() - near.latency()) / 2
+    far = Problem(PROFILE, 2, (exit_,), split=(5,), mode="ppsd", links=(Link(hop),) * 2)
+    assert choose(far).schedule.in_flight == blocks
 
 
 def test_only_what_is_bitwise_unless_asked_for() -> None:
