@@ -41,12 +41,6 @@ FUSED = {  # what LayerWeights holds together
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-SINGLE = {
-    "input_norm": "input_layernorm",
-    "post_norm": "post_attention_layernorm",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-}
 
 Interrupted = Callable[[], bool]
 Progress = Callable[[int, int], None]
@@ -118,7 +112,10 @@ def layer_tensor_names(spec: ModelSpec, layer: int) -> list[str]:
 def fuse_layer(tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
     """One layer of tensors or Codes, whose names start with ``prefix``."""
     held: dict[str, Any] = {
-        field: tensors.get(f"{prefix}{name}.weight") for field, name in SINGLE.items()
+        "input_norm": tensors[f"{prefix}input_layernorm.weight"],
+        "post_norm": tensors[f"{prefix}post_attention_layernorm.weight"],
+        "q_norm": tensors.get(f"{prefix}self_attn.q_norm.weight"),
+        "k_norm": tensors.get(f"{prefix}self_attn.k_norm.weight"),
     }
     for field, names in FUSED.items():
         held[field] = _joined([tensors[f"{prefix}{name}.weight"] for name in names])
