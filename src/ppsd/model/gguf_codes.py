@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import Q4_K
 
@@ -18,7 +19,7 @@ HALF = 2  # bytes of a float16
 def codes_of(rows: np.ndarray, kind: Kind) -> Codes:
     """The weight [out, in] whose blocks are ``rows`` uint8 [out, bytes]; ``kind`` is in BITS."""
     out = len(rows)
-    codes, scales, offsets = _READERS[kind](rows.reshape(-1, _BYTES[kind]))
+    codes, scales, offsets = _READERS[kind](rows.reshape(-1, GGML_QUANT_SIZES[kind][1]))
 
     def numbers(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, np.float32).reshape(out, -1))
@@ -64,5 +65,4 @@ _READERS: dict[Kind, Callable[[np.ndarray], Parts]] = {
     Kind.Q4_K: _q4_k,
     Kind.Q8_0: _q8_0,
 }
-_BYTES = {Kind.Q4_0: 18, Kind.Q4_1: 20, Kind.Q4_K: 144, Kind.Q8_0: 34}
 BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q4_K: 4, Kind.Q8_0: 8}
