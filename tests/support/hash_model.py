@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ppsd.errors import ProtocolError
-from ppsd.model.stage import Interrupted
+from ppsd.model.stack import Interrupted
 from ppsd.speculation.sampling import Sampler
 from ppsd.types import SamplingParams
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ppsd.model.layers import LayerWeights, Rope, causal_mask, decoder_layer
+from ppsd.model.cache import KVCache
+from ppsd.model.layers import LayerWeights, Rope
 from ppsd.model.spec import ModelSpec
+from ppsd.model.stack import LayerStack
 
 CPU = torch.device("cpu")
 WIDE = torch.float64
@@ -42,12 +44,8 @@ def run_layer(
     spec: ModelSpec, w: LayerWeights, x: torch.Tensor, sizes: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run rows ``x`` through a layer in blocks of these sizes; its output and its keys."""
-    rope = Rope(spec, CONTEXT, x.dtype, CPU)
-    shape = (spec.num_kv_heads, CONTEXT, spec.head_dim)
-    keys, values = torch.zeros(shape, dtype=x.dtype), torch.zeros(shape, dtype=x.dtype)
-    outputs, position = [], 0
-    for rows in torch.split(x, sizes):
-        mask = causal_mask(position, len(rows), CPU)
-        outputs.append(decoder_layer(rows, w, spec, rope, keys, values, position, mask))
-        position += len(rows)
-    return torch.cat(outputs), keys[:, :position]
+    cache = KVCache(1, spec.num_kv_heads, CONTEXT, spec.head_dim, x.dtype, CPU)
+    stack = LayerStack([w], spec, Rope(spec, CONTEXT, x.dtype, CPU), cache)
+    outputs = [stack.forward(rows, cache.length) for rows in torch.split(x, sizes)]
+    keys = cache.keys[0][:, : cache.length]
+    return torch.cat([rows for rows in outputs if rows is not None]), keys

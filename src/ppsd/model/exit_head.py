@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ppsd.errors import HeadError
-from ppsd.model.layers import LayerWeights, Rope, causal_mask, decoder_layer, linear, rms_norm
+from ppsd.model.layers import LayerWeights, Rope, linear, rms_norm
 from ppsd.model.packed import Weight, pack
 from ppsd.model.spec import ModelSpec
+from ppsd.model.stack import LayerStack
 from ppsd.model.stage import StagePlan, fuse_layer, new_cache, packable
 from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSource, layer_prefix
 from ppsd.speculation.lookup import LENGTHS, ODDS
@@ -177,18 +178,14 @@ class ExitHead:
         ]
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
         self.cache = new_cache(self.spec, len(self.layers), plan)
+        self._stack = LayerStack(self.layers, self.spec, self.rope, self.cache)
 
     def forward(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
         """Rows [n, C] after layer E at ``position`` to the head's own rows [n, C]."""
-        self.cache.reserve(position, hidden.shape[0])
-        mask = causal_mask(position, hidden.shape[0], hidden.device)
         x = hidden if self.input is None else linear(hidden, self.input)
-        for weights, keys, values in zip(
-            self.layers, self.cache.keys, self.cache.values, strict=True
-        ):
-            x = decoder_layer(x, weights, self.spec, self.rope, keys, values, position, mask)
-        self.cache.advance(position, hidden.shape[0])
-        return x
+        rows = self._stack.forward(x, position)
+        assert rows is not None, "nothing interrupts a head"
+        return rows
 
     def finish(self, features: torch.Tensor, verified: torch.Tensor | None = None) -> torch.Tensor:
         """``forward``'s rows [n, C] as ``logits`` and ``copy_odds`` want them [n, C].

@@ -23,7 +23,7 @@ import stat
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -61,7 +61,7 @@ SIGNATURES = {
     "unpack": ([POINTER, INT, POINTER] + [LONG] * 2 + [INT], None),
     "packs": ([], INT),
     "rms_norm": ([POINTER] * 3 + [LONG] * 2 + [FLOAT], None),
-    "decoder_layer": ([POINTER] * 3 + [ctypes.POINTER(Shape)] + [POINTER] * 4, INT),
+    "decoder_layer": ([POINTER] * 8, INT),
 }
 
 
@@ -168,35 +168,58 @@ def pointers(
     return (POINTER * (len(places) + len(bits)))(*places, *bits)
 
 
-def decoder_layer(
-    x: torch.Tensor,
-    weights: Pointers,
-    spec: ModelSpec,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    position: int,
-) -> torch.Tensor:
-    """One layer for rows ``x`` [n, C] at ``position``; ``weights`` in the order of LayerWeights.
+def _places(tensors: Sequence[torch.Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
-    Rotates by ``cos`` and signed ``sin`` [T, 1, D]; writes ``keys``, ``values`` [K, cap, D].
+
+class Layers:
+    """Consecutive decoder layers, whose ``weights`` are in the order of LayerWeights.
+
+    Rotated by ``cos`` and signed ``sin`` [T, 1, D]; ``keys``, ``values`` [K, cap, D] of each layer.
+    A pass reads more weights than caches hold and so finds none of Python's own code there: what
+    does not change from pass to pass is laid out here.
     """
-    kernels = loaded()
-    assert kernels is not None
-    rows, hidden = x.shape
-    capacity = keys.shape[1]
-    assert position + rows <= min(capacity, cos.shape[0])
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size, capacity
-    shape = Shape(rows, position, hidden, *sizes, spec.rms_norm_eps, torch.get_num_threads())
-    turned = position * spec.head_dim * cos.itemsize
-    tables = cos.data_ptr() + turned, sin.data_ptr() + turned
-    cache = keys.data_ptr(), values.data_ptr()
-    if kernels.decoder_layer(x.data_ptr(), y.data_ptr(), weights, shape, *tables, *cache):
-        raise MemoryError("no memory for the work space of a decoder layer")
-    return y
+
+    def __init__(
+        self,
+        weights: Sequence[Pointers],
+        spec: ModelSpec,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> None:
+        kernels = loaded()
+        assert kernels is not None
+        self._layer = kernels.decoder_layer
+        self._held = weights, tables, keys, values  # by address alone below
+        places = (map(ctypes.addressof, weights), _places(keys), _places(values))
+        self._layers = list(zip(*places, strict=True))
+        self._tables = _places(tables)
+        self._turn = spec.head_dim * tables[0].itemsize
+        self._end = min(keys[0].shape[1], tables[0].shape[0])
+        sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size
+        self._sizes = *sizes, keys[0].shape[1], spec.rms_norm_eps
+
+    def run(
+        self, x: torch.Tensor, position: int, interrupted: Callable[[], bool]
+    ) -> torch.Tensor | None:
+        """Rows ``x`` [n, C] at ``position`` after all layers; None once ``interrupted`` is true."""
+        rows, hidden = x.shape
+        assert position + rows <= self._end
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        shape = Shape(rows, position, hidden, *self._sizes, torch.get_num_threads())
+        at = ctypes.addressof(shape)
+        cos, sin = (table + position * self._turn for table in self._tables)
+        source, into = x.data_ptr(), y.data_ptr()
+        layer = self._layer
+        for weights, keys, values in self._layers:
+            if interrupted():
+                return None
+            if layer(source, into, weights, at, cos, sin, keys, values):
+                raise MemoryError("no memory for the work space of a decoder layer")
+            source = into  # each layer but the first works in place
+        return y
 
 
 def kind(dtype: str) -> str:

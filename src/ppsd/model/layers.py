@@ -167,11 +167,10 @@ def decoder_layer(
     position: int,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One layer for rows ``x`` [n, C] at ``position``; writes ``keys``, ``values`` [K, cap, D]."""
-    sizes = (spec.head_dim, spec.num_heads * spec.head_dim, spec.intermediate_size)
-    if kernels.fits(x, weights.qkv, *sizes):
-        tables = rope.cos, rope.sin
-        return kernels.decoder_layer(x, weights.pointers, spec, *tables, keys, values, position)
+    """One layer for rows ``x`` [n, C] at ``position``, by PyTorch's operations (see LayerStack).
+
+    Writes ``keys``, ``values`` [K, cap, D].
+    """
     end = position + x.shape[0]
     normed = rms_norm(x, weights.input_norm, spec.rms_norm_eps)
     q, k, v = project_qkv(normed, weights, spec, rope, position)

@@ -14,17 +14,10 @@ import torch
 
 from ppsd.model import kernels
 from ppsd.model.cache import KVCache
-from ppsd.model.layers import (
-    FIELDS,
-    LayerWeights,
-    Rope,
-    causal_mask,
-    decoder_layer,
-    linear,
-    rms_norm,
-)
+from ppsd.model.layers import FIELDS, LayerWeights, Rope, linear, rms_norm
 from ppsd.model.packed import Codes, Weight, can_pack, pack, packed_bytes
 from ppsd.model.spec import ModelSpec
+from ppsd.model.stack import Interrupted, LayerStack
 from ppsd.model.weights import (
     EMBEDDING,
     FINAL_NORM,
@@ -42,7 +35,6 @@ FUSED = {  # what LayerWeights holds together
     "down": ("mlp.down_proj",),
 }
 
-Interrupted = Callable[[], bool]
 Progress = Callable[[int, int], None]
 Names = Sequence[str]
 
@@ -191,6 +183,7 @@ class Stage:
         del self._source, self._memory
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
         self.cache = new_cache(spec, len(self.layers), plan)
+        self._stack = LayerStack(self.layers, spec, self.rope, self.cache)
         kernels.loaded()  # built now, not within the first token
 
     @property
@@ -261,19 +254,9 @@ class Stage:
         self, inputs: torch.Tensor, position: int, interrupted: Interrupted = lambda: False
     ) -> torch.Tensor | None:
         """See StageModel."""
-        rows = inputs.shape[0]
-        self.cache.reserve(position, rows)
         inputs = inputs.to(self.plan.device)
         x = inputs if self.embedding is None else self.embedding.index_select(0, inputs)
-        mask = causal_mask(position, rows, x.device)
-        for weights, keys, values in zip(
-            self.layers, self.cache.keys, self.cache.values, strict=True
-        ):
-            if interrupted():
-                return None
-            x = decoder_layer(x, weights, self.spec, self.rope, keys, values, position, mask)
-        self.cache.advance(position, rows)
-        return x
+        return self._stack.forward(x, position, interrupted)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See StageModel."""

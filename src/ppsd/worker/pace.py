@@ -10,7 +10,8 @@ import time
 
 import torch
 
-from ppsd.model.stage import Interrupted, Stage, StageModel
+from ppsd.model.stack import Interrupted
+from ppsd.model.stage import Stage, StageModel
 from ppsd.worker.recorder import OVERRUN, Recorder
 
 POLL_S = 1e-3  # a paced stage drops stale work this soon, as a device does between its kernels

@@ -1,0 +1,58 @@
+"""Consecutive decoder layers with their key/value cache: what stages and exit heads consist of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ppsd.model import kernels
+from ppsd.model.cache import KVCache
+from ppsd.model.layers import LayerWeights, Rope, causal_mask, decoder_layer
+from ppsd.model.spec import ModelSpec
+
+Interrupted = Callable[[], bool]
+
+
+class LayerStack:
+    """Layers that rows pass one after another; a few bfloat16 rows on a CPU through kernels.c."""
+
+    def __init__(
+        self, weights: Sequence[LayerWeights], spec: ModelSpec, rope: Rope, cache: KVCache
+    ) -> None:
+        self._weights = weights
+        self._spec = spec
+        self._rope = rope
+        self._cache = cache
+        self._sizes = (spec.head_dim, spec.num_heads * spec.head_dim, spec.intermediate_size)
+
+    def forward(
+        self, x: torch.Tensor, position: int, interrupted: Interrupted = lambda: False
+    ) -> torch.Tensor | None:
+        """Rows ``x`` [n, C] at ``position`` after the last layer; see StageModel.forward."""
+        self._cache.reserve(position, len(x))
+        if self._weights and kernels.fits(x, self._weights[0].qkv, *self._sizes):
+            y = self._compiled.run(x, position, interrupted)
+        else:
+            y = self._by_operations(x, position, interrupted)
+        if y is not None:
+            self._cache.advance(position, len(x))
+        return y
+
+    @functools.cached_property
+    def _compiled(self) -> kernels.Layers:
+        pointers = [weights.pointers for weights in self._weights]
+        tables, cache = (self._rope.cos, self._rope.sin), self._cache
+        return kernels.Layers(pointers, self._spec, tables, cache.keys, cache.values)
+
+    def _by_operations(
+        self, x: torch.Tensor, position: int, interrupted: Interrupted
+    ) -> torch.Tensor | None:
+        mask = causal_mask(position, len(x), x.device)
+        caches = zip(self._cache.keys, self._cache.values, strict=True)
+        for weights, (keys, values) in zip(self._weights, caches, strict=True):
+            if interrupted():
+                return None
+            x = decoder_layer(x, weights, self._spec, self._rope, keys, values, position, mask)
+        return x
