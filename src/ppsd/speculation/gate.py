@@ -9,7 +9,7 @@ token while speculating with that of plain decoding, A, on the same workers:
   where drafts are clearly good, no pause is needed to measure A.
 * Speculation is paused once it has lost more than one perfect step would gain, so the proof costs
   no more than it may be worth (as in ski rental); less is enough as evidence grows to ``WINDOW``.
-* A pause begins with ``PROBE`` plain tokens. If they show that nothing was lost, it is over.
+* A pause begins with ``PROBE`` plain tokens. If they show that speculation gains, it is over.
 * Pauses double while retries fail, up to the length at which retries lose ``BUDGET`` of the time.
 """
 
@@ -180,11 +180,11 @@ class Gate:
 
     def _stays(self) -> bool:
         """Decide, with A just measured, whether to stay paused and for how long."""
-        if not self._loses():
+        lost = self._lost(self._reference() or 0) if self._steps else -1.0
+        if lost < 0:  # a gain: that no loss is certain would not be enough to go on
             self._failed = 0
             self._trust = min(2 * self._trust, RECHECKS[1][1])
             return False
-        lost = self._lost(self._reference() or 0)
         longest = max(SHORTEST, round(lost / BUDGET))
         self._length = min(max(SHORTEST, round(lost * FIRST)) << self._failed, longest)
         self._left = self._length
