@@ -12,7 +12,8 @@ import torch
 
 from ppsd.config import EngineConfig, core_shares
 from ppsd.cost import measure as measuring
-from ppsd.cost.measure import Subject, profiler
+from ppsd.cost.measure import profiler
+from ppsd.cost.peer import Subject
 from ppsd.cost.profile import Profile, Timing, estimate, load_profile, profile_path
 from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import choose
@@ -102,7 +103,7 @@ def changed(name: str, value: object) -> Callable[[str], str]:
         (torn, "JSONDecodeError"),
         (lambda text: "[1, 2]", "ValueError|TypeError"),
         (lambda text: "{}", "KeyError: 'format'"),
-        (changed("format", "ppsd-profile-9"), "its format is not ppsd-profile-2"),
+        (changed("format", "ppsd-profile-9"), "its format is not ppsd-profile-3"),
         (without("latency"), "KeyError: 'latency'"),
         (without("threads"), "missing 1 required"),
         (changed("layer", []), "holds no LayerTime"),

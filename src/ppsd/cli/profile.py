@@ -15,7 +15,7 @@ from rich.table import Table
 from ppsd.cli.display import log_console
 
 if TYPE_CHECKING:
-    from ppsd.cost.measure import Subject
+    from ppsd.cost.peer import Subject
     from ppsd.cost.profile import Profile, Timing
 
 BUSY_LOAD = 0.5  # the load average from which on a measurement disturbs nobody but is disturbed
@@ -70,7 +70,7 @@ def subject_of(model: str | None, dtype: str, stages: int, threads: int, transpo
     config = EngineConfig(model, stages=stages, dtype=dtype, threads_per_stage=threads)
     import torch
 
-    from ppsd.cost.measure import Subject
+    from ppsd.cost.peer import Subject
     from ppsd.model.source import describe, resolve_model
     from ppsd.model.weights import check_shapes, fingerprint, open_source
 
@@ -132,7 +132,7 @@ def _parts(profile: Profile) -> list[tuple[str, Timing]]:
         rows.append((f"exit head ({kind}), {head.draft_vocab} tokens", head.time))
     return [
         *rows,
-        ("embedding", profile.embedding),
-        ("message: the sender's work", profile.overhead),
-        ("message: on its way", profile.latency),
+        ("from a verdict to the next token's first layer", profile.entry),
+        ("between two blocks, both there", profile.overhead),
+        ("more for a message that is waited for", profile.latency),
     ]

@@ -58,7 +58,7 @@ class CostModel:
     ``links[k]`` leads from stage k to the next one, the last back to rank 0 (no links for P = 1).
     ``head`` is one draft by the exit head, ``lm_head`` the last stage's for one row, ``row_cost``
     what each further row of a block costs as a share of the first, ``overhead`` what a stage spends
-    on sending a message, ``cancel`` how long a new epoch takes to be seen (infinite: never).
+    between two blocks, ``cancel`` how long a new epoch takes to be seen (infinite: never).
     """
 
     stages: tuple[StageCost, ...]

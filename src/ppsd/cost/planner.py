@@ -181,8 +181,8 @@ def _price(
     profile, last = problem.profile, len(bounds) - 2
     layer = profile.layer_time(problem.context) * slower
     stages = [StageCost(b - a, layer / problem.speed(k)) for k, (a, b) in _stages(bounds)]
-    embedding = profile.embedding.median / problem.speed(0) / stages[0].layers
-    stages[0] = StageCost(stages[0].layers, stages[0].layer + embedding)
+    entry = profile.entry.median / problem.speed(0) / stages[0].layers
+    stages[0] = StageCost(stages[0].layers, stages[0].layer + entry)
     rows = schedule.block
     hops = problem.links or (profile.link,) * len(stages)
     return CostModel(

@@ -23,7 +23,7 @@ from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
 from ppsd.model.sidecar import cache_root
 
-FORMAT = "ppsd-profile-2"
+FORMAT = "ppsd-profile-3"
 COUNTS = "parameter counts"  # the source of times that are only good for ratios
 NOMINAL_BANDWIDTH = 1e10  # bytes a second; only ratios of such times mean anything
 
@@ -90,8 +90,10 @@ class HeadTime:
 class Profile:
     """All times in seconds, on one machine, for one model, dtype and number of threads.
 
-    ``latency`` is a message's way from the sender's last instruction to the receiver's first,
-    ``bandwidth`` in bytes a second, ``overhead`` what a stage spends on a block beside its layers.
+    ``entry``: what rank 0 spends on a token between its verdict and its successor's first layer.
+    ``overhead``: what a stage spends between two blocks when the second is there already, on
+    sending, receiving, laying out. ``latency`` is what a message takes longer than that when it is
+    waited for, ``bandwidth`` in bytes a second.
     ``contention`` is a ratio: how much longer a layer takes while another worker works.
     ``source`` says where the figures come from, ``measured`` whether they are measurements, and
     ``kernels`` whose operations they time (model/kernels.py).
@@ -109,7 +111,7 @@ class Profile:
     layer: tuple[LayerTime, ...]
     lm_head: tuple[RowsTime, ...]
     heads: tuple[HeadTime, ...]
-    embedding: Timing
+    entry: Timing
     latency: Timing
     bandwidth: float
     overhead: Timing
@@ -168,7 +170,7 @@ class Profile:
         values = dict(record)
         if values.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        for name in ("embedding", "latency", "overhead", "contention"):
+        for name in ("entry", "latency", "overhead", "contention"):
             values[name] = Timing(**values[name])
         for name, kind in (("layer", LayerTime), ("lm_head", RowsTime), ("heads", HeadTime)):
             values[name] = _timed(kind, values[name])
@@ -258,7 +260,7 @@ def estimate(
         heads=tuple(
             HeadTime(n, v, seconds(sizes.exit_head(sizes.head_layers(n), v))) for n, v in heads
         ),
-        embedding=free,
+        entry=free,
         latency=Timing.computed(link.latency),
         bandwidth=link.bandwidth,
         overhead=free,
