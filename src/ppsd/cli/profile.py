@@ -132,7 +132,7 @@ def _parts(profile: Profile) -> list[tuple[str, Timing]]:
         rows.append((f"exit head ({kind}), {head.draft_vocab} tokens", head.time))
     return [
         *rows,
-        ("from a verdict to the next token's first layer", profile.entry),
+        ("a token on rank 0: policy, gate, embedding, check", profile.entry),
         ("between two blocks, both there", profile.overhead),
         ("more for a message that is waited for", profile.latency),
     ]

@@ -27,7 +27,7 @@ from ppsd.speculation.gate import Gate
 from ppsd.speculation.lookup import likeliest
 from ppsd.speculation.policy import Drafted, Judged, Policy, Schedule
 from ppsd.types import SamplingParams
-from ppsd.worker.judge import Judge
+from ppsd.worker.judge import Judge, require_finite
 from ppsd.worker.messages import Begin, Block
 from ppsd.worker.process import pin
 
@@ -122,7 +122,12 @@ def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
 
     def lm_head(rows: int) -> Case:
         block = Block(0, CURRENT, at, at - 1, rows, (0,) * rows, hidden[:rows])
-        return lambda: judge.verdict(block, block.hidden)
+
+        def run() -> None:
+            require_finite(block.hidden, 1, at)
+            judge.verdict(block, block.hidden)
+
+        return run
 
     def draft(head: ExitHead) -> Case:
         def run() -> None:
@@ -144,7 +149,7 @@ def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
 
 
 def _entry(table: torch.Tensor) -> Case:
-    """What rank 0 does from one token's verdict to the next one's first layer."""
+    """What rank 0 does for a token beside layers and messages: it decides, looks up, checks."""
     schedule = Schedule(1, 2)
     gate, policy = Gate(schedule), Policy(schedule, max_tokens=sys.maxsize, stop_ids=frozenset())
     policy.start([0])
@@ -154,7 +159,7 @@ def _entry(table: torch.Tensor) -> Case:
         policy.on(Drafted(policy.epoch, position, 0))
         policy.on(Judged(policy.epoch, position - 1, position, (0,), 1))
         gate.watch(policy, time.monotonic())
-        table.index_select(0, torch.zeros(1, dtype=torch.int64))
+        require_finite(table.index_select(0, torch.zeros(1, dtype=torch.int64)), 0, position)
 
     return run
 

@@ -90,7 +90,7 @@ class HeadTime:
 class Profile:
     """All times in seconds, on one machine, for one model, dtype and number of threads.
 
-    ``entry``: what rank 0 spends on a token between its verdict and its successor's first layer.
+    ``entry``: what rank 0 spends on a token beside layers and messages.
     ``overhead``: what a stage spends between two blocks when the second is there already, on
     sending, receiving, laying out. ``latency`` is what a message takes longer than that when it is
     waited for, ``bandwidth`` in bytes a second.
