@@ -3,6 +3,9 @@
 ``python -m ppsd.bench.outsider`` reads one JSON line that says what to load, answers ``{}`` once
 it is loaded, then reads requests ``{"ids", "max_tokens"}`` and answers with token ids and times.
 Decoding is greedy and ends at the model's end tokens. Used by baselines.py.
+
+PyTorch is imported once the cores are known. Its OpenMP counts them when it is loaded, and with
+fewer cores than threads, as a pinned parent passes on, these sleep between any two products.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PROMPT_LOOKUP_TOKENS = 10  # drafts a lookup may give; what transformers' own documentation uses
 
@@ -68,6 +72,7 @@ class _Streamer:
 
 def transformers(path: Path, dtype: str, options: dict[str, Any]) -> Answer:
     """``generate`` of the transformers library with ``options``."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
@@ -117,6 +122,8 @@ def linears(path: Path, dtype: str) -> Answer:
 
     There is no text, so ``ids`` of its answers is None.
     """
+    import torch
+
     from ppsd.model.layers import linear
     from ppsd.model.source import describe, resolve_model
     from ppsd.model.stage import Stage, StagePlan
@@ -165,6 +172,8 @@ def load(record: dict[str, Any]) -> Answer:
     """Load what the first line asks for, on its cores."""
     if record["cores"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, record["cores"])
+    import torch
+
     torch.set_num_threads(record["threads"])
     path = Path(record["path"])
     if record["kind"] == "llama.cpp":
