@@ -154,6 +154,25 @@ def test_draft_then_verify_is_measured_first_and_judged_by_the_round() -> None:
     assert any(play.step(2.0, tokens=1) for _ in range(60))
 
 
+@pytest.mark.parametrize("latency", [1.06, 1.13])
+def test_a_pause_that_begins_slowly_is_no_reason_to_go_on(latency: float) -> None:
+    """Cores that slow each other down leave the first plain tokens slow as well."""
+    rng, lost = np.random.default_rng(0), []
+    play = Play(Gate(PPSD_2), latency)
+    for request in range(400):
+        if request % 8 == 0:  # so many share a gate
+            play = Play(Gate(PPSD_2), latency)
+        play.begin()
+        start, plain = play.now, 0
+        for _ in range(256):
+            plain = plain + 1 if play.fed_plainly else 0
+            slow = 0.06 * 0.8 ** (plain - 1) if plain else 0.0
+            play.scale = (1 + slow) * rng.lognormal(0, 0.05)
+            play.verdict(False)
+        lost.append((play.now - start) / 256 - 1)
+    assert np.mean(lost) < 0.022
+
+
 def test_what_is_known_outlives_a_request_and_a_new_text_gets_an_early_retry() -> None:
     play = Play(Gate(PPSD_2))
     while not play.gate.switches.paused_tokens > 4 * PROBE:
