@@ -22,9 +22,20 @@ typedef uint32_t words __attribute__((vector_size(32)));
 
 #define LANES 8           // floats in a vector
 #define PAIRS 16          // bfloat16 numbers in a vector of words
-#define AT_ONCE 4         // rows whose sums stay in registers
-#define AHEAD 640         // weights fetched ahead: 1,280 bytes
+#define AT_ONCE 4         // rows, or queries, whose sums stay in registers
+#define TOGETHER 2        // outputs, or keys, that are multiplied with them at once
+#define NEAR 64           // positions whose values stay near while they are read piece by piece
 #define THREAD_WORK 65536 // products that make up for waking a thread
+
+#define ALWAYS static inline __attribute__((always_inline))
+
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+
+static inline long least(long a, long b) { return a < b ? a : b; }
 
 static inline words load(const bf16 *pairs) {
     words both;
@@ -60,7 +71,20 @@ static inline void store(bf16 *pairs, floats evens, floats odds) {
 }
 
 static inline float total(floats v) {
-    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// The total of each of 8 vectors.
+ALWAYS floats totals(const floats v[LANES]) {
+    floats fours[4], twos[2];
+    for (int i = 0; i < 4; i++)
+        fours[i] = PICK(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+                   PICK(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    for (int i = 0; i < 2; i++)
+        twos[i] = PICK(fours[2 * i], fours[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+                  PICK(fours[2 * i], fours[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return PICK(twos[0], twos[1], 0, 2, 8, 10, 4, 6, 12, 14) +
+           PICK(twos[0], twos[1], 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
 static inline floats choose(ints which, floats yes, floats no) {
@@ -86,75 +110,80 @@ static inline floats exponential(floats x) {
     return choose(x > most, zero + INFINITY, result);
 }
 
-// Evens and odds of each vector of words apart, as dot wants its x.
-static void widen_all(const bf16 *x, float *wide, long n) {
-    for (long k = 0; k < n; k += PAIRS) {
-        words both = load(x + k);
-        *(floats *)(wide + k) = even(both);
-        *(floats *)(wide + k + LANES) = odd(both);
-    }
-}
-
+// What a CPU multiplies at once: so many `numbers`, whose products it adds to a `sum`.
 #ifdef __AVX512BF16__
-typedef bf16 factor; // what weights are multiplied with: rows as they are
+#define STEP 32
+typedef __m512bh numbers;
+typedef __m512 sum;
 
-static inline const factor *factors(const bf16 *x, float *wide, long n) {
-    (void)wide, (void)n;
-    return x;
-}
-
-static inline __m512bh narrows(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
-
-// sums [rows] = x [rows, in] · weight [in]; `rows` is a constant after inlining.
-static inline __attribute__((always_inline)) void dots(int rows, const factor *x,
-                                                       const bf16 *weight, float *sums, long in) {
-    __m512 parts[AT_ONCE];
-    for (int row = 0; row < rows; row++) parts[row] = _mm512_setzero_ps();
-    for (long k = 0; k < in; k += 2 * PAIRS) {
-        __builtin_prefetch(weight + k + AHEAD);
-        __m512bh some = narrows(weight + k);
-        for (int row = 0; row < rows; row++)
-            parts[row] = _mm512_dpbf16_ps(parts[row], some, narrows(x + row * in + k));
-    }
-    for (int row = 0; row < rows; row++) sums[row] = _mm512_reduce_add_ps(parts[row]);
+ALWAYS numbers narrows(const bf16 *from) { return (numbers)_mm512_loadu_si512(from); }
+ALWAYS sum add_products(sum all, numbers a, numbers b) { return _mm512_dpbf16_ps(all, a, b); }
+ALWAYS floats folded(sum all) {
+    __m256d upper = _mm512_extractf64x4_pd((__m512d)all, 1);
+    return (floats)_mm512_castps512_ps256(all) + (floats)upper;
 }
 #else
-typedef float factor; // rows as widen_all leaves them
+#define STEP 16
+typedef words numbers;
+typedef floats sum;
 
-static inline const factor *factors(const bf16 *x, float *wide, long n) {
-    widen_all(x, wide, n);
-    return wide;
+ALWAYS numbers narrows(const bf16 *from) { return load(from); }
+ALWAYS sum add_products(sum all, numbers a, numbers b) {
+    all += even(a) * even(b);
+    return all + odd(a) * odd(b);
 }
-
-// sums [rows] = x [rows, in] · weight [in]; `rows` is a constant after inlining.
-static inline __attribute__((always_inline)) void dots(int rows, const factor *x,
-                                                       const bf16 *weight, float *sums, long in) {
-    floats parts[AT_ONCE][2] = {0};
-    for (long k = 0; k < in; k += 2 * PAIRS) {
-        __builtin_prefetch(weight + k + AHEAD);
-        for (long at = k; at < k + 2 * PAIRS; at += PAIRS) {
-            words both = load(weight + at);
-            for (int row = 0; row < rows; row++) {
-                const floats *xs = (const floats *)(x + row * in + at);
-                parts[row][0] += even(both) * xs[0];
-                parts[row][1] += odd(both) * xs[1];
-            }
-        }
-    }
-    for (int row = 0; row < rows; row++) sums[row] = total(parts[row][0] + parts[row][1]);
-}
+ALWAYS floats folded(sum all) { return all; }
 #endif
 
-// One output for each of `rows` (a constant after inlining) rows x [rows, in].
-static inline __attribute__((always_inline)) void dot(int rows, const factor *x,
-                                                      const bf16 *weight, float bias,
-                                                      const bf16 *residual, bf16 *y, long in,
-                                                      long out) {
-    float sums[AT_ONCE];
-    dots(rows, x, weight, sums, in);
+// Adds a step of rows x [rows, in] times two weights to `sums`; a constant number after inlining.
+ALWAYS void add_step(int rows, const bf16 *x, numbers first, numbers second,
+                     sum sums[TOGETHER][AT_ONCE], long in) {
     for (int row = 0; row < rows; row++) {
-        float sum = sums[row] + bias;
-        y[row * out] = narrow(residual ? sum + widen(residual[row * out]) : sum);
+        numbers some = narrows(x + row * in);
+        sums[0][row] = add_products(sums[0][row], first, some);
+        sums[1][row] = add_products(sums[1][row], second, some);
+    }
+}
+
+ALWAYS floats totals_of(sum sums[TOGETHER][AT_ONCE]) { // [TOGETHER, AT_ONCE]
+    floats all[LANES];
+    for (int i = 0; i < LANES; i++) all[i] = folded(sums[i / AT_ONCE][i % AT_ONCE]);
+    return totals(all);
+}
+
+// Rows x [rows, in], a constant number after inlining, times the weight [in] and the one that lies
+// `next` numbers behind; [TOGETHER, AT_ONCE], any numbers for what is not a row. What follows the
+// two in memory is fetched line by line, in the order in which it lies there.
+ALWAYS floats products(int rows, const bf16 *x, const bf16 *weight, long next, long in) {
+    sum sums[TOGETHER][AT_ONCE] = {0};
+    for (long k = 0; k < in; k += STEP) {
+        const bf16 *ahead = weight + TOGETHER * (in + k);
+        for (long at = 0; at < TOGETHER * STEP; at += 32) __builtin_prefetch(ahead + at);
+        add_step(rows, x + k, narrows(weight + k), narrows(weight + next + k), sums, in);
+    }
+    return totals_of(sums);
+}
+
+// Two outputs, or one without a `second`, for rows y [rows, out]: `sums` of products + bias +
+// residual like y, both of which may be NULL.
+ALWAYS void finish(int rows, floats sums, const bf16 *bias, const bf16 *residual, bf16 *y, long out,
+                   int second) {
+    if (bias) {
+        float a = widen(bias[0]), b = widen(bias[second]);
+        sums += (floats){a, a, a, a, b, b, b, b};
+    }
+    if (residual) {
+        floats more = {0};
+        for (int row = 0; row < rows; row++) {
+            more[row] = widen(residual[row * out]);
+            more[AT_ONCE + row] = widen(residual[row * out + second]);
+        }
+        sums += more;
+    }
+    words bits = narrow_all(sums);
+    for (int row = 0; row < rows; row++) {
+        y[row * out] = (bf16)bits[row];
+        if (second) y[row * out + 1] = (bf16)bits[AT_ONCE + row];
     }
 }
 
@@ -180,9 +209,12 @@ static inline long group_bytes(int bits) {
     return bits == CODES_4 ? sizeof(Group4) : sizeof(Group8);
 }
 
+static inline long packed_bytes(int bits, long in) {
+    return (in + GROUP - 1) / GROUP * group_bytes(bits);
+}
+
 // Weights 32 · block to 32 · block + 31 of a group; both constants after inlining.
-static inline __attribute__((always_inline)) __m512bh unpacked(int bits, const void *group,
-                                                               int block) {
+ALWAYS numbers unpacked(int bits, const void *group, int block) {
     if (bits == CODES_4) { // of 16 weights there may be: look each up
         const Group4 *g = group;
         const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -200,67 +232,32 @@ static inline __attribute__((always_inline)) __m512bh unpacked(int bits, const v
     return _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
 }
 
-// Adds the products of one block of two weights' groups.
-static inline __attribute__((always_inline)) void add_block(int bits, int rows, const bf16 *x,
-                                                            const char *groups, int block,
-                                                            __m512 parts[2][AT_ONCE], long in) {
-    for (int of = 0; of < 2; of++) {
-        __m512bh some = unpacked(bits, groups + of * group_bytes(bits), block);
-        for (int row = 0; row < rows; row++)
-            parts[of][row] = _mm512_dpbf16_ps(parts[of][row], some,
-                                              narrows(x + row * in + BLOCK * block));
-    }
+// Adds to `sums` one block of two weights' groups.
+ALWAYS void add_block(int bits, int rows, const bf16 *x, const char *groups, int block,
+                      sum sums[TOGETHER][AT_ONCE], long in) {
+    numbers first = unpacked(bits, groups, block);
+    numbers second = unpacked(bits, groups + group_bytes(bits), block);
+    add_step(rows, x + BLOCK * block, first, second, sums, in);
 }
 
-// Like dot, for two outputs whose packed weights take turns; the same bits.
-static inline __attribute__((always_inline)) void packed_dot(int bits, int rows, const bf16 *x,
-                                                             const char *weight, const bf16 *bias,
-                                                             const bf16 *residual, bf16 *y,
-                                                             long in, long out) {
-    long bytes = 2 * group_bytes(bits), k = 0;
-    __m512 parts[2][AT_ONCE];
-    for (int row = 0; row < rows; row++) parts[0][row] = parts[1][row] = _mm512_setzero_ps();
+// Like products, for two weights whose groups take turns; the same bits.
+ALWAYS floats packed_products(int bits, int rows, const bf16 *x, const char *weight, long in) {
+    long bytes = TOGETHER * group_bytes(bits), k = 0;
+    sum sums[TOGETHER][AT_ONCE] = {0};
     for (; k + GROUP <= in; k += GROUP, weight += bytes) {
         for (long at = 0; at < bytes; at += 64) __builtin_prefetch(weight + PACKED_AHEAD + at);
-        add_block(bits, rows, x + k, weight, 0, parts, in);
-        add_block(bits, rows, x + k, weight, 1, parts, in);
-        add_block(bits, rows, x + k, weight, 2, parts, in);
-        add_block(bits, rows, x + k, weight, 3, parts, in);
+        add_block(bits, rows, x + k, weight, 0, sums, in);
+        add_block(bits, rows, x + k, weight, 1, sums, in);
+        add_block(bits, rows, x + k, weight, 2, sums, in);
+        add_block(bits, rows, x + k, weight, 3, sums, in);
     }
-    if (k < in) add_block(bits, rows, x + k, weight, 0, parts, in);
-    if (k + BLOCK < in) add_block(bits, rows, x + k, weight, 1, parts, in);
-    if (k + 2 * BLOCK < in) add_block(bits, rows, x + k, weight, 2, parts, in);
-    for (int of = 0; of < 2; of++)
-        for (int row = 0; row < rows; row++) {
-            float sum = _mm512_reduce_add_ps(parts[of][row]) + (bias ? widen(bias[of]) : 0);
-            long at = row * out + of;
-            y[at] = narrow(residual ? sum + widen(residual[at]) : sum);
-        }
+    if (k < in) add_block(bits, rows, x + k, weight, 0, sums, in);
+    if (k + BLOCK < in) add_block(bits, rows, x + k, weight, 1, sums, in);
+    if (k + 2 * BLOCK < in) add_block(bits, rows, x + k, weight, 2, sums, in);
+    return totals_of(sums);
 }
 
-static inline __attribute__((always_inline)) void packed_linear(
-    int bits, const bf16 *x, const char *weight, const bf16 *bias, const bf16 *residual, bf16 *y,
-    long rows, long in, long out, int threads) {
-    long bytes = (in + GROUP - 1) / GROUP * group_bytes(bits);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (long j = 0; j < out; j += 2) {
-        const char *w = weight + j * bytes;
-        const bf16 *b = bias ? bias + j : NULL;
-        for (long row = 0; row < rows; row += AT_ONCE) {
-            const bf16 *from = x + row * in, *add = residual ? residual + row * out + j : NULL;
-            bf16 *to = y + row * out + j;
-            switch (rows - row) {
-            case 1: packed_dot(bits, 1, from, w, b, add, to, in, out); break;
-            case 2: packed_dot(bits, 2, from, w, b, add, to, in, out); break;
-            case 3: packed_dot(bits, 3, from, w, b, add, to, in, out); break;
-            default: packed_dot(bits, AT_ONCE, from, w, b, add, to, in, out);
-            }
-        }
-    }
-}
-
-static inline __attribute__((always_inline)) void unpack_row(int bits, const char *weight, bf16 *y,
-                                                             long in) {
+ALWAYS void unpack_row(int bits, const char *weight, bf16 *y, long in) {
     for (long k = 0; k < in; k += GROUP, weight += 2 * group_bytes(bits)) {
         if (k < in) _mm512_storeu_si512(y + k, (__m512i)unpacked(bits, weight, 0));
         if (k + 32 < in) _mm512_storeu_si512(y + k + 32, (__m512i)unpacked(bits, weight, 1));
@@ -271,7 +268,7 @@ static inline __attribute__((always_inline)) void unpack_row(int bits, const cha
 
 // y [out, in] = the numbers of a packed weight.
 void unpack(const char *weight, int bits, bf16 *y, long in, long out, int threads) {
-    long bytes = (in + GROUP - 1) / GROUP * group_bytes(bits);
+    long bytes = packed_bytes(bits, in);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long j = 0; j < out; j++) {
         const char *w = weight + j / 2 * 2 * bytes + j % 2 * group_bytes(bits);
@@ -281,41 +278,54 @@ void unpack(const char *weight, int bits, bf16 *y, long in, long out, int thread
 }
 
 int packs(void) { return 1; }
-#else
+
+static inline long weight_bytes(int bits, long in) {
+    return bits == NUMBERS ? 2 * in : packed_bytes(bits, in);
+}
+
+// Products with weights of any kind, the next of which lies `next` numbers behind.
+ALWAYS floats any_products(int rows, const bf16 *x, const void *weight, int bits, long next,
+                           long in) {
+    if (bits == CODES_4) return packed_products(CODES_4, rows, x, weight, in);
+    if (bits == CODES_8) return packed_products(CODES_8, rows, x, weight, in);
+    return products(rows, x, weight, next, in);
+}
+#else // there are numbers only
 void unpack(const char *weight, int bits, bf16 *y, long in, long out, int threads) {}
 int packs(void) { return 0; }
+static inline long weight_bytes(int bits, long in) { return 2 * in; }
+ALWAYS floats any_products(int rows, const bf16 *x, const void *weight, int bits, long next,
+                           long in) {
+    return products(rows, x, weight, next, in);
+}
 #endif
 
+// Two outputs, or one, of `rows` (a constant after inlining) rows x [rows, in]; see linear.
+ALWAYS void outputs(int rows, const bf16 *x, const void *weight, int bits, const bf16 *bias,
+                    const bf16 *residual, bf16 *y, long in, long out, int second) {
+    floats sums = any_products(rows, x, weight, bits, in * second, in);
+    finish(rows, sums, bias, residual, y, out, second);
+}
+
 // y [rows, out] = x [rows, in] · weight [out, in] transposed + bias [out] + residual [rows, out],
-// both of which may be NULL. `in` is a multiple of 32; `wide` are rows · in floats to work in,
-// aligned to 32 bytes. `bits` say what the weight is made of.
+// both of which may be NULL. `in` is a multiple of 32. `bits` say what the weight is made of.
 void linear(const bf16 *x, const void *weight, int bits, const bf16 *bias, const bf16 *residual,
-            bf16 *y, float *wide, long rows, long in, long out, int threads) {
+            bf16 *y, long rows, long in, long out, int threads) {
+    long bytes = weight_bytes(bits, in);
     if (in * out < THREAD_WORK) threads = 1;
-#ifdef __AVX512BF16__
-    if (bits == CODES_4) {
-        packed_linear(CODES_4, x, weight, bias, residual, y, rows, in, out, threads);
-        return;
-    }
-    if (bits == CODES_8) {
-        packed_linear(CODES_8, x, weight, bias, residual, y, rows, in, out, threads);
-        return;
-    }
-#endif
-    const factor *all = factors(x, wide, rows * in);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (long j = 0; j < out; j++) {
-        const bf16 *w = (const bf16 *)weight + j * in;
-        float b = bias ? widen(bias[j]) : 0;
+    for (long j = 0; j < out; j += TOGETHER) {
+        const char *w = (const char *)weight + j * bytes;
+        const bf16 *b = bias ? bias + j : NULL;
+        int second = j + 1 < out;
         for (long row = 0; row < rows; row += AT_ONCE) {
-            const factor *from = all + row * in;
-            const bf16 *add = residual ? residual + row * out + j : NULL;
+            const bf16 *from = x + row * in, *add = residual ? residual + row * out + j : NULL;
             bf16 *to = y + row * out + j;
             switch (rows - row) {
-            case 1: dot(1, from, w, b, add, to, in, out); break;
-            case 2: dot(2, from, w, b, add, to, in, out); break;
-            case 3: dot(3, from, w, b, add, to, in, out); break;
-            default: dot(AT_ONCE, from, w, b, add, to, in, out);
+            case 1: outputs(1, from, w, bits, b, add, to, in, out, second); break;
+            case 2: outputs(2, from, w, bits, b, add, to, in, out, second); break;
+            case 3: outputs(3, from, w, bits, b, add, to, in, out, second); break;
+            default: outputs(AT_ONCE, from, w, bits, b, add, to, in, out, second);
             }
         }
     }
@@ -362,42 +372,71 @@ static void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *y, lon
         }
 }
 
-// Attention of one query `q` [size], a multiple of 32, over `seen` keys and values. `wide` are `size`
-// floats to work in, `scores` are `seen`, rounded up to whole vectors.
-static void attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *y, float *scores,
-                   float *wide, long size, long seen) {
-    widen_all(q, wide, size);
-    float scale = 1.0f / sqrtf((float)size), largest = -INFINITY;
-    for (long t = 0; t < seen; t++) {
-        floats sum = {0};
-        for (long k = 0; k < size; k += PAIRS) {
-            words both = load(keys + t * size + k);
-            const floats *qs = (const floats *)(wide + k);
-            sum += even(both) * qs[0] + odd(both) * qs[1];
-        }
-        scores[t] = total(sum) * scale;
-        largest = scores[t] > largest ? scores[t] : largest;
+// Up to AT_ONCE queries of the same keys and values [T, size].
+typedef struct {
+    const bf16 *q, *keys, *values; // q [n, size], size a multiple of 32
+    bf16 *y[AT_ONCE];              // each [size]
+    long size, seen[AT_ONCE];      // positions that each query sees; none sees less than the first
+    float *weights;                // [T rounded up to an even number, AT_ONCE]: what it gives each
+    floats *sums;                  // [n, size] to work in
+} Queries;
+
+// Weights of n queries, a constant after inlining: e to the power of q · key / √size less the
+// largest. Gives what makes each query's sum 1.
+ALWAYS floats weigh(int n, const Queries *queries) {
+    const Queries s = *queries;
+    long end = s.seen[n - 1], last = (end + 1) / TOGETHER;
+    float scale = 1.0f / sqrtf((float)s.size);
+    floats *pairs = (floats *)s.weights, largest = (floats){0} - INFINITY, all = {0};
+    for (long t = 0; t < end; t += TOGETHER) {
+        long next = t + 1 < end ? s.size : 0;
+        pairs[t / TOGETHER] = products(n, s.q, s.keys + t * s.size, next, s.size) * scale;
     }
-    for (long t = seen; t % LANES; t++) scores[t] = -INFINITY;
-    floats all = {0};
-    for (long t = 0; t < seen; t += LANES) {
-        floats *some = (floats *)(scores + t);
-        *some = exponential(*some - largest);
-        all += *some;
-    }
-    float share = 1.0f / total(all);
-    for (long k = 0; k < size; k += 2 * PAIRS) {
-        floats sums[4] = {0};
-        for (long t = 0; t < seen; t++) {
-            const bf16 *value = values + t * size + k;
-            words first = load(value), second = load(value + PAIRS);
-            sums[0] += even(first) * scores[t];
-            sums[1] += odd(first) * scores[t];
-            sums[2] += even(second) * scores[t];
-            sums[3] += odd(second) * scores[t];
+    for (int i = 0; i < n; i++)
+        for (long t = s.seen[i]; t < last * TOGETHER; t++) s.weights[t * AT_ONCE + i] = -INFINITY;
+    for (long t = 0; t < last; t++) largest = choose(pairs[t] > largest, pairs[t], largest);
+    floats other = PICK(largest, largest, 4, 5, 6, 7, 0, 1, 2, 3);
+    largest = choose(other > largest, other, largest);
+    for (long t = 0; t < last; t++) all += pairs[t] = exponential(pairs[t] - largest);
+    return 1.0f / (all + PICK(all, all, 4, 5, 6, 7, 0, 1, 2, 3));
+}
+
+// Adds to n queries' `sums`, each [size], what they give values [T, size] from position t to `end`,
+// `vectors` of words of each; n and `vectors` are constants after inlining.
+ALWAYS void mix(int n, int vectors, long size, const bf16 *values, const float *weights, long t,
+                long end, floats *sums) {
+    long apart = size / LANES;
+    floats all[AT_ONCE][4];
+    for (int i = 0; i < n; i++)
+        for (int v = 0; v < 2 * vectors; v++) all[i][v] = sums[i * apart + v];
+    for (; t < end; t++)
+        for (int v = 0; v < vectors; v++) {
+            words both = load(values + t * size + v * PAIRS);
+            for (int i = 0; i < n; i++) {
+                all[i][2 * v] += even(both) * weights[t * AT_ONCE + i];
+                all[i][2 * v + 1] += odd(both) * weights[t * AT_ONCE + i];
+            }
         }
-        store(y + k, sums[0] * share, sums[1] * share);
-        store(y + k + PAIRS, sums[2] * share, sums[3] * share);
+    for (int i = 0; i < n; i++)
+        for (int v = 0; v < 2 * vectors; v++) sums[i * apart + v] = all[i][v];
+}
+
+// Attention of n queries, a constant after inlining.
+ALWAYS void attend(int n, const Queries *queries) {
+    const Queries s = *queries;
+    const int vectors = n > 2 ? 1 : 2;
+    floats *sums = s.sums, share = weigh(n, queries);
+    memset(sums, 0, n * s.size * sizeof *s.weights);
+    for (long t = 0; t < s.seen[0]; t += NEAR)
+        for (long k = 0; k < s.size; k += vectors * PAIRS)
+            mix(n, vectors, s.size, s.values + k, s.weights, t, least(t + NEAR, s.seen[0]),
+                sums + k / LANES);
+    for (int i = 0; i < n; i++, sums += s.size / LANES) {
+        for (long k = 0; k < s.size; k += PAIRS) {
+            // Alone, as a later row's value, if not a number, times 0 were none.
+            mix(1, 1, s.size, s.values + k, s.weights + i, s.seen[0], s.seen[i], sums + k / LANES);
+            store(s.y[i] + k, sums[k / LANES] * share[i], sums[k / LANES + 1] * share[i]);
+        }
     }
 }
 
@@ -417,13 +456,54 @@ typedef struct {
     int threads;
 } Shape;
 
-static inline long most(long a, long b) { return a > b ? a : b; }
-
 // The next `bytes` of a work space, aligned.
 static void *take(char **space, long bytes) {
     char *start = *space;
     *space += (bytes + 63) / 64 * 64;
     return start;
+}
+
+static inline long work_floats(const Shape *shape) { // of a thread, for AT_ONCE queries
+    long end = shape->position + shape->rows;
+    return AT_ONCE * (shape->size + (end + 1) / TOGETHER * TOGETHER);
+}
+
+// Attention of queries q [groups, rows, heads of a group, size]; y [rows, heads, size]. Each thread
+// has work_floats in `work`.
+static void attention(const Shape *shape, const bf16 *q, const bf16 *keys, const bf16 *values,
+                      bf16 *y, float *work) {
+    const Shape s = *shape;
+    long end = s.position + s.rows, shared = s.heads / s.groups, queries = s.rows * shared;
+    long tiles = (queries + AT_ONCE - 1) / AT_ONCE, entered = 0;
+    int threads = s.heads * end * s.size < THREAD_WORK ? 1 : s.threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        long thread;
+#pragma omp atomic capture
+        thread = entered++;
+#pragma omp for schedule(static)
+        for (long tile = 0; tile < s.groups * tiles; tile++) {
+            long group = tile / tiles, first = tile % tiles * AT_ONCE;
+            long apart = group * s.capacity * s.size, n = least(AT_ONCE, queries - first);
+            Queries some = {.q = q + (group * queries + first) * s.size,
+                            .keys = keys + apart,
+                            .values = values + apart,
+                            .size = s.size,
+                            .sums = (floats *)(work + thread * work_floats(shape))};
+            some.weights = (float *)some.sums + AT_ONCE * s.size;
+            for (long i = 0; i < n; i++) {
+                long row = (first + i) / shared, head = group * shared + (first + i) % shared;
+                some.seen[i] = s.position + row + 1;
+                some.y[i] = y + (row * s.heads + head) * s.size;
+            }
+            switch (n) {
+            case 1: attend(1, &some); break;
+            case 2: attend(2, &some); break;
+            case 3: attend(3, &some); break;
+            default: attend(AT_ONCE, &some);
+            }
+        }
+    }
 }
 
 // One layer of `shape` for rows x [rows, hidden] that begin at `position`, whose cosines and sines
@@ -432,12 +512,10 @@ static void *take(char **space, long bytes) {
 int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, const bf16 *cos,
                   const bf16 *sin, bf16 *keys, bf16 *values) {
     const Shape s = *shape;
-    long all_heads = s.heads + 2 * s.groups, end = s.position + s.rows;
+    long shared = s.heads / s.groups, all_heads = s.heads + 2 * s.groups;
     long q_size = s.heads * s.size, apart = s.capacity * s.size;
-    long each = s.size + (end + LANES - 1) / LANES * LANES; // floats that a query head works in
-    long widest = most(most(s.hidden, s.inner), q_size);
     long numbers = s.hidden + (all_heads + 2 * s.heads) * s.size + 3 * s.inner;
-    long bytes = s.rows * (2 * numbers + 4 * widest) + 4 * each * s.heads + 64 * 16;
+    long bytes = 2 * s.rows * numbers + 4 * s.threads * work_floats(shape) + 64 * 8;
     char *block = aligned_alloc(64, (bytes + 63) / 64 * 64), *space = block;
     if (!block) return 1;
     bf16 *normed = take(&space, 2 * s.rows * s.hidden);
@@ -446,11 +524,10 @@ int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, 
     bf16 *attended = take(&space, 2 * s.rows * q_size);
     bf16 *gate_up = take(&space, 4 * s.rows * s.inner);
     bf16 *gated = take(&space, 2 * s.rows * s.inner);
-    float *wide = take(&space, 4 * s.rows * widest);
-    float *work = take(&space, 4 * each * s.heads);
+    float *work = take(&space, 4 * s.threads * work_floats(shape));
 
     rms_norm(x, w->input_norm, normed, s.rows, s.hidden, s.eps);
-    linear(normed, w->qkv, w->qkv_bits, w->qkv_bias, NULL, qkv, wide, s.rows, s.hidden,
+    linear(normed, w->qkv, w->qkv_bits, w->qkv_bias, NULL, qkv, s.rows, s.hidden,
            all_heads * s.size, s.threads);
     for (long row = 0; row < s.rows; row++) {
         bf16 *new = qkv + row * all_heads * s.size, *k = new + q_size, *v = k + s.groups * s.size;
@@ -458,27 +535,20 @@ int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, 
         if (w->k_norm) rms_norm(k, w->k_norm, k, s.groups, s.size, s.eps);
         const bf16 *c = cos + row * s.size, *sn = sin + row * s.size;
         long at = (s.position + row) * s.size;
-        rotate(new, c, sn, q + row * q_size, s.heads, s.size, s.size);
         rotate(k, c, sn, keys + at, s.groups, s.size, apart);
-        for (long group = 0; group < s.groups; group++)
+        for (long group = 0; group < s.groups; group++) {
+            bf16 *to = q + (group * s.rows + row) * shared * s.size;
+            rotate(new + group * shared * s.size, c, sn, to, shared, s.size, s.size);
             memcpy(values + group * apart + at, v + group * s.size, 2 * s.size);
+        }
     }
-    int threads = s.heads * end * s.size < THREAD_WORK ? 1 : s.threads;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (long head = 0; head < s.heads; head++) {
-        long group = head / (s.heads / s.groups) * apart, at = head * s.size;
-        float *mine = work + head * each;
-        for (long row = 0; row < s.rows; row++, at += q_size)
-            attend(q + at, keys + group, values + group, attended + at, mine + s.size, mine, s.size,
-                   s.position + row + 1);
-    }
-    linear(attended, w->o, w->o_bits, w->o_bias, x, y, wide, s.rows, q_size, s.hidden, s.threads);
+    attention(shape, q, keys, values, attended, work);
+    linear(attended, w->o, w->o_bits, w->o_bias, x, y, s.rows, q_size, s.hidden, s.threads);
     rms_norm(y, w->post_norm, normed, s.rows, s.hidden, s.eps);
-    linear(normed, w->gate_up, w->gate_up_bits, w->gate_up_bias, NULL, gate_up, wide, s.rows,
-           s.hidden, 2 * s.inner, s.threads);
+    linear(normed, w->gate_up, w->gate_up_bits, w->gate_up_bias, NULL, gate_up, s.rows, s.hidden,
+           2 * s.inner, s.threads);
     gate(gate_up, gated, s.rows, s.inner);
-    linear(gated, w->down, w->down_bits, w->down_bias, y, y, wide, s.rows, s.inner, s.hidden,
-           s.threads);
+    linear(gated, w->down, w->down_bits, w->down_bias, y, y, s.rows, s.inner, s.hidden, s.threads);
     free(block);
     return 0;
 }

@@ -57,7 +57,7 @@ class Shape(ctypes.Structure):
 
 
 SIGNATURES = {
-    "linear": ([POINTER] * 2 + [INT] + [POINTER] * 4 + [LONG] * 3 + [INT], None),
+    "linear": ([POINTER] * 2 + [INT] + [POINTER] * 3 + [LONG] * 3 + [INT], None),
     "unpack": ([POINTER, INT, POINTER] + [LONG] * 2 + [INT], None),
     "packs": ([], INT),
     "rms_norm": ([POINTER] * 3 + [LONG] * 2 + [FLOAT], None),
@@ -117,10 +117,8 @@ def _linear(
     rows, size = x.shape
     out = weight.shape[0]
     y = x.new_empty(rows, out)
-    wide = torch.empty(rows, size, dtype=torch.float32, device="cpu")
     added = None if bias is None else bias.data_ptr()
-    into = None, y.data_ptr(), wide.data_ptr()
-    at = x.data_ptr(), data.data_ptr(), bits, added, *into
+    at = x.data_ptr(), data.data_ptr(), bits, added, None, y.data_ptr()
     kernels.linear(*at, rows, size, out, torch.get_num_threads())
     return y
 
