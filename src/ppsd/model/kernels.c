@@ -53,14 +53,9 @@ static inline float widen(bf16 narrow) {
     return wide;
 }
 
-// Round to nearest, ties to even. Widened NaNs have no low bits, so they stay NaN.
-static inline bf16 narrow(float wide) {
-    uint32_t bits;
-    memcpy(&bits, &wide, sizeof bits);
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-static inline words narrow_all(floats wide) { // results in the low halves
+// Round to nearest, ties to even; results in the low halves. Widened NaNs have no low bits, so they
+// stay NaN.
+static inline words narrow_all(floats wide) {
     words bits = (words)wide;
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
