@@ -71,9 +71,13 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
+    """The processor's name, with family and model where the system tells them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    parts = [
+        f"{key.removeprefix('cpu ')} {said[key]}" for key in ("cpu family", "model") if key in said
+    ]
+    return ", ".join([said.get("model name", platform.processor()), *parts])
