@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -26,7 +29,23 @@ from tests.support.layers import rand, random_layer, run_layer
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 FORMATS = [Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q8_0]
 MATRICES = ("qkv", "o", "gate_up", "down")
-needs_kernels = pytest.mark.skipif(not kernels.packs(), reason="no AVX512_BF16 or no compiler")
+EMULATION = Path(__file__).parents[1] / "support" / "avx512"
+needs_kernels = pytest.mark.skipif(kernels.loaded() is None, reason="no C compiler")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _packing() -> Iterator[None]:
+    """Where the CPU lacks AVX512_BF16, the kernels with its instructions in plain C."""
+    if kernels.loaded() is None or kernels.packs():
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        compiler = os.environ.get("CC", "cc")
+        patch.setenv("CC", f"{compiler} -I{shlex.quote(str(EMULATION))} -D__AVX512BF16__")
+        kernels.loaded.cache_clear()
+        assert kernels.packs()
+        yield
+    kernels.loaded.cache_clear()
 
 
 @pytest.fixture(autouse=True)

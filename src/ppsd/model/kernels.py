@@ -280,13 +280,10 @@ def _read(directory: Path) -> bytes:
 
 def _load(built: bytes) -> ctypes.CDLL:
     """Open the compiled file. Raises OSError or RuntimeError for one that is not fit for use."""
-    memory = os.memfd_create(BUILT)
-    try:
-        with open(memory, "wb", closefd=False) as file:
-            file.write(built)
-        kernels = ctypes.CDLL(f"/proc/self/fd/{memory}")
-    finally:
-        os.close(memory)
+    memory = os.memfd_create(BUILT)  # stays open: the linker knows a library by this path
+    with open(memory, "wb", closefd=False) as file:
+        file.write(built)
+    kernels = ctypes.CDLL(f"/proc/self/fd/{memory}")
     for name, (arguments, result) in SIGNATURES.items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = arguments, result
