@@ -22,7 +22,7 @@ from ppsd.model.layers import LayerWeights, linear
 from ppsd.model.packed import Codes, PackedWeight, can_pack, first_rows, pack, packed_bytes, whole
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import spec_from_config
-from ppsd.model.stage import Stage, StagePlan, packable
+from ppsd.model.stage import Stage, StagePlan, packable, weight_bytes
 from ppsd.model.weights import EMBEDDING, TensorSource, expected_shapes, open_source
 from tests.support.layers import rand, random_layer, run_layer
 
@@ -185,6 +185,14 @@ def test_parts_are_packed_together_or_not_at_all(
     assert packable(source, plan, {"a": (3, 128), "b": (1, 128)}, ["a", "b"]) is expected
 
 
+def held(stage: Stage) -> int:
+    """Bytes of the weights of a last stage's layers, norm and LM head."""
+    layers = [weight for layer in stage.layers for weight in vars(layer).values()]
+    weights = [*layers, stage.norm, stage.lm_head]
+    tensors = [w.data if isinstance(w, PackedWeight) else w for w in weights]
+    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+
 @needs_kernels
 def test_a_stage_of_the_default_model_is_packed_and_has_the_same_bits() -> None:
     path = resolve_model(None)
@@ -202,5 +210,9 @@ def test_a_stage_of_the_default_model_is_packed_and_has_the_same_bits() -> None:
         assert torch.equal(whole(getattr(own, name)), getattr(plain.layers[0], name))
     assert expected_shapes(spec)[EMBEDDING] == packed.lm_head.shape
     x = rand(5, spec.hidden_size, dtype=BF16)
+    for stage in (plain, packed):
+        least = held(stage)
+        assert least <= weight_bytes(spec, stage.plan, source) < least + 16 * 128  # aligned
+    assert held(packed) < 0.61 * held(plain)
     rows = [stage.forward(x, 0) for stage in (plain, packed)]
     assert torch.equal(plain.logits(rows[0]), packed.logits(rows[1]))

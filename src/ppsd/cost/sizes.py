@@ -60,15 +60,23 @@ class Sizes:
         return round(layers * self.layer) + scored * self.hidden
 
     def stage_bytes(
-        self, bounds: Sequence[int], rank: int, itemsize: int, context: int, head: int = 0
+        self,
+        bounds: Sequence[int],
+        rank: int,
+        itemsize: int,
+        context: int,
+        head: int = 0,
+        weights: int | None = None,
     ) -> int:
         """Estimated memory of a stage of the split ``bounds`` [0, …, N]: weights, cache, runtime.
 
         ``context`` positions are cached; ``head`` numbers of an exit head lie on stage 0.
+        ``weights`` are their bytes; those of whole ones where left out.
         """
         layers = bounds[rank + 1] - bounds[rank]
         first, last = rank == 0, rank == len(bounds) - 2
-        tables = 1 if first and last and self.tied else first + last
-        weights = layers * self.layer + tables * self.vocabulary * self.hidden
+        if weights is None:
+            tables = 1 if first and last and self.tied else first + last
+            weights = (layers * self.layer + tables * self.vocabulary * self.hidden) * itemsize
         cache = layers * self.cached * context
-        return (weights + cache + (head if first else 0)) * itemsize + RUNTIME_BYTES
+        return weights + (cache + (head if first else 0)) * itemsize + RUNTIME_BYTES

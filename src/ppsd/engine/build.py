@@ -31,7 +31,7 @@ from ppsd.model.exit_head import (
 )
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stage import Stage, StageModel, StagePlan
+from ppsd.model.stage import Stage, StageModel, StagePlan, weight_bytes
 from ppsd.model.weights import TensorSource, check_shapes, fingerprint, open_source
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
@@ -156,20 +156,21 @@ def _context(config: EngineConfig, spec: ModelSpec) -> int:
     return wanted
 
 
-def stage_bytes(layout: Layout, rank: int) -> int:
+def stage_bytes(layout: Layout, rank: int, device: str, source: TensorSource) -> int:
     """Estimated memory of one stage: weights, key/value cache, and the runtime of its process."""
     sizes = Sizes.of(layout.spec)
-    head = head_sizes(sizes, layout.head)
-    return sizes.stage_bytes(layout.bounds, rank, layout.dtype.itemsize, layout.max_context, head)
+    sized = layout.bounds, rank, layout.dtype.itemsize, layout.max_context
+    weights = weight_bytes(layout.spec, layout.plan(rank, device), source)
+    return sizes.stage_bytes(*sized, head_sizes(sizes, layout.head), weights)
 
 
-def check_memory(layout: Layout) -> None:
+def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> None:
     """Raise InsufficientMemoryError, with the numbers, when the stages here cannot fit this host.
 
     Under torchrun that is stage 0 for certain; nothing is known of where the others are.
     """
     ranks = range(1 if on_torchrun() else layout.stages)
-    needed = [stage_bytes(layout, rank) for rank in ranks]
+    needed = [stage_bytes(layout, rank, config.device(rank), source) for rank in ranks]
     free = psutil.virtual_memory().available
     if sum(needed) > free:
         each = ", ".join(f"stage {r} {n / 2**30:.2f}" for r, n in zip(ranks, needed, strict=True))

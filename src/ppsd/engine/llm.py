@@ -116,7 +116,7 @@ class LLM:
         own = self.layout.head is not None or self.config.head == "lookup"
         self.drafts = own or drafter is not None
         self._check_head(self.config)
-        check_memory(self.layout)
+        check_memory(self.config, self.layout, source)
         self.tokenizer = Tokenizer.load(files.path)
         self.trace = TraceLog()
         self._running = RunningPipeline(self.config, self.layout, source)

@@ -5,7 +5,7 @@ Used by worker/ and engine/. A stage knows nothing of other stages or of how row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
@@ -85,6 +85,36 @@ def packable(
     return len(bits) == 1 and None not in bits and can_pack(rows, shapes[names[0]][1])
 
 
+def packed_names(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> frozenset[str]:
+    """Names of a stage's weights that stay in the codes of their file."""
+    shapes = expected_shapes(spec)
+    groups = [
+        [f"{layer_prefix(i)}{name}.weight" for name in names]
+        for i in range(plan.first, plan.last)
+        for names in FUSED.values()
+    ]
+    groups += [[_head_name(spec)]] if plan.last == spec.num_layers else []
+    kept = (names for names in groups if packable(source, plan, shapes, names))
+    return frozenset(name for names in kept for name in names)
+
+
+def weight_bytes(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> int:
+    """Memory of a stage's weights, without any of them read."""
+    shapes, packed = expected_shapes(spec), packed_names(spec, plan, source)
+    size = 0
+    for name in tensor_names(spec, plan.first, plan.last):
+        if name in packed:
+            rows, inputs = shapes[name]
+            size += _aligned(packed_bytes(rows, inputs, source.bits(name) or 0))
+        if name not in packed or (name == EMBEDDING and plan.first == 0):
+            size += _aligned(prod(shapes[name]) * plan.dtype.itemsize)
+    return size
+
+
+def _head_name(spec: ModelSpec) -> str:
+    return EMBEDDING if spec.tie_embeddings else LM_HEAD
+
+
 def tensor_names(spec: ModelSpec, first: int, last: int) -> list[str]:
     """Names of the tensors that the stage of layers [first, last) owns, in loading order."""
     names = [name for i in range(first, last) for name in layer_tensor_names(spec, i)]
@@ -129,8 +159,7 @@ class _Memory:
     Taken bit by bit, while other stages load theirs, it lies scattered and is read more slowly.
     """
 
-    def __init__(self, sizes: Iterable[int], device: torch.device) -> None:
-        size = sum(map(_aligned, sizes))
+    def __init__(self, size: int, device: torch.device) -> None:
         self._rest = torch.empty(size, dtype=torch.uint8, device=device).zero_()
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -172,9 +201,8 @@ class Stage:
         self._loaded: set[str] = set()
         self._progress = progress
         self._source = source
-        self._shapes = expected_shapes(spec)
-        self._packed = frozenset(self._packable())
-        self._memory = _Memory(self._sizes(), plan.device)
+        self._packed = packed_names(spec, plan, source)
+        self._memory = _Memory(weight_bytes(spec, plan, source), plan.device)
         table = self._load_embedding()
         self.embedding = table if plan.first == 0 else None  # [V, C]
         self.layers = [self._load_layer(i) for i in range(plan.first, plan.last)]
@@ -190,31 +218,6 @@ class Stage:
     def is_last(self) -> bool:
         """Whether this stage ends with the final norm and LM head."""
         return self.plan.last == self.spec.num_layers
-
-    def _packable(self) -> Iterator[str]:
-        """Names of the weights that stay in the codes of their file."""
-        groups = [
-            [f"{layer_prefix(i)}{name}.weight" for name in names]
-            for i in range(self.plan.first, self.plan.last)
-            for names in FUSED.values()
-        ]
-        groups += [[self._head_name]] if self.is_last else []
-        for names in groups:
-            if packable(self._source, self.plan, self._shapes, names):
-                yield from names
-
-    def _sizes(self) -> Iterator[int]:
-        """Bytes of all weights."""
-        for name in self._names:
-            shape = self._shapes[name]
-            if name in self._packed:
-                yield packed_bytes(shape[0], shape[1], self._source.bits(name) or 0)
-            if name not in self._packed or (name == EMBEDDING and self.plan.first == 0):
-                yield prod(shape) * self.plan.dtype.itemsize
-
-    @property
-    def _head_name(self) -> str:
-        return EMBEDDING if self.spec.tie_embeddings else LM_HEAD
 
     def _load(self, name: str) -> torch.Tensor:
         tensor = self._source.load(name, self.plan.dtype).to(self.plan.device)
@@ -243,7 +246,7 @@ class Stage:
         return self._memory.keep_layer(fuse_layer(tensors, layer_prefix(layer)))
 
     def _load_lm_head(self, embedding: torch.Tensor | None) -> Weight:
-        name = self._head_name
+        name = _head_name(self.spec)
         if name in self._packed:
             return self._memory.keep_weight(pack([self._load_codes(name)]))
         if self.spec.tie_embeddings and embedding is not None:
