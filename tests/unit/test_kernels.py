@@ -157,6 +157,17 @@ def test_large_numbers_saturate_and_nan_stays(spec: ModelSpec) -> None:
 
 
 @compiled
+def test_products_do_not_follow_the_callers_defaults() -> None:
+    x, weight = rand(3, 96, dtype=BF16), rand(5, 96, dtype=BF16)
+    expected = layers.linear(x, weight)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(layers.linear(x, weight), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@compiled
 def test_gradients_dtypes_sizes_and_long_blocks_are_left_to_pytorch() -> None:
     fit = rand(16, 96, dtype=BF16)
     assert kernels.fits(fit, fit, 32)

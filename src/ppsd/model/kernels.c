@@ -105,34 +105,37 @@ static inline floats exponential(floats x) {
     return choose(x > most, zero + INFINITY, result);
 }
 
-// What a CPU multiplies at once: so many `numbers`, whose products it adds to a `sum`.
+// What a CPU multiplies at once: so many `numbers`, whose products it adds to `partials`.
 #ifdef __AVX512BF16__
 #define STEP 32
 typedef __m512bh numbers;
-typedef __m512 sum;
+typedef __m512 partials;
 
 ALWAYS numbers narrows(const bf16 *from) { return (numbers)_mm512_loadu_si512(from); }
-ALWAYS sum add_products(sum all, numbers a, numbers b) { return _mm512_dpbf16_ps(all, a, b); }
-ALWAYS floats folded(sum all) {
+ALWAYS partials add_products(partials all, numbers a, numbers b) {
+    return _mm512_dpbf16_ps(all, a, b);
+}
+ALWAYS floats folded(partials all) {
     __m256d upper = _mm512_extractf64x4_pd((__m512d)all, 1);
     return (floats)_mm512_castps512_ps256(all) + (floats)upper;
 }
 #else
 #define STEP 16
 typedef words numbers;
-typedef floats sum;
+typedef floats partials;
 
 ALWAYS numbers narrows(const bf16 *from) { return load(from); }
-ALWAYS sum add_products(sum all, numbers a, numbers b) {
+ALWAYS partials add_products(partials all, numbers a, numbers b) {
     all += even(a) * even(b);
     return all + odd(a) * odd(b);
 }
-ALWAYS floats folded(sum all) { return all; }
+ALWAYS floats folded(partials all) { return all; }
 #endif
 
-// Adds a step of rows x [rows, in] times two weights to `sums`; a constant number after inlining.
+// Adds one step of rows x [rows, in] times two weights to `sums`. Here and below, `rows` is a
+// constant after inlining.
 ALWAYS void add_step(int rows, const bf16 *x, numbers first, numbers second,
-                     sum sums[TOGETHER][AT_ONCE], long in) {
+                     partials sums[TOGETHER][AT_ONCE], long in) {
     for (int row = 0; row < rows; row++) {
         numbers some = narrows(x + row * in);
         sums[0][row] = add_products(sums[0][row], first, some);
@@ -140,17 +143,17 @@ ALWAYS void add_step(int rows, const bf16 *x, numbers first, numbers second,
     }
 }
 
-ALWAYS floats totals_of(sum sums[TOGETHER][AT_ONCE]) { // [TOGETHER, AT_ONCE]
+ALWAYS floats totals_of(partials sums[TOGETHER][AT_ONCE]) { // [TOGETHER, AT_ONCE]
     floats all[LANES];
     for (int i = 0; i < LANES; i++) all[i] = folded(sums[i / AT_ONCE][i % AT_ONCE]);
     return totals(all);
 }
 
-// Rows x [rows, in], a constant number after inlining, times the weight [in] and the one that lies
-// `next` numbers behind; [TOGETHER, AT_ONCE], any numbers for what is not a row. What follows the
-// two in memory is fetched line by line, in the order in which it lies there.
+// Rows x [rows, in] times the weight [in] and the one that lies `next` numbers behind: [TOGETHER,
+// AT_ONCE], 0 for what is not a row. What follows the two in memory is fetched line by line, in the
+// order in which it lies there.
 ALWAYS floats products(int rows, const bf16 *x, const bf16 *weight, long next, long in) {
-    sum sums[TOGETHER][AT_ONCE] = {0};
+    partials sums[TOGETHER][AT_ONCE] = {0};
     for (long k = 0; k < in; k += STEP) {
         const bf16 *ahead = weight + TOGETHER * (in + k);
         for (long at = 0; at < TOGETHER * STEP; at += 32) __builtin_prefetch(ahead + at);
@@ -229,7 +232,7 @@ ALWAYS numbers unpacked(int bits, const void *group, int block) {
 
 // Adds to `sums` one block of two weights' groups.
 ALWAYS void add_block(int bits, int rows, const bf16 *x, const char *groups, int block,
-                      sum sums[TOGETHER][AT_ONCE], long in) {
+                      partials sums[TOGETHER][AT_ONCE], long in) {
     numbers first = unpacked(bits, groups, block);
     numbers second = unpacked(bits, groups + group_bytes(bits), block);
     add_step(rows, x + BLOCK * block, first, second, sums, in);
@@ -238,7 +241,7 @@ ALWAYS void add_block(int bits, int rows, const bf16 *x, const char *groups, int
 // Like products, for two weights whose groups take turns; the same bits.
 ALWAYS floats packed_products(int bits, int rows, const bf16 *x, const char *weight, long in) {
     long bytes = TOGETHER * group_bytes(bits), k = 0;
-    sum sums[TOGETHER][AT_ONCE] = {0};
+    partials sums[TOGETHER][AT_ONCE] = {0};
     for (; k + GROUP <= in; k += GROUP, weight += bytes) {
         for (long at = 0; at < bytes; at += 64) __builtin_prefetch(weight + PACKED_AHEAD + at);
         add_block(bits, rows, x + k, weight, 0, sums, in);
@@ -380,7 +383,7 @@ typedef struct {
 // largest. Gives what makes each query's sum 1.
 ALWAYS floats weigh(int n, const Queries *queries) {
     const Queries s = *queries;
-    long end = s.seen[n - 1], last = (end + 1) / TOGETHER;
+    long end = s.seen[n - 1], many = (end + 1) / TOGETHER;
     float scale = 1.0f / sqrtf((float)s.size);
     floats *pairs = (floats *)s.weights, largest = (floats){0} - INFINITY, all = {0};
     for (long t = 0; t < end; t += TOGETHER) {
@@ -388,11 +391,11 @@ ALWAYS floats weigh(int n, const Queries *queries) {
         pairs[t / TOGETHER] = products(n, s.q, s.keys + t * s.size, next, s.size) * scale;
     }
     for (int i = 0; i < n; i++)
-        for (long t = s.seen[i]; t < last * TOGETHER; t++) s.weights[t * AT_ONCE + i] = -INFINITY;
-    for (long t = 0; t < last; t++) largest = choose(pairs[t] > largest, pairs[t], largest);
+        for (long t = s.seen[i]; t < many * TOGETHER; t++) s.weights[t * AT_ONCE + i] = -INFINITY;
+    for (long k = 0; k < many; k++) largest = choose(pairs[k] > largest, pairs[k], largest);
     floats other = PICK(largest, largest, 4, 5, 6, 7, 0, 1, 2, 3);
     largest = choose(other > largest, other, largest);
-    for (long t = 0; t < last; t++) all += pairs[t] = exponential(pairs[t] - largest);
+    for (long k = 0; k < many; k++) all += pairs[k] = exponential(pairs[k] - largest);
     return 1.0f / (all + PICK(all, all, 4, 5, 6, 7, 0, 1, 2, 3));
 }
 
@@ -473,7 +476,7 @@ static void attention(const Shape *shape, const bf16 *q, const bf16 *keys, const
     int threads = s.heads * end * s.size < THREAD_WORK ? 1 : s.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        long thread;
+        long thread; // counted, as omp.h may be missing where the pragmas work
 #pragma omp atomic capture
         thread = entered++;
 #pragma omp for schedule(static)
@@ -509,8 +512,8 @@ int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, 
     const Shape s = *shape;
     long shared = s.heads / s.groups, all_heads = s.heads + 2 * s.groups;
     long q_size = s.heads * s.size, apart = s.capacity * s.size;
-    long numbers = s.hidden + (all_heads + 2 * s.heads) * s.size + 3 * s.inner;
-    long bytes = 2 * s.rows * numbers + 4 * s.threads * work_floats(shape) + 64 * 8;
+    long of_a_row = s.hidden + (all_heads + 2 * s.heads) * s.size + 3 * s.inner;
+    long bytes = 2 * s.rows * of_a_row + 4 * s.threads * work_floats(shape) + 64 * 8;
     char *block = aligned_alloc(64, (bytes + 63) / 64 * 64), *space = block;
     if (!block) return 1;
     bf16 *normed = take(&space, 2 * s.rows * s.hidden);
