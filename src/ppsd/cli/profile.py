@@ -44,13 +44,13 @@ def profile(
     """Time layers, heads and messages; plans made later on this machine use the result."""
     from ppsd.cost.profile import profile_path
 
+    subject = subject_of(model, dtype, stages, threads_per_stage, transport)
     load = os.getloadavg()[0]
     if load > BUSY_LOAD:
         text = (
             f"the machine is busy (load {load:.1f}): times will be too long, contention above all"
         )
         log_console().print(text, style="yellow")
-    subject = subject_of(model, dtype, stages, threads_per_stage, transport)
     name = str(subject.dtype).removeprefix("torch.")
     place = out or profile_path(subject.fingerprint, name, subject.threads)
     measured = _measure(subject)
