@@ -54,11 +54,11 @@ def profile(
     name = str(subject.dtype).removeprefix("torch.")
     place = out or profile_path(subject.fingerprint, name, subject.threads)
     measured = _measure(subject)
-    measured.save(place)
     if as_json:
         print(json.dumps(measured.to_json()))
     else:
         _show(measured)
+    measured.save(place)
     log_console().print(f"profile written to {place}")
 
 
