@@ -92,9 +92,9 @@ def test_codes_lie_where_the_kernel_reads_them(size: int) -> None:
     packed = pack([codes])
     assert packed.data.nbytes == packed_bytes(4, size, 4)
     for row in range(4):
-        for group, data in enumerate(packed.data[row // 2, :, row % 2]):
-            words = data[:64].clone().view(torch.int16).int()
-            scales, offsets = data[64:].clone().view(torch.float32).view(2, 4)
+        for group, data in enumerate(packed.data[row // 4]):
+            words = data[:256].clone().view(torch.int16).view(4, 32)[row % 4].int()
+            scales, offsets = data[256:].clone().view(torch.float32).view(2, 4, 4)[:, row % 4]
             for block in range(min(4, size // 32 - 4 * group)):
                 at = 4 * group + block
                 expected = codes.codes[row, 32 * at : 32 * at + 32]
@@ -109,13 +109,13 @@ def test_codes_lie_where_the_kernel_reads_them(size: int) -> None:
 @pytest.mark.parametrize("size", [128, 160, 192, 224, 576])
 def test_products_have_the_bits_of_those_with_the_whole_weight(kind: Kind, size: int) -> None:
     size = 512 if kind is Kind.Q4_K else size
-    parts = [codes_of(stored(kind, rows, size), kind) for rows in (6, 3, 1)]
+    parts = [codes_of(stored(kind, rows, size), kind) for rows in (6, 5, 1)]
     packed = pack(parts)
     whole_weight = torch.cat([numbers(part) for part in parts])
     assert torch.equal(packed.whole(), whole_weight)
     assert torch.equal(whole(first_rows(packed, 4)), whole_weight[:4])
     for rows in (1, 2, 3, 4, 5, 16, 17):
-        x, bias = rand(rows, size, dtype=BF16), rand(10, dtype=BF16)
+        x, bias = rand(rows, size, dtype=BF16), rand(12, dtype=BF16)
         assert torch.equal(linear(x, packed), linear(x, whole_weight))
         assert torch.equal(linear(x, packed, bias), linear(x, whole_weight, bias))
 
@@ -143,12 +143,12 @@ def test_a_layer_has_the_bits_of_one_with_whole_weights(threads: int) -> None:
 
 def test_only_what_pays_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "packs", lambda: True)
-    assert can_pack(2, 128)
-    assert not can_pack(3, 128)
-    assert not can_pack(2, 96)
-    assert not can_pack(2, 144)
+    assert can_pack(4, 128)
+    assert not can_pack(6, 128)
+    assert not can_pack(4, 96)
+    assert not can_pack(4, 144)
     monkeypatch.setattr(kernels, "packs", lambda: False)
-    assert not can_pack(2, 128)
+    assert not can_pack(4, 128)
 
 
 class Described:

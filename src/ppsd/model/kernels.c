@@ -15,17 +15,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef uint16_t bf16;
-typedef float floats __attribute__((vector_size(32), may_alias));
-typedef int32_t ints __attribute__((vector_size(32)));
-typedef uint32_t words __attribute__((vector_size(32)));
+#define AT_ONCE 4 // rows, or queries, whose sums stay in registers
+#ifdef __AVX512BF16__
+#define TOGETHER 4 // outputs, or keys, that are multiplied with them at once
+#else
+#define TOGETHER 2
+#endif
+#define LANES (AT_ONCE * TOGETHER) // floats in a vector
+#define PAIRS (2 * LANES)          // bfloat16 numbers in a vector of words
+#define NEAR 64                    // positions whose values stay near while read piece by piece
+#define KEYS_AHEAD 1024            // numbers fetched ahead
+#define THREAD_WORK 65536          // products that make up for waking a thread
 
-#define LANES 8           // floats in a vector
-#define PAIRS 16          // bfloat16 numbers in a vector of words
-#define AT_ONCE 4         // rows, or queries, whose sums stay in registers
-#define TOGETHER 2        // outputs, or keys, that are multiplied with them at once
-#define NEAR 64           // positions whose values stay near while they are read piece by piece
-#define THREAD_WORK 65536 // products that make up for waking a thread
+typedef uint16_t bf16;
+typedef float floats __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef bf16 halves __attribute__((vector_size(2 * LANES)));
 
 #define ALWAYS static inline __attribute__((always_inline))
 
@@ -53,6 +59,12 @@ static inline float widen(bf16 narrow) {
     return wide;
 }
 
+static inline bf16 narrow(float wide) {
+    uint32_t bits;
+    memcpy(&bits, &wide, sizeof bits);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
 // Round to nearest, ties to even; results in the low halves. Widened NaNs have no low bits, so they
 // stay NaN.
 static inline words narrow_all(floats wide) {
@@ -65,21 +77,11 @@ static inline void store(bf16 *pairs, floats evens, floats odds) {
     memcpy(pairs, &both, sizeof both);
 }
 
+// In the order in which `totals` add.
 static inline float total(floats v) {
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-}
-
-// The total of each of 8 vectors.
-ALWAYS floats totals(const floats v[LANES]) {
-    floats fours[4], twos[2];
-    for (int i = 0; i < 4; i++)
-        fours[i] = PICK(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
-                   PICK(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    for (int i = 0; i < 2; i++)
-        twos[i] = PICK(fours[2 * i], fours[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-                  PICK(fours[2 * i], fours[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-    return PICK(twos[0], twos[1], 0, 2, 8, 10, 4, 6, 12, 14) +
-           PICK(twos[0], twos[1], 1, 3, 9, 11, 5, 7, 13, 15);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) v[i] += v[i + n];
+    return v[0];
 }
 
 static inline floats choose(ints which, floats yes, floats no) {
@@ -105,84 +107,138 @@ static inline floats exponential(floats x) {
     return choose(x > most, zero + INFINITY, result);
 }
 
-// What a CPU multiplies at once: so many `numbers`, whose products it adds to `partials`.
+// What a CPU multiplies at once: STEP `numbers`, whose products it adds to `partials`. A `few` is
+// TOGETHER numbers. `totals` are those of LANES partials.
 #ifdef __AVX512BF16__
 #define STEP 32
 typedef __m512bh numbers;
 typedef __m512 partials;
+typedef uint64_t few;
 
 ALWAYS numbers narrows(const bf16 *from) { return (numbers)_mm512_loadu_si512(from); }
 ALWAYS partials add_products(partials all, numbers a, numbers b) {
     return _mm512_dpbf16_ps(all, a, b);
 }
-ALWAYS floats folded(partials all) {
-    __m256d upper = _mm512_extractf64x4_pd((__m512d)all, 1);
-    return (floats)_mm512_castps512_ps256(all) + (floats)upper;
+
+ALWAYS floats by_8(floats a, floats b) {
+    return PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+ALWAYS floats by_4(floats a, floats b) {
+    return PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+ALWAYS floats by_2(floats a, floats b) {
+    return PICK(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           PICK(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+ALWAYS floats by_1(floats a, floats b) {
+    return PICK(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+           PICK(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+}
+ALWAYS floats totals(const partials v[LANES]) {
+    floats each[4];
+    for (int i = 0; i < 4; i++) each[i] = by_4(by_8(v[i], v[i + 4]), by_8(v[i + 8], v[i + 12]));
+    return by_1(by_2(each[0], each[1]), by_2(each[2], each[3]));
 }
 #else
 #define STEP 16
 typedef words numbers;
 typedef floats partials;
+typedef uint32_t few;
 
 ALWAYS numbers narrows(const bf16 *from) { return load(from); }
 ALWAYS partials add_products(partials all, numbers a, numbers b) {
     all += even(a) * even(b);
     return all + odd(a) * odd(b);
 }
-ALWAYS floats folded(partials all) { return all; }
-#endif
 
-// Adds one step of rows x [rows, in] times two weights to `sums`. Here and below, `rows` is a
-// constant after inlining.
-ALWAYS void add_step(int rows, const bf16 *x, numbers first, numbers second,
+ALWAYS floats by_4(floats a, floats b) {
+    return PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+ALWAYS floats by_2(floats a, floats b) {
+    return PICK(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + PICK(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+ALWAYS floats by_1(floats a, floats b) {
+    return PICK(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + PICK(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+ALWAYS floats totals(const partials v[LANES]) {
+    floats each[4];
+    for (int i = 0; i < 4; i++) each[i] = by_4(v[i], v[i + 4]);
+    return by_1(by_2(each[0], each[1]), by_2(each[2], each[3]));
+}
+#endif
+typedef few fews __attribute__((vector_size(2 * LANES))); // AT_ONCE of them
+
+// Adds one step of rows x [rows, in] times weights to `sums`. Here and below, `rows` is a constant
+// after inlining.
+ALWAYS void add_step(int rows, const bf16 *x, const numbers weights[TOGETHER],
                      partials sums[TOGETHER][AT_ONCE], long in) {
     for (int row = 0; row < rows; row++) {
         numbers some = narrows(x + row * in);
-        sums[0][row] = add_products(sums[0][row], first, some);
-        sums[1][row] = add_products(sums[1][row], second, some);
+        for (int i = 0; i < TOGETHER; i++)
+            sums[i][row] = add_products(sums[i][row], weights[i], some);
     }
 }
 
-ALWAYS floats totals_of(partials sums[TOGETHER][AT_ONCE]) { // [TOGETHER, AT_ONCE]
-    floats all[LANES];
-    for (int i = 0; i < LANES; i++) all[i] = folded(sums[i / AT_ONCE][i % AT_ONCE]);
+ALWAYS floats totals_by_output(partials sums[TOGETHER][AT_ONCE]) { // [TOGETHER, AT_ONCE]
+    return totals(sums[0]);
+}
+
+ALWAYS floats totals_by_row(partials sums[TOGETHER][AT_ONCE]) { // [AT_ONCE, TOGETHER]
+    partials all[LANES];
+    for (int i = 0; i < LANES; i++) all[i] = sums[i % TOGETHER][i / TOGETHER];
     return totals(all);
 }
 
-// Rows x [rows, in] times the weight [in] and the one that lies `next` numbers behind: [TOGETHER,
-// AT_ONCE], 0 for what is not a row. What follows the two in memory is fetched line by line, in the
-// order in which it lies there.
-ALWAYS floats products(int rows, const bf16 *x, const bf16 *weight, long next, long in) {
-    partials sums[TOGETHER][AT_ONCE] = {0};
-    for (long k = 0; k < in; k += STEP) {
-        const bf16 *ahead = weight + TOGETHER * (in + k);
-        for (long at = 0; at < TOGETHER * STEP; at += 32) __builtin_prefetch(ahead + at);
-        add_step(rows, x + k, narrows(weight + k), narrows(weight + next + k), sums, in);
-    }
-    return totals_of(sums);
+// Fetches so many numbers, a multiple of 32.
+ALWAYS void fetch(const bf16 *from, long many) {
+    for (long at = 0; at < many; at += 32) __builtin_prefetch(from + at);
 }
 
-// Two outputs, or one without a `second`, for rows y [rows, out]: `sums` of products + bias +
-// residual like y, both of which may be NULL.
+// Adds rows x [rows, in] times `many` weights [TOGETHER, in], the last of which stands for those
+// that are missing, to `sums`. What lies `ahead` in memory is fetched, line by line in the order in
+// which it lies there.
+ALWAYS void add_all(int rows, const bf16 *x, const bf16 *weight, int many, long in, long ahead,
+                    partials sums[TOGETHER][AT_ONCE]) {
+    const bf16 *from[TOGETHER];
+    for (int i = 0; i < TOGETHER; i++) from[i] = weight + least(i, many - 1) * in;
+    for (long k = 0; k < in; k += STEP) {
+        fetch(weight + ahead + TOGETHER * k, TOGETHER * STEP);
+        numbers weights[TOGETHER];
+        for (int i = 0; i < TOGETHER; i++) weights[i] = narrows(from[i] + k);
+        add_step(rows, x + k, weights, sums, in);
+    }
+}
+
+ALWAYS few load_few(const bf16 *from, int many) {
+    few all = 0;
+    if (many == TOGETHER) memcpy(&all, from, sizeof all);
+    else memcpy(&all, from, sizeof *from * many);
+    return all;
+}
+
+ALWAYS void store_few(bf16 *to, few all, int many) {
+    if (many == TOGETHER) memcpy(to, &all, sizeof all);
+    else memcpy(to, &all, sizeof *to * many);
+}
+
+ALWAYS floats widen_fews(fews all) {
+    return (floats)(__builtin_convertvector((halves)all, words) << 16);
+}
+
+// `many` outputs y [rows, out]: `sums` of products [AT_ONCE, TOGETHER] + bias + residual like y,
+// both of which may be NULL.
 ALWAYS void finish(int rows, floats sums, const bf16 *bias, const bf16 *residual, bf16 *y, long out,
-                   int second) {
-    if (bias) {
-        float a = widen(bias[0]), b = widen(bias[second]);
-        sums += (floats){a, a, a, a, b, b, b, b};
-    }
+                   int many) {
+    if (bias) sums += widen_fews((fews){0} + load_few(bias, many));
     if (residual) {
-        floats more = {0};
-        for (int row = 0; row < rows; row++) {
-            more[row] = widen(residual[row * out]);
-            more[AT_ONCE + row] = widen(residual[row * out + second]);
-        }
-        sums += more;
+        fews more = {0};
+        for (int row = 0; row < rows; row++) more[row] = load_few(residual + row * out, many);
+        sums += widen_fews(more);
     }
-    words bits = narrow_all(sums);
-    for (int row = 0; row < rows; row++) {
-        y[row * out] = (bf16)bits[row];
-        if (second) y[row * out + 1] = (bf16)bits[AT_ONCE + row];
-    }
+    fews all = (fews)__builtin_convertvector(narrow_all(sums), halves);
+    for (int row = 0; row < rows; row++) store_few(y + row * out, all[row], many);
 }
 
 // What a weight is made of: numbers, or codes of so many bits (packed.py).
@@ -191,118 +247,111 @@ enum { CODES_4 = 4, CODES_8 = 8, NUMBERS = 16 };
 #ifdef __AVX512BF16__
 #define BLOCK 32         // weights that share a scale and an offset
 #define GROUP 128        // weights whose codes lie together
-#define PACKED_AHEAD 4096 // bytes fetched ahead
+#define PACKED_AHEAD 16384 // bytes fetched ahead
 
 typedef struct { // lane k of the words holds the codes of weights k, k + 32, k + 64, k + 96
-    uint16_t words[BLOCK];
-    float scales[4], offsets[4];
-} Group4;
+    uint16_t words[TOGETHER][BLOCK];
+    float scales[TOGETHER][4], offsets[TOGETHER][4];
+} Groups4;
 
 typedef struct {
-    int8_t codes[GROUP];
-    float scales[4];
-} Group8;
+    int8_t codes[TOGETHER][GROUP];
+    float scales[TOGETHER][4];
+} Groups8;
 
-static inline long group_bytes(int bits) {
-    return bits == CODES_4 ? sizeof(Group4) : sizeof(Group8);
+static inline long groups_bytes(int bits) {
+    return bits == CODES_4 ? sizeof(Groups4) : sizeof(Groups8);
 }
 
-static inline long packed_bytes(int bits, long in) {
-    return (in + GROUP - 1) / GROUP * group_bytes(bits);
-}
-
-// Weights 32 · block to 32 · block + 31 of a group; both constants after inlining.
-ALWAYS numbers unpacked(int bits, const void *group, int block) {
+// Weights 32 · block to 32 · block + 31 of a group of output i; all constants after inlining.
+ALWAYS numbers unpacked(int bits, const void *groups, int i, int block) {
     if (bits == CODES_4) { // of 16 weights there may be: look each up
-        const Group4 *g = group;
+        const Groups4 *g = groups;
         const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        __m512 all = _mm512_fmadd_ps(codes, _mm512_set1_ps(g->scales[block]),
-                                     _mm512_set1_ps(g->offsets[block]));
+        __m512 all = _mm512_fmadd_ps(codes, _mm512_set1_ps(g->scales[i][block]),
+                                     _mm512_set1_ps(g->offsets[i][block]));
         __m512i table = (__m512i)_mm512_cvtne2ps_pbh(all, all); // twice: the fifth bit is anything
-        __m512i words = _mm512_loadu_si512(g->words);
+        __m512i words = _mm512_loadu_si512(g->words[i]);
         return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * block), table);
     }
-    const Group8 *g = group;
-    const __m128i *codes = (const __m128i *)(g->codes + BLOCK * block);
-    __m512 scale = _mm512_set1_ps(g->scales[block]);
+    const Groups8 *g = groups;
+    const __m128i *codes = (const __m128i *)(g->codes[i] + BLOCK * block);
+    __m512 scale = _mm512_set1_ps(g->scales[i][block]);
     __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes)));
     __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes + 1)));
     return _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
 }
 
-// Adds to `sums` one block of two weights' groups.
 ALWAYS void add_block(int bits, int rows, const bf16 *x, const char *groups, int block,
                       partials sums[TOGETHER][AT_ONCE], long in) {
-    numbers first = unpacked(bits, groups, block);
-    numbers second = unpacked(bits, groups + group_bytes(bits), block);
-    add_step(rows, x + BLOCK * block, first, second, sums, in);
+    numbers weights[TOGETHER];
+    for (int i = 0; i < TOGETHER; i++) weights[i] = unpacked(bits, groups, i, block);
+    add_step(rows, x + BLOCK * block, weights, sums, in);
 }
 
-// Like products, for two weights whose groups take turns; the same bits.
-ALWAYS floats packed_products(int bits, int rows, const bf16 *x, const char *weight, long in) {
-    long bytes = TOGETHER * group_bytes(bits), k = 0;
-    partials sums[TOGETHER][AT_ONCE] = {0};
-    for (; k + GROUP <= in; k += GROUP, weight += bytes) {
-        for (long at = 0; at < bytes; at += 64) __builtin_prefetch(weight + PACKED_AHEAD + at);
-        add_block(bits, rows, x + k, weight, 0, sums, in);
-        add_block(bits, rows, x + k, weight, 1, sums, in);
-        add_block(bits, rows, x + k, weight, 2, sums, in);
-        add_block(bits, rows, x + k, weight, 3, sums, in);
+// Like add_all, for packed weights; the same bits.
+ALWAYS void add_packed(int bits, int rows, const bf16 *x, const char *groups, long in,
+                       partials sums[TOGETHER][AT_ONCE]) {
+    long bytes = groups_bytes(bits), k = 0;
+    for (; k + GROUP <= in; k += GROUP, groups += bytes) {
+        for (long at = 0; at < bytes; at += 64) __builtin_prefetch(groups + PACKED_AHEAD + at);
+        for (int block = 0; block < 4; block++)
+            add_block(bits, rows, x + k, groups, block, sums, in);
     }
-    if (k < in) add_block(bits, rows, x + k, weight, 0, sums, in);
-    if (k + BLOCK < in) add_block(bits, rows, x + k, weight, 1, sums, in);
-    if (k + 2 * BLOCK < in) add_block(bits, rows, x + k, weight, 2, sums, in);
-    return totals_of(sums);
+    if (k < in) add_block(bits, rows, x + k, groups, 0, sums, in);
+    if (k + BLOCK < in) add_block(bits, rows, x + k, groups, 1, sums, in);
+    if (k + 2 * BLOCK < in) add_block(bits, rows, x + k, groups, 2, sums, in);
 }
 
-ALWAYS void unpack_row(int bits, const char *weight, bf16 *y, long in) {
-    for (long k = 0; k < in; k += GROUP, weight += 2 * group_bytes(bits)) {
-        if (k < in) _mm512_storeu_si512(y + k, (__m512i)unpacked(bits, weight, 0));
-        if (k + 32 < in) _mm512_storeu_si512(y + k + 32, (__m512i)unpacked(bits, weight, 1));
-        if (k + 64 < in) _mm512_storeu_si512(y + k + 64, (__m512i)unpacked(bits, weight, 2));
-        if (k + 96 < in) _mm512_storeu_si512(y + k + 96, (__m512i)unpacked(bits, weight, 3));
-    }
+static inline long weight_bytes(int bits, long in) { // of an output, on average
+    if (bits == NUMBERS) return sizeof(bf16) * in;
+    return (in + GROUP - 1) / GROUP * groups_bytes(bits) / TOGETHER;
+}
+
+ALWAYS void unpack_row(int bits, const char *groups, int i, bf16 *y, long in) {
+    for (long k = 0; k < in; k += GROUP, groups += groups_bytes(bits))
+        for (int block = 0; block < 4 && k + BLOCK * block < in; block++)
+            _mm512_storeu_si512(y + k + BLOCK * block, (__m512i)unpacked(bits, groups, i, block));
 }
 
 // y [out, in] = the numbers of a packed weight.
 void unpack(const char *weight, int bits, bf16 *y, long in, long out, int threads) {
-    long bytes = packed_bytes(bits, in);
+    long bytes = weight_bytes(bits, in);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long j = 0; j < out; j++) {
-        const char *w = weight + j / 2 * 2 * bytes + j % 2 * group_bytes(bits);
-        if (bits == CODES_4) unpack_row(CODES_4, w, y + j * in, in);
-        else unpack_row(CODES_8, w, y + j * in, in);
+        int i = j % TOGETHER;
+        const char *groups = weight + (j - i) * bytes;
+        if (bits == CODES_4) unpack_row(CODES_4, groups, i, y + j * in, in);
+        else unpack_row(CODES_8, groups, i, y + j * in, in);
     }
 }
 
 int packs(void) { return 1; }
 
-static inline long weight_bytes(int bits, long in) {
-    return bits == NUMBERS ? 2 * in : packed_bytes(bits, in);
-}
 
-// Products with weights of any kind, the next of which lies `next` numbers behind.
-ALWAYS floats any_products(int rows, const bf16 *x, const void *weight, int bits, long next,
-                           long in) {
-    if (bits == CODES_4) return packed_products(CODES_4, rows, x, weight, in);
-    if (bits == CODES_8) return packed_products(CODES_8, rows, x, weight, in);
-    return products(rows, x, weight, next, in);
+// Adds products with weights of any kind to `sums`.
+ALWAYS void add_any(int rows, const bf16 *x, const void *weight, int bits, int many, long in,
+                    partials sums[TOGETHER][AT_ONCE]) {
+    if (bits == CODES_4) add_packed(CODES_4, rows, x, weight, in, sums);
+    else if (bits == CODES_8) add_packed(CODES_8, rows, x, weight, in, sums);
+    else add_all(rows, x, weight, many, in, TOGETHER * in, sums);
 }
 #else // there are numbers only
 void unpack(const char *weight, int bits, bf16 *y, long in, long out, int threads) {}
 int packs(void) { return 0; }
-static inline long weight_bytes(int bits, long in) { return 2 * in; }
-ALWAYS floats any_products(int rows, const bf16 *x, const void *weight, int bits, long next,
-                           long in) {
-    return products(rows, x, weight, next, in);
+static inline long weight_bytes(int bits, long in) { return sizeof(bf16) * in; }
+ALWAYS void add_any(int rows, const bf16 *x, const void *weight, int bits, int many, long in,
+                    partials sums[TOGETHER][AT_ONCE]) {
+    add_all(rows, x, weight, many, in, TOGETHER * in, sums);
 }
 #endif
 
-// Two outputs, or one, of `rows` (a constant after inlining) rows x [rows, in]; see linear.
+// Some outputs of `rows` (a constant after inlining) rows x [rows, in]; see linear.
 ALWAYS void outputs(int rows, const bf16 *x, const void *weight, int bits, const bf16 *bias,
-                    const bf16 *residual, bf16 *y, long in, long out, int second) {
-    floats sums = any_products(rows, x, weight, bits, in * second, in);
-    finish(rows, sums, bias, residual, y, out, second);
+                    const bf16 *residual, bf16 *y, long in, long out, int many) {
+    partials sums[TOGETHER][AT_ONCE] = {0};
+    add_any(rows, x, weight, bits, many, in, sums);
+    finish(rows, totals_by_row(sums), bias, residual, y, out, many);
 }
 
 // y [rows, out] = x [rows, in] · weight [out, in] transposed + bias [out] + residual [rows, out],
@@ -315,15 +364,15 @@ void linear(const bf16 *x, const void *weight, int bits, const bf16 *bias, const
     for (long j = 0; j < out; j += TOGETHER) {
         const char *w = (const char *)weight + j * bytes;
         const bf16 *b = bias ? bias + j : NULL;
-        int second = j + 1 < out;
+        int many = least(TOGETHER, out - j);
         for (long row = 0; row < rows; row += AT_ONCE) {
             const bf16 *from = x + row * in, *add = residual ? residual + row * out + j : NULL;
             bf16 *to = y + row * out + j;
             switch (rows - row) {
-            case 1: outputs(1, from, w, bits, b, add, to, in, out, second); break;
-            case 2: outputs(2, from, w, bits, b, add, to, in, out, second); break;
-            case 3: outputs(3, from, w, bits, b, add, to, in, out, second); break;
-            default: outputs(AT_ONCE, from, w, bits, b, add, to, in, out, second);
+            case 1: outputs(1, from, w, bits, b, add, to, in, out, many); break;
+            case 2: outputs(2, from, w, bits, b, add, to, in, out, many); break;
+            case 3: outputs(3, from, w, bits, b, add, to, in, out, many); break;
+            default: outputs(AT_ONCE, from, w, bits, b, add, to, in, out, many);
             }
         }
     }
@@ -357,16 +406,15 @@ static void gate(const bf16 *gate_up, bf16 *y, long rows, long size) {
         }
 }
 
-// Rotary embedding of x [heads, size] by cos and signed sin [size], half a multiple of 16; the
-// heads of y lie `apart`.
-static void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *y, long heads, long size,
-                   long apart) {
+// Rotary embedding of x [heads, size] by cos and signed sin [size]; the heads of y lie `apart`.
+static void rotate(const bf16 *restrict x, const bf16 *restrict cos, const bf16 *restrict sin,
+                   bf16 *restrict y, long heads, long size, long apart) {
     long half = size / 2;
     for (long head = 0; head < heads; head++, x += size, y += apart)
-        for (long k = 0; k < size; k += PAIRS) {
-            words a = load(x + k), b = load(k < half ? x + k + half : x + k - half);
-            words c = load(cos + k), s = load(sin + k);
-            store(y + k, even(a) * even(c) + even(b) * even(s), odd(a) * odd(c) + odd(b) * odd(s));
+        for (long k = 0; k < half; k++) {
+            float a = widen(x[k]), b = widen(x[k + half]);
+            y[k] = narrow(a * widen(cos[k]) + b * widen(sin[k]));
+            y[k + half] = narrow(b * widen(cos[k + half]) + a * widen(sin[k + half]));
         }
 }
 
@@ -375,28 +423,35 @@ typedef struct {
     const bf16 *q, *keys, *values; // q [n, size], size a multiple of 32
     bf16 *y[AT_ONCE];              // each [size]
     long size, seen[AT_ONCE];      // positions that each query sees; none sees less than the first
-    float *weights;                // [T rounded up to an even number, AT_ONCE]: what it gives each
+    float *weights;                // [T rounded up, AT_ONCE]: what it gives each
     floats *sums;                  // [n, size] to work in
 } Queries;
 
+static inline long rounded_up(long keys) { return (keys + TOGETHER - 1) / TOGETHER * TOGETHER; }
+
 // Weights of n queries, a constant after inlining: e to the power of q · key / √size less the
-// largest. Gives what makes each query's sum 1.
-ALWAYS floats weigh(int n, const Queries *queries) {
+// largest. Writes what makes each query's sum 1 to `share`.
+ALWAYS void weigh(int n, const Queries *queries, float share[AT_ONCE]) {
     const Queries s = *queries;
-    long end = s.seen[n - 1], many = (end + 1) / TOGETHER;
+    long end = s.seen[n - 1], room = rounded_up(end), many = room / TOGETHER;
     float scale = 1.0f / sqrtf((float)s.size);
-    floats *pairs = (floats *)s.weights, largest = (floats){0} - INFINITY, all = {0};
+    floats *tiles = (floats *)s.weights, largest = (floats){0} - INFINITY, all = {0};
     for (long t = 0; t < end; t += TOGETHER) {
-        long next = t + 1 < end ? s.size : 0;
-        pairs[t / TOGETHER] = products(n, s.q, s.keys + t * s.size, next, s.size) * scale;
+        partials sums[TOGETHER][AT_ONCE] = {0};
+        fetch(s.values + t * s.size, TOGETHER * s.size); // for `mix`
+        add_all(n, s.q, s.keys + t * s.size, least(TOGETHER, end - t), s.size, KEYS_AHEAD,
+                sums);
+        tiles[t / TOGETHER] = totals_by_output(sums) * scale;
     }
     for (int i = 0; i < n; i++)
-        for (long t = s.seen[i]; t < many * TOGETHER; t++) s.weights[t * AT_ONCE + i] = -INFINITY;
-    for (long k = 0; k < many; k++) largest = choose(pairs[k] > largest, pairs[k], largest);
-    floats other = PICK(largest, largest, 4, 5, 6, 7, 0, 1, 2, 3);
-    largest = choose(other > largest, other, largest);
-    for (long k = 0; k < many; k++) all += pairs[k] = exponential(pairs[k] - largest);
-    return 1.0f / (all + PICK(all, all, 4, 5, 6, 7, 0, 1, 2, 3));
+        for (long t = s.seen[i]; t < room; t++) s.weights[t * AT_ONCE + i] = -INFINITY;
+    for (long k = 0; k < many; k++) largest = choose(tiles[k] > largest, tiles[k], largest);
+    for (int i = 0; i < LANES; i++)
+        largest[i % AT_ONCE] = fmaxf(largest[i % AT_ONCE], largest[i]);
+    for (int i = AT_ONCE; i < LANES; i++) largest[i] = largest[i % AT_ONCE];
+    for (long k = 0; k < many; k++) all += tiles[k] = exponential(tiles[k] - largest);
+    for (int i = AT_ONCE; i < LANES; i++) all[i % AT_ONCE] += all[i];
+    for (int i = 0; i < AT_ONCE; i++) share[i] = 1.0f / all[i];
 }
 
 // Adds to n queries' `sums`, each [size], what they give values [T, size] from position t to `end`,
@@ -422,13 +477,19 @@ ALWAYS void mix(int n, int vectors, long size, const bf16 *values, const float *
 // Attention of n queries, a constant after inlining.
 ALWAYS void attend(int n, const Queries *queries) {
     const Queries s = *queries;
-    const int vectors = n > 2 ? 1 : 2;
-    floats *sums = s.sums, share = weigh(n, queries);
+    const int few_sums = LANES == 16 || n <= 2; // for the CPU's registers
+    float share[AT_ONCE];
+    floats *sums = s.sums;
+    weigh(n, queries, share);
     memset(sums, 0, n * s.size * sizeof *s.weights);
     for (long t = 0; t < s.seen[0]; t += NEAR)
-        for (long k = 0; k < s.size; k += vectors * PAIRS)
-            mix(n, vectors, s.size, s.values + k, s.weights, t, least(t + NEAR, s.seen[0]),
-                sums + k / LANES);
+        for (long k = 0, vectors; k < s.size; k += vectors * PAIRS) {
+            const bf16 *from = s.values + k;
+            long end = least(t + NEAR, s.seen[0]);
+            vectors = few_sums && k + 2 * PAIRS <= s.size ? 2 : 1;
+            if (vectors == 2) mix(n, 2, s.size, from, s.weights, t, end, sums + k / LANES);
+            else mix(n, 1, s.size, from, s.weights, t, end, sums + k / LANES);
+        }
     for (int i = 0; i < n; i++, sums += s.size / LANES) {
         for (long k = 0; k < s.size; k += PAIRS) {
             // Alone, as a later row's value, if not a number, times 0 were none.
@@ -462,8 +523,7 @@ static void *take(char **space, long bytes) {
 }
 
 static inline long work_floats(const Shape *shape) { // of a thread, for AT_ONCE queries
-    long end = shape->position + shape->rows;
-    return AT_ONCE * (shape->size + (end + 1) / TOGETHER * TOGETHER);
+    return AT_ONCE * (shape->size + rounded_up(shape->position + shape->rows));
 }
 
 // Attention of queries q [groups, rows, heads of a group, size]; y [rows, heads, size]. Each thread

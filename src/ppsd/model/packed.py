@@ -18,7 +18,7 @@ from ppsd.model import kernels
 BLOCK = 32  # numbers of a row that share a scale and an offset
 GROUP = 128  # numbers of a row whose codes lie together
 GROUP_BYTES = {4: 96, 8: 144}  # with their scales, and offsets for 4 bits
-TOGETHER = 2  # rows whose groups take turns
+TOGETHER = 4  # rows whose groups lie together
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight of ``shape`` (out, in) as kernels.c reads it: uint8 [out / 2, groups, 2, bytes]."""
+    """A weight of ``shape`` (out, in) as kernels.c reads it: uint8 [out / 4, groups, 4 · bytes]."""
 
     data: torch.Tensor
     shape: tuple[int, int]
@@ -62,7 +62,7 @@ def whole(weight: Weight) -> torch.Tensor:
 
 
 def first_rows(weight: Weight, rows: int) -> Weight:
-    """A copy of the first ``rows``, an even number, of a weight."""
+    """A copy of the first ``rows``, a multiple of 4, of a weight."""
     if isinstance(weight, torch.Tensor):
         return weight[:rows].clone()
     data = weight.data[: rows // TOGETHER].clone()
@@ -81,25 +81,29 @@ def packed_bytes(rows: int, size: int, bits: int) -> int:
 
 def pack(parts: Sequence[Codes]) -> PackedWeight:
     """One weight of all rows of ``parts``, which are all of 4 bits or all of 8."""
-    together = [_packed_rows(part) for part in parts]
-    data = torch.cat(together)
-    rows, groups, size = data.shape
-    data = data.view(-1, TOGETHER, groups, size).transpose(1, 2).contiguous()
+    fields = [torch.cat(field) for field in zip(*map(_fields, parts), strict=True)]
+    data = torch.cat([_together(field) for field in fields], 2)
     bits = 8 if parts[0].offsets is None else 4
-    return PackedWeight(data, (rows, parts[0].codes.shape[1]), bits)
+    return PackedWeight(data, (len(fields[0]), parts[0].codes.shape[1]), bits)
 
 
-def _packed_rows(part: Codes) -> torch.Tensor:
-    """uint8 [out, groups, bytes of a group]."""
+def _fields(part: Codes) -> list[torch.Tensor]:
+    """Codes, scales and any offsets, each uint8 [out, groups, bytes]."""
     rows, size = part.codes.shape
     groups = _groups(size)
     codes = F.pad(part.codes.view(torch.uint8), (0, groups * GROUP - size))
     if part.offsets is None:
-        return torch.cat([codes.view(rows, groups, GROUP), _numbers(part.scales)], 2)
+        return [codes.view(rows, groups, GROUP), _numbers(part.scales)]
     quarters = codes.view(rows, groups, GROUP // BLOCK, BLOCK)  # of a 16-bit word, lowest first
     pairs = quarters[:, :, ::2] | quarters[:, :, 1::2] << 4
     words = pairs.transpose(2, 3).reshape(rows, groups, 2 * BLOCK)
-    return torch.cat([words, _numbers(part.scales), _numbers(part.offsets)], 2)
+    return [words, _numbers(part.scales), _numbers(part.offsets)]
+
+
+def _together(field: torch.Tensor) -> torch.Tensor:
+    """[out, groups, bytes] to [out / 4, groups, 4 · bytes]."""
+    rows, groups, size = field.shape
+    return field.view(-1, TOGETHER, groups, size).transpose(1, 2).reshape(-1, groups, 4 * size)
 
 
 def _numbers(values: torch.Tensor) -> torch.Tensor:
