@@ -12,12 +12,13 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from gguf.constants import GGMLQuantizationType as Kind
+from gguf.constants import GGMLQuantizationType as Quant
 from gguf.quants import dequantize, quantize
 from transformers import LlamaConfig, Qwen3Config
 
 from ppsd.model import kernels
-from ppsd.model.gguf_codes import BITS, codes_of
+from ppsd.model.gguf_codes import KINDS, codes_of
+from ppsd.model.kernels import Kind
 from ppsd.model.layers import LayerWeights, linear
 from ppsd.model.packed import Codes, PackedWeight, can_pack, first_rows, pack, packed_bytes, whole
 from ppsd.model.source import describe, resolve_model
@@ -27,7 +28,7 @@ from ppsd.model.weights import EMBEDDING, TensorSource, expected_shapes, open_so
 from tests.support.layers import rand, random_layer, run_layer
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
-FORMATS = [Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q8_0]
+FORMATS = [Quant.Q4_0, Quant.Q4_1, Quant.Q4_K, Quant.Q8_0]
 MATRICES = ("qkv", "o", "gate_up", "down")
 EMULATION = Path(__file__).parents[1] / "support" / "avx512"
 needs_kernels = pytest.mark.skipif(kernels.loaded() is None, reason="no C compiler")
@@ -55,61 +56,67 @@ def _as_in_decoding() -> Iterator[None]:
         yield
 
 
-def stored(kind: Kind, rows: int, size: int) -> np.ndarray:
+def stored(quant: Quant, rows: int, size: int) -> np.ndarray:
     """Blocks of random weights."""
-    if kind is not Kind.Q4_K:  # which the package can read, not write
-        return quantize(rand(rows, size).float().numpy() / 8, kind)
+    if quant is not Quant.Q4_K:  # which the package can read, not write
+        return quantize(rand(rows, size).float().numpy() / 8, quant)
     blocks = torch.randint(256, (rows, size // 256, 144), dtype=torch.uint8).numpy()
     scales = rand(rows, size // 256, 2).abs().numpy().astype(np.float16) / 100
     blocks[:, :, :4] = scales.view(np.uint8)
     return blocks.reshape(rows, -1)
 
 
-def packed_as(kind: Kind, rows: int, size: int) -> PackedWeight:
-    return pack([codes_of(stored(kind, rows, size), kind)])
+def packed_as(quant: Quant, rows: int, size: int) -> PackedWeight:
+    return pack([codes_of(stored(quant, rows, size), quant)])
 
 
 def numbers(codes: Codes) -> torch.Tensor:
     """What the codes mean, by the book."""
     blocks = codes.codes.float().view(len(codes.codes), -1, 32)
-    offsets = 0 if codes.offsets is None else codes.offsets[..., None]
-    return (blocks * codes.scales[..., None] + offsets).flatten(1).to(BF16)
+    offsets = 0 if codes.offsets is None else codes.offsets.float()[..., None]
+    return (blocks * codes.scales.float()[..., None] + offsets).flatten(1).to(BF16)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_codes_mean_what_the_file_says(kind: Kind) -> None:
-    rows = stored(kind, 6, 512)
-    codes = codes_of(rows, kind)
+@pytest.mark.parametrize("quant", FORMATS)
+def test_codes_mean_what_the_file_says(quant: Quant) -> None:
+    rows = stored(quant, 6, 512)
+    codes = codes_of(rows, quant)
     assert codes.codes.shape == (6, 512)
-    assert (codes.offsets is None) == (BITS[kind] == 8)
-    assert torch.equal(numbers(codes), torch.from_numpy(dequantize(rows, kind)).to(BF16))
+    assert codes.kind == KINDS[quant]
+    assert torch.equal(numbers(codes), torch.from_numpy(dequantize(rows, quant)).to(BF16))
 
 
-@pytest.mark.parametrize("size", [128, 160, 192, 224, 576])
-def test_codes_lie_where_the_kernel_reads_them(size: int) -> None:
+@pytest.mark.parametrize("quant", [Quant.Q4_1, Quant.Q4_K, Quant.Q8_0])
+@pytest.mark.parametrize("size", [256, 768])
+def test_codes_lie_where_the_kernel_reads_them(quant: Quant, size: int) -> None:
     """By the layout that kernels.c states, without it."""
-    codes = codes_of(stored(Kind.Q4_1, 4, size), Kind.Q4_1)
+    codes = codes_of(stored(quant, 8, size), quant)
     packed = pack([codes])
-    assert packed.data.nbytes == packed_bytes(4, size, 4)
-    for row in range(4):
-        for group, data in enumerate(packed.data[row // 4]):
-            words = data[:256].clone().view(torch.int16).view(4, 32)[row % 4].int()
-            scales, offsets = data[256:].clone().view(torch.float32).view(2, 4, 4)[:, row % 4]
-            for block in range(min(4, size // 32 - 4 * group)):
-                at = 4 * group + block
-                expected = codes.codes[row, 32 * at : 32 * at + 32]
-                assert torch.equal(words >> 4 * block & 15, expected.int())
-                assert codes.offsets is not None
-                assert scales[block] == codes.scales[row, at]
-                assert offsets[block] == codes.offsets[row, at]
+    assert packed.data.nbytes == packed_bytes(8, size, KINDS[quant])
+    blocks, width = size // 32, 128 if codes.offsets is None else 64
+    for row, own in enumerate(codes.codes.view(8, blocks, 32)):
+        tile = packed.data[row // 4]
+        values = tile[blocks * width :].clone().view(codes.scales.dtype)
+        for block, expected in enumerate(own):
+            data = tile[block * width : (block + 1) * width].clone()
+            if codes.offsets is None:
+                assert torch.equal(
+                    data.view(torch.int8).view(4, 32)[row % 4], expected.view(torch.int8)
+                )
+                assert values[4 * block + row % 4] == codes.scales[row, block]
+                continue
+            words = data.view(torch.int16).int()
+            assert torch.equal(words >> 4 * (row % 4) & 15, expected.int())
+            assert values[8 * block + row % 4] == codes.scales[row, block]
+            assert values[8 * block + 4 + row % 4] == codes.offsets[row, block]
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("size", [128, 160, 192, 224, 576])
-def test_products_have_the_bits_of_those_with_the_whole_weight(kind: Kind, size: int) -> None:
-    size = 512 if kind is Kind.Q4_K else size
-    parts = [codes_of(stored(kind, rows, size), kind) for rows in (6, 5, 1)]
+@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("size", [32, 64, 96, 576, 1056, 2144])
+def test_products_have_the_bits_of_those_with_the_whole_weight(quant: Quant, size: int) -> None:
+    size = 512 if quant is Quant.Q4_K else size
+    parts = [codes_of(stored(quant, rows, size), quant) for rows in (6, 5, 1)]
     packed = pack(parts)
     whole_weight = torch.cat([numbers(part) for part in parts])
     assert torch.equal(packed.whole(), whole_weight)
@@ -130,7 +137,7 @@ def test_a_layer_has_the_bits_of_one_with_whole_weights(threads: int) -> None:
     ):
         spec = spec_from_config(config, "small")
         layer = random_layer(spec, BF16)
-        kinds = dict(zip(MATRICES, (Kind.Q4_1, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1), strict=True))
+        kinds = dict(zip(MATRICES, (Quant.Q4_1, Quant.Q8_0, Quant.Q4_0, Quant.Q4_1), strict=True))
         matrices = {n: packed_as(k, *getattr(layer, n).shape) for n, k in kinds.items()}
         packed = replace(layer, **matrices)
         unpacked = replace(layer, **{name: weight.whole() for name, weight in matrices.items()})
@@ -145,43 +152,44 @@ def test_only_what_pays_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "packs", lambda: True)
     assert can_pack(4, 128)
     assert not can_pack(6, 128)
-    assert not can_pack(4, 96)
+    assert can_pack(4, 96)
     assert not can_pack(4, 144)
     monkeypatch.setattr(kernels, "packs", lambda: False)
     assert not can_pack(4, 128)
 
 
 class Described:
-    """A source that knows nothing but the bits of its weights."""
+    """A source that knows nothing but the kinds of its weights."""
 
-    def __init__(self, **bits: int | None) -> None:
-        self._bits = bits
+    def __init__(self, **kinds: Kind | None) -> None:
+        self._kinds = kinds
 
-    def bits(self, name: str) -> int | None:
-        return self._bits[name]
+    def kind(self, name: str) -> Kind | None:
+        return self._kinds[name]
 
 
 @pytest.mark.parametrize(
-    ("bits", "changed", "expected"),
+    ("kinds", "changed", "expected"),
     [
-        ((4, 4), {}, True),
-        ((8, 8), {}, True),
-        ((4, 8), {}, False),
-        ((4, None), {}, False),
-        ((4, 4), {"dtype": torch.float32}, False),
-        ((4, 4), {"device": torch.device("meta")}, False),
-        ((4, 4), {"packed": False}, False),
+        ((Kind.CODES_4, Kind.CODES_4), {}, True),
+        ((Kind.CODES_8, Kind.CODES_8), {}, True),
+        ((Kind.CODES_4, Kind.CODES_8), {}, False),
+        ((Kind.CODES_4, Kind.CODES_4_WIDE), {}, False),
+        ((Kind.CODES_4, None), {}, False),
+        ((Kind.CODES_4, Kind.CODES_4), {"dtype": torch.float32}, False),
+        ((Kind.CODES_4, Kind.CODES_4), {"device": torch.device("meta")}, False),
+        ((Kind.CODES_4, Kind.CODES_4), {"packed": False}, False),
     ],
 )
 def test_parts_are_packed_together_or_not_at_all(
-    bits: tuple[int | None, int | None],
+    kinds: tuple[Kind | None, Kind | None],
     changed: dict,
     expected: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernels, "packs", lambda: True)
     plan = replace(StagePlan(0, 1, 8, BF16, CPU, packed=True), **changed)
-    source = cast("TensorSource", Described(a=bits[0], b=bits[1]))  # nothing else is asked of it
+    source = cast("TensorSource", Described(a=kinds[0], b=kinds[1]))  # nothing else is asked of it
     assert packable(source, plan, {"a": (3, 128), "b": (1, 128)}, ["a", "b"]) is expected
 
 

@@ -7,31 +7,35 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES
-from gguf.constants import GGMLQuantizationType as Kind
+from gguf.constants import GGMLQuantizationType as Quant
 from gguf.quants import Q4_K
 
+from ppsd.model.kernels import Kind
 from ppsd.model.packed import BLOCK, Codes
 
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # codes, scales, offsets of all blocks
 HALF = 2  # bytes of a float16
 
 
-def codes_of(rows: np.ndarray, kind: Kind) -> Codes:
-    """The weight [out, in] whose blocks are ``rows`` uint8 [out, bytes]; ``kind`` is in BITS."""
+def codes_of(rows: np.ndarray, quant: Quant) -> Codes:
+    """The weight [out, in] whose blocks are ``rows`` uint8 [out, bytes]; ``quant`` is in KINDS."""
     out = len(rows)
-    codes, scales, offsets = _READERS[kind](rows.reshape(-1, GGML_QUANT_SIZES[kind][1]))
+    codes, scales, offsets = _READERS[quant](rows.reshape(-1, GGML_QUANT_SIZES[quant][1]))
 
     def numbers(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, np.float32).reshape(out, -1))
+        return torch.from_numpy(np.ascontiguousarray(values).reshape(out, -1))
 
     whole = torch.from_numpy(np.ascontiguousarray(codes).reshape(out, -1))
     return Codes(whole, numbers(scales), None if offsets is None else numbers(offsets))
 
 
-def _floats(blocks: np.ndarray, at: int) -> np.ndarray:
+def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
     """The float16 at byte ``at`` of every block, [n, 1]."""
-    halves = np.ascontiguousarray(blocks[:, at : at + HALF]).view(np.float16)
-    return halves.astype(np.float32)
+    return np.ascontiguousarray(blocks[:, at : at + HALF]).view(np.float16)
+
+
+def _floats(blocks: np.ndarray, at: int) -> np.ndarray:
+    return _halves(blocks, at).astype(np.float32)
 
 
 def _nibbles(packed: np.ndarray) -> np.ndarray:
@@ -40,12 +44,12 @@ def _nibbles(packed: np.ndarray) -> np.ndarray:
 
 
 def _q4_0(blocks: np.ndarray) -> Parts:
-    scale = _floats(blocks, 0)
+    scale = _halves(blocks, 0)
     return _nibbles(blocks[:, HALF:]), scale, -8 * scale
 
 
 def _q4_1(blocks: np.ndarray) -> Parts:
-    return _nibbles(blocks[:, 2 * HALF :]), _floats(blocks, 0), _floats(blocks, HALF)
+    return _nibbles(blocks[:, 2 * HALF :]), _halves(blocks, 0), _halves(blocks, HALF)
 
 
 def _q4_k(blocks: np.ndarray) -> Parts:
@@ -56,13 +60,18 @@ def _q4_k(blocks: np.ndarray) -> Parts:
 
 
 def _q8_0(blocks: np.ndarray) -> Parts:
-    return np.ascontiguousarray(blocks[:, HALF:]).view(np.int8), _floats(blocks, 0), None
+    return np.ascontiguousarray(blocks[:, HALF:]).view(np.int8), _halves(blocks, 0), None
 
 
-_READERS: dict[Kind, Callable[[np.ndarray], Parts]] = {
-    Kind.Q4_0: _q4_0,
-    Kind.Q4_1: _q4_1,
-    Kind.Q4_K: _q4_k,
-    Kind.Q8_0: _q8_0,
+_READERS: dict[Quant, Callable[[np.ndarray], Parts]] = {
+    Quant.Q4_0: _q4_0,
+    Quant.Q4_1: _q4_1,
+    Quant.Q4_K: _q4_k,
+    Quant.Q8_0: _q8_0,
 }
-BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q4_K: 4, Kind.Q8_0: 8}
+KINDS = {
+    Quant.Q4_0: Kind.CODES_4,
+    Quant.Q4_1: Kind.CODES_4,
+    Quant.Q4_K: Kind.CODES_4_WIDE,
+    Quant.Q8_0: Kind.CODES_8,
+}

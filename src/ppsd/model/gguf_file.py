@@ -21,7 +21,8 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from ppsd.errors import ModelError, UnsupportedModelError
-from ppsd.model.gguf_codes import BITS, codes_of
+from ppsd.model.gguf_codes import KINDS, codes_of
+from ppsd.model.kernels import Kind
 from ppsd.model.packed import Codes
 from ppsd.model.spec import ModelSpec, config_from_dict, spec_from_config
 from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
@@ -101,14 +102,17 @@ class GGUFSource:
         heads = self._permuted_heads(name)
         return unpermute(tensor, heads) if heads else tensor
 
-    def bits(self, name: str) -> int | None:
+    def kind(self, name: str) -> Kind | None:
         """See TensorSource."""
-        return BITS.get(self._header.tensors[self._stored[name]].kind)
+        return KINDS.get(self._header.tensors[self._stored[name]].kind)
 
     def codes(self, name: str) -> Codes:
         """See TensorSource."""
         stored = self._stored[name]
         found = codes_of(self._rows(stored), self._header.tensors[stored].kind)
+        values = found.scales if found.offsets is None else found.offsets  # -8 scales, with Q4_0
+        if not values.isfinite().all():
+            raise ModelError(f"{self._path}: tensor {stored} has scales too large for its format")
         heads = self._permuted_heads(name)
         if not heads:
             return found

@@ -241,138 +241,148 @@ ALWAYS void finish(int rows, floats sums, const bf16 *bias, const bf16 *residual
     for (int row = 0; row < rows; row++) store_few(y + row * out, all[row], many);
 }
 
-// What a weight is made of: numbers, or codes of so many bits (packed.py).
-enum { CODES_4 = 4, CODES_8 = 8, NUMBERS = 16 };
+// What a weight is made of (kernels.py): numbers, or codes of 4 or 8 bits (packed.py).
+enum { NUMBERS, CODES_4, CODES_4_WIDE, CODES_8 };
 
 #ifdef __AVX512BF16__
-#define BLOCK 32         // weights that share a scale and an offset
-#define GROUP 128        // weights whose codes lie together
+#define BLOCK 32           // inputs that share a scale and an offset
+#define SPREAD (32 * BLOCK) // inputs whose scales are widened at once
 #define PACKED_AHEAD 16384 // bytes fetched ahead
 
-typedef struct { // lane k of the words holds the codes of weights k, k + 32, k + 64, k + 96
-    uint16_t words[TOGETHER][BLOCK];
-    float scales[TOGETHER][4], offsets[TOGETHER][4];
-} Groups4;
+// A tile is TOGETHER outputs: codes of all blocks, [blocks, bytes], and then scales [blocks,
+// TOGETHER] or scales and offsets [blocks, 2, TOGETHER]. Word k of a block's 4-bit codes holds those
+// of input k of all outputs; bytes are [TOGETHER, BLOCK].
+ALWAYS long block_bytes(int kind) { return kind == CODES_8 ? TOGETHER * BLOCK : 2 * BLOCK; }
+ALWAYS long block_scales(int kind) { return kind == CODES_8 ? TOGETHER : 2 * TOGETHER; }
+ALWAYS long scale_bytes(int kind) { return kind == CODES_4_WIDE ? 4 : 2; }
 
-typedef struct {
-    int8_t codes[TOGETHER][GROUP];
-    float scales[TOGETHER][4];
-} Groups8;
-
-static inline long groups_bytes(int bits) {
-    return bits == CODES_4 ? sizeof(Groups4) : sizeof(Groups8);
+static inline long tile_bytes(int kind, long in) {
+    if (kind == NUMBERS) return sizeof(bf16) * in * TOGETHER;
+    long each = block_bytes(kind) + block_scales(kind) * scale_bytes(kind);
+    return (in / BLOCK * each + 63) / 64 * 64;
 }
 
-// Weights 32 · block to 32 · block + 31 of a group of output i; all constants after inlining.
-ALWAYS numbers unpacked(int bits, const void *groups, int i, int block) {
-    if (bits == CODES_4) { // of 16 weights there may be: look each up
-        const Groups4 *g = groups;
-        const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        __m512 all = _mm512_fmadd_ps(codes, _mm512_set1_ps(g->scales[i][block]),
-                                     _mm512_set1_ps(g->offsets[i][block]));
-        __m512i table = (__m512i)_mm512_cvtne2ps_pbh(all, all); // twice: the fifth bit is anything
-        __m512i words = _mm512_loadu_si512(g->words[i]);
-        return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * block), table);
+// Numbers of output i in a block; both constants after inlining.
+ALWAYS numbers unpacked(int kind, const char *codes, const float *scales, int i) {
+    if (kind == CODES_8) {
+        const __m128i *bytes = (const __m128i *)(codes + BLOCK * i);
+        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
+        __m512 scale = _mm512_set1_ps(scales[i]);
+        return _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
     }
-    const Groups8 *g = groups;
-    const __m128i *codes = (const __m128i *)(g->codes[i] + BLOCK * block);
-    __m512 scale = _mm512_set1_ps(g->scales[i][block]);
-    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes)));
-    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes + 1)));
-    return _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
+    // Of 16 numbers there may be: look each up.
+    const __m512 all_codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 all = _mm512_fmadd_ps(all_codes, _mm512_set1_ps(scales[i]),
+                                 _mm512_set1_ps(scales[TOGETHER + i]));
+    __m512i table = (__m512i)_mm512_cvtne2ps_pbh(all, all); // twice: the fifth bit is anything
+    __m512i words = _mm512_srli_epi16(_mm512_loadu_si512(codes), 4 * i);
+    return (__m512bh)_mm512_permutexvar_epi16(words, table);
 }
 
-ALWAYS void add_block(int bits, int rows, const bf16 *x, const char *groups, int block,
-                      partials sums[TOGETHER][AT_ONCE], long in) {
-    numbers weights[TOGETHER];
-    for (int i = 0; i < TOGETHER; i++) weights[i] = unpacked(bits, groups, i, block);
-    add_step(rows, x + BLOCK * block, weights, sums, in);
+// So many scales as floats, which `space` has room for. What the tile has behind them is read too.
+ALWAYS const float *widened(int kind, const char *scales, long many, float *space) {
+    if (kind == CODES_4_WIDE) return (const float *)scales;
+    for (long at = 0; at < many; at += 16) {
+        __builtin_prefetch(scales + PACKED_AHEAD + 2 * at);
+        __m256i some = _mm256_loadu_si256((const __m256i *)(scales + 2 * at));
+        _mm512_storeu_ps(space + at, _mm512_cvtph_ps(some));
+    }
+    return space;
 }
 
 // Like add_all, for packed weights; the same bits.
-ALWAYS void add_packed(int bits, int rows, const bf16 *x, const char *groups, long in,
+ALWAYS void add_packed(int kind, int rows, const bf16 *x, const char *tile, long in,
                        partials sums[TOGETHER][AT_ONCE]) {
-    long bytes = groups_bytes(bits), k = 0;
-    for (; k + GROUP <= in; k += GROUP, groups += bytes) {
-        for (long at = 0; at < bytes; at += 64) __builtin_prefetch(groups + PACKED_AHEAD + at);
-        for (int block = 0; block < 4; block++)
-            add_block(bits, rows, x + k, groups, block, sums, in);
+    const long bytes = block_bytes(kind), each = block_scales(kind);
+    const char *scales = tile + in / BLOCK * bytes;
+    float space[SPREAD / BLOCK * 2 * TOGETHER];
+    for (long k = 0; k < in; k += SPREAD) {
+        long end = least(k + SPREAD, in), many = (end - k) / BLOCK * each;
+        const float *own = widened(kind, scales, many, space);
+        scales += many * scale_bytes(kind);
+#pragma GCC unroll 2
+        for (long at = k; at < end; at += BLOCK, tile += bytes, own += each) {
+            numbers weights[TOGETHER];
+            for (long line = 0; line < bytes; line += 64)
+                __builtin_prefetch(tile + PACKED_AHEAD + line);
+            for (int i = 0; i < TOGETHER; i++) weights[i] = unpacked(kind, tile, own, i);
+            add_step(rows, x + at, weights, sums, in);
+        }
     }
-    if (k < in) add_block(bits, rows, x + k, groups, 0, sums, in);
-    if (k + BLOCK < in) add_block(bits, rows, x + k, groups, 1, sums, in);
-    if (k + 2 * BLOCK < in) add_block(bits, rows, x + k, groups, 2, sums, in);
 }
 
-static inline long weight_bytes(int bits, long in) { // of an output, on average
-    if (bits == NUMBERS) return sizeof(bf16) * in;
-    return (in + GROUP - 1) / GROUP * groups_bytes(bits) / TOGETHER;
+ALWAYS void unpack_tile(int kind, const char *tile, bf16 *y, long in) {
+    const long bytes = block_bytes(kind), each = block_scales(kind);
+    const char *scales = tile + in / BLOCK * bytes;
+    float space[16];
+    for (long k = 0; k < in; k += BLOCK, tile += bytes, scales += each * scale_bytes(kind)) {
+        const float *own = widened(kind, scales, each, space);
+        for (int i = 0; i < TOGETHER; i++)
+            _mm512_storeu_si512(y + i * in + k, (__m512i)unpacked(kind, tile, own, i));
+    }
 }
 
-ALWAYS void unpack_row(int bits, const char *groups, int i, bf16 *y, long in) {
-    for (long k = 0; k < in; k += GROUP, groups += groups_bytes(bits))
-        for (int block = 0; block < 4 && k + BLOCK * block < in; block++)
-            _mm512_storeu_si512(y + k + BLOCK * block, (__m512i)unpacked(bits, groups, i, block));
-}
-
-// y [out, in] = the numbers of a packed weight.
-void unpack(const char *weight, int bits, bf16 *y, long in, long out, int threads) {
-    long bytes = weight_bytes(bits, in);
+// y [out, in] = the numbers of a packed weight; `out` is a multiple of TOGETHER.
+void unpack(const char *weight, int kind, bf16 *y, long in, long out, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (long j = 0; j < out; j++) {
-        int i = j % TOGETHER;
-        const char *groups = weight + (j - i) * bytes;
-        if (bits == CODES_4) unpack_row(CODES_4, groups, i, y + j * in, in);
-        else unpack_row(CODES_8, groups, i, y + j * in, in);
+    for (long tile = 0; tile < out / TOGETHER; tile++) {
+        const char *from = weight + tile * tile_bytes(kind, in);
+        bf16 *to = y + tile * TOGETHER * in;
+        if (kind == CODES_4) unpack_tile(CODES_4, from, to, in);
+        else if (kind == CODES_4_WIDE) unpack_tile(CODES_4_WIDE, from, to, in);
+        else unpack_tile(CODES_8, from, to, in);
     }
 }
 
 int packs(void) { return 1; }
 
 
-// Adds products with weights of any kind to `sums`.
-ALWAYS void add_any(int rows, const bf16 *x, const void *weight, int bits, int many, long in,
+// Adds products with a tile of any kind to `sums`.
+ALWAYS void add_any(int kind, int rows, const bf16 *x, const void *tile, int many, long in,
                     partials sums[TOGETHER][AT_ONCE]) {
-    if (bits == CODES_4) add_packed(CODES_4, rows, x, weight, in, sums);
-    else if (bits == CODES_8) add_packed(CODES_8, rows, x, weight, in, sums);
-    else add_all(rows, x, weight, many, in, TOGETHER * in, sums);
+    if (kind == CODES_4) add_packed(CODES_4, rows, x, tile, in, sums);
+    else if (kind == CODES_4_WIDE) add_packed(CODES_4_WIDE, rows, x, tile, in, sums);
+    else if (kind == CODES_8) add_packed(CODES_8, rows, x, tile, in, sums);
+    else add_all(rows, x, tile, many, in, TOGETHER * in, sums);
 }
 #else // there are numbers only
-void unpack(const char *weight, int bits, bf16 *y, long in, long out, int threads) {}
+void unpack(const char *weight, int kind, bf16 *y, long in, long out, int threads) {}
 int packs(void) { return 0; }
-static inline long weight_bytes(int bits, long in) { return sizeof(bf16) * in; }
-ALWAYS void add_any(int rows, const bf16 *x, const void *weight, int bits, int many, long in,
+static inline long tile_bytes(int kind, long in) { return sizeof(bf16) * in * TOGETHER; }
+ALWAYS void add_any(int kind, int rows, const bf16 *x, const void *tile, int many, long in,
                     partials sums[TOGETHER][AT_ONCE]) {
-    add_all(rows, x, weight, many, in, TOGETHER * in, sums);
+    add_all(rows, x, tile, many, in, TOGETHER * in, sums);
 }
 #endif
 
 // Some outputs of `rows` (a constant after inlining) rows x [rows, in]; see linear.
-ALWAYS void outputs(int rows, const bf16 *x, const void *weight, int bits, const bf16 *bias,
+ALWAYS void outputs(int rows, const bf16 *x, const void *tile, int kind, const bf16 *bias,
                     const bf16 *residual, bf16 *y, long in, long out, int many) {
     partials sums[TOGETHER][AT_ONCE] = {0};
-    add_any(rows, x, weight, bits, many, in, sums);
+    add_any(kind, rows, x, tile, many, in, sums);
     finish(rows, totals_by_row(sums), bias, residual, y, out, many);
 }
 
 // y [rows, out] = x [rows, in] · weight [out, in] transposed + bias [out] + residual [rows, out],
-// both of which may be NULL. `in` is a multiple of 32. `bits` say what the weight is made of.
-void linear(const bf16 *x, const void *weight, int bits, const bf16 *bias, const bf16 *residual,
+// both of which may be NULL. `in` is a multiple of 32.
+void linear(const bf16 *x, const void *weight, int kind, const bf16 *bias, const bf16 *residual,
             bf16 *y, long rows, long in, long out, int threads) {
-    long bytes = weight_bytes(bits, in);
+    long bytes = tile_bytes(kind, in);
     if (in * out < THREAD_WORK) threads = 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long j = 0; j < out; j += TOGETHER) {
-        const char *w = (const char *)weight + j * bytes;
+        const char *tile = (const char *)weight + j / TOGETHER * bytes;
         const bf16 *b = bias ? bias + j : NULL;
         int many = least(TOGETHER, out - j);
         for (long row = 0; row < rows; row += AT_ONCE) {
             const bf16 *from = x + row * in, *add = residual ? residual + row * out + j : NULL;
             bf16 *to = y + row * out + j;
             switch (rows - row) {
-            case 1: outputs(1, from, w, bits, b, add, to, in, out, many); break;
-            case 2: outputs(2, from, w, bits, b, add, to, in, out, many); break;
-            case 3: outputs(3, from, w, bits, b, add, to, in, out, many); break;
-            default: outputs(AT_ONCE, from, w, bits, b, add, to, in, out, many);
+            case 1: outputs(1, from, tile, kind, b, add, to, in, out, many); break;
+            case 2: outputs(2, from, tile, kind, b, add, to, in, out, many); break;
+            case 3: outputs(3, from, tile, kind, b, add, to, in, out, many); break;
+            default: outputs(AT_ONCE, from, tile, kind, b, add, to, in, out, many);
             }
         }
     }
@@ -505,7 +515,7 @@ typedef struct { // as in layers.py, whose order of fields this is; biases and l
     const bf16 *post_norm;
     const void *gate_up, *down;
     const bf16 *qkv_bias, *o_bias, *gate_up_bias, *down_bias, *q_norm, *k_norm;
-    intptr_t qkv_bits, o_bits, gate_up_bits, down_bits;
+    intptr_t qkv_kind, o_kind, gate_up_kind, down_kind;
 } Weights;
 
 typedef struct {
@@ -585,7 +595,7 @@ int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, 
     float *work = take(&space, 4 * s.threads * work_floats(shape));
 
     rms_norm(x, w->input_norm, normed, s.rows, s.hidden, s.eps);
-    linear(normed, w->qkv, w->qkv_bits, w->qkv_bias, NULL, qkv, s.rows, s.hidden,
+    linear(normed, w->qkv, w->qkv_kind, w->qkv_bias, NULL, qkv, s.rows, s.hidden,
            all_heads * s.size, s.threads);
     for (long row = 0; row < s.rows; row++) {
         bf16 *new = qkv + row * all_heads * s.size, *k = new + q_size, *v = k + s.groups * s.size;
@@ -601,12 +611,12 @@ int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, 
         }
     }
     attention(shape, q, keys, values, attended, work);
-    linear(attended, w->o, w->o_bits, w->o_bias, x, y, s.rows, q_size, s.hidden, s.threads);
+    linear(attended, w->o, w->o_kind, w->o_bias, x, y, s.rows, q_size, s.hidden, s.threads);
     rms_norm(y, w->post_norm, normed, s.rows, s.hidden, s.eps);
-    linear(normed, w->gate_up, w->gate_up_bits, w->gate_up_bias, NULL, gate_up, s.rows, s.hidden,
+    linear(normed, w->gate_up, w->gate_up_kind, w->gate_up_bias, NULL, gate_up, s.rows, s.hidden,
            2 * s.inner, s.threads);
     gate(gate_up, gated, s.rows, s.inner);
-    linear(gated, w->down, w->down_bits, w->down_bias, y, y, s.rows, s.inner, s.hidden, s.threads);
+    linear(gated, w->down, w->down_kind, w->down_bias, y, y, s.rows, s.inner, s.hidden, s.threads);
     free(block);
     return 0;
 }

@@ -24,6 +24,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -65,7 +66,13 @@ SIGNATURES = {
 }
 
 
-NUMBERS = 16  # bits: a weight that is a tensor
+class Kind(IntEnum):
+    """What a weight is made of, as in kernels.c."""
+
+    NUMBERS = 0  # a tensor
+    CODES_4 = 1  # of 4 bits, with float16 scales and offsets
+    CODES_4_WIDE = 2  # of 4 bits, with float32 scales and offsets
+    CODES_8 = 3  # of 8 bits, with float16 scales
 
 
 class Packed(Protocol):
@@ -80,8 +87,8 @@ class Packed(Protocol):
         """Outputs and inputs."""
 
     @property
-    def bits(self) -> int:
-        """Of a code."""
+    def kind(self) -> Kind:
+        """What they are."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,20 +119,22 @@ def linear(
 def _linear(
     kernels: ctypes.CDLL, x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    x, (data, bits) = x.contiguous(), _stored(weight)
+    x, (data, kind) = x.contiguous(), _stored(weight)
     data = data.contiguous()
     rows, size = x.shape
     out = weight.shape[0]
     y = x.new_empty(rows, out)
     added = None if bias is None else bias.data_ptr()
-    at = x.data_ptr(), data.data_ptr(), bits, added, None, y.data_ptr()
+    at = x.data_ptr(), data.data_ptr(), kind, added, None, y.data_ptr()
     kernels.linear(*at, rows, size, out, torch.get_num_threads())
     return y
 
 
-def _stored(weight: torch.Tensor | Packed) -> tuple[torch.Tensor, int]:
-    """What kernels.c reads, and of how many bits its numbers are."""
-    return (weight, NUMBERS) if isinstance(weight, torch.Tensor) else (weight.data, weight.bits)
+def _stored(weight: torch.Tensor | Packed) -> tuple[torch.Tensor, Kind]:
+    """What kernels.c reads, and what it is made of."""
+    if isinstance(weight, torch.Tensor):
+        return weight, Kind.NUMBERS
+    return weight.data, weight.kind
 
 
 def packs() -> bool:
@@ -134,12 +143,12 @@ def packs() -> bool:
     return kernels is not None and bool(kernels.packs())
 
 
-def unpack(data: torch.Tensor, shape: tuple[int, int], bits: int) -> torch.Tensor:
+def unpack(data: torch.Tensor, shape: tuple[int, int], kind: Kind) -> torch.Tensor:
     """The numbers [out, in] of a packed weight's contiguous ``data``."""
     kernels = loaded()
     assert kernels is not None
     y = torch.empty(shape, dtype=torch.bfloat16, device="cpu")
-    kernels.unpack(data.data_ptr(), bits, y.data_ptr(), *shape[::-1], torch.get_num_threads())
+    kernels.unpack(data.data_ptr(), kind, y.data_ptr(), *shape[::-1], torch.get_num_threads())
     return y
 
 
@@ -160,10 +169,10 @@ Pointers = ctypes.Array[ctypes.c_void_p]
 def pointers(
     weights: Sequence[torch.Tensor | Packed | None], matrices: Sequence[torch.Tensor | Packed]
 ) -> Pointers:
-    """Where weights lie, and of how many bits the ``matrices`` are; they have to outlive it."""
+    """Where weights lie, and what the ``matrices`` are made of; they have to outlive it."""
     places = [None if weight is None else _stored(weight)[0].data_ptr() for weight in weights]
-    bits = [_stored(matrix)[1] for matrix in matrices]
-    return (POINTER * (len(places) + len(bits)))(*places, *bits)
+    kinds = [_stored(matrix)[1] for matrix in matrices]
+    return (POINTER * (len(places) + len(kinds)))(*places, *kinds)
 
 
 def _places(tensors: Sequence[torch.Tensor]) -> list[int]:

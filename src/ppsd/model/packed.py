@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from ppsd.model import kernels
+from ppsd.model.kernels import Kind
 
 BLOCK = 32  # numbers of a row that share a scale and an offset
-GROUP = 128  # numbers of a row whose codes lie together
-GROUP_BYTES = {4: 96, 8: 144}  # with their scales, and offsets for 4 bits
-TOGETHER = 4  # rows whose groups lie together
+TOGETHER = 4  # rows that lie together: a tile
+ALIGNMENT = 64  # bytes, of a tile
+BLOCK_BYTES = {Kind.CODES_4: 80, Kind.CODES_4_WIDE: 96, Kind.CODES_8: 136}  # of a tile
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,19 @@ class Codes:
     """A weight [out, in] as a file has it.
 
     ``codes`` [out, in] are uint8 below 16 or, without offsets, int8; ``scales`` and ``offsets``
-    [out, in / 32] are float32.
+    [out, in / 32] are float16 or, with offsets only, float32.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     offsets: torch.Tensor | None
+
+    @property
+    def kind(self) -> Kind:
+        """What kernels.c calls them."""
+        if self.offsets is None:
+            return Kind.CODES_8
+        return Kind.CODES_4 if self.scales.dtype == torch.float16 else Kind.CODES_4_WIDE
 
     def rows(self, rows: torch.Tensor) -> Codes:
         """Some of the rows."""
@@ -41,16 +49,16 @@ class Codes:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight of ``shape`` (out, in) as kernels.c reads it: uint8 [out / 4, groups, 4 · bytes]."""
+    """A weight of ``shape`` (out, in) as kernels.c reads it: uint8 [out / 4, bytes of a tile]."""
 
     data: torch.Tensor
     shape: tuple[int, int]
-    bits: int
+    kind: Kind
     dtype: torch.dtype = torch.bfloat16
 
     def whole(self) -> torch.Tensor:
         """The bfloat16 numbers, [out, in]."""
-        return kernels.unpack(self.data, self.shape, self.bits)
+        return kernels.unpack(self.data, self.shape, self.kind)
 
 
 Weight = torch.Tensor | PackedWeight
@@ -66,52 +74,38 @@ def first_rows(weight: Weight, rows: int) -> Weight:
     if isinstance(weight, torch.Tensor):
         return weight[:rows].clone()
     data = weight.data[: rows // TOGETHER].clone()
-    return PackedWeight(data, (rows, weight.shape[1]), weight.bits)
+    return PackedWeight(data, (rows, weight.shape[1]), weight.kind)
 
 
 def can_pack(rows: int, size: int) -> bool:
     """Whether a weight [rows, size] that a file has in codes can and should be kept so."""
-    return rows % TOGETHER == 0 and size % BLOCK == 0 and size >= GROUP and kernels.packs()
+    return rows % TOGETHER == 0 and size % BLOCK == 0 and kernels.packs()
 
 
-def packed_bytes(rows: int, size: int, bits: int) -> int:
+def packed_bytes(rows: int, size: int, kind: Kind) -> int:
     """Memory of a packed weight [rows, size]."""
-    return rows * _groups(size) * GROUP_BYTES[bits]
+    return rows // TOGETHER * (size // BLOCK * BLOCK_BYTES[kind] + _padding(size, kind))
 
 
 def pack(parts: Sequence[Codes]) -> PackedWeight:
-    """One weight of all rows of ``parts``, which are all of 4 bits or all of 8."""
-    fields = [torch.cat(field) for field in zip(*map(_fields, parts), strict=True)]
-    data = torch.cat([_together(field) for field in fields], 2)
-    bits = 8 if parts[0].offsets is None else 4
-    return PackedWeight(data, (len(fields[0]), parts[0].codes.shape[1]), bits)
+    """One weight of all rows of ``parts``, which are all of one kind."""
+    codes = torch.cat([part.codes.view(torch.uint8) for part in parts])
+    scales = torch.cat([_scales(part) for part in parts])
+    kind, (rows, size) = parts[0].kind, codes.shape
+    tiles = codes.view(-1, TOGETHER, size // BLOCK, BLOCK).transpose(1, 2)
+    if kind != Kind.CODES_8:  # a byte has the codes of two rows, the first of them low
+        tiles = torch.stack([tiles[:, :, i] | tiles[:, :, i + 1] << 4 for i in (0, 2)], 3)
+    numbers = scales.view(-1, TOGETHER, *scales.shape[1:]).movedim(1, -1).contiguous()
+    data = torch.cat([tiles.flatten(1), numbers.flatten(1).view(torch.uint8)], 1)
+    return PackedWeight(F.pad(data, (0, _padding(size, kind))), (rows, size), kind)
 
 
-def _fields(part: Codes) -> list[torch.Tensor]:
-    """Codes, scales and any offsets, each uint8 [out, groups, bytes]."""
-    rows, size = part.codes.shape
-    groups = _groups(size)
-    codes = F.pad(part.codes.view(torch.uint8), (0, groups * GROUP - size))
-    if part.offsets is None:
-        return [codes.view(rows, groups, GROUP), _numbers(part.scales)]
-    quarters = codes.view(rows, groups, GROUP // BLOCK, BLOCK)  # of a 16-bit word, lowest first
-    pairs = quarters[:, :, ::2] | quarters[:, :, 1::2] << 4
-    words = pairs.transpose(2, 3).reshape(rows, groups, 2 * BLOCK)
-    return [words, _numbers(part.scales), _numbers(part.offsets)]
+def _scales(part: Codes) -> torch.Tensor:
+    """Scales, and any offsets, [out, blocks, 1 or 2]."""
+    values = [part.scales] if part.offsets is None else [part.scales, part.offsets]
+    return torch.stack(values, 2)
 
 
-def _together(field: torch.Tensor) -> torch.Tensor:
-    """[out, groups, bytes] to [out / 4, groups, 4 · bytes]."""
-    rows, groups, size = field.shape
-    return field.view(-1, TOGETHER, groups, size).transpose(1, 2).reshape(-1, groups, 4 * size)
-
-
-def _numbers(values: torch.Tensor) -> torch.Tensor:
-    """float32 [out, blocks] to uint8 [out, groups, 16]."""
-    rows, blocks = values.shape
-    padded = F.pad(values, (0, -blocks % (GROUP // BLOCK)))
-    return padded.view(rows, -1, GROUP // BLOCK).contiguous().view(torch.uint8)
-
-
-def _groups(size: int) -> int:
-    return -(-size // GROUP)
+def _padding(size: int, kind: Kind) -> int:
+    """Bytes after a tile of ``size`` inputs."""
+    return -(size // BLOCK * BLOCK_BYTES[kind]) % ALIGNMENT

@@ -14,6 +14,7 @@ import torch
 
 from ppsd.model import kernels
 from ppsd.model.cache import KVCache
+from ppsd.model.kernels import Kind
 from ppsd.model.layers import FIELDS, LayerWeights, Rope, linear, rms_norm
 from ppsd.model.packed import Codes, Weight, can_pack, pack, packed_bytes
 from ppsd.model.spec import ModelSpec
@@ -80,9 +81,9 @@ def packable(
     """Whether the weights ``names``, held as one, can be kept in the codes of their file."""
     if not plan.packed or plan.dtype != torch.bfloat16 or plan.device.type != "cpu":
         return False
-    bits = {source.bits(name) for name in names}
+    kinds = {source.kind(name) for name in names}
     rows = sum(shapes[name][0] for name in names)
-    return len(bits) == 1 and None not in bits and can_pack(rows, shapes[names[0]][1])
+    return len(kinds) == 1 and None not in kinds and can_pack(rows, shapes[names[0]][1])
 
 
 def packed_names(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> frozenset[str]:
@@ -105,7 +106,7 @@ def weight_bytes(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> int:
     for name in tensor_names(spec, plan.first, plan.last):
         if name in packed:
             rows, inputs = shapes[name]
-            size += _aligned(packed_bytes(rows, inputs, source.bits(name) or 0))
+            size += _aligned(packed_bytes(rows, inputs, source.kind(name) or Kind.NUMBERS))
         if name not in packed or (name == EMBEDDING and plan.first == 0):
             size += _aligned(prod(shapes[name]) * plan.dtype.itemsize)
     return size

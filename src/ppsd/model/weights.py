@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ppsd.errors import ModelError
+from ppsd.model.kernels import Kind
 from ppsd.model.packed import Codes
 from ppsd.model.spec import ModelSpec
 
@@ -46,8 +47,8 @@ class TensorSource(Protocol):
         Raises ModelError naming file and tensor when it is missing or unreadable.
         """
 
-    def bits(self, name: str) -> int | None:
-        """Bits of the codes that a weight is stored in; None when ``codes`` cannot give them."""
+    def kind(self, name: str) -> Kind | None:
+        """What the codes are that a weight is stored in; None when ``codes`` cannot give them."""
 
     def codes(self, name: str) -> Codes:
         """A weight as it is stored; its numbers rounded to bfloat16 are what ``load`` gives."""
@@ -148,7 +149,7 @@ class SafetensorsSource:
         mapped: torch.Tensor = self._open(self._index[name]).get_tensor(name)
         return mapped.to(dtype, copy=True).contiguous()
 
-    def bits(self, name: str) -> int | None:
+    def kind(self, name: str) -> Kind | None:
         """See TensorSource: safetensors hold numbers."""
         return None
 

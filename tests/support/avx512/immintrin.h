@@ -13,6 +13,7 @@
 typedef float __m512 __attribute__((vector_size(64), may_alias));
 typedef int16_t __m512bh __attribute__((vector_size(64), may_alias));
 typedef int64_t __m512i __attribute__((vector_size(64), may_alias));
+typedef int64_t __m256i __attribute__((vector_size(32), may_alias));
 typedef int64_t __m128i __attribute__((vector_size(16), may_alias));
 
 EMULATED float wide_of(uint16_t narrow) {
@@ -35,6 +36,14 @@ EMULATED __m512i _mm512_loadu_si512(const void *from) {
 }
 
 EMULATED void _mm512_storeu_si512(void *to, __m512i all) { memcpy(to, &all, sizeof all); }
+
+EMULATED void _mm512_storeu_ps(void *to, __m512 all) { memcpy(to, &all, sizeof all); }
+
+EMULATED __m256i _mm256_loadu_si256(const __m256i *from) {
+    __m256i all;
+    memcpy(&all, from, sizeof all);
+    return all;
+}
 
 EMULATED __m128i _mm_loadu_si128(const __m128i *from) {
     __m128i all;
@@ -101,5 +110,17 @@ EMULATED __m512 _mm512_cvtepi32_ps(__m512i words) {
     __m512 to;
     memcpy(from, &words, sizeof from);
     for (int i = 0; i < 16; i++) to[i] = (float)from[i];
+    return to;
+}
+
+EMULATED __m512 _mm512_cvtph_ps(__m256i halves) {
+    uint16_t from[16];
+    __m512 to;
+    memcpy(from, &halves, sizeof from);
+    for (int i = 0; i < 16; i++) {
+        int power = from[i] >> 10 & 31, whole = from[i] & 1023;
+        float size = power ? ldexpf((float)(whole + 1024), power - 25) : ldexpf((float)whole, -24);
+        to[i] = from[i] >> 15 ? -size : size; // no infinities
+    }
     return to;
 }
