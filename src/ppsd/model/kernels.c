@@ -77,7 +77,6 @@ static inline void store(bf16 *pairs, floats evens, floats odds) {
     memcpy(pairs, &both, sizeof both);
 }
 
-// In the order in which `totals` add.
 static inline float total(floats v) {
     for (int n = LANES / 2; n; n /= 2)
         for (int i = 0; i < n; i++) v[i] += v[i + n];
@@ -107,8 +106,8 @@ static inline floats exponential(floats x) {
     return choose(x > most, zero + INFINITY, result);
 }
 
-// What a CPU multiplies at once: STEP `numbers`, whose products it adds to `partials`. A `few` is
-// TOGETHER numbers. `totals` are those of LANES partials.
+// What a CPU multiplies at once: STEP `numbers`, whose products it adds to `partials`. `totals` are
+// those of LANES partials, halved over and over. A `few` is TOGETHER numbers.
 #ifdef __AVX512BF16__
 #define STEP 32
 typedef __m512bh numbers;
@@ -182,7 +181,9 @@ ALWAYS void add_step(int rows, const bf16 *x, const numbers weights[TOGETHER],
 }
 
 ALWAYS floats totals_by_output(partials sums[TOGETHER][AT_ONCE]) { // [TOGETHER, AT_ONCE]
-    return totals(sums[0]);
+    partials all[LANES];
+    for (int i = 0; i < LANES; i++) all[i] = sums[i / AT_ONCE][i % AT_ONCE];
+    return totals(all);
 }
 
 ALWAYS floats totals_by_row(partials sums[TOGETHER][AT_ONCE]) { // [AT_ONCE, TOGETHER]
@@ -245,13 +246,13 @@ ALWAYS void finish(int rows, floats sums, const bf16 *bias, const bf16 *residual
 enum { NUMBERS, CODES_4, CODES_4_WIDE, CODES_8 };
 
 #ifdef __AVX512BF16__
-#define BLOCK 32           // inputs that share a scale and an offset
+#define BLOCK 32            // inputs that share a scale and an offset
 #define SPREAD (32 * BLOCK) // inputs whose scales are widened at once
-#define PACKED_AHEAD 16384 // bytes fetched ahead
+#define PACKED_AHEAD 16384  // bytes fetched ahead
 
-// A tile is TOGETHER outputs: codes of all blocks, [blocks, bytes], and then scales [blocks,
-// TOGETHER] or scales and offsets [blocks, 2, TOGETHER]. Word k of a block's 4-bit codes holds those
-// of input k of all outputs; bytes are [TOGETHER, BLOCK].
+// A tile is TOGETHER outputs: codes [blocks, block_bytes] and then scales [blocks, TOGETHER], with
+// 4 bits scales and offsets [blocks, 2, TOGETHER]. Word k of a block's 4-bit codes holds those of
+// input k of all outputs; codes of 8 bits are [TOGETHER, BLOCK].
 ALWAYS long block_bytes(int kind) { return kind == CODES_8 ? TOGETHER * BLOCK : 2 * BLOCK; }
 ALWAYS long block_scales(int kind) { return kind == CODES_8 ? TOGETHER : 2 * TOGETHER; }
 ALWAYS long scale_bytes(int kind) { return kind == CODES_4_WIDE ? 4 : 2; }
@@ -271,7 +272,7 @@ ALWAYS numbers unpacked(int kind, const char *codes, const float *scales, int i)
         __m512 scale = _mm512_set1_ps(scales[i]);
         return _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
     }
-    // Of 16 numbers there may be: look each up.
+    // There are 16 numbers: look each up.
     const __m512 all_codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512 all = _mm512_fmadd_ps(all_codes, _mm512_set1_ps(scales[i]),
                                  _mm512_set1_ps(scales[TOGETHER + i]));
@@ -280,7 +281,7 @@ ALWAYS numbers unpacked(int kind, const char *codes, const float *scales, int i)
     return (__m512bh)_mm512_permutexvar_epi16(words, table);
 }
 
-// So many scales as floats, which `space` has room for. What the tile has behind them is read too.
+// So many scales as floats, which `space` has room for. A tile's padding may be read as well.
 ALWAYS const float *widened(int kind, const char *scales, long many, float *space) {
     if (kind == CODES_4_WIDE) return (const float *)scales;
     for (long at = 0; at < many; at += 16) {
@@ -315,11 +316,14 @@ ALWAYS void add_packed(int kind, int rows, const bf16 *x, const char *tile, long
 ALWAYS void unpack_tile(int kind, const char *tile, bf16 *y, long in) {
     const long bytes = block_bytes(kind), each = block_scales(kind);
     const char *scales = tile + in / BLOCK * bytes;
-    float space[16];
-    for (long k = 0; k < in; k += BLOCK, tile += bytes, scales += each * scale_bytes(kind)) {
-        const float *own = widened(kind, scales, each, space);
-        for (int i = 0; i < TOGETHER; i++)
-            _mm512_storeu_si512(y + i * in + k, (__m512i)unpacked(kind, tile, own, i));
+    float space[SPREAD / BLOCK * 2 * TOGETHER];
+    for (long k = 0; k < in; k += SPREAD) {
+        long end = least(k + SPREAD, in), many = (end - k) / BLOCK * each;
+        const float *own = widened(kind, scales, many, space);
+        scales += many * scale_bytes(kind);
+        for (long at = k; at < end; at += BLOCK, tile += bytes, own += each)
+            for (int i = 0; i < TOGETHER; i++)
+                _mm512_storeu_si512(y + i * in + at, (__m512i)unpacked(kind, tile, own, i));
     }
 }
 
@@ -388,7 +392,7 @@ void linear(const bf16 *x, const void *weight, int kind, const bf16 *bias, const
     }
 }
 
-// y = x / rms(x) · weight, for rows of `size` numbers, a multiple of 16; y may be x.
+// y = x / rms(x) · weight, for rows of `size` numbers, a multiple of 32; y may be x.
 void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, long rows, long size, float eps) {
     for (long row = 0; row < rows; row++, x += size, y += size) {
         floats sum = {0};
@@ -404,7 +408,7 @@ void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, long rows, long size, 
     }
 }
 
-// y [rows, size] = silu(gate) · up, for rows [gate, up] of twice `size`, a multiple of 16.
+// y [rows, size] = silu(gate) · up, for rows [gate, up] of twice `size`, a multiple of 32.
 static void gate(const bf16 *gate_up, bf16 *y, long rows, long size) {
     for (long row = 0; row < rows; row++, gate_up += 2 * size, y += size)
         for (long k = 0; k < size; k += PAIRS) {
@@ -449,15 +453,14 @@ ALWAYS void weigh(int n, const Queries *queries, float share[AT_ONCE]) {
     for (long t = 0; t < end; t += TOGETHER) {
         partials sums[TOGETHER][AT_ONCE] = {0};
         fetch(s.values + t * s.size, TOGETHER * s.size); // for `mix`
-        add_all(n, s.q, s.keys + t * s.size, least(TOGETHER, end - t), s.size, KEYS_AHEAD,
-                sums);
+        add_all(n, s.q, s.keys + t * s.size, least(TOGETHER, end - t), s.size, KEYS_AHEAD, sums);
         tiles[t / TOGETHER] = totals_by_output(sums) * scale;
     }
     for (int i = 0; i < n; i++)
         for (long t = s.seen[i]; t < room; t++) s.weights[t * AT_ONCE + i] = -INFINITY;
     for (long k = 0; k < many; k++) largest = choose(tiles[k] > largest, tiles[k], largest);
-    for (int i = 0; i < LANES; i++)
-        largest[i % AT_ONCE] = fmaxf(largest[i % AT_ONCE], largest[i]);
+    for (int i = AT_ONCE; i < LANES; i++)
+        if (largest[i] > largest[i % AT_ONCE]) largest[i % AT_ONCE] = largest[i];
     for (int i = AT_ONCE; i < LANES; i++) largest[i] = largest[i % AT_ONCE];
     for (long k = 0; k < many; k++) all += tiles[k] = exponential(tiles[k] - largest);
     for (int i = AT_ONCE; i < LANES; i++) all[i % AT_ONCE] += all[i];
@@ -487,7 +490,7 @@ ALWAYS void mix(int n, int vectors, long size, const bf16 *values, const float *
 // Attention of n queries, a constant after inlining.
 ALWAYS void attend(int n, const Queries *queries) {
     const Queries s = *queries;
-    const int few_sums = LANES == 16 || n <= 2; // for the CPU's registers
+    const int roomy = LANES == 16 || n <= 2; // there are registers for two vectors' sums
     float share[AT_ONCE];
     floats *sums = s.sums;
     weigh(n, queries, share);
@@ -496,7 +499,7 @@ ALWAYS void attend(int n, const Queries *queries) {
         for (long k = 0, vectors; k < s.size; k += vectors * PAIRS) {
             const bf16 *from = s.values + k;
             long end = least(t + NEAR, s.seen[0]);
-            vectors = few_sums && k + 2 * PAIRS <= s.size ? 2 : 1;
+            vectors = roomy && k + 2 * PAIRS <= s.size ? 2 : 1;
             if (vectors == 2) mix(n, 2, s.size, from, s.weights, t, end, sums + k / LANES);
             else mix(n, 1, s.size, from, s.weights, t, end, sums + k / LANES);
         }
