@@ -29,7 +29,7 @@ SIZES = {
 }
 BF16 = torch.bfloat16
 EPS = torch.finfo(BF16).eps
-THREAD_WORK = 65536  # kernels.c
+THREAD_WORK = 65536  # products.h
 compiled = pytest.mark.skipif(kernels.loaded() is None, reason="no C compiler")
 
 

@@ -89,7 +89,7 @@ def test_codes_mean_what_the_file_says(quant: Quant) -> None:
 @pytest.mark.parametrize("quant", [Quant.Q4_1, Quant.Q4_K, Quant.Q8_0])
 @pytest.mark.parametrize("size", [256, 768])
 def test_codes_lie_where_the_kernel_reads_them(quant: Quant, size: int) -> None:
-    """By the layout that kernels.c states, without it."""
+    """By the layout that products.h states, without it."""
     codes = codes_of(stored(quant, 8, size), quant)
     packed = pack([codes])
     assert packed.data.nbytes == packed_bytes(8, size, KINDS[quant])

@@ -1,4 +1,4 @@
-"""A decoder layer for a few bfloat16 rows on CPUs: kernels.c.
+"""A decoder layer for a few bfloat16 rows on CPUs: kernels.c and products.h.
 
 The machine's C compiler builds it when a stage is loaded, for this very CPU; the result is kept in
 ppsd's cache directory. Without a compiler, or with ``PPSD_KERNELS=torch``, PyTorch's operations are
@@ -33,7 +33,7 @@ import torch
 from ppsd.model.sidecar import cached
 from ppsd.model.spec import ModelSpec
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCE, PRODUCTS = (Path(__file__).with_name(name) for name in ("kernels.c", "products.h"))
 BUILT = "kernels.so"
 FLAGS = (
     *("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp"),
@@ -67,7 +67,7 @@ SIGNATURES = {
 
 
 class Kind(IntEnum):
-    """What a weight is made of, as in kernels.c."""
+    """What a weight is made of, as in products.h."""
 
     NUMBERS = 0  # a tensor
     CODES_4 = 1  # of 4 bits, with float16 scales and offsets
@@ -263,7 +263,7 @@ def _kind(compiler: list[str]) -> str:
     cpu = Path("/proc/cpuinfo").read_text().splitlines()
     features = next((line for line in cpu if line.startswith(("flags", "Features"))), "")
     parts = (*compiler, status.st_size, status.st_mtime_ns, *FLAGS, platform.machine(), features)
-    identity = SOURCE.read_bytes() + json.dumps(parts).encode()
+    identity = SOURCE.read_bytes() + PRODUCTS.read_bytes() + json.dumps(parts).encode()
     return f"kernels-{hashlib.sha256(identity).hexdigest()[:16]}"
 
 

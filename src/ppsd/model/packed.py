@@ -1,6 +1,6 @@
 """Weights as small as their file has them: codes of 4 or 8 bits, a scale for every 32 of a row.
 
-A number is ``code · scale + offset``, rounded to bfloat16. kernels.c makes the numbers while it
+A number is ``code · scale + offset``, rounded to bfloat16. products.h makes the numbers while it
 multiplies, so a product has the same bits as one with the whole weight, for a third or a half of
 the memory traffic. Used by stages and heads that decode, on CPUs with AVX512_BF16.
 """
@@ -36,7 +36,7 @@ class Codes:
 
     @property
     def kind(self) -> Kind:
-        """What kernels.c calls them."""
+        """What products.h calls them."""
         if self.offsets is None:
             return Kind.CODES_8
         return Kind.CODES_4 if self.scales.dtype == torch.float16 else Kind.CODES_4_WIDE
@@ -49,7 +49,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight of ``shape`` (out, in) as kernels.c reads it: uint8 [out / 4, bytes of a tile]."""
+    """A weight of ``shape`` (out, in) as products.h reads it: uint8 [out / 4, bytes of a tile]."""
 
     data: torch.Tensor
     shape: tuple[int, int]
