@@ -240,6 +240,18 @@ def test_unsupported_type_names_tensor_and_type(tmp_path):
         GGUFSource(tmp_path / "m.gguf").load("model.layers.7.self_attn.v_proj.weight", torch.half)
 
 
+def test_codes_whose_offsets_do_not_fit_are_refused(tmp_path):
+    """Q4_0 means -8 scales, which a float16 holds for any weight there is, but not for all."""
+    model, name = _model(LlamaConfig(**SIZES)), "model.layers.0.mlp.up_proj.weight"
+    for parameter in model.parameters():
+        parameter.data *= 5e4
+    _write(tmp_path / "m.gguf", model, Kind.Q4_0)
+    source = GGUFSource(tmp_path / "m.gguf")
+    assert source.load(name, torch.float32).isfinite().all()
+    with pytest.raises(ModelError, match=r"m.gguf: tensor blk.0.ffn_up.weight has scales beyond"):
+        source.codes(name)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -110,9 +110,10 @@ class GGUFSource:
         """See TensorSource."""
         stored = self._stored[name]
         found = codes_of(self._rows(stored), self._header.tensors[stored].kind)
-        values = found.scales if found.offsets is None else found.offsets  # -8 scales, with Q4_0
-        if not values.isfinite().all():
-            raise ModelError(f"{self._path}: tensor {stored} has scales too large for its format")
+        if not all(bool(numbers.isfinite().all()) for numbers in found.numbers()):
+            raise ModelError(
+                f"{self._path}: tensor {stored} has scales beyond the range of a float16"
+            )
         heads = self._permuted_heads(name)
         if not heads:
             return found

@@ -41,6 +41,10 @@ class Codes:
             return Kind.CODES_8
         return Kind.CODES_4 if self.scales.dtype == torch.float16 else Kind.CODES_4_WIDE
 
+    def numbers(self) -> list[torch.Tensor]:
+        """Scales and any offsets."""
+        return [self.scales] if self.offsets is None else [self.scales, self.offsets]
+
     def rows(self, rows: torch.Tensor) -> Codes:
         """Some of the rows."""
         offsets = None if self.offsets is None else self.offsets[rows]
@@ -90,7 +94,7 @@ def packed_bytes(rows: int, size: int, kind: Kind) -> int:
 def pack(parts: Sequence[Codes]) -> PackedWeight:
     """One weight of all rows of ``parts``, which are all of one kind."""
     codes = torch.cat([part.codes.view(torch.uint8) for part in parts])
-    scales = torch.cat([_scales(part) for part in parts])
+    scales = torch.cat([torch.stack(part.numbers(), 2) for part in parts])  # [out, blocks, 1 or 2]
     kind, (rows, size) = parts[0].kind, codes.shape
     tiles = codes.view(-1, TOGETHER, size // BLOCK, BLOCK).transpose(1, 2)
     if kind != Kind.CODES_8:  # a byte has the codes of two rows, the first of them low
@@ -98,12 +102,6 @@ def pack(parts: Sequence[Codes]) -> PackedWeight:
     numbers = scales.view(-1, TOGETHER, *scales.shape[1:]).movedim(1, -1).contiguous()
     data = torch.cat([tiles.flatten(1), numbers.flatten(1).view(torch.uint8)], 1)
     return PackedWeight(F.pad(data, (0, _padding(size, kind))), (rows, size), kind)
-
-
-def _scales(part: Codes) -> torch.Tensor:
-    """Scales, and any offsets, [out, blocks, 1 or 2]."""
-    values = [part.scales] if part.offsets is None else [part.scales, part.offsets]
-    return torch.stack(values, 2)
 
 
 def _padding(size: int, kind: Kind) -> int:
