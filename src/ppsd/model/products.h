@@ -253,9 +253,10 @@ ALWAYS const float *widened(int kind, const char *scales, long many, float *spac
     return space;
 }
 
-// Like add_all, for packed weights; the same bits.
+// Like add_all, for packed weights; the same bits. Or, where there is a y [TOGETHER, in], writes
+// the weights' numbers there instead.
 ALWAYS void add_packed(int kind, int rows, const bf16 *x, const char *tile, long in,
-                       partials sums[TOGETHER][AT_ONCE]) {
+                       partials sums[TOGETHER][AT_ONCE], bf16 *y) {
     const long bytes = block_bytes(kind), each = block_scales(kind);
     const char *scales = tile + in / BLOCK * bytes;
     float space[SPREAD / BLOCK * 2 * TOGETHER];
@@ -269,22 +270,11 @@ ALWAYS void add_packed(int kind, int rows, const bf16 *x, const char *tile, long
             for (long line = 0; line < bytes; line += 64)
                 __builtin_prefetch(tile + PACKED_AHEAD + line);
             for (int i = 0; i < TOGETHER; i++) weights[i] = unpacked(kind, tile, own, i);
-            add_step(rows, x + at, weights, sums, in);
+            if (y)
+                for (int i = 0; i < TOGETHER; i++)
+                    _mm512_storeu_si512(y + i * in + at, (__m512i)weights[i]);
+            else add_step(rows, x + at, weights, sums, in);
         }
-    }
-}
-
-ALWAYS void unpack_tile(int kind, const char *tile, bf16 *y, long in) {
-    const long bytes = block_bytes(kind), each = block_scales(kind);
-    const char *scales = tile + in / BLOCK * bytes;
-    float space[SPREAD / BLOCK * 2 * TOGETHER];
-    for (long k = 0; k < in; k += SPREAD) {
-        long end = least(k + SPREAD, in), many = (end - k) / BLOCK * each;
-        const float *own = widened(kind, scales, many, space);
-        scales += many * scale_bytes(kind);
-        for (long at = k; at < end; at += BLOCK, tile += bytes, own += each)
-            for (int i = 0; i < TOGETHER; i++)
-                _mm512_storeu_si512(y + i * in + at, (__m512i)unpacked(kind, tile, own, i));
     }
 }
 
@@ -294,21 +284,20 @@ void unpack(const char *weight, int kind, bf16 *y, long in, long out, int thread
     for (long tile = 0; tile < out / TOGETHER; tile++) {
         const char *from = weight + tile * tile_bytes(kind, in);
         bf16 *to = y + tile * TOGETHER * in;
-        if (kind == CODES_4) unpack_tile(CODES_4, from, to, in);
-        else if (kind == CODES_4_WIDE) unpack_tile(CODES_4_WIDE, from, to, in);
-        else unpack_tile(CODES_8, from, to, in);
+        if (kind == CODES_4) add_packed(CODES_4, 0, NULL, from, in, NULL, to);
+        else if (kind == CODES_4_WIDE) add_packed(CODES_4_WIDE, 0, NULL, from, in, NULL, to);
+        else add_packed(CODES_8, 0, NULL, from, in, NULL, to);
     }
 }
 
 int packs(void) { return 1; }
 
-
 // Adds products with a tile of any kind to `sums`.
 ALWAYS void add_any(int kind, int rows, const bf16 *x, const void *tile, int many, long in,
                     partials sums[TOGETHER][AT_ONCE]) {
-    if (kind == CODES_4) add_packed(CODES_4, rows, x, tile, in, sums);
-    else if (kind == CODES_4_WIDE) add_packed(CODES_4_WIDE, rows, x, tile, in, sums);
-    else if (kind == CODES_8) add_packed(CODES_8, rows, x, tile, in, sums);
+    if (kind == CODES_4) add_packed(CODES_4, rows, x, tile, in, sums, NULL);
+    else if (kind == CODES_4_WIDE) add_packed(CODES_4_WIDE, rows, x, tile, in, sums, NULL);
+    else if (kind == CODES_8) add_packed(CODES_8, rows, x, tile, in, sums, NULL);
     else add_all(rows, x, tile, many, in, TOGETHER * in, sums);
 }
 #else // there are numbers only
