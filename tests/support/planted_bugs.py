@@ -7,7 +7,6 @@ appended to where it is addressed by position.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -58,7 +57,7 @@ def _(patch: Patch) -> None:
     keep = pipeline.Pipeline.keep
 
     def shifted(self, verdict):
-        keep(self, replace(verdict, position=verdict.position + 1))
+        keep(self, verdict._replace(position=verdict.position + 1))
 
     patch.setattr(pipeline.Pipeline, "keep", shifted)
 
@@ -95,7 +94,7 @@ def _(patch: Patch) -> None:
     patch.setattr(
         Engine,
         "_take",
-        lambda self, verdict: take(self, replace(verdict, epoch=self.policy.epoch)),
+        lambda self, verdict: take(self, verdict._replace(epoch=self.policy.epoch)),
     )
 
 
@@ -227,7 +226,7 @@ def _(patch: Patch) -> None:
 
     def copied(self, block, hidden):
         said = verdict(self, block, hidden)
-        return replace(said, tokens=said.tokens[:1].expand_as(said.tokens))
+        return said._replace(tokens=said.tokens[:1].expand_as(said.tokens))
 
     patch.setattr(Judge, "verdict", copied)
 

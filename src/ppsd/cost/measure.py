@@ -24,7 +24,7 @@ from ppsd.model.exit_head import ExitHead, HeadConfig, head_tensor_shapes
 from ppsd.model.packed import first_rows
 from ppsd.model.stage import Stage
 from ppsd.speculation.gate import Gate
-from ppsd.speculation.lookup import likeliest
+from ppsd.speculation.lookup import ODDS
 from ppsd.speculation.policy import Drafted, Judged, Policy, Schedule
 from ppsd.types import SamplingParams
 from ppsd.worker.judge import Judge, require_finite
@@ -108,7 +108,6 @@ def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
     """What is timed, by part and its two numbers (context and rows; layers and vocabulary)."""
     spec, room = subject.spec, subject.plan.max_context - max(ROWS)
     at = min(ROWS_CONTEXT, room)
-    ids = torch.arange(spec.vocab_size)
     hidden = torch.randn(max(ROWS), spec.hidden_size).to(subject.dtype)
     judge = Judge(stage, 1, subject.plan.max_context)
     judge.begin(Begin(0, SamplingParams(), 1, (), spec.vocab_size))
@@ -132,8 +131,7 @@ def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
     def draft(head: ExitHead) -> Case:
         def run() -> None:
             head.cache.advance(0, at)
-            scores = head.scores(head.finish(head.forward(hidden[:1], at)))[0]
-            likeliest(scores.float().numpy(), ids[: len(scores)].numpy(), None)
+            head.likeliest(head.scores(head.finish(head.forward(hidden[:1], at))), None, ODDS)
 
         return run
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ppsd.model.exit_head import ExitHead
-from ppsd.speculation.lookup import ODDS, find, likeliest, mixed
+from ppsd.speculation.lookup import ODDS, find, mixed
 from ppsd.speculation.sampling import Sampler, Stream, uniform
 
 # A head lags behind until its next draft, when a few rows cost as much as one; prompts do not wait.
@@ -76,7 +76,6 @@ class HeadDrafter(_Drawn):
         super().__init__()
         self.head = head
         self._lookup = lookup
-        self._ids = None if head.draft_ids is None else head.draft_ids.cpu().numpy()
         self._rows: list[torch.Tensor] = []  # observed, not yet run through the head
         self._next = 0  # position of the row after them
         self._last = torch.empty(0)  # the head's row of the newest position
@@ -109,10 +108,8 @@ class HeadDrafter(_Drawn):
         scores = self.head.scores(finished)
         match = find(history) if self._lookup else None
         odds = self.head.copy_odds(finished)[0] if match else ODDS
-        ids = self._ids
-        if ids is not None and ids[-1] < sampler.vocab_size and sampler.takes_largest(history):
-            values = scores[0].to("cpu", torch.promote_types(scores.dtype, torch.float32)).numpy()
-            return likeliest(values, ids, match, odds)
+        if self.head.drafts_below(sampler.vocab_size) and sampler.takes_largest(len(history)):
+            return self.head.likeliest(scores, match, odds)
         logits = self.head.spread(scores)[0]
         if match:
             logits = mixed(logits, match, odds)

@@ -123,7 +123,6 @@ class Pipeline:
             return
         self._endpoint.publish(epoch)
 
-    @torch.inference_mode()
     def feed(self, feed: Feed, interrupted: Callable[[], bool]) -> Drafted | None:
         """Run rows through stage 0, ship a complete block, then draft if asked to.
 
@@ -132,7 +131,7 @@ class Pipeline:
         if feed.position == feed.block:
             self._open.clear()
         self._history.write(feed.position, feed.tokens)
-        tokens = self._history.before(feed.position + len(feed.tokens))[feed.position :]
+        tokens = self._history.before(feed.position + len(feed.tokens), feed.position)
         start = time.monotonic_ns()
         hidden = self._stage.forward(tokens, feed.position, interrupted)
         kind = "cancelled" if hidden is None else "forward" if feed.judge else "prefill"

@@ -49,6 +49,9 @@ class Transcript:
         return [] if self.stopped else self._release(self._decoder.finish(), final=True)
 
     def _release(self, text: str, *, final: bool) -> list[Piece]:
+        if not self._stop:  # nothing is ever held; little code, as it runs between two passes
+            self.text += text
+            return [Piece(text, self._accepted)] if text else []
         self._held.append(Piece(text, self._accepted))
         text = "".join(piece.text for piece in self._held)
         stop = self._stop if self._before_stop <= 0 else ()

@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ppsd.errors import HeadError
+from ppsd.model import kernels
 from ppsd.model.layers import LayerWeights, Rope, linear, rms_norm
 from ppsd.model.packed import Weight, pack
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stack import LayerStack
 from ppsd.model.stage import StagePlan, fuse_layer, new_cache, packable
 from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSource, layer_prefix
-from ppsd.speculation.lookup import LENGTHS, ODDS
+from ppsd.speculation.lookup import LENGTHS, ODDS, Match, likeliest
 
 FORMAT = 2
 KINDS = ("norm", "transformer")
@@ -167,6 +168,8 @@ class ExitHead:
         }
         self.norm = weights.pop("norm.weight")  # [C]
         self.draft_ids = weights.pop("draft_ids", None)  # [draft vocabulary] int64, ascending
+        ids = torch.arange(spec.vocab_size) if self.draft_ids is None else self.draft_ids.cpu()
+        self._scored = ids.numpy()
         self.input = weights.pop("input.weight", None)  # [C, C], none for norm
         self.feedback_norm = weights.pop("feedback_norm.weight", None)  # [C]
         self.feedback = weights.pop("feedback.weight", None)  # [C, C]
@@ -210,6 +213,20 @@ class ExitHead:
     def logits(self, finished: torch.Tensor) -> torch.Tensor:
         """Draft logits [n, V] of finished rows; -inf outside the draft vocabulary."""
         return self.spread(self.scores(finished))
+
+    def drafts_below(self, size: int) -> bool:
+        """Whether only tokens below ``size`` are scored."""
+        return bool(self._scored[-1] < size)
+
+    def likeliest(self, scores: torch.Tensor, match: Match | None, odds: torch.Tensor) -> int:
+        """The token that ``mixed`` logits of one row of ``scores`` have their maximum at.
+
+        Raises NonFiniteError like ``lookup.likeliest``.
+        """
+        if match is None and (found := kernels.largest(scores, len(self._scored))) is not None:
+            return int(self._scored[found[0]])
+        values = scores[0].to("cpu", torch.promote_types(scores.dtype, torch.float32)).numpy()
+        return likeliest(values, self._scored, match, odds)
 
     def spread(self, scores: torch.Tensor) -> torch.Tensor:
         """``logits`` from ``scores``."""

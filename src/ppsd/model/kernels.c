@@ -11,10 +11,48 @@
 
 #define NEAR 64         // positions whose values stay near while they are read piece by piece
 #define KEYS_AHEAD 1024 // numbers fetched ahead
+#define SEARCHED 256    // numbers, among which the largest is then looked for
 
 static inline void store(bf16 *pairs, floats evens, floats odds) {
     words both = narrow_all(evens) | narrow_all(odds) << 16;
     memcpy(pairs, &both, sizeof both);
+}
+
+// The bits of x as a number in the order of the x: both zeros are 0, infinities ±INFINITE, and NaNs
+// lie beyond them.
+#define INFINITE 0x7f80
+static inline int16_t ordered(bf16 x) {
+    int16_t size = x & 0x7fff;
+    return x & 0x8000 ? -size : size;
+}
+
+// Whether all n numbers are finite.
+int all_finite(const bf16 *x, long n) {
+    int16_t most = 0;
+    for (long i = 0; i < n; i++) {
+        int16_t size = x[i] & 0x7fff;
+        most = size > most ? size : most;
+    }
+    return most < INFINITE;
+}
+
+// Where the largest of n numbers stands, the first of equals; -1 where it is not finite or one is
+// NaN.
+long largest(const bf16 *x, long n) {
+    int16_t most = -INFINITE, least = 0;
+    long block = 0;
+    for (long start = 0; start < n; start += SEARCHED) {
+        int16_t high = INT16_MIN, end = start + SEARCHED < n ? SEARCHED : n - start;
+        for (long i = 0; i < end; i++) {
+            int16_t one = ordered(x[start + i]);
+            high = one > high ? one : high;
+            least = one < least ? one : least;
+        }
+        if (high > most) most = high, block = start;
+    }
+    if (most == -INFINITE || most >= INFINITE || least < -INFINITE) return -1;
+    while (ordered(x[block]) != most) block++;
+    return block;
 }
 
 static inline float total(floats v) {

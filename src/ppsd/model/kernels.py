@@ -62,6 +62,8 @@ SIGNATURES = {
     "unpack": ([POINTER, INT, POINTER] + [LONG] * 2 + [INT], None),
     "packs": ([], INT),
     "rms_norm": ([POINTER] * 3 + [LONG] * 2 + [FLOAT], None),
+    "all_finite": ([POINTER, LONG], INT),
+    "largest": ([POINTER, LONG], LONG),
     "decoder_layer": ([POINTER] * 8, INT),
 }
 
@@ -94,6 +96,10 @@ class Packed(Protocol):
     def dtype(self) -> torch.dtype:
         """Of its numbers."""
 
+    @property
+    def requires_grad(self) -> bool:
+        """No."""
+
 
 def fits(x: torch.Tensor, weight: torch.Tensor | Packed, *sizes: int) -> bool:
     """Whether to use the functions here for rows ``x`` [n, …, in], a weight and further sizes."""
@@ -102,7 +108,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor | Packed, *sizes: int) -> bool:
         and x.shape[0] <= MAX_ROWS
         and not functools.reduce(operator.or_, sizes, x.shape[-1]) % STEP
         and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
+        and not (x.requires_grad or weight.requires_grad)
         and loaded() is not None
     )
 
@@ -161,6 +167,34 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     at = x.data_ptr(), weight.data_ptr(), y.data_ptr()
     kernels.rms_norm(*at, x.numel() // size, size, eps)
     return y
+
+
+def all_finite(x: torch.Tensor) -> bool:
+    """Whether ``x`` is known to hold neither NaN nor infinity: only bfloat16 on a CPU can be."""
+    if (kernels := _readable(x)) is None:
+        return False
+    return bool(kernels.all_finite(x.data_ptr(), x.numel()))
+
+
+def largest(x: torch.Tensor, among: int) -> tuple[int, ...] | None:
+    """Where rows ``x`` [n, V] have their largest number ``among`` the first, the first of equals.
+
+    None for other rows than of bfloat16 on a CPU, and where a number is NaN, or the largest is not
+    finite.
+    """
+    if (kernels := _readable(x)) is None:
+        return None
+    rows, size = x.shape
+    at = x.data_ptr()
+    found = tuple(kernels.largest(at + 2 * size * row, among) for row in range(rows))
+    return found if min(found) >= 0 else None
+
+
+def _readable(x: torch.Tensor) -> ctypes.CDLL | None:
+    """What can read ``x``."""
+    if x.dtype != torch.bfloat16 or not x.is_cpu or not x.is_contiguous():
+        return None
+    return loaded()
 
 
 Pointers = ctypes.Array[ctypes.c_void_p]

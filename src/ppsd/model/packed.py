@@ -59,6 +59,7 @@ class PackedWeight:
     shape: tuple[int, int]
     kind: Kind
     dtype: torch.dtype = torch.bfloat16
+    requires_grad: bool = False
 
     def whole(self) -> torch.Tensor:
         """The bfloat16 numbers, [out, in]."""

@@ -26,6 +26,8 @@ class Tokenizer:
     def __init__(self, inner: Any, name: str) -> None:
         self._inner = inner
         self._name = name
+        # what transformers itself asks in the end, without the much that it looks after before
+        self._backend = getattr(inner, "backend_tokenizer", None)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -87,9 +89,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids without special tokens; U+FFFD stands for broken UTF-8."""
-        text: str = self._inner.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text: str
+        if self._backend is not None:
+            text = self._backend.decode(list(ids), skip_special_tokens=True)
+        else:
+            text = self._inner.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         return text
 
     def visible(self, token: int) -> str | None:

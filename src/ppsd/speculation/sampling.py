@@ -96,9 +96,9 @@ class Sampler:
         """The token of this position: `plain` decoding's, and both sides' in `coupled` mode."""
         return self.draw(logits, history, Stream.TARGET)
 
-    def takes_largest(self, history: Tensor) -> bool:
-        """Whether ``choose`` is nothing but the maximum of the real tokens' logits."""
-        return self._params.greedy and not self._adjusts(len(history) - self._prompt_length)
+    def takes_largest(self, position: int) -> bool:
+        """Whether from ``position`` on ``choose`` takes the largest of the real tokens' logits."""
+        return self._params.greedy and not self._adjusts(position - self._prompt_length)
 
     def draw(self, logits: Tensor, history: Tensor, stream: Stream) -> int:
         """Sample with the noise of ``stream`` (Gumbel-max); ties go to the lowest id."""

@@ -105,10 +105,14 @@ class SharedMemoryEndpoint:
     def receive(self, timeout: float) -> tuple[int, memoryview] | None:
         """Return the next frame where it lies; its slot is freed at the next call."""
         self._give_back()
-        if not self._any_frame() and not self._wait_for_frame(timeout):
-            return None
+        found = self._next_in_turn()
+        if found is None:
+            if not self._wait_for_frame(timeout):
+                return None
+            found = self._next_in_turn()
+            assert found is not None
         self._waiting_since = None
-        source, ring = self._next_in_turn()
+        source, ring = found
         frame = ring.look()
         self._lent = ring
         return source, frame
@@ -136,12 +140,14 @@ class SharedMemoryEndpoint:
     def _any_frame(self) -> bool:
         return any(ring.has_frame() for _, ring in self._sources)
 
-    def _next_in_turn(self) -> tuple[int, _Ring]:
+    def _next_in_turn(self) -> tuple[int, _Ring] | None:
         """Return the first link with a frame, and put it last for the next time."""
-        turn = next(i for i, (_, ring) in enumerate(self._sources) if ring.has_frame())
-        chosen = self._sources.pop(turn)
-        self._sources.append(chosen)
-        return chosen
+        for turn, chosen in enumerate(self._sources):
+            if chosen[1].has_frame():
+                del self._sources[turn]
+                self._sources.append(chosen)
+                return chosen
+        return None
 
     def _wait_for_frame(self, timeout: float) -> bool:
         """Waits in vain without a frame sent in between are one long wait."""

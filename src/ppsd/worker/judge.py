@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ppsd.errors import NonFiniteError, ProtocolError
+from ppsd.model import kernels
 from ppsd.model.stage import StageModel
 from ppsd.speculation.sampling import Sampler
 from ppsd.worker.messages import Begin, Block, Verdict
@@ -19,7 +20,7 @@ from ppsd.worker.messages import Begin, Block, Verdict
 
 def require_finite(hidden: torch.Tensor, rank: int, position: int) -> None:
     """Raise NonFiniteError unless a stage's output rows [n, C] at ``position``… are finite."""
-    if math.isfinite(hidden.sum().item()):
+    if kernels.all_finite(hidden) or math.isfinite(hidden.sum().item()):
         return
     finite = torch.isfinite(hidden)
     if not finite.all():  # a sum can overflow by itself
@@ -42,9 +43,9 @@ class TokenHistory:
         """Return the tokens at positions from ``first`` to below ``end``."""
         return tuple(self._ids[first:end].tolist())
 
-    def before(self, position: int) -> torch.Tensor:
-        """Return the tokens at positions below ``position``; a view."""
-        return self._tokens[:position]
+    def before(self, position: int, first: int = 0) -> torch.Tensor:
+        """Return the tokens at positions from ``first`` to below ``position``; a view."""
+        return self._tokens[first:position]
 
 
 class Judge:
@@ -72,19 +73,27 @@ class Judge:
         rows = len(block.tokens)
         self._history.write(block.position, block.tokens)
         first = block.position + rows - block.judge + 1
-        judged = hidden[rows - block.judge :]
+        judged = hidden if block.judge == rows else hidden[rows - block.judge :]
         logits = self._stage.logits(judged) if block.judge else None
-        rows_of_logits = () if logits is None else logits
         return Verdict(
             slot=block.slot,
             epoch=block.epoch,
             source=self._rank,
             position=block.position,
             rows=rows,
-            tokens=tuple(self._choose(x, first + i) for i, x in enumerate(rows_of_logits)),
+            tokens=() if logits is None else self._tokens(logits, first),
             logits=logits if self._want_logits else None,
             hidden=judged if self._want_hidden and block.judge else None,
         )
+
+    def _tokens(self, logits: torch.Tensor, first: int) -> tuple[int, ...]:
+        """The target's tokens at ``first``…, one for each row of ``logits`` [n, V]."""
+        assert self._sampler is not None
+        if self._sampler.takes_largest(first):
+            found = kernels.largest(logits, self._sampler.vocab_size)
+            if found is not None:
+                return found
+        return tuple(self._choose(row, first + i) for i, row in enumerate(logits))
 
     def _choose(self, logits: torch.Tensor, position: int) -> int:
         assert self._sampler is not None

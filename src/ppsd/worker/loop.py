@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +61,6 @@ class Worker:
         self.handle(decode(received[1], self._endpoint.rows))
         return True
 
-    @torch.inference_mode()
     def handle(self, message: Message) -> None:
         """Act on one message and pass on what concerns later stages."""
         if isinstance(message, Block):
@@ -96,7 +94,7 @@ class Worker:
         require_finite(hidden, self.rank, block.position)
         if self._judge is not None:
             return self._judge.verdict(block, hidden)
-        return replace(block, hidden=hidden)
+        return block._replace(hidden=hidden)
 
     def _on_control(self, control: Control) -> None:
         if control.verb == "stop":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,8 +33,7 @@ MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Rows of one request on their way from a stage to the next (k → k+1).
 
     ``tokens`` [n] and ``hidden`` [n, C] stand at ``position``… and follow the token at
@@ -50,8 +49,7 @@ class Block:
     hidden: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The target's tokens [judge] for a block.
 
     When they are wanted, with the logits [judge, V] they were drawn from, and the rows
@@ -160,87 +158,61 @@ def decode(frame: memoryview, rows: torch.Tensor | None = None) -> Message:
     return _decode_json(header, body)
 
 
-def _frame(
-    kind: type,
-    body: bytes,
-    numbers: torch.Tensor | None = None,
-    *,
-    slot: int = 0,
-    source: int = 0,
-    epoch: int = 0,
-    position: int = 0,
-    parent: int = 0,
-    rows: int = 0,
-    judge: int = 0,
-) -> list[Part]:
-    """A header, then ``body``, then the rows ``numbers`` [n, width]."""
-    dtype = width = size = 0
-    if numbers is not None:
-        dtype, width, size = DTYPES.index(numbers.dtype), numbers.shape[1], numbers.nbytes
-    header = HEADER.pack(
-        MAGIC, VERSION, _KINDS[kind], dtype, 0, slot, source, epoch, position, parent, rows,
-        judge, width, len(body) + size,
-    )  # fmt: skip
-    return [header + body] if numbers is None else [header + body, numbers.contiguous()]
-
-
 def _ids(tokens: tuple[int, ...]) -> bytes:
     return struct.pack(f"{len(tokens)}q", *tokens)
 
 
 def _encode_block(block: Block) -> list[Part]:
-    return _frame(
-        Block,
-        _ids(block.tokens),
-        block.hidden,
-        slot=block.slot,
-        epoch=block.epoch,
-        position=block.position,
-        parent=block.parent,
-        rows=block.hidden.shape[0],
-        judge=block.judge,
-    )
+    ids, hidden = _ids(block.tokens), block.hidden.contiguous()
+    rows, width = hidden.shape
+    header = HEADER.pack(
+        MAGIC, VERSION, _KINDS[Block], DTYPES.index(hidden.dtype), 0, block.slot, 0, block.epoch,
+        block.position, block.parent, rows, block.judge, width, len(ids) + hidden.nbytes,
+    )  # fmt: skip
+    return [header + ids, hidden]
 
 
 def _encode_verdict(verdict: Verdict) -> list[Part]:
-    both = [rows for rows in (verdict.hidden, verdict.logits) if rows is not None]
-    numbers = None
+    slot, epoch, source, position, rows, tokens, logits, hidden = verdict
+    both = [part for part in (hidden, logits) if part is not None]
+    ids, numbers, dtype, width, size = _ids(tokens), None, 0, 0, 0
     if both:  # side by side in one matrix; ``parent`` tells them apart
-        numbers = torch.cat(both, 1) if len(both) > 1 else both[0]
-    return _frame(
-        Verdict,
-        _ids(verdict.tokens),
-        numbers,
-        slot=verdict.slot,
-        source=verdict.source,
-        epoch=verdict.epoch,
-        position=verdict.position,
-        parent=0 if verdict.hidden is None else verdict.hidden.shape[1],
-        rows=verdict.rows,
-        judge=len(verdict.tokens),
+        numbers = torch.cat(both, 1) if len(both) > 1 else both[0].contiguous()
+        dtype, width, size = DTYPES.index(numbers.dtype), numbers.shape[1], numbers.nbytes
+    parent = 0 if hidden is None else hidden.shape[1]
+    header = HEADER.pack(
+        MAGIC, VERSION, _KINDS[Verdict], dtype, 0, slot, source, epoch,
+        position, parent, rows, len(tokens), width, len(ids) + size,
+    )  # fmt: skip
+    return [header + ids] if numbers is None else [header + ids, numbers]
+
+
+def _encode_json(
+    kind: type, record: dict[str, Any], *, slot: int = 0, source: int = 0
+) -> list[Part]:
+    body = json.dumps(record, separators=(",", ":")).encode()
+    header = HEADER.pack(
+        MAGIC, VERSION, _KINDS[kind], 0, 0, slot, source, 0, 0, 0, 0, 0, 0, len(body)
     )
-
-
-def _encode_json(kind: type, record: dict[str, Any], **header: int) -> list[Part]:
-    return _frame(kind, json.dumps(record, separators=(",", ":")).encode(), None, **header)
+    return [header + body]
 
 
 def _split_rows(
     body: memoryview, apart: torch.Tensor | None, tokens: int, shape: tuple[int, int], dtype: int
-) -> tuple[tuple[int, ...], torch.Tensor]:
-    """Token ids [tokens] and numbers of ``shape`` from a body that must hold just these."""
+) -> tuple[tuple[int, ...], torch.Tensor | None]:
+    """Token ids [tokens] and any numbers of ``shape``, from a body that must hold just these."""
     if not 0 <= dtype < len(DTYPES) or tokens < 0 or min(shape) < 0:
         raise ProtocolError(f"frame states dtype {dtype}, {tokens} tokens, rows of shape {shape}")
+    cut, wanted = tokens * TOKEN_BYTES, shape[0] * shape[1]
     kind = DTYPES[dtype]
-    cut = tokens * TOKEN_BYTES
     size = len(body) - cut if apart is None else apart.numel()
-    if size != shape[0] * shape[1] * kind.itemsize or len(body) < cut:
+    if size != wanted * kind.itemsize or len(body) < cut:
         raise ProtocolError(f"{max(0, size)} bytes are not rows of shape {shape} in {kind}")
     ids = struct.unpack_from(f"{tokens}q", body)
+    if not size:
+        return ids, None
     if apart is not None:
         return ids, apart.view(kind).view(shape)
-    if not size:
-        return ids, torch.empty(shape, dtype=kind)
     return ids, torch.frombuffer(bytearray(body[cut:]), dtype=kind).view(shape)
 
 
@@ -249,6 +221,8 @@ def _decode_block(header: tuple[int, ...], body: memoryview, apart: torch.Tensor
     if not 0 <= judge <= rows or rows < 1 or position < 0:
         raise ProtocolError(f"block of {rows} rows at {position} asks for {judge} verdicts")
     tokens, hidden = _split_rows(body, apart, rows, (rows, width), dtype)
+    if hidden is None:
+        raise ProtocolError(f"block of {rows} rows has none")
     return Block(slot, epoch, position, parent, judge, tokens, hidden)
 
 
@@ -260,6 +234,8 @@ def _decode_verdict(
     tokens, both = _split_rows(body, apart, judge, shape, dtype)
     if not 0 <= hidden <= width:
         raise ProtocolError(f"verdict states rows of {hidden} numbers among {width}")
+    if both is None:
+        return Verdict(slot, epoch, source, position, rows, tokens)
     return Verdict(
         slot,
         epoch,
