@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from ppsd.bench.memory import OWN
 from ppsd.bench.oracle import PLAIN, Variant
 from ppsd.bench.runner import Measurement, Results, Spread, pairs, spread
 from ppsd.errors import PpsdError
 
+MEMORIES = ("any", "own", "shared")
 ALPHAS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
 GATED = 0.2  # up to this α PPSD runs a second time, with the gate that keeps it from being slower
 
@@ -74,6 +76,29 @@ def variants(alphas: Sequence[float], in_flight: int | None = None) -> list[Vari
     fast = [Variant("ppsd", in_flight=in_flight, alpha=alpha) for alpha in alphas]
     gated = [replace(variant, gate=True) for variant in fast if (variant.alpha or 0) <= GATED]
     return [Variant("autoregressive"), *fast, *gated]
+
+
+def with_memory(results: Results, memory: str) -> Results:
+    """The results without those PPSD requests whose stages had memory of another kind.
+
+    ``own``: before and after, all stages at once read as fast as each does alone; ``shared``: both
+    times they did not, or it is not known; ``any``: all, also those in between.
+    Raises PpsdError when none is left.
+    """
+
+    def fits(measurement: Measurement) -> bool:
+        shares: list[float | None] = measurement.details["memory"]
+        if memory == "any" or measurement.variant == PLAIN:
+            return True
+        own = [share is not None and share >= OWN for share in shares]
+        return all(own) if memory == "own" else not any(own)
+
+    kept = results.only(fits)
+    if all(cell.variant == PLAIN for cell in kept.measurements):
+        raise PpsdError(
+            f"no PPSD request found memory of this kind: {memory}; ask for more repeats"
+        )
+    return kept
 
 
 def gated_speedups(results: Results, names: Sequence[str]) -> dict[str, Spread]:

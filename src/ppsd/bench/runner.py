@@ -114,6 +114,9 @@ class Results:
     def __contains__(self, cell: Cell) -> bool:
         return cell in self.measurements
 
+    def __len__(self) -> int:
+        return len(self.measurements)
+
     def add(self, measurement: Measurement) -> None:
         """Keep a measurement, on disk before this returns."""
         if self._continuing is not None:
@@ -126,6 +129,13 @@ class Results:
     def get(self, cell: Cell) -> Measurement:
         """The measurement of a cell."""
         return self.measurements[cell]
+
+    def only(self, keep: Callable[[Measurement], bool]) -> Results:
+        """Those measurements that ``keep`` says yes to, in memory."""
+        kept = Results(None, self.settings, {})
+        kept.measurements = {cell: m for cell, m in self.measurements.items() if keep(m)}
+        kept.provenance = self.provenance
+        return kept
 
     def _read(self) -> bytes:
         try:

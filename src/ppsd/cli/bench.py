@@ -72,23 +72,39 @@ class BenchOptions:
 
 @app.command("efficiency")
 @grouped
-def bench_efficiency(pipeline: PipelineOptions, options: BenchOptions) -> None:
+def bench_efficiency(
+    pipeline: PipelineOptions,
+    options: BenchOptions,
+    memory: Annotated[
+        str,
+        _bench(
+            "Count requests whose stages, on cores of one machine, had a way to memory of their "
+            "own, a shared one, or any.",
+            metavar="KIND",
+        ),
+    ] = "any",
+) -> None:
     """Compare PPSD's speedup over plain decoding with theory, and say where the rest goes."""
     from ppsd.bench import efficiency
 
     check(pipeline, ("mode", "block", "head", "gate"))
+    if memory not in efficiency.MEMORIES:
+        raise ConfigError("memory", memory, "one of " + ", ".join(efficiency.MEMORIES))
     variants = efficiency.variants(options.rates(efficiency.ALPHAS), pipeline.in_flight)
-    with measured("efficiency", pipeline, options, variants, block=1) as (llm, results):
+    with measured("efficiency", pipeline, options, variants, block=1) as (llm, everything):
+        results = efficiency.with_memory(everything, memory)
         fast = [v for v in variants if v.alpha is not None]
         rows = efficiency.summarize(results, [v.name for v in fast if not v.gate])
         gated = efficiency.gated_speedups(results, [v.name for v in fast if v.gate])
         plain = efficiency.plain_summary(results)
         if options.as_json:
             speedups = {name: asdict(speedup) for name, speedup in gated.items()}
-            record = {"plain": plain, "rows": [asdict(row) for row in rows], "gated": speedups}
+            kinds = {"memory": memory, "kept": len(results), "measured": len(everything)}
+            record = kinds | {"plain": plain, "rows": [asdict(r) for r in rows], "gated": speedups}
             print(json.dumps(record_of(llm, results) | record, indent=1))
         else:
-            _show_efficiency(_label(llm, results), plain, rows)
+            kept = f"memory: {memory}, {len(results)} of {len(everything)} requests"
+            _show_efficiency(f"{_label(llm, results)} · {kept}", plain, rows)
             for name, speedup in gated.items():
                 print(f"{name}: {_number(speedup.median)} × plain ({_quartiles(speedup)})")
 
