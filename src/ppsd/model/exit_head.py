@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ppsd.errors import HeadError
 from ppsd.model import kernels
-from ppsd.model.layers import LayerWeights, Rope, linear, rms_norm
+from ppsd.model.layers import LayerWeights, Product, Rope, rms_norm
 from ppsd.model.packed import Weight, pack
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stack import LayerStack
@@ -171,11 +171,12 @@ class ExitHead:
         ids = torch.arange(spec.vocab_size) if self.draft_ids is None else self.draft_ids.cpu()
         self._scored = ids.numpy()
         self.input = weights.pop("input.weight", None)  # [C, C], none for norm
-        self.feedback_norm = weights.pop("feedback_norm.weight", None)  # [C]
-        self.feedback = weights.pop("feedback.weight", None)  # [C, C]
-        self.copy_weight = weights.pop("copy.weight", None)  # [LENGTHS, C]
-        self.copy_bias = weights.pop("copy.bias", None)  # [LENGTHS]
         self.lm_head = lm_head  # [draft vocabulary or V, C]
+        self._enter = _product(self.input)
+        recalled = weights.pop("feedback.weight", None), weights.pop("feedback_norm.weight", None)
+        self._recall = _product(recalled[0], None, recalled[1], spec.rms_norm_eps)
+        self._odds = _product(weights.pop("copy.weight", None), weights.pop("copy.bias", None))
+        self._score = Product(lm_head)
         self.layers: list[LayerWeights] = [
             fuse_layer(weights, layer_prefix(i)) for i in range(config.layers)
         ]
@@ -185,7 +186,7 @@ class ExitHead:
 
     def forward(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
         """Rows [n, C] after layer E at ``position`` to the head's own rows [n, C]."""
-        x = hidden if self.input is None else linear(hidden, self.input)
+        x = hidden if self._enter is None else self._enter(hidden)
         rows = self._stack.forward(x, position)
         assert rows is not None, "nothing interrupts a head"
         return rows
@@ -195,20 +196,17 @@ class ExitHead:
 
         ``verified`` [n, C]: the last layer's row of each row's newest verified position, or None.
         """
-        if self.feedback is not None and self.feedback_norm is not None and verified is not None:
-            normed = rms_norm(verified, self.feedback_norm, self.spec.rms_norm_eps)
-            features = features + linear(normed, self.feedback)
+        if self._recall is not None and verified is not None:
+            features = features + self._recall(verified)
         return rms_norm(features, self.norm, self.spec.rms_norm_eps)
 
     def copy_odds(self, finished: torch.Tensor) -> torch.Tensor:
         """The ``odds`` [n, LENGTHS] of ``lookup.mixed`` for each finished row."""
-        if self.copy_weight is None:
-            return ODDS.expand(len(finished), -1)
-        return linear(finished, self.copy_weight, self.copy_bias)
+        return ODDS.expand(len(finished), -1) if self._odds is None else self._odds(finished)
 
     def scores(self, finished: torch.Tensor) -> torch.Tensor:
         """Draft logits of finished rows, for the draft vocabulary alone where there is one."""
-        return linear(finished, self.lm_head)
+        return self._score(finished)
 
     def logits(self, finished: torch.Tensor) -> torch.Tensor:
         """Draft logits [n, V] of finished rows; -inf outside the draft vocabulary."""
@@ -234,6 +232,10 @@ class ExitHead:
             return scores
         full = scores.new_full((scores.shape[0], self.spec.vocab_size), float("-inf"))
         return full.index_copy_(1, self.draft_ids, scores)
+
+
+def _product(weight: torch.Tensor | None, *rest: Any) -> Product | None:
+    return None if weight is None else Product(weight, *rest)
 
 
 def head_spec(config: HeadConfig, spec: ModelSpec) -> ModelSpec:

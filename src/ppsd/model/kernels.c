@@ -100,6 +100,18 @@ void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, long rows, long size, 
     }
 }
 
+// y = x, divided by its rms and times `norm` where that is not NULL, times `weight` as in linear.
+// Returns 0, or 1 where there is no memory.
+int product(const bf16 *x, const bf16 *norm, float eps, const void *weight, int kind,
+            const bf16 *bias, bf16 *y, long rows, long in, long out, int threads) {
+    bf16 *normed = norm ? malloc(2 * rows * in) : NULL;
+    if (norm && !normed) return 1;
+    if (norm) rms_norm(x, norm, normed, rows, in, eps);
+    linear(norm ? normed : x, weight, kind, bias, NULL, y, rows, in, out, threads);
+    free(normed);
+    return 0;
+}
+
 // y [rows, size] = silu(gate) · up, for rows [gate, up] of twice `size`, a multiple of 32.
 static void gate(const bf16 *gate_up, bf16 *y, long rows, long size) {
     for (long row = 0; row < rows; row++, gate_up += 2 * size, y += size)

@@ -58,7 +58,10 @@ class Shape(ctypes.Structure):
 
 
 SIGNATURES = {
-    "linear": ([POINTER] * 2 + [INT] + [POINTER] * 3 + [LONG] * 3 + [INT], None),
+    "product": (
+        [POINTER] * 2 + [FLOAT, POINTER, INT] + [POINTER] * 2 + [LONG] * 3 + [INT],
+        INT,
+    ),
     "unpack": ([POINTER, INT, POINTER] + [LONG] * 2 + [INT], None),
     "packs": ([], INT),
     "rms_norm": ([POINTER] * 3 + [LONG] * 2 + [FLOAT], None),
@@ -103,37 +106,59 @@ class Packed(Protocol):
 
 def fits(x: torch.Tensor, weight: torch.Tensor | Packed, *sizes: int) -> bool:
     """Whether to use the functions here for rows ``x`` [n, …, in], a weight and further sizes."""
+    return takes(x) and suits(weight, x.shape[-1], *sizes)
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Whether rows ``x`` [n, …] are of a kind and number for the functions here."""
+    few = x.dtype == torch.bfloat16 and x.is_cpu and x.shape[0] <= MAX_ROWS
+    return few and not x.requires_grad
+
+
+def suits(weight: torch.Tensor | Packed, *sizes: int) -> bool:
+    """Whether a weight and ``sizes`` are for the functions here, and they can be had."""
     return (
-        x.dtype == weight.dtype == torch.bfloat16
-        and x.shape[0] <= MAX_ROWS
-        and not functools.reduce(operator.or_, sizes, x.shape[-1]) % STEP
-        and x.device.type == "cpu"
-        and not (x.requires_grad or weight.requires_grad)
+        weight.dtype == torch.bfloat16
+        and not functools.reduce(operator.or_, sizes) % STEP
+        and not weight.requires_grad
         and loaded() is not None
     )
 
 
-def linear(
-    x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """``x`` [n, in] times ``weight`` [out, in] transposed, plus ``bias``; [n, out]."""
-    kernels = loaded()
-    assert kernels is not None
-    return _linear(kernels, x, weight, bias)
+class Product:
+    """Rows times a weight [out, in] transposed, plus a bias; before that normed, with a ``norm``.
 
+    Called with rows [n, in]. Made once for a weight that is used again and again: between two
+    passes little of Python's code is in the caches, and all that can be is looked up here.
+    """
 
-def _linear(
-    kernels: ctypes.CDLL, x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None
-) -> torch.Tensor:
-    x, (data, kind) = x.contiguous(), _stored(weight)
-    data = data.contiguous()
-    rows, size = x.shape
-    out = weight.shape[0]
-    y = x.new_empty(rows, out)
-    added = None if bias is None else bias.data_ptr()
-    at = x.data_ptr(), data.data_ptr(), kind, added, None, y.data_ptr()
-    kernels.linear(*at, rows, size, out, torch.get_num_threads())
-    return y
+    def __init__(
+        self,
+        weight: torch.Tensor | Packed,
+        bias: torch.Tensor | None = None,
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+        kernels: ctypes.CDLL | None = None,
+    ) -> None:
+        kernels = kernels or loaded()
+        assert kernels is not None
+        self._product = kernels.product
+        data, kind = _stored(weight)
+        parts = [part if part is None else part.contiguous() for part in (norm, data, bias)]
+        self._held = parts  # by address alone below
+        norm_at, data_at, self._bias = (part if part is None else part.data_ptr() for part in parts)
+        self._weight = norm_at, eps, data_at, kind
+        self._out, self._size = weight.shape
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See above; [n, out]."""
+        x = x.contiguous()
+        rows = x.shape[0]
+        y = x.new_empty((rows, self._out))
+        sizes = rows, self._size, self._out, torch.get_num_threads()
+        if self._product(x.data_ptr(), *self._weight, self._bias, y.data_ptr(), *sizes):
+            raise MemoryError("no memory for normed rows")
+        return y
 
 
 def _stored(weight: torch.Tensor | Packed) -> tuple[torch.Tensor, Kind]:
@@ -338,7 +363,8 @@ def _check(kernels: ctypes.CDLL) -> None:
     """Raise RuntimeError unless this compiler kept what the bits of a row rest on."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 3 * STEP, generator=generator).bfloat16() for n in (7, 5))
-    alone = torch.cat([_linear(kernels, x[row : row + 1], weight, None) for row in range(7)])
+    product = Product(weight, kernels=kernels)
+    alone = torch.cat([product(x[row : row + 1]) for row in range(7)])
     for rows in (2, 3, 7):  # blocks of 4 rows, and what may be left
-        if not torch.equal(_linear(kernels, x[:rows], weight, None), alone[:rows]):
+        if not torch.equal(product(x[:rows]), alone[:rows]):
             raise RuntimeError("a row's result depends on other rows")

@@ -80,7 +80,7 @@ def _widen(x: torch.Tensor, rows: int) -> bool:
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x`` [n, in] times ``weight`` [out, in] transposed, plus ``bias``; [n, out]."""
     if kernels.fits(x, weight):
-        return kernels.linear(x, weight, bias)
+        return kernels.Product(weight, bias)(x)
     weight = whole(weight)
     if not _widen(x, x.shape[0]):
         return F.linear(x, weight, bias)
@@ -102,6 +102,32 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return scaled.to(x.dtype) * weight
+
+
+class Product:
+    """``linear`` with one weight, and before it ``rms_norm`` where there is a ``norm`` [in]."""
+
+    def __init__(
+        self,
+        weight: Weight,
+        bias: torch.Tensor | None = None,
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        self._parts = weight, bias, norm, eps
+
+    @functools.cached_property
+    def _compiled(self) -> kernels.Product | None:
+        weight = self._parts[0]
+        suited = kernels.suits(weight, weight.shape[1])
+        return kernels.Product(*self._parts) if suited else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows ``x`` [n, in] to [n, out]."""
+        if self._compiled is not None and kernels.takes(x):
+            return self._compiled(x)
+        weight, bias, norm, eps = self._parts
+        return linear(x if norm is None else rms_norm(x, norm, eps), weight, bias)
 
 
 def causal_mask(position: int, rows: int, device: torch.device) -> torch.Tensor | None:

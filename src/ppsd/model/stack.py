@@ -25,14 +25,13 @@ class LayerStack:
         self._spec = spec
         self._rope = rope
         self._cache = cache
-        self._sizes = (spec.head_dim, spec.num_heads * spec.head_dim, spec.intermediate_size)
 
     def forward(
         self, x: torch.Tensor, position: int, interrupted: Interrupted = lambda: False
     ) -> torch.Tensor | None:
         """Rows ``x`` [n, C] at ``position`` after the last layer; see StageModel.forward."""
         self._cache.reserve(position, len(x))
-        if self._weights and kernels.fits(x, self._weights[0].qkv, *self._sizes):
+        if self._compiled is not None and kernels.takes(x):
             y = self._compiled.run(x, position, interrupted)
         else:
             y = self._by_operations(x, position, interrupted)
@@ -41,7 +40,13 @@ class LayerStack:
         return y
 
     @functools.cached_property
-    def _compiled(self) -> kernels.Layers:
+    def _compiled(self) -> kernels.Layers | None:
+        spec = self._spec
+        sizes = spec.hidden_size, spec.head_dim, spec.num_heads * spec.head_dim
+        if not self._weights or not kernels.suits(
+            self._weights[0].qkv, *sizes, spec.intermediate_size
+        ):
+            return None
         pointers = [weights.pointers for weights in self._weights]
         tables, cache = (self._rope.cos, self._rope.sin), self._cache
         return kernels.Layers(pointers, self._spec, tables, cache.keys, cache.values)

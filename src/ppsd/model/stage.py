@@ -5,6 +5,7 @@ Used by worker/ and engine/. A stage knows nothing of other stages or of how row
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -15,7 +16,7 @@ import torch
 from ppsd.model import kernels
 from ppsd.model.cache import KVCache
 from ppsd.model.kernels import Kind
-from ppsd.model.layers import FIELDS, LayerWeights, Rope, linear, rms_norm
+from ppsd.model.layers import FIELDS, LayerWeights, Product, Rope
 from ppsd.model.packed import Codes, Weight, can_pack, pack, packed_bytes
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stack import Interrupted, LayerStack
@@ -264,9 +265,12 @@ class Stage:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See StageModel."""
-        assert self.norm is not None, "only the last stage has logits"
-        assert self.lm_head is not None
-        return linear(rms_norm(hidden, self.norm, self.spec.rms_norm_eps), self.lm_head)
+        return self._score(hidden)
+
+    @functools.cached_property
+    def _score(self) -> Product:
+        assert self.lm_head is not None, "only the last stage has logits"
+        return Product(self.lm_head, None, self.norm, self.spec.rms_norm_eps)
 
 
 def new_cache(spec: ModelSpec, layers: int, plan: StagePlan) -> KVCache:
