@@ -157,6 +157,66 @@ def test_large_numbers_saturate_and_nan_stays(spec: ModelSpec) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_prepared_product_has_the_bits_of_a_norm_and_a_product(biased: bool) -> None:
+    x, weight, norm = rand(5, 96, dtype=BF16), rand(37, 96, dtype=BF16), rand(96, dtype=BF16)
+    bias = rand(37, dtype=BF16) if biased else None
+    expected = layers.linear(layers.rms_norm(x, norm, 1e-5), weight, bias)
+    normed = layers.Product(weight, bias, norm, 1e-5)
+    assert torch.equal(normed(x), expected)
+    assert torch.equal(normed(x[1:2]), expected[1:2])
+    assert torch.equal(normed(torch.cat([x, x], 1)[:, :96]), expected)  # rows apart in memory
+    assert torch.equal(layers.Product(weight, bias)(x), layers.linear(x, weight, bias))
+
+
+def test_a_product_of_other_kinds_or_many_rows_is_pytorchs() -> None:
+    for rows, dtype in ((3, torch.float32), (17, BF16)):
+        x, weight, norm = (rand(*size, dtype=dtype) for size in ((rows, 96), (37, 96), (96,)))
+        expected = layers.linear(layers.rms_norm(x, norm, 1e-5), weight)
+        assert torch.equal(layers.Product(weight, None, norm, 1e-5)(x), expected)
+
+
+@compiled
+@pytest.mark.parametrize("size", [1, 31, 255, 256, 257, 1000])
+def test_the_largest_is_what_numpy_finds(size: int) -> None:
+    x = rand(9, size + 3, dtype=BF16)
+    x[1] = -x[1].abs() - 1
+    x[2] = 0.5  # all equal
+    x[3] = -torch.inf
+    x[3, size // 2] = torch.finfo(BF16).min
+    x[4, size - 1] = x[4].max()
+    x[5] = torch.tensor([-0.0, 0.0]).repeat(size + 3)[: size + 3]  # equal as well
+    x[6] = x[6].sort().values
+    x[7, size:] = torch.inf  # not among them
+    expected = x[:, :size].float().numpy().argmax(1).tolist()
+    assert kernels.largest(x, size) == tuple(expected)
+
+
+@compiled
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
+@pytest.mark.parametrize("at", [0, 300, 599])
+def test_numbers_that_are_not_finite_are_found(bad: float, at: int) -> None:
+    x = rand(3, 600, dtype=BF16)
+    assert kernels.all_finite(x)
+    assert kernels.largest(x, 600) is not None
+    x[2, at] = bad
+    if bad != bad:
+        x.view(torch.int16)[2, at] |= torch.tensor(0x7FFF if at else -1, dtype=torch.int16)
+    assert not kernels.all_finite(x)
+    assert kernels.largest(x, 600) is None
+    x[2] = -torch.inf
+    assert not kernels.all_finite(x)
+    assert kernels.largest(x, 600) is None
+
+
+def test_of_other_kinds_nothing_is_found() -> None:
+    x = rand(2, 64)
+    assert not kernels.all_finite(x)
+    assert kernels.largest(x, 64) is None
+    assert kernels.largest(x.bfloat16()[:, ::2], 32) is None
+
+
+@compiled
 def test_products_do_not_follow_the_callers_defaults() -> None:
     x, weight = rand(3, 96, dtype=BF16), rand(5, 96, dtype=BF16)
     expected = layers.linear(x, weight)

@@ -24,6 +24,7 @@ from ppsd.worker.messages import (
     Begin,
     Block,
     Control,
+    Landing,
     Message,
     Status,
     Verdict,
@@ -135,6 +136,27 @@ def test_round_trip_of_every_message(message) -> None:
     assert type(back) is type(message)
     for name in message.__match_args__:
         assert same(getattr(message, name), getattr(back, name)), name
+
+
+def test_rows_of_one_block_after_another_land_in_one_place() -> None:
+    def block(rows: int, value: float, dtype: torch.dtype) -> Block:
+        tokens = tuple(range(rows))
+        return Block(0, 1, 2, 1, rows, tokens, torch.full((rows, 4), value, dtype=dtype))
+
+    landing, places = Landing(), []
+    for rows, value, dtype in (
+        (1, 1.0, torch.float32),
+        (1, 2.0, torch.float32),
+        (2, 3.0, torch.float32),
+        (2, 4.0, torch.bfloat16),
+        (1, 5.0, torch.bfloat16),
+    ):
+        sent = block(rows, value, dtype)
+        back = decode(memoryview(frame(sent)), None, landing)
+        assert isinstance(back, Block)
+        assert same(sent.hidden, back.hidden)
+        places.append(back.hidden.data_ptr())
+    assert places[0] == places[1]
 
 
 def test_a_decoded_message_does_not_share_the_frames_memory() -> None:

@@ -135,6 +135,16 @@ def test_each_push_decodes_a_bounded_window(name, monkeypatch):
     assert longest == module.MOST
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_text_is_what_transformers_says(name):
+    tokenizer = TOKENIZERS[name]
+    slow = Tokenizer(_wrap(_byte_level() if name == "byte level" else _byte_fallback()), "slow")
+    slow._backend = None  # as of tokenizers that are not of the tokenizers library
+    for text in TEXTS:
+        ids = tokenizer.encode(f"{text} {END}!")
+        assert tokenizer.decode(ids) == slow.decode(ids) != ""
+
+
 def test_encode_decode_and_ids():
     tokenizer = TOKENIZERS["byte level"]
     assert [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS] == TEXTS

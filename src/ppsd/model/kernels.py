@@ -211,8 +211,8 @@ def largest(x: torch.Tensor, among: int) -> tuple[int, ...] | None:
         return None
     rows, size = x.shape
     at = x.data_ptr()
-    found = tuple(kernels.largest(at + 2 * size * row, among) for row in range(rows))
-    return found if min(found) >= 0 else None
+    found = tuple([kernels.largest(at + 2 * size * row, among) for row in range(rows)])
+    return None if -1 in found else found
 
 
 def _readable(x: torch.Tensor) -> ctypes.CDLL | None:

@@ -75,15 +75,16 @@ class Judge:
         first = block.position + rows - block.judge + 1
         judged = hidden if block.judge == rows else hidden[rows - block.judge :]
         logits = self._stage.logits(judged) if block.judge else None
+        tokens = () if logits is None else self._tokens(logits, first)
         return Verdict(
-            slot=block.slot,
-            epoch=block.epoch,
-            source=self._rank,
-            position=block.position,
-            rows=rows,
-            tokens=() if logits is None else self._tokens(logits, first),
-            logits=logits if self._want_logits else None,
-            hidden=judged if self._want_hidden and block.judge else None,
+            block.slot,
+            block.epoch,
+            self._rank,
+            block.position,
+            rows,
+            tokens,
+            logits if self._want_logits else None,
+            judged if self._want_hidden and block.judge else None,
         )
 
     def _tokens(self, logits: torch.Tensor, first: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from ppsd.worker.messages import (
     Begin,
     Block,
     Control,
+    Landing,
     Message,
     Status,
     decode,
@@ -52,13 +53,14 @@ class Worker:
         self._judge = judge
         self._timeout = timeout
         self._recorder = recorder or Recorder()
+        self._landing = Landing()
 
     def step(self, timeout: float) -> bool:
         """Handle one message; False when none came within ``timeout`` seconds."""
         received = self._endpoint.receive(timeout)
         if received is None:
             return False
-        self.handle(decode(received[1], self._endpoint.rows))
+        self.handle(decode(received[1], self._endpoint.rows, self._landing))
         return True
 
     def handle(self, message: Message) -> None:

@@ -7,6 +7,8 @@ it. Used by worker/ and engine/.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
 import struct
 from dataclasses import dataclass
@@ -135,10 +137,33 @@ def encode(message: Message) -> list[Part]:
     )
 
 
-def decode(frame: memoryview, rows: torch.Tensor | None = None) -> Message:
+class Landing:
+    """Where the rows of one block after another are put, each over the one before.
+
+    Memory for every block anew would cost more than all else that decoding one does.
+    """
+
+    def __init__(self) -> None:
+        self._kind: tuple[tuple[int, int], torch.dtype] | None = None
+        self._rows = torch.empty(0)
+        self._address = 0
+
+    def put(self, numbers: memoryview, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Rows of ``shape`` made of just so many ``numbers``."""
+        if (shape, dtype) != self._kind:
+            self._kind, self._rows = (shape, dtype), torch.empty(shape, dtype=dtype)
+            self._address = self._rows.data_ptr()
+        ctypes.memmove(self._address, bytes(numbers), len(numbers))
+        return self._rows
+
+
+def decode(
+    frame: memoryview, rows: torch.Tensor | None = None, landing: Landing | None = None
+) -> Message:
     """Read a message from a frame and the rows (uint8 [n]) that travelled apart from it, if any.
 
-    The result does not share the frame's memory. Raises ProtocolError for anything that is not a
+    The result does not share the frame's memory; a block's rows lie in ``landing`` until the next
+    block's do, or are its own without one. Raises ProtocolError for anything that is not a
     message of this protocol version.
     """
     if len(frame) < HEADER_BYTES:
@@ -152,14 +177,20 @@ def decode(frame: memoryview, rows: torch.Tensor | None = None) -> Message:
     if body_bytes != present:
         raise ProtocolError(f"frame announces {body_bytes} bytes of body and has {present}")
     if kind == _KINDS[Block]:
-        return _decode_block(header, body, rows)
+        return _decode_block(header, body, rows, landing)
     if kind == _KINDS[Verdict]:
         return _decode_verdict(header, body, rows)
     return _decode_json(header, body)
 
 
 def _ids(tokens: tuple[int, ...]) -> bytes:
-    return struct.pack(f"{len(tokens)}q", *tokens)
+    return _tokens(len(tokens)).pack(*tokens)
+
+
+@functools.cache
+def _tokens(count: int) -> struct.Struct:
+    """The layout of so many token ids."""
+    return struct.Struct(f"{count}q")
 
 
 def _encode_block(block: Block) -> list[Part]:
@@ -198,7 +229,12 @@ def _encode_json(
 
 
 def _split_rows(
-    body: memoryview, apart: torch.Tensor | None, tokens: int, shape: tuple[int, int], dtype: int
+    body: memoryview,
+    apart: torch.Tensor | None,
+    landing: Landing | None,
+    tokens: int,
+    shape: tuple[int, int],
+    dtype: int,
 ) -> tuple[tuple[int, ...], torch.Tensor | None]:
     """Token ids [tokens] and any numbers of ``shape``, from a body that must hold just these."""
     if not 0 <= dtype < len(DTYPES) or tokens < 0 or min(shape) < 0:
@@ -208,19 +244,21 @@ def _split_rows(
     size = len(body) - cut if apart is None else apart.numel()
     if size != wanted * kind.itemsize or len(body) < cut:
         raise ProtocolError(f"{max(0, size)} bytes are not rows of shape {shape} in {kind}")
-    ids = struct.unpack_from(f"{tokens}q", body)
+    ids = _tokens(tokens).unpack_from(body)
     if not size:
         return ids, None
     if apart is not None:
         return ids, apart.view(kind).view(shape)
-    return ids, torch.frombuffer(bytearray(body[cut:]), dtype=kind).view(shape)
+    return ids, (landing or Landing()).put(body[cut:], shape, kind)
 
 
-def _decode_block(header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None) -> Block:
+def _decode_block(
+    header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None, landing: Landing | None
+) -> Block:
     _, _, _, dtype, _, slot, _, epoch, position, parent, rows, judge, width, _ = header
     if not 0 <= judge <= rows or rows < 1 or position < 0:
         raise ProtocolError(f"block of {rows} rows at {position} asks for {judge} verdicts")
-    tokens, hidden = _split_rows(body, apart, rows, (rows, width), dtype)
+    tokens, hidden = _split_rows(body, apart, landing, rows, (rows, width), dtype)
     if hidden is None:
         raise ProtocolError(f"block of {rows} rows has none")
     return Block(slot, epoch, position, parent, judge, tokens, hidden)
@@ -231,7 +269,7 @@ def _decode_verdict(
 ) -> Verdict:
     _, _, _, dtype, _, slot, source, epoch, position, hidden, rows, judge, width, _ = header
     shape = (judge if width else 0, width)
-    tokens, both = _split_rows(body, apart, judge, shape, dtype)
+    tokens, both = _split_rows(body, apart, None, judge, shape, dtype)
     if not 0 <= hidden <= width:
         raise ProtocolError(f"verdict states rows of {hidden} numbers among {width}")
     if both is None:
