@@ -14,7 +14,7 @@ from ppsd.errors import ConfigError, PpsdError
 from tests.unit.test_cli import PIPELINE
 
 OWN = {
-    "efficiency": "--alphas --tokens",
+    "efficiency": "--alphas --tokens --memory",
     "predict": "--alphas --tokens --profile",
     "splits": "--alphas --tokens --alpha",
     "endurance": "--alphas --tokens --requests",
@@ -54,6 +54,7 @@ def test_efficiency_as_json(small, tmp_path, transport) -> None:
     assert "PACED: emulated stages of 0.003 s" in record["label"]
     assert (record["stages"], record["bounds"], record["repeats"]) == (3, [0, 2, 4, 6], 2)
     assert (record["pace"], record["blocks"] > 0) == ([0.003], True)
+    assert (record["memory"], record["kept"], record["measured"]) == ("any", 6, 6)
     assert record["provenance"][0]["config"]["pace"] == [0.003]
     assert [row["variant"] for row in record["rows"]] == ["ppsd α=1", "ppsd α=0.5"]
     for row in record["rows"]:
@@ -99,7 +100,9 @@ def test_tables_carry_their_label(small, verb, tmp_path) -> None:
     result = bench(verb, *small, "--repeats", 1, "--prompts", prompts)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0] == ("ORACLE drafts: acceptance is chosen, not a head's · 3 stages at 0,2,4,6")
+    label = "ORACLE drafts: acceptance is chosen, not a head's · 3 stages at 0,2,4,6"
+    kept = " · memory: any, 6 of 6 requests" if verb == "efficiency" else ""
+    assert lines[0] == label + kept
     assert any(line.startswith("ppsd α=1 " if verb == "predict" else "1.000 ") for line in lines)
 
 
@@ -115,6 +118,7 @@ def test_tables_carry_their_label(small, verb, tmp_path) -> None:
         (["--stages", "1"], "stages must be at least 2, got 1"),
         (["--alphas", "2"], "alphas must be rates in [0, 1] separated by commas, got '2'"),
         (["--alphas", "x"], "alphas must be numbers separated by commas, got 'x'"),
+        (["--memory", "x"], "memory must be one of any, own, shared, got 'x'"),
         (["--pace", "x"], "pace must be numbers separated by commas, got 'x'"),
         (["--out", "/no/where/m"], "out must be a file in a directory that exists"),
         (["--prompts", "/no/where"], "cannot read prompts from /no/where"),
