@@ -264,18 +264,20 @@ class Layers:
         self._turn = spec.head_dim * tables[0].itemsize
         self._end = min(keys[0].shape[1], tables[0].shape[0])
         sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size
-        self._sizes = *sizes, keys[0].shape[1], spec.rms_norm_eps
+        fixed = *sizes, keys[0].shape[1], spec.rms_norm_eps
+        self._shape = Shape(0, 0, spec.hidden_size, *fixed)
+        self._shape_at = ctypes.addressof(self._shape)
 
     def run(
         self, x: torch.Tensor, position: int, interrupted: Callable[[], bool]
     ) -> torch.Tensor | None:
         """Rows ``x`` [n, C] at ``position`` after all layers; None once ``interrupted`` is true."""
-        rows, hidden = x.shape
+        rows = x.shape[0]
         assert position + rows <= self._end
         x = x.contiguous()
         y = torch.empty_like(x)
-        shape = Shape(rows, position, hidden, *self._sizes, torch.get_num_threads())
-        at = ctypes.addressof(shape)
+        shape, at = self._shape, self._shape_at
+        shape.rows, shape.position, shape.threads = rows, position, torch.get_num_threads()
         cos, sin = (table + position * self._turn for table in self._tables)
         source, into = x.data_ptr(), y.data_ptr()
         layer = self._layer

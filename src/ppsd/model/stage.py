@@ -259,7 +259,8 @@ class Stage:
         self, inputs: torch.Tensor, position: int, interrupted: Interrupted = lambda: False
     ) -> torch.Tensor | None:
         """See StageModel."""
-        inputs = inputs.to(self.plan.device)
+        if inputs.device != self.plan.device:
+            inputs = inputs.to(self.plan.device)
         x = inputs if self.embedding is None else self.embedding.index_select(0, inputs)
         return self._stack.forward(x, position, interrupted)
 
