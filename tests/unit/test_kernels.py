@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from transformers import LlamaConfig, Qwen3Config
 
 from ppsd.model import kernels, layers
 from ppsd.model.layers import FIELDS, LayerWeights
+from ppsd.model.passes import Watch
 from ppsd.model.spec import ModelSpec, spec_from_config
+from ppsd.model.stack import LayerStack
+from ppsd.model.stage import StagePlan, new_cache
 from tests.support.layers import rand, random_layer, run_layer
 
 SIZES = {
@@ -214,6 +218,41 @@ def test_of_other_kinds_nothing_is_found() -> None:
     assert not kernels.all_finite(x)
     assert kernels.largest(x, 64) is None
     assert kernels.largest(x.bfloat16()[:, ::2], 32) is None
+
+
+@compiled
+def test_a_question_is_asked_again_only_once_a_word_has_changed(spec: ModelSpec) -> None:
+    plan = StagePlan(0, 3, 8, BF16, torch.device("cpu"))
+    cache, rope = new_cache(spec, 3, plan), layers.Rope(spec, 8, BF16, plan.device)
+    stack = LayerStack([scaled_layer(spec) for _ in range(3)], spec, rope, cache)
+    x = rand(1, 96, dtype=BF16)
+    words = [ctypes.c_int64(7), ctypes.c_int64(-7)]
+    addresses = [ctypes.addressof(word) for word in words]
+    asked: list[int] = []
+
+    def run(changes: Sequence[int], answers: Sequence[bool], watched: Sequence[int]) -> object:
+        """The n-th time it is asked a word changes; the answer stands in ``answers``."""
+        asked.clear()
+
+        def ask() -> bool:
+            asked.append(len(asked))
+            if len(asked) <= len(changes):
+                words[changes[len(asked) - 1]].value += 1
+            return answers[len(asked) - 1]
+
+        cache.length = 0
+        return stack.forward(x, 0, Watch(ask, watched))
+
+    expected = stack.forward(x, 0)
+    assert torch.equal(run([], [False], addresses), expected)
+    assert torch.equal(run([1], [False, False], addresses), expected)
+    assert torch.equal(run([0, 1], [False, False, False], addresses), expected)
+    assert len(asked) == 3
+    assert run([0], [False, True], addresses) is None
+    assert cache.length == 0  # what was written does not count
+    assert run([], [True], addresses) is None
+    assert torch.equal(run([], [False] * 3, []), expected)
+    assert len(asked) == 3
 
 
 @compiled

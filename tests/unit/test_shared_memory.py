@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import resource
@@ -117,6 +118,25 @@ def test_rank_0_serves_its_links_in_turn(fd: int) -> None:
             ends[rank].send(0, frame(rank), 0)
     order = [received[0] for _ in range(4) if (received := ends[0].receive(0))]
     assert order in ([1, 2, 1, 2], [2, 1, 2, 1])
+
+
+def test_words_tell_of_frames_at_rank_0_and_of_epochs_elsewhere(fd: int) -> None:
+    ends = [attach(fd, rank) for rank in range(GEOMETRY.size)]
+
+    def words(rank: int) -> list[int]:
+        return [ctypes.c_int64.from_address(word).value for word in ends[rank].words]
+
+    before = [words(rank) for rank in range(GEOMETRY.size)]
+    ends[0].publish(9)
+    assert words(0) == before[0]
+    assert all(words(rank) == [9] for rank in range(1, GEOMETRY.size))
+    ends[0].send(1, frame(1), 0)
+    for rank in range(1, GEOMETRY.size):
+        seen = words(0)
+        ends[rank].send(0, frame(rank), 0)
+        assert words(0) != seen
+        assert words(rank) == [9]
+        assert ends[0].receive(0) is not None
 
 
 def test_counters_survive_many_rounds_of_the_ring(fd: int) -> None:

@@ -26,6 +26,7 @@ from ppsd.errors import (
     StageLostError,
     UnsupportedModelError,
 )
+from ppsd.model.passes import Watch
 from ppsd.model.stage import StageModel
 from ppsd.speculation.policy import UNVERIFIED, Drafted, Feed, Judged
 from ppsd.speculation.sampling import Sampler, Stream
@@ -104,6 +105,8 @@ class Pipeline:
         self._open: list[torch.Tensor] = []  # stage 0's rows of the block not shipped yet
         self._last_rows: dict[int, torch.Tensor] = {}  # the last layer's, by verified position
         self._verdicts: deque[Verdict] = deque()  # of a pipeline of one stage
+        self._ask: Callable[[], bool] = lambda: False
+        self._interrupted = Watch(lambda: self._ask(), endpoint.words)
 
     def begin(self, begin: Begin) -> None:
         """Tell the last stage, and the drafter's sampler, how the next request samples."""
@@ -133,7 +136,8 @@ class Pipeline:
         self._history.write(feed.position, feed.tokens)
         tokens = self._history.before(feed.position + len(feed.tokens), feed.position)
         start = time.monotonic_ns()
-        hidden = self._stage.forward(tokens, feed.position, interrupted)
+        self._ask = interrupted
+        hidden = self._stage.forward(tokens, feed.position, self._interrupted)
         kind = "cancelled" if hidden is None else "forward" if feed.judge else "prefill"
         self.recorder.add(start, kind, feed.epoch, feed.position, len(feed.tokens))
         if hidden is None:

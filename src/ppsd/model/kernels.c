@@ -327,3 +327,24 @@ int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, 
     free(block);
     return 0;
 }
+
+typedef struct { // a layer and its keys and values
+    const Weights *weights;
+    bf16 *keys, *values;
+} Layer;
+
+// Layers from the `first` to before the `end`, one after another: see decoder_layer. Between two it
+// looks at `words` that others write, and goes on only while they are as `expected`. Returns the
+// layer to go on with, or -1 where there is no memory.
+long decoder_layers(const bf16 *x, bf16 *y, const Layer *layers, long first, long end,
+                    const Shape *shape, const bf16 *cos, const bf16 *sin,
+                    int64_t *const *words, const int64_t *expected, long count) {
+    for (long i = first; i < end; i++) {
+        if (i > first)
+            for (long word = 0; word < count; word++)
+                if (__atomic_load_n(words[word], __ATOMIC_ACQUIRE) != expected[word]) return i;
+        const Layer *l = layers + i;
+        if (decoder_layer(i ? y : x, y, l->weights, shape, cos, sin, l->keys, l->values)) return -1;
+    }
+    return end;
+}

@@ -23,7 +23,7 @@ import stat
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
@@ -31,7 +31,6 @@ from typing import Protocol
 import torch
 
 from ppsd.model.sidecar import cached
-from ppsd.model.spec import ModelSpec
 
 SOURCE, PRODUCTS = (Path(__file__).with_name(name) for name in ("kernels.c", "products.h"))
 BUILT = "kernels.so"
@@ -45,18 +44,6 @@ STEP = 32  # sizes are multiples of it
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
 
-class Shape(ctypes.Structure):
-    """What a layer computes on: Shape of kernels.c."""
-
-    _fields_ = [
-        *((name, LONG) for name in ("rows", "position", "hidden", "heads", "groups", "size")),
-        ("inner", LONG),
-        ("capacity", LONG),
-        ("eps", FLOAT),
-        ("threads", INT),
-    ]
-
-
 SIGNATURES = {
     "product": (
         [POINTER] * 2 + [FLOAT, POINTER, INT] + [POINTER] * 2 + [LONG] * 3 + [INT],
@@ -67,7 +54,7 @@ SIGNATURES = {
     "rms_norm": ([POINTER] * 3 + [LONG] * 2 + [FLOAT], None),
     "all_finite": ([POINTER, LONG], INT),
     "largest": ([POINTER, LONG], LONG),
-    "decoder_layer": ([POINTER] * 8, INT),
+    "decoder_layers": ([POINTER] * 3 + [LONG] * 2 + [POINTER] * 5 + [LONG], LONG),
 }
 
 
@@ -232,62 +219,6 @@ def pointers(
     places = [None if weight is None else _stored(weight)[0].data_ptr() for weight in weights]
     kinds = [_stored(matrix)[1] for matrix in matrices]
     return (POINTER * (len(places) + len(kinds)))(*places, *kinds)
-
-
-def _places(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
-
-
-class Layers:
-    """Consecutive decoder layers, whose ``weights`` are in the order of LayerWeights.
-
-    Rotated by ``cos`` and signed ``sin`` [T, 1, D]; ``keys``, ``values`` [K, cap, D] of each layer.
-    A pass reads more weights than caches hold and so finds none of Python's own code there: what
-    does not change from pass to pass is laid out here.
-    """
-
-    def __init__(
-        self,
-        weights: Sequence[Pointers],
-        spec: ModelSpec,
-        tables: tuple[torch.Tensor, torch.Tensor],
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-    ) -> None:
-        kernels = loaded()
-        assert kernels is not None
-        self._layer = kernels.decoder_layer
-        self._held = weights, tables, keys, values  # by address alone below
-        places = (map(ctypes.addressof, weights), _places(keys), _places(values))
-        self._layers = list(zip(*places, strict=True))
-        self._tables = _places(tables)
-        self._turn = spec.head_dim * tables[0].itemsize
-        self._end = min(keys[0].shape[1], tables[0].shape[0])
-        sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size
-        fixed = *sizes, keys[0].shape[1], spec.rms_norm_eps
-        self._shape = Shape(0, 0, spec.hidden_size, *fixed)
-        self._shape_at = ctypes.addressof(self._shape)
-
-    def run(
-        self, x: torch.Tensor, position: int, interrupted: Callable[[], bool]
-    ) -> torch.Tensor | None:
-        """Rows ``x`` [n, C] at ``position`` after all layers; None once ``interrupted`` is true."""
-        rows = x.shape[0]
-        assert position + rows <= self._end
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        shape, at = self._shape, self._shape_at
-        shape.rows, shape.position, shape.threads = rows, position, torch.get_num_threads()
-        cos, sin = (table + position * self._turn for table in self._tables)
-        source, into = x.data_ptr(), y.data_ptr()
-        layer = self._layer
-        for weights, keys, values in self._layers:
-            if interrupted():
-                return None
-            if layer(source, into, weights, at, cos, sin, keys, values):
-                raise MemoryError("no memory for the work space of a decoder layer")
-            source = into  # each layer but the first works in place
-        return y
 
 
 def kind(dtype: str) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ppsd.model import kernels
 from ppsd.model.cache import KVCache
 from ppsd.model.layers import LayerWeights, Rope, causal_mask, decoder_layer
+from ppsd.model.passes import Interrupted, Layers
 from ppsd.model.spec import ModelSpec
-
-Interrupted = Callable[[], bool]
 
 
 class LayerStack:
@@ -40,7 +39,7 @@ class LayerStack:
         return y
 
     @functools.cached_property
-    def _compiled(self) -> kernels.Layers | None:
+    def _compiled(self) -> Layers | None:
         spec = self._spec
         sizes = spec.hidden_size, spec.head_dim, spec.num_heads * spec.head_dim
         if not self._weights or not kernels.suits(
@@ -49,7 +48,7 @@ class LayerStack:
             return None
         pointers = [weights.pointers for weights in self._weights]
         tables, cache = (self._rope.cos, self._rope.sin), self._cache
-        return kernels.Layers(pointers, self._spec, tables, cache.keys, cache.values)
+        return Layers(pointers, self._spec, tables, cache.keys, cache.values)
 
     def _by_operations(
         self, x: torch.Tensor, position: int, interrupted: Interrupted

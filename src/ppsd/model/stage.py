@@ -18,8 +18,9 @@ from ppsd.model.cache import KVCache
 from ppsd.model.kernels import Kind
 from ppsd.model.layers import FIELDS, LayerWeights, Product, Rope
 from ppsd.model.packed import Codes, Weight, can_pack, pack, packed_bytes
+from ppsd.model.passes import Interrupted
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stack import Interrupted, LayerStack
+from ppsd.model.stack import LayerStack
 from ppsd.model.weights import (
     EMBEDDING,
     FINAL_NORM,

@@ -92,6 +92,13 @@ class Endpoint(Protocol):
     def rows(self) -> torch.Tensor | None:
         """See above."""
 
+    @property
+    def words(self) -> tuple[int, ...]:
+        """Addresses of the 64-bit words that others change to make work pointless; none if unknown.
+
+        On rank 0 a new frame, elsewhere a new epoch changes one of them.
+        """
+
     def send(self, to: int, parts: Sequence[Part], timeout: float) -> None:
         """Send one frame made of ``parts`` laid end to end: first bytes, then tensors.
 

@@ -68,6 +68,8 @@ class DistributedEndpoint:
     is the device on which the rows of frames travel apart; None keeps them in the frames.
     """
 
+    words: tuple[int, ...] = ()
+
     def __init__(
         self, geometry: Geometry, rank: int, timeout: float, apart: torch.device | None = None
     ) -> None:

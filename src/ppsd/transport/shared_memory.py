@@ -88,6 +88,8 @@ class SharedMemoryEndpoint:
         rings = {link: _Ring(segment, self._words, *place) for link, place in _places(geometry)}
         self._senders = {to: ring for (source, to), ring in rings.items() if source == rank}
         self._sources = [(source, ring) for (source, to), ring in rings.items() if to == rank]
+        tails = tuple(ring.tail_address for _, ring in self._sources)
+        self.words = tails if rank == 0 else (_address(segment) + EPOCH_WORD * WORD,)
         self._lent: _Ring | None = None
         self._waiting_since: float | None = None  # the first of the waits in vain in a row
 
@@ -191,8 +193,9 @@ class _Ring:
         self._lengths = [offset // WORD for offset in offsets]
         whole = memoryview(segment)
         self._payloads = [whole[at + LINE : at + LINE + limit] for at in offsets]
-        base = torch.frombuffer(segment, dtype=torch.uint8).data_ptr()
+        base = _address(segment)
         self._addresses = [base + at + LINE for at in offsets]
+        self.tail_address = base + start + LINE
 
     def has_room(self) -> bool:
         return self._put - self._words[self._head] < self._slots
@@ -224,6 +227,10 @@ class _Ring:
         self._taken += 1
         _fence()
         self._words[self._head] = self._taken
+
+
+def _address(segment: mmap.mmap) -> int:
+    return torch.frombuffer(segment, dtype=torch.uint8).data_ptr()
 
 
 _fence_lock = threading.Lock()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ppsd.errors import PipelineError, ProtocolError
+from ppsd.model.passes import Watch
 from ppsd.model.stage import StageModel
 from ppsd.transport.base import Endpoint
 from ppsd.worker.judge import Judge, require_finite
@@ -54,6 +55,8 @@ class Worker:
         self._timeout = timeout
         self._recorder = recorder or Recorder()
         self._landing = Landing()
+        self._epoch = 0  # of the block at work
+        self._stale = Watch(self._ask, endpoint.words)
 
     def step(self, timeout: float) -> bool:
         """Handle one message; False when none came within ``timeout`` seconds."""
@@ -77,15 +80,16 @@ class Worker:
         if isinstance(message, Control):
             self._on_control(message)
 
-    def _on_block(self, block: Block) -> None:
-        def stale() -> bool:
-            return self._endpoint.epoch() > block.epoch
+    def _ask(self) -> bool:
+        return self._endpoint.epoch() > self._epoch
 
-        if stale():
+    def _on_block(self, block: Block) -> None:
+        self._epoch = block.epoch
+        if self._ask():
             self._recorder.blocks["dropped"] += 1
             return
         start = time.monotonic_ns()
-        hidden = self._stage.forward(block.hidden, block.position, stale)
+        hidden = self._stage.forward(block.hidden, block.position, self._stale)
         answer = None if hidden is None else self._answer(block, hidden)
         kind = "cancelled" if answer is None else "verify" if block.judge else "prefill"
         self._recorder.add(start, kind, block.epoch, block.position, len(block.tokens))

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from ppsd.model.stack import Interrupted
+from ppsd.model.passes import Interrupted
 from ppsd.model.stage import Stage, StageModel
 from ppsd.worker.recorder import OVERRUN, Recorder
 
