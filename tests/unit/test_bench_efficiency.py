@@ -110,9 +110,11 @@ def test_requests_are_told_apart_by_the_memory_they_had() -> None:
         assert len(some) == len(shares) + len(found)  # plain decoding needs no memory for two
         return [cell.repeat for cell in found]
 
-    assert (kept("any"), kept("own"), kept("shared")) == ([0, 1, 2, 3], [0], [2, 3])
+    assert (kept("any"), kept("own"), kept("shared")) == ([0, 1, 2, 3], [0], [2])
+    kinds = [efficiency.memory_of(m) for m in results.measurements.values() if m.variant != PLAIN]
+    assert kinds == ["own", "mixed", "shared", None]
     alone = results.only(lambda m: m.variant == PLAIN or m.repeat == 2)
-    with pytest.raises(PpsdError, match="memory of this kind: own; ask for more repeats"):
+    with pytest.raises(PpsdError, match="no PPSD request had own memory"):
         efficiency.with_memory(alone, "own")
 
 

@@ -9,6 +9,9 @@ import typer.main
 from click.testing import Result
 from typer.testing import CliRunner
 
+from ppsd.bench.oracle import PLAIN
+from ppsd.bench.runner import Measurement, Results
+from ppsd.cli import bench as cli_bench
 from ppsd.cli.app import app
 from ppsd.errors import ConfigError, PpsdError
 from tests.unit.test_cli import PIPELINE
@@ -54,7 +57,7 @@ def test_efficiency_as_json(small, tmp_path, transport) -> None:
     assert "PACED: emulated stages of 0.003 s" in record["label"]
     assert (record["stages"], record["bounds"], record["repeats"]) == (3, [0, 2, 4, 6], 2)
     assert (record["pace"], record["blocks"] > 0) == ([0.003], True)
-    assert (record["memory"], record["kept"], record["measured"]) == ("any", 6, 6)
+    assert (record["memory"], record["kept"]) == ("any", 6)
     assert record["provenance"][0]["config"]["pace"] == [0.003]
     assert [row["variant"] for row in record["rows"]] == ["ppsd α=1", "ppsd α=0.5"]
     for row in record["rows"]:
@@ -100,9 +103,7 @@ def test_tables_carry_their_label(small, verb, tmp_path) -> None:
     result = bench(verb, *small, "--repeats", 1, "--prompts", prompts)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    label = "ORACLE drafts: acceptance is chosen, not a head's · 3 stages at 0,2,4,6"
-    kept = " · memory: any, 6 of 6 requests" if verb == "efficiency" else ""
-    assert lines[0] == label + kept
+    assert lines[0] == ("ORACLE drafts: acceptance is chosen, not a head's · 3 stages at 0,2,4,6")
     assert any(line.startswith("ppsd α=1 " if verb == "predict" else "1.000 ") for line in lines)
 
 
@@ -188,3 +189,18 @@ def test_a_profile_says_nothing_of_other_pipelines(flags, field) -> None:
     error = bench("predict", *flags, "--profile").exception
     assert isinstance(error, ConfigError)
     assert error.field == field
+
+
+def test_the_label_tells_what_memory_requests_had() -> None:
+    def measurement(variant: str, repeat: int, memory: list[float | None]) -> Measurement:
+        counts = {"judged": 1, "accepted": 1}
+        return Measurement(variant, "x", repeat, 1, 1.0, 1.0, counts, "1", {"memory": memory})
+
+    results = Results(None, {}, {})
+    for repeat in range(2):
+        results.add(measurement(PLAIN, repeat, [None, None]))
+    assert cli_bench._memory_label(results, "any") == ""
+    for repeat, share in enumerate((1.0, 1.0, 0.5)):
+        results.add(measurement("ppsd α=1", repeat, [share, 1.0]))
+    label = cli_bench._memory_label(results, "own")
+    assert label == " · memory of requests: 1 mixed, 2 own; own counts"

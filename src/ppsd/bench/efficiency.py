@@ -78,26 +78,27 @@ def variants(alphas: Sequence[float], in_flight: int | None = None) -> list[Vari
     return [Variant("autoregressive"), *fast, *gated]
 
 
-def with_memory(results: Results, memory: str) -> Results:
-    """The results without those PPSD requests whose stages had memory of another kind.
+def memory_of(measurement: Measurement) -> str | None:
+    """What memory the stages had: ``own`` if all at once read as fast as each does alone.
 
-    ``own``: before and after, all stages at once read as fast as each does alone; ``shared``: both
-    times they did not, or it is not known; ``any``: all, also those in between.
+    That is before and after the request; ``shared`` if they did not both times, ``mixed`` if once.
+    None where it is not known.
+    """
+    shares: list[float | None] = measurement.details["memory"]
+    own = [share >= OWN for share in shares if share is not None]
+    if not own:
+        return None
+    return "own" if all(own) else "mixed" if any(own) else "shared"
+
+
+def with_memory(results: Results, memory: str) -> Results:
+    """The results without those PPSD requests whose stages had other memory; ``any`` keeps all.
+
     Raises PpsdError when none is left.
     """
-
-    def fits(measurement: Measurement) -> bool:
-        shares: list[float | None] = measurement.details["memory"]
-        if memory == "any" or measurement.variant == PLAIN:
-            return True
-        own = [share is not None and share >= OWN for share in shares]
-        return all(own) if memory == "own" else not any(own)
-
-    kept = results.only(fits)
+    kept = results.only(lambda m: m.variant == PLAIN or memory in ("any", memory_of(m)))
     if all(cell.variant == PLAIN for cell in kept.measurements):
-        raise PpsdError(
-            f"no PPSD request found memory of this kind: {memory}; ask for more repeats"
-        )
+        raise PpsdError(f"no PPSD request had {memory} memory, or it is not known of any")
     return kept
 
 

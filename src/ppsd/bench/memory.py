@@ -17,6 +17,7 @@ SIZE = 64 << 20  # bytes a core reads over and over: more than caches hold
 CHUNK = 4 << 20
 READING_S = 0.005
 SETTLING_S = 0.03  # until idle stages no longer poll without pauses
+STARTING_S = 10.0  # for threads to begin together
 OWN = 0.9  # cores that reach this share of what each reads alone have memory of their own
 
 
@@ -40,7 +41,7 @@ class MemoryProbe:
     def _rates(self, cores: Sequence[int]) -> dict[int, float]:
         """Bytes per second that each of ``cores`` reads while all of them do."""
         rates: dict[int, float] = {}
-        start = threading.Barrier(len(cores))
+        start = threading.Barrier(len(cores), timeout=STARTING_S)
 
         def read(core: int) -> None:
             os.sched_setaffinity(0, {core})  # of this thread

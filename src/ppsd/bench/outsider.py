@@ -124,7 +124,7 @@ def linears(path: Path, dtype: str) -> Answer:
     """
     import torch
 
-    from ppsd.model.layers import linear
+    from ppsd.model.layers import Product
     from ppsd.model.source import describe, resolve_model
     from ppsd.model.stage import Stage, StagePlan
     from ppsd.model.weights import open_source
@@ -136,14 +136,15 @@ def linears(path: Path, dtype: str) -> Answer:
     fused = operator.attrgetter("qkv", "o", "gate_up", "down")
     parts = [part for layer in stage.layers for part in fused(layer)]
     assert stage.lm_head is not None
-    pairs = [(torch.ones(1, w.shape[1], dtype=w.dtype), w) for w in (*parts, stage.lm_head)]
+    weights = (*parts, stage.lm_head)
+    pairs = [(torch.ones(1, w.shape[1], dtype=w.dtype), Product(w)) for w in weights]
 
     def answer(ids: list[int], max_tokens: int) -> dict[str, Any]:
         clock = Clock()
         with torch.inference_mode():
             for _ in range(max_tokens):
-                for x, weight in pairs:
-                    linear(x, weight)
+                for x, product in pairs:
+                    product(x)
                 clock.take([0])
         return clock.answer() | {"ids": None}
 

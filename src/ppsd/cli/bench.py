@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -97,16 +98,26 @@ def bench_efficiency(
         rows = efficiency.summarize(results, [v.name for v in fast if not v.gate])
         gated = efficiency.gated_speedups(results, [v.name for v in fast if v.gate])
         plain = efficiency.plain_summary(results)
+        label = f"{_label(llm, results)}{_memory_label(everything, memory)}"
         if options.as_json:
             speedups = {name: asdict(speedup) for name, speedup in gated.items()}
-            kinds = {"memory": memory, "kept": len(results), "measured": len(everything)}
-            record = kinds | {"plain": plain, "rows": [asdict(r) for r in rows], "gated": speedups}
+            record = {"label": label, "memory": memory, "kept": len(results), "plain": plain}
+            record |= {"rows": [asdict(row) for row in rows], "gated": speedups}
             print(json.dumps(record_of(llm, results) | record, indent=1))
         else:
-            kept = f"memory: {memory}, {len(results)} of {len(everything)} requests"
-            _show_efficiency(f"{_label(llm, results)} · {kept}", plain, rows)
+            _show_efficiency(label, plain, rows)
             for name, speedup in gated.items():
                 print(f"{name}: {_number(speedup.median)} × plain ({_quartiles(speedup)})")
+
+
+def _memory_label(results: Results, memory: str) -> str:
+    """What kinds of memory requests of all modes had, and which count; nothing if not known."""
+    from ppsd.bench.efficiency import memory_of
+
+    counts = Counter(map(memory_of, results.measurements.values()))
+    known = sorted((kind, count) for kind, count in counts.items() if kind)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in known)
+    return f" · memory of requests: {kinds}; {memory} counts" if kinds else ""
 
 
 @app.command("predict")

@@ -116,7 +116,8 @@ class Product:
     """Rows times a weight [out, in] transposed, plus a bias; before that normed, with a ``norm``.
 
     Called with rows [n, in]. Made once for a weight that is used again and again: between two
-    passes little of Python's code is in the caches, and all that can be is looked up here.
+    passes little of Python's code is in the caches, and all that can be is looked up here. By the
+    library ``kernels`` where it is not the one that is loaded.
     """
 
     def __init__(
