@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 
 from ppsd.bench import efficiency, predict
 from ppsd.bench.efficiency import budget, ideal_speedup
-from ppsd.bench.memory import probe_of
 from ppsd.bench.oracle import PLAIN, Variant
 from ppsd.bench.runner import Measurement, Results
 from ppsd.cost.model import Link
@@ -93,46 +91,6 @@ def test_rows_are_medians_and_budgets_means_over_repeats() -> None:
     summary = efficiency.plain_summary(results)
     assert summary["token_time"]["median"] == 12
     assert [times["median"] for times in summary["stage_times"]] == [4, 6]
-
-
-def test_requests_are_told_apart_by_the_memory_they_had() -> None:
-    results = Results(None, {}, {"of": "all"})
-    shares = [(1.0, 0.95), (0.89, 1.0), (0.6, 0.7), (None, None)]
-    for repeat, share in enumerate(shares):
-        details = {"memory": list(share)}
-        results.add(plain(repeat=repeat, details=plain().details | details))
-        results.add(fast(repeat=repeat, details=fast().details | details))
-
-    def kept(memory: str) -> list[int]:
-        some = efficiency.with_memory(results, memory)
-        assert some.provenance == results.provenance
-        found = [cell for cell in some.measurements if cell.variant != PLAIN]
-        assert len(some) == len(shares) + len(found)  # plain decoding needs no memory for two
-        return [cell.repeat for cell in found]
-
-    assert (kept("any"), kept("own"), kept("shared")) == ([0, 1, 2, 3], [0], [2])
-    kinds = [efficiency.memory_of(m) for m in results.measurements.values() if m.variant != PLAIN]
-    assert kinds == ["own", "mixed", "shared", None]
-    alone = results.only(lambda m: m.variant == PLAIN or m.repeat == 2)
-    with pytest.raises(PpsdError, match="no PPSD request had own memory"):
-        efficiency.with_memory(alone, "own")
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen")
-def test_memory_is_read_by_the_cores_asked_for() -> None:
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    probe = probe_of([[core] for core in cores])
-    assert probe is not None
-    rates = probe._rates(cores)
-    assert sorted(rates) == cores
-    assert min(rates.values()) > 0
-    assert probe.share() > 0
-    assert os.sched_getaffinity(0) >= set(cores)  # its threads' cores are not ours
-
-
-def test_stages_that_stay_on_no_cores_have_no_memory_of_their_own_to_look_at() -> None:
-    assert probe_of([[], []]) is None
-    assert probe_of([[0], []]) is None
 
 
 def test_too_few_tokens_are_refused() -> None:

@@ -9,9 +9,6 @@ import typer.main
 from click.testing import Result
 from typer.testing import CliRunner
 
-from ppsd.bench.oracle import PLAIN
-from ppsd.bench.runner import Measurement, Results
-from ppsd.cli import bench as cli_bench
 from ppsd.cli.app import app
 from ppsd.errors import ConfigError, PpsdError
 from tests.unit.test_cli import PIPELINE
@@ -21,8 +18,8 @@ OWN = {
     "predict": "--alphas --tokens --profile",
     "splits": "--alphas --tokens --alpha",
     "endurance": "--alphas --tokens --requests",
-    "tasks": "-n --max-tokens --gammas --sampled",
-    "baselines": "-n --max-tokens",
+    "tasks": "-n --max-tokens --gammas --sampled --memory",
+    "baselines": "-n --max-tokens --memory",
 }
 GROUP = typer.main.get_command(app).commands["bench"]
 
@@ -189,18 +186,3 @@ def test_a_profile_says_nothing_of_other_pipelines(flags, field) -> None:
     error = bench("predict", *flags, "--profile").exception
     assert isinstance(error, ConfigError)
     assert error.field == field
-
-
-def test_the_label_tells_what_memory_requests_had() -> None:
-    def measurement(variant: str, repeat: int, memory: list[float | None]) -> Measurement:
-        counts = {"judged": 1, "accepted": 1}
-        return Measurement(variant, "x", repeat, 1, 1.0, 1.0, counts, "1", {"memory": memory})
-
-    results = Results(None, {}, {})
-    for repeat in range(2):
-        results.add(measurement(PLAIN, repeat, [None, None]))
-    assert cli_bench._memory_label(results, "any") == ""
-    for repeat, share in enumerate((1.0, 1.0, 0.5)):
-        results.add(measurement("ppsd α=1", repeat, [share, 1.0]))
-    label = cli_bench._memory_label(results, "own")
-    assert label == " · memory of requests: 1 mixed, 2 own; own counts"

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ppsd.bench.memory import OWN
 from ppsd.bench.oracle import PLAIN, Variant
 from ppsd.bench.runner import Measurement, Results, Spread, pairs, spread
 from ppsd.errors import PpsdError
 
-MEMORIES = ("any", "own", "shared")
 ALPHAS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
 GATED = 0.2  # up to this α PPSD runs a second time, with the gate that keeps it from being slower
 
@@ -76,30 +74,6 @@ def variants(alphas: Sequence[float], in_flight: int | None = None) -> list[Vari
     fast = [Variant("ppsd", in_flight=in_flight, alpha=alpha) for alpha in alphas]
     gated = [replace(variant, gate=True) for variant in fast if (variant.alpha or 0) <= GATED]
     return [Variant("autoregressive"), *fast, *gated]
-
-
-def memory_of(measurement: Measurement) -> str | None:
-    """What memory the stages had: ``own`` if all at once read as fast as each does alone.
-
-    That is before and after the request; ``shared`` if they did not both times, ``mixed`` if once.
-    None where it is not known.
-    """
-    shares: list[float | None] = measurement.details["memory"]
-    own = [share >= OWN for share in shares if share is not None]
-    if not own:
-        return None
-    return "own" if all(own) else "mixed" if any(own) else "shared"
-
-
-def with_memory(results: Results, memory: str) -> Results:
-    """The results without those PPSD requests whose stages had other memory; ``any`` keeps all.
-
-    Raises PpsdError when none is left.
-    """
-    kept = results.only(lambda m: m.variant == PLAIN or memory in ("any", memory_of(m)))
-    if all(cell.variant == PLAIN for cell in kept.measurements):
-        raise PpsdError(f"no PPSD request had {memory} memory, or it is not known of any")
-    return kept
 
 
 def gated_speedups(results: Results, names: Sequence[str]) -> dict[str, Spread]:

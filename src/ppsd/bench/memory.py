@@ -2,7 +2,8 @@
 
 Stages on devices do. Two CPU cores do only while each has its own way to memory: on a virtual
 machine the host moves them, and two that lie on one core complex for a while share its link. How
-fast a pipeline of them is says then how fast that link is. Used by oracle.py.
+fast a pipeline of them is says then how fast that link is. So it is noted with each request, and
+summaries can keep to those of one kind: what is noted does not know how fast the request was.
 """
 
 from __future__ import annotations
@@ -11,8 +12,15 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from ppsd.bench.runner import Cell, Measurement, Results
+from ppsd.errors import PpsdError
+
+MEMORIES = ("any", "own", "shared")
+BASELINE = "plain"  # the variant in which no two stages work at once
 SIZE = 64 << 20  # bytes a core reads over and over: more than caches hold
 CHUNK = 4 << 20
 READING_S = 0.005
@@ -65,3 +73,48 @@ def probe_of(cores: Sequence[Sequence[int]]) -> MemoryProbe | None:
     """A probe of the first core of every stage; None where stages do not stay on cores."""
     firsts = [own[0] for own in cores if own]
     return MemoryProbe(firsts) if len(firsts) == len(cores) else None
+
+
+def noted(
+    measure: Callable[[Cell], Measurement], cores: Sequence[Sequence[int]]
+) -> Callable[[Cell], Measurement]:
+    """``measure`` between two looks at the memory of ``cores``, those of every stage."""
+    probe = probe_of(cores)
+
+    def measured(cell: Cell) -> Measurement:
+        before = probe and probe.share()
+        found = measure(cell)
+        return replace(found, details=found.details | {"memory": [before, probe and probe.share()]})
+
+    return measured
+
+
+def memory_of(measurement: Measurement) -> str | None:
+    """``own`` if all stages' cores at once read as fast as each alone, before and after a request.
+
+    ``shared`` if they did not both times, ``mixed`` if once; None where it is not known.
+    """
+    shares: list[float | None] = measurement.details.get("memory", [])
+    own = [share >= OWN for share in shares if share is not None]
+    if not own:
+        return None
+    return "own" if all(own) else "mixed" if any(own) else "shared"
+
+
+def with_memory(results: Results, memory: str) -> Results:
+    """The results without requests whose stages had other memory; ``any`` keeps all.
+
+    The baseline stays, whatever it had. Raises PpsdError when nothing else does.
+    """
+    kept = results.only(lambda m: m.variant == BASELINE or memory in ("any", memory_of(m)))
+    if all(cell.variant == BASELINE for cell in kept.measurements):
+        raise PpsdError(f"no request but plain ones had {memory} memory, or it is not known of any")
+    return kept
+
+
+def label(results: Results, memory: str) -> str:
+    """What memory requests had and which of them count; nothing where it is not known."""
+    counts = Counter(map(memory_of, results.measurements.values()))
+    known = sorted((kind, count) for kind, count in counts.items() if kind)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in known)
+    return f"memory of requests: {kinds}; {memory} counts" if kinds else ""

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ppsd.bench.memory import probe_of
 from ppsd.bench.runner import Cell, Measurement
 from ppsd.bench.timeline import Timeline, block_times
 from ppsd.bench.workload import Task
@@ -82,10 +81,9 @@ class OracleBench:
         if not 1 <= tokens <= room:
             raise ConfigError("tokens", tokens, f"in [1, {room}] for these prompts")
         self._params = SamplingParams(max_tokens=tokens + 1, ignore_eos=True)
-        self._probe = probe_of(llm.layout.cores)
 
     def measure(self, cell: Cell) -> Measurement:
-        """Run one request and time it, between two looks at the memory (memory.py)."""
+        """Run one request and time it."""
         prompt, variant = self._prompts[cell.task], self._variants[cell.variant]
         if cell.task not in self._plain:  # also warms up
             self._plain[cell.task] = self._timed(prompt, Variant("autoregressive"))[0]
@@ -94,7 +92,6 @@ class OracleBench:
             vocabulary = self._llm.layout.spec.vocab_size
             self._llm.draft_with(OracleDrafter([*prompt, *plain], variant.alpha, vocabulary))
         self._llm.trace.take()
-        before = self._probe and self._probe.share()
         tokens, arrivals, completion = self._timed(prompt, variant)
         first, end = arrivals[0], arrivals[-1]
         equal = tokens == plain
@@ -103,8 +100,7 @@ class OracleBench:
         stats = completion.stats
         details: dict[str, Any] = {"equal": equal, "overruns": stats.overruns}
         details |= {"blocks": stats.decode_blocks, "pauses": stats.gate and stats.gate.pauses}
-        after = self._probe and self._probe.share()
-        details |= {"ends": end_times(arrivals), "memory": [before, after]}
+        details |= {"ends": end_times(arrivals)}
         return Measurement(
             *cell,
             tokens=len(tokens) - 1,

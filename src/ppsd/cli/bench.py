@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from ppsd.cli import progress
 from ppsd.cli.display import pace_label
-from ppsd.cli.options import PipelineOptions, flag, grouped, numbers
+from ppsd.cli.options import Memory, PipelineOptions, check_memory, flag, grouped, numbers
 from ppsd.cli.session import open_llm
 from ppsd.errors import ConfigError
 
@@ -76,29 +75,24 @@ class BenchOptions:
 def bench_efficiency(
     pipeline: PipelineOptions,
     options: BenchOptions,
-    memory: Annotated[
-        str,
-        _bench(
-            "Count requests whose stages, on cores of one machine, had a way to memory of their "
-            "own, a shared one, or any.",
-            metavar="KIND",
-        ),
-    ] = "any",
+    memory: Memory = "any",
 ) -> None:
     """Compare PPSD's speedup over plain decoding with theory, and say where the rest goes."""
     from ppsd.bench import efficiency
+    from ppsd.bench.memory import label as memory_label
+    from ppsd.bench.memory import with_memory
 
     check(pipeline, ("mode", "block", "head", "gate"))
-    if memory not in efficiency.MEMORIES:
-        raise ConfigError("memory", memory, "one of " + ", ".join(efficiency.MEMORIES))
+    check_memory(memory)
     variants = efficiency.variants(options.rates(efficiency.ALPHAS), pipeline.in_flight)
     with measured("efficiency", pipeline, options, variants, block=1) as (llm, everything):
-        results = efficiency.with_memory(everything, memory)
+        results = with_memory(everything, memory)
         fast = [v for v in variants if v.alpha is not None]
         rows = efficiency.summarize(results, [v.name for v in fast if not v.gate])
         gated = efficiency.gated_speedups(results, [v.name for v in fast if v.gate])
         plain = efficiency.plain_summary(results)
-        label = f"{_label(llm, results)}{_memory_label(everything, memory)}"
+        found = memory_label(everything, memory)
+        label = _label(llm, results) + (f" · {found}" if found else "")
         if options.as_json:
             speedups = {name: asdict(speedup) for name, speedup in gated.items()}
             record = {"label": label, "memory": memory, "kept": len(results), "plain": plain}
@@ -108,16 +102,6 @@ def bench_efficiency(
             _show_efficiency(label, plain, rows)
             for name, speedup in gated.items():
                 print(f"{name}: {_number(speedup.median)} × plain ({_quartiles(speedup)})")
-
-
-def _memory_label(results: Results, memory: str) -> str:
-    """What kinds of memory requests of all modes had, and which count; nothing if not known."""
-    from ppsd.bench.efficiency import memory_of
-
-    counts = Counter(map(memory_of, results.measurements.values()))
-    known = sorted((kind, count) for kind, count in counts.items() if kind)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in known)
-    return f" · memory of requests: {kinds}; {memory} counts" if kinds else ""
 
 
 @app.command("predict")
@@ -257,6 +241,7 @@ def measured(
     _check_out(options.out)
     tasks = options.tasks()
     from ppsd.bench import oracle, runner
+    from ppsd.bench.memory import noted
     from ppsd.provenance import portable, provenance
 
     with open_llm(_decided(pipeline, block), trace=True, drafter=oracle.placeholder()) as llm:
@@ -280,7 +265,8 @@ def measured(
             def done(cell: Cell) -> None:
                 bar.update(task, advance=1, note=f"{cell.variant}, task {cell.task}")
 
-            runner.run(cells, results, around(bench.measure), done)
+            measure = noted(bench.measure, llm.layout.cores)
+            runner.run(cells, results, around(measure), done)
         yield llm, results
 
 

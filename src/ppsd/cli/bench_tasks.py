@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppsd.cli import progress
-from ppsd.cli.options import PipelineOptions, flag, integers
+from ppsd.cli.options import Memory, PipelineOptions, check_memory, flag, integers
 from ppsd.cli.session import open_llm
 from ppsd.errors import ConfigError
 
@@ -41,12 +41,14 @@ class WorkOptions:
     out: Annotated[
         Path | None, _bench("Keep each measurement here (JSON lines), and continue from it.")
     ] = None
+    memory: Memory = "any"
     as_json: Annotated[bool, _bench("Print one JSON object.", "--json")] = False
 
     def tasks(self) -> list[Task]:
         """All prompts; an id that two files share gets its file's name before it."""
         from ppsd.bench.workload import load_tasks
 
+        check_memory(self.memory)
         found = [(path, task) for path in self.prompts for task in load_tasks(path, self.limit)]
         ids = [task.id for _, task in found]
         if len(set(ids)) == len(ids):
@@ -149,6 +151,7 @@ def _measure(
     settings: Sequence[str],
     measure: Callable[[Cell], Measurement],
 ) -> Results:
+    from ppsd.bench.memory import noted
     from ppsd.bench.runner import Results, interleaved, run
     from ppsd.provenance import portable, provenance
 
@@ -168,7 +171,7 @@ def _measure(
         def done(cell: Cell) -> None:
             bar.update(task, advance=1, note=f"{cell.variant} · {cell.task}")
 
-        run(cells, results, measure, done)
+        run(cells, results, noted(measure, llm.layout.cores), done)
     return results
 
 
@@ -186,12 +189,15 @@ def _groups(tasks: Sequence[Task], settings: Sequence[str]) -> dict[str, list[st
 def _report(
     llm: LLM, work: WorkOptions, results: Results, groups: Mapping[str, Sequence[str]]
 ) -> None:
+    from ppsd.bench.memory import label, with_memory
     from ppsd.bench.report import TASK_HEADS, task_cells
     from ppsd.bench.tasks import summarize
 
-    rows = summarize(results, groups, llm.layout.stages)
+    rows = summarize(with_memory(results, work.memory), groups, llm.layout.stages)
+    memory = label(results, work.memory)
     if work.as_json:
         record = {
+            "memory": memory,
             "stages": llm.layout.stages,
             "bounds": llm.layout.bounds,
             "settings": results.settings,
@@ -200,6 +206,8 @@ def _report(
         }
         print(json.dumps(record, indent=1))
         return
+    if memory:
+        print(memory)
     table = Table(*TASK_HEADS, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*task_cells(asdict(row)))
