@@ -291,7 +291,7 @@ def _title(record: Record) -> str:
     bounds = ", ".join(map(str, record["bounds"]))
     pace = record["settings"]["config"].get("pace")
     label = f" · PACED: emulated stages of {pace} s" if pace else ""
-    memory = f" · {found}" if (found := record.get("memory")) else ""
+    memory = f" · {found}" if (found := record.get("requests")) else ""
     return f"{record['name']}: {record['stages']} stages at layers {bounds}{label}{memory}"
 
 

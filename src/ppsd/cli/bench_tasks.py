@@ -197,7 +197,7 @@ def _report(
     memory = label(results, work.memory)
     if work.as_json:
         record = {
-            "memory": memory,
+            "requests": memory,
             "stages": llm.layout.stages,
             "bounds": llm.layout.bounds,
             "settings": results.settings,
