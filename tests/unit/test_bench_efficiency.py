@@ -11,8 +11,8 @@ import pytest
 
 from ppsd.bench import efficiency, predict
 from ppsd.bench.efficiency import budget, ideal_speedup
-from ppsd.bench.oracle import PLAIN, Variant
-from ppsd.bench.runner import Measurement, Results
+from ppsd.bench.oracle import Variant
+from ppsd.bench.runner import PLAIN, Measurement, Results
 from ppsd.cost.model import Link
 from ppsd.cost.profile import LayerTime, RowsTime, Timing, estimate
 from ppsd.cost.sizes import Sizes

@@ -10,8 +10,8 @@ import pytest
 
 from ppsd import LLM
 from ppsd.bench import endurance
-from ppsd.bench.oracle import PLAIN, WINDOW, end_times
-from ppsd.bench.runner import Measurement, Results
+from ppsd.bench.oracle import WINDOW, end_times
+from ppsd.bench.runner import PLAIN, Measurement, Results
 from ppsd.cost.model import Link
 from ppsd.cost.profile import LayerTime, RowsTime, Timing, estimate
 from ppsd.cost.sizes import Sizes

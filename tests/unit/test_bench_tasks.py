@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ppsd.bench.baselines import GREEDY, BaselineBench, Outsider, OutsiderProcess, outsiders
-from ppsd.bench.runner import Cell, Measurement, Results, interleaved, run
-from ppsd.bench.tasks import PLAIN, PPSD, TaskBench, digest, summarize, variants
+from ppsd.bench.runner import PLAIN, Cell, Measurement, Results, interleaved, run
+from ppsd.bench.tasks import PPSD, TaskBench, digest, summarize, variants
 from ppsd.bench.workload import Task
 from ppsd.engine.llm import LLM
 from ppsd.errors import ConfigError, PpsdError

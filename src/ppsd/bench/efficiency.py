@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ppsd.bench.oracle import PLAIN, Variant
-from ppsd.bench.runner import Measurement, Results, Spread, pairs, spread
+from ppsd.bench.oracle import Variant
+from ppsd.bench.runner import PLAIN, Measurement, Results, Spread, pairs, spread
 from ppsd.errors import PpsdError
 
 ALPHAS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from ppsd.bench.oracle import PLAIN, WINDOW, Variant
-from ppsd.bench.runner import Results, Spread, spread
+from ppsd.bench.oracle import WINDOW, Variant
+from ppsd.bench.runner import PLAIN, Results, Spread, spread
 from ppsd.cost.planner import Exit, Problem, cost_model
 from ppsd.cost.profile import Profile
 from ppsd.engine.llm import LLM

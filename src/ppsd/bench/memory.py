@@ -16,11 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ppsd.bench.runner import Cell, Measurement, Results
+from ppsd.bench.runner import PLAIN, Cell, Measurement, Results
 from ppsd.errors import PpsdError
 
 MEMORIES = ("any", "own", "shared")
-BASELINE = "plain"  # the variant in which no two stages work at once
 SIZE = 64 << 20  # bytes a core reads over and over: more than caches hold
 CHUNK = 4 << 20
 READING_S = 0.005
@@ -104,10 +103,11 @@ def memory_of(measurement: Measurement) -> str | None:
 def with_memory(results: Results, memory: str) -> Results:
     """The results without requests whose stages had other memory; ``any`` keeps all.
 
-    The baseline stays, whatever it had. Raises PpsdError when nothing else does.
+    Plain ones stay, whatever they had: no two stages work at once. Raises PpsdError when nothing
+    else does.
     """
-    kept = results.only(lambda m: m.variant == BASELINE or memory in ("any", memory_of(m)))
-    if all(cell.variant == BASELINE for cell in kept.measurements):
+    kept = results.only(lambda m: m.variant == PLAIN or memory in ("any", memory_of(m)))
+    if all(cell.variant == PLAIN for cell in kept.measurements):
         raise PpsdError(f"no request but plain ones had {memory} memory, or it is not known of any")
     return kept
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ppsd.bench.runner import Cell, Measurement
+from ppsd.bench.runner import PLAIN, Cell, Measurement
 from ppsd.bench.timeline import Timeline, block_times
 from ppsd.bench.workload import Task
 from ppsd.engine.drafter import OracleDrafter
@@ -19,7 +19,6 @@ from ppsd.engine.llm import LLM, Completion
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.types import SamplingParams
 
-PLAIN = "plain"
 WINDOW = 64  # tokens at either end of a long request
 
 

@@ -16,8 +16,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ppsd.bench.efficiency import alone
-from ppsd.bench.oracle import PLAIN, Variant
-from ppsd.bench.runner import Measurement, Results, Spread, pairs, spread
+from ppsd.bench.oracle import Variant
+from ppsd.bench.runner import PLAIN, Measurement, Results, Spread, pairs, spread
 from ppsd.cost.model import MIN_LAYER, CostModel, Link, StageCost
 from ppsd.cost.planner import Exit, Problem, cost_model
 from ppsd.cost.profile import Profile

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from ppsd.errors import ConfigError, PpsdError
 
+PLAIN = "plain"  # the variant that all are compared with: plain decoding on the pipeline
+
 
 class Cell(NamedTuple):
     """One thing to measure: a variant on a task, for the repeat-th time."""

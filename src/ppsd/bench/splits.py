@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ppsd.bench.oracle import PLAIN, OracleBench, Variant
-from ppsd.bench.runner import Cell, Measurement, Results, Spread, spread
+from ppsd.bench.oracle import OracleBench, Variant
+from ppsd.bench.runner import PLAIN, Cell, Measurement, Results, Spread, spread
 from ppsd.bench.workload import Task
 from ppsd.cost.planner import Exit, Plan, Problem, alternatives
 from ppsd.engine.llm import LLM

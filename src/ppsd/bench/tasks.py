@@ -11,13 +11,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from ppsd.bench.runner import Cell, Measurement, Results, Spread, spread
+from ppsd.bench.runner import PLAIN, Cell, Measurement, Results, Spread, spread
 from ppsd.bench.workload import Task
 from ppsd.engine.llm import LLM, Completion
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.types import SamplingParams
 
-PLAIN = "plain"
 PPSD = "ppsd"
 MAX_GAMMA = 63  # a block holds γ drafts and the token before them
 
