@@ -13,9 +13,11 @@ from ppsd.train.evaluate import TOP, _best
 def test_every_row_gets_the_copy_of_its_own_past() -> None:
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(0, 4, (n,), generator=generator, dtype=torch.int32) for n in (9, 30)]
-    batch = make_batch([Example(texts[0], 1, 1), Example(texts[1], 12, 12)], torch.device("cpu"))
-    copies = copies_of(batch)
-    pasts = [texts[0][:n] for n in range(1, 9)] + [texts[1][:n] for n in range(12, 30)]
+    texts.append(texts[1][:11].repeat(9))  # repetitions longer than are told apart
+    starts = (1, 12, 2)
+    examples = [Example(t, n, n) for t, n in zip(texts, starts, strict=True)]
+    copies = copies_of(make_batch(examples, torch.device("cpu")))
+    pasts = [t[:n] for t, start in zip(texts, starts, strict=True) for n in range(start, len(t))]
     matches = [find(past.long()) for past in pasts]
     assert copies.tokens.tolist() == [m.token if m else NONE for m in matches]
     assert copies.slots.tolist() == [m.slot if m else 0 for m in matches]

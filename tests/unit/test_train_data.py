@@ -187,5 +187,18 @@ def test_held_out_examples_are_not_trained_on() -> None:
     assert len(held) == 5
     assert {id(e) for e in train} | {id(e) for e in held} == {id(e) for e in examples}
     assert not {id(e) for e in train} & {id(e) for e in held}
-    with pytest.raises(PpsdError, match="at least 2 examples"):
+    with pytest.raises(PpsdError, match="at least 2 prompts"):
         hold_out(examples[:1], 1, 0)
+
+
+def test_answers_to_one_prompt_are_held_out_together() -> None:
+    examples = [
+        Example(torch.tensor([prompt, 7, answer], dtype=torch.int32), 2, 2)
+        for prompt in range(20)
+        for answer in range(3)
+    ]
+    train, held = hold_out(examples, 4, 0)
+    assert len(held) == 6
+    assert not {int(e.tokens[0]) for e in train} & {int(e.tokens[0]) for e in held}
+    with pytest.raises(PpsdError, match="at least 2 prompts"):
+        hold_out(examples[:3], 1, 0)

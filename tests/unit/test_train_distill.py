@@ -54,6 +54,17 @@ def test_it_learns(tiny_model: Models, tmp_path: Path) -> None:
         assert last < 0.7 * first
 
 
+def test_a_time_budget_ends_training_with_the_rate_at_zero(
+    tiny_model: Models, tmp_path: Path
+) -> None:
+    config = tiny_config(2, epochs=10_000, minutes=1 / 60)
+    trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
+    assert trainer.run(ignore)[2].alpha >= 0
+    assert 0 < trainer.step < trainer.steps
+    rates = [record["rate"] for record in trainer.directory.metrics() if "rate" in record]
+    assert rates[-1] < 0.2 * max(rates)
+
+
 @pytest.mark.parametrize("stop", [3, 4, 7])
 def test_a_stopped_run_ends_with_the_same_weights(
     tiny_model: Models, tmp_path: Path, stop: int
@@ -255,8 +266,8 @@ def test_what_the_model_cannot_do_is_refused(
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:
     config = tiny_config(learning_rate=1.0, warmup=0.1)
-    rates = [config.rate(step, 100) for step in range(101)]
-    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    rates = [config.rate(step / 100) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(10)])
     assert max(rates) == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[100] == pytest.approx(0.0, abs=1e-12)

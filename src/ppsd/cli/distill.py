@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from ppsd.train.run import DataSummary, Teacher
 
 GENERATED = "generated.jsonl"
+WRITING_SHARE = 0.4  # of a time budget, where the model writes its own targets first
 HEAD, DATA, TRAINING, GENERATION = "Head", "Data", "Training", "Self-generation"
 
 
@@ -75,6 +78,9 @@ class TrainingOptions:
     weight_decay: Annotated[float, flag("Of AdamW.", panel=TRAINING)] = 0.01
     clip: Annotated[float, flag("Largest gradient norm of a head.", panel=TRAINING)] = 1.0
     epochs: Annotated[int, flag("Passes over the data.", panel=TRAINING)] = 1
+    minutes: Annotated[
+        float, flag("End after so long, however far; 0 is no limit.", panel=TRAINING)
+    ] = 0.0
     batch_tokens: Annotated[int, flag("Padded tokens of a step.", panel=TRAINING)] = 2048
     seed: Annotated[int, flag("Of data order, held-out choice and noise.", panel=TRAINING)] = 0
     dtype: Annotated[
@@ -138,9 +144,11 @@ def distill(
     progress.set_threads(threads)
     teacher = progress.load(model, config, device)
     if generation.self_generate or generation.generate_only:
-        written = _generate(teacher, config, records, generation, out, features)
+        writing = config.minutes * (1.0 if generation.generate_only else WRITING_SHARE)
+        written = _generate(teacher, config, records, generation, out, features, writing)
         if generation.generate_only:
             return
+        config = dataclasses.replace(config, minutes=config.minutes - writing)
         records, more = read_data([str(written)])
         files = [*files, *more]
     every = (validate_every, checkpoint_every)
@@ -154,6 +162,7 @@ def _generate(
     options: GenerationOptions,
     out: Path,
     features: Path | None,
+    minutes: float,
 ) -> Path:
     from ppsd.train.checkpoint import RunDirectory
     from ppsd.train.run import open_features
@@ -165,9 +174,17 @@ def _generate(
     )
     path = RunDirectory(out, {}).path / GENERATED
     store = None if features is None else open_features(teacher, training, features)
+    deadline = time.monotonic() + 60 * minutes if minutes else math.inf
     with progress.writing(len(records)) as report:
         skipped = write_targets(
-            teacher.stage, records, teacher.encoding, config, path, report, features=store
+            teacher.stage,
+            records,
+            teacher.encoding,
+            config,
+            path,
+            report,
+            features=store,
+            deadline=deadline,
         )
     if skipped:
         text = f"{skipped} prompts leave no room for an answer within max_length and were skipped"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ppsd.speculation.lookup import find_all
+from ppsd.speculation.lookup import LENGTHS, LONGEST
 from ppsd.train.data import Batch
 
 NONE = -1
@@ -24,14 +24,34 @@ class Copies:
 
 
 def copies_of(batch: Batch) -> Copies:
-    """Look up every row's copy in the text up to it."""
-    tokens, slots = [], []
-    for example in batch.examples:
-        matches = list(find_all(example.tokens[:-1].long()))[example.start - 1 :]
-        tokens += [match.token if match else NONE for match in matches]
-        slots += [match.slot if match else 0 for match in matches]
-    device = batch.rows.device
-    return Copies(torch.tensor(tokens, device=device), torch.tensor(slots, device=device))
+    """Look up every row's copy in the text up to it, as ``lookup.find`` does for one row."""
+    tokens = batch.tokens
+    agree = _agreement(tokens)
+    # Rank the places by length, then by how new they are; place 0 of length 0 is no match.
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    best = (agree * len(places) + places[:, None] * (agree > 0)).amax(1).flatten()[batch.rows]
+    length, place = best // len(places), best % len(places)
+    sequence = batch.rows // len(places)
+    following = tokens[sequence, (place + 1).clamp(max=len(places) - 1)]
+    bounds = torch.tensor(LENGTHS, device=tokens.device)
+    slots = torch.bucketize(length, bounds, right=True) - 1
+    return Copies(following.where(length > 0, NONE), slots.clamp(min=0))
+
+
+def _agreement(tokens: torch.Tensor) -> torch.Tensor:
+    """How many tokens agree up to places i < j of one text, at most LONGEST: [B, i, j] int32.
+
+    Doubling: ends of 2·n tokens agree if those of n do, here and n tokens before.
+    """
+    size = tokens.shape[1]
+    earlier = torch.ones(size, size, dtype=torch.bool, device=tokens.device).triu(1)
+    agree = ((tokens[:, :, None] == tokens[:, None, :]) & earlier).to(torch.int32)
+    span = 1
+    while span < LONGEST:
+        longer = (agree[:, span:, span:] == span) * agree[:, :-span, :-span]
+        agree[:, span:, span:] += longer
+        span *= 2
+    return agree
 
 
 def no_copies(batch: Batch) -> Copies:

@@ -106,11 +106,14 @@ def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
     """Tokenise; raises PpsdError when nothing is left that fits."""
     examples: list[Example] = []
     cut = dropped = 0
+    prompts: dict[str, list[int]] = {}  # several answers may share one
     for record in records:
         if record.text is not None:
             examples += encoding.windows(record)
             continue
-        prompt, target = encoding.prompt(record), encoding.target(record)
+        if record.key not in prompts:
+            prompts[record.key] = encoding.prompt(record)
+        prompt, target = prompts[record.key], encoding.target(record)
         if len(prompt) >= encoding.max_length or not target:
             dropped += 1
             continue
@@ -127,12 +130,26 @@ def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
 def hold_out(
     examples: Sequence[Example], wanted: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Split into training and validation; at most a tenth, at least one, is held out."""
-    if len(examples) < 2:
-        raise PpsdError("training needs at least 2 examples, one of them held out for validation")
+    """Split into training and validation; about a tenth at most, at least one, is held out.
+
+    Answers to one prompt stay together, so that no held-out prompt was trained on.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for i, example in enumerate(examples):
+        shared = example.tokens[: example.prompt] if example.prompt > 1 else example.tokens
+        groups.setdefault(shared.numpy().tobytes(), []).append(i)
+    if len(groups) < 2:
+        raise PpsdError("training needs at least 2 prompts, one of them held out for validation")
     count = max(1, min(wanted, len(examples) // 10))
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [examples[i] for i in sorted(order[count:])], [examples[i] for i in order[:count]]
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    texts = list(groups.values())
+    held: list[int] = []
+    for group in order[:-1]:
+        if len(held) >= count:
+            break
+        held += texts[group]
+    kept = set(range(len(examples))).difference(held)
+    return [examples[i] for i in sorted(kept)], [examples[i] for i in held]
 
 
 def count_tokens(texts: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """The training loop: one frozen forward a batch teaches a head at each exit layer.
 
 Imported by cli/. The only randomness is the order of the data, a function of the seed, so a run
-that is killed and continued ends with the same weights on the same machine and thread count.
+that is killed and continued ends with the same weights on the same CPU and thread count, unless
+its length was set in minutes.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Trainer:
         self.config = config
         self.directory = directory
         self.step = self.tokens = 0
+        self._began = time.monotonic()
         self._model = model
         self._lesson = lesson
         self._cadence = cadence
@@ -119,14 +121,27 @@ class Trainer:
         """Optimizer steps of the whole run."""
         return len(self._plan)
 
+    @property
+    def _done(self) -> float:
+        """Share of the run that is done, by steps or, where that says more, by time."""
+        by_steps = self.step / self.steps
+        if not self.config.minutes:
+            return by_steps
+        return max(by_steps, (time.monotonic() - self._began) / (60 * self.config.minutes))
+
+    def _spent(self) -> float:
+        """Seconds of training before the run was stopped and continued."""
+        return math.fsum(r["seconds"] for r in self.directory.metrics() if "loss" in r)
+
     def run(self, report: Report) -> dict[int, Agreement]:
         """Train to the end and return the agreement of the heads as rounded for saving."""
         if not self._resume():
             self._start()
         agreement = self._validate()
-        while self.step < self.steps:
+        self._began = time.monotonic() - self._spent()
+        while self._done < 1:
             losses = self._train_step()
-            if self.step % self._cadence.checkpoint == 0 or self.step == self.steps:
+            if self.step % self._cadence.checkpoint == 0 or self._done >= 1:
                 self._save()
             if self.step % self._cadence.validate == 0:
                 agreement = self._validate()
@@ -171,7 +186,7 @@ class Trainer:
         losses, record = self._losses(batch)
         losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         norms = [_clip(student, self.config.clip) for student in self.students]
-        rate = self.config.rate(self.step, self.steps)
+        rate = self.config.rate(self._done + 0.5 / self.steps)
         self._optimizer.param_groups[0]["lr"] = rate
         self._check_finite(losses, norms)
         self._optimizer.step()

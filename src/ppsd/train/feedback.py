@@ -12,7 +12,7 @@ import torch
 from ppsd.speculation.policy import UNVERIFIED
 from ppsd.train.data import Batch
 
-IN_FLIGHT = (2, 3, 4)  # each example is decoded with one of these
+IN_FLIGHT = (2, 3, 4, 6, 8, 12)  # each example is decoded with one of these: 2 to 8 stages
 MISSES = 0.45  # share of drafts that are wrong
 
 

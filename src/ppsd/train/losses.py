@@ -18,7 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-CHUNK_ROWS = 256  # with 8192 draft tokens, 8 MiB a logit matrix: it stays in a CPU's cache
+# With 8192 draft tokens 256 rows are 8 MiB a logit matrix, which stays in a CPU's cache; a GPU is
+# better off with fewer kernels.
+CHUNK_ROWS = 256
+GPU_CHUNK_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def chunked_losses(
     """Losses [E], their KL [E] and cross-entropy [E] for E heads that share one teacher.
 
     ``features`` [E, n, C] and ``teacher`` [n, C] are normed rows; ``lm_head`` [Vd, C] turns
-    either into logits and is frozen. Never more than three logit matrices of CHUNK_ROWS rows
+    either into logits and is frozen. Never more than three logit matrices of a chunk's rows
     exist: the gradient of each chunk is taken to ``features`` and ``mixture.odds`` at once.
     """
     losses: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -100,7 +103,7 @@ class _Chunked(torch.autograd.Function):
         heads, count, _ = features.shape
         gradient, odds_gradient = torch.empty_like(features), torch.zeros_like(odds)
         terms = features.new_zeros(2, heads, dtype=_wide(features))
-        for rows in _chunks(count):
+        for rows in _chunks(count, CHUNK_ROWS if features.device.type == "cpu" else GPU_CHUNK_ROWS):
             log_p = _log_softmax(teacher[rows], lm_head)
             p = log_p.exp()
             negentropy = (p * log_p).sum()
@@ -132,8 +135,8 @@ def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _chunks(count: int) -> Iterator[slice]:
-    return (slice(i, min(i + CHUNK_ROWS, count)) for i in range(0, count, CHUNK_ROWS))
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, count)) for i in range(0, count, size))
 
 
 def _log_softmax(rows: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ Imported by cli/ and bench/.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,16 +82,13 @@ def load_teacher(
 
 
 def open_device(name: str) -> torch.device:
-    """Return the device; on a GPU also ask for kernels whose results repeat bit for bit."""
+    """Return the device; raises ConfigError where PyTorch cannot use it."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         text = str(error).splitlines()[0]
         raise ConfigError("device", name, f"cpu or a GPU that PyTorch can use ({text})") from error
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     return device
 
 

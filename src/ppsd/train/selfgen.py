@@ -6,10 +6,13 @@ sequence whose next token is written at its own length, so no padding is ever at
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -22,7 +25,7 @@ from ppsd.train.batched import Attention, RopeRows, batched_layer, by_sequence, 
 Keep = Callable[[int, torch.Tensor], None]  # layer, rows [n, C] that left it
 Noise = Callable[[int, int], torch.Tensor]  # position, count: standard Gumbel noise [count]
 
-PREFILL_TOKENS = 4096  # padded prompt tokens that run at once
+PREFILL_TOKENS = {"cpu": 4096, "cuda": 32768}  # padded prompt tokens that run at once
 REFILL_SHARE = 8  # new prompts wait until one row in so many is free: together they cost less
 
 
@@ -73,7 +76,7 @@ class _Row:
 
     request: Request
     limit: int
-    noise: Noise
+    uniforms: np.ndarray[Any, Any]  # [limit] in [0, 1): one decides each token where it is sampled
     output: list[int] = field(default_factory=list)
 
     @property
@@ -90,16 +93,15 @@ class BatchCache:
 
     def __init__(self, model: Stage, rows: int, capacity: int, keep: Collection[int] = ()) -> None:
         spec, plan = model.spec, model.plan
-        shape = (spec.num_layers, rows, spec.num_kv_heads, capacity, spec.head_dim)
-        self.keys = torch.zeros(shape, dtype=plan.dtype, device=plan.device).unbind()
-        self.values = torch.zeros(shape, dtype=plan.dtype, device=plan.device).unbind()
+        shape = (2, spec.num_layers, rows, spec.num_kv_heads, capacity, spec.head_dim)
+        self._cells = torch.zeros(shape, dtype=plan.dtype, device=plan.device)
+        self.keys, self.values = (part.unbind() for part in self._cells)
         size = (rows, capacity, spec.hidden_size)
         self.kept = {layer: torch.zeros(size, dtype=torch.bfloat16) for layer in keep}
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy one sequence's rows over another's."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
+        self._cells[:, :, target, :, :length] = self._cells[:, :, source, :, :length]
         for tensor in self.kept.values():
             tensor[target, :length] = tensor[source, :length]
 
@@ -164,9 +166,10 @@ class BatchGenerator:
     """Answers requests in whatever order they finish.
 
     Memory: weights, and 2·layers·batch·K·D numbers for each position of the longest sequence.
-    ``vocab_size`` is the tokenizer's: padded ids beyond it are never chosen. ``noise`` gives each
-    request its own; by default it is a function of the seed and the prompt. Rows that leave the
-    layers ``keep`` come with the answers, for 2·C bytes a token and layer.
+    ``vocab_size`` is the tokenizer's: padded ids beyond it are never chosen. A sampled token is a
+    function of the seed, the prompt and its place in the answer; ``noise``, where given, takes the
+    place of the seed. Rows that leave the layers ``keep`` come with the answers, for 2·C bytes a
+    token and layer. No prompt is begun after ``deadline`` (of time.monotonic).
     """
 
     def __init__(
@@ -179,14 +182,16 @@ class BatchGenerator:
         max_length: int,
         noise: Callable[[Request], Noise] | None = None,
         keep: Collection[int] = (),
+        deadline: float = float("inf"),
     ) -> None:
         self._keep = keep
+        self._deadline = deadline
         self._model = model
         self._config = config
         self._eos_ids = frozenset(eos_ids)
         self._vocab_size = vocab_size
         self._max_length = max_length
-        self._noise = noise or self._prompt_noise
+        self._noise = noise
         self._rows: list[_Row] = []
 
     @torch.inference_mode()
@@ -199,6 +204,8 @@ class BatchGenerator:
         capacity = min(longest, self._max_length)
         self._cache = BatchCache(self._model, self._config.batch, capacity, self._keep)
         while waiting or self._rows:
+            if time.monotonic() > self._deadline:
+                waiting.clear()
             self._refill(waiting)
             yield from self._finished()
             if self._rows:
@@ -211,7 +218,7 @@ class BatchGenerator:
             return
         while waiting and free:
             chosen: list[Request] = []
-            while waiting and len(chosen) < free and _fits([*chosen, waiting[0]]):
+            while waiting and len(chosen) < free and self._fits([*chosen, waiting[0]]):
                 chosen.append(waiting.popleft())
             self._prefill(chosen)
             free -= len(chosen)
@@ -236,14 +243,14 @@ class BatchGenerator:
         self._rows += new
         self._choose(new, hidden[torch.tensor(ends, device=device)])
 
+    def _fits(self, requests: Sequence[Request]) -> bool:
+        padded = len(requests) * max(len(r.prompt) for r in requests)
+        return len(requests) == 1 or padded <= PREFILL_TOKENS[self._model.plan.device.type]
+
     def _row(self, request: Request) -> _Row:
         limit = min(self._config.max_new, self._max_length - len(request.prompt))
-        return _Row(request, limit, self._noise(request))
-
-    def _prompt_noise(self, request: Request) -> Noise:
         seed = (int(request.key, 16) ^ self._config.seed) % 2**63
-        generator = torch.Generator().manual_seed(seed)
-        return lambda position, count: _gumbel(generator, count)
+        return _Row(request, limit, np.random.default_rng(seed).random(limit))
 
     def _step(self) -> None:
         device = self._model.plan.device
@@ -283,11 +290,22 @@ class BatchGenerator:
         assert model.lm_head is not None
         normed = rms_norm(hidden, model.norm, model.spec.rms_norm_eps)
         scores = linear(normed, whole(model.lm_head)[: self._vocab_size]).float()
-        if self._config.temperature > 0:
-            noise = torch.stack([row.noise(row.length, scores.shape[1]) for row in rows])
-            scores = scores / self._config.temperature + noise.to(scores.device)
-        for row, token in zip(rows, scores.argmax(-1).tolist(), strict=True):
+        for row, token in zip(rows, self._drawn(rows, scores).tolist(), strict=True):
             row.output.append(token)
+
+    def _drawn(self, rows: Sequence[_Row], scores: torch.Tensor) -> torch.Tensor:
+        """Each row's next token [rows], from ``scores`` [rows, V]."""
+        if self._config.temperature == 0:
+            return scores.argmax(-1)
+        scores /= self._config.temperature
+        if self._noise is not None:
+            noise = [self._noise(r.request)(r.length, scores.shape[1]) for r in rows]
+            return (scores + torch.stack(noise).to(scores.device)).argmax(-1)
+        # one number a token: whole rows of noise would take longer than the model
+        numbers = torch.tensor([row.uniforms[len(row.output)] for row in rows], dtype=scores.dtype)
+        sums = scores.softmax(-1).cumsum(-1)
+        wanted = numbers.to(scores.device)[:, None] * sums[:, -1:]
+        return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp_(max=scores.shape[1] - 1)
 
     def _finished(self) -> Iterator[Answer]:
         """Take out rows that are done; the last row in use moves into each gap."""
@@ -301,13 +319,3 @@ class BatchGenerator:
                 self._cache.move(len(self._rows), i, last.length)
                 self._rows[i] = last
             yield Answer(row.request, row.output, rows)
-
-
-def _fits(requests: Sequence[Request]) -> bool:
-    padded = len(requests) * max(len(r.prompt) for r in requests)
-    return len(requests) == 1 or padded <= PREFILL_TOKENS
-
-
-def _gumbel(generator: torch.Generator, count: int) -> torch.Tensor:
-    uniform = torch.rand(count, generator=generator).clamp_(min=torch.finfo(torch.float32).tiny)
-    return -(-uniform.log()).log()

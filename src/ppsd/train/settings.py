@@ -27,7 +27,9 @@ class DistillConfig:
     their MLPs (0 for as many as the model's), and which read verified rows with ``feedback``
     and weigh copies with ``copy_gate``; ``norm`` heads never do. ``draft_vocab`` 0 scores all
     tokens. ``warmup`` is a share of all steps. ``batch_tokens`` counts padding. ``validation``
-    examples are held out, at most a tenth. Raises ConfigError.
+    examples are held out, at most a tenth. With ``minutes`` training ends after that time, however
+    many ``epochs`` it did not get to, and the learning rate has come down by then. Raises
+    ConfigError.
     """
 
     exit_layers: tuple[int, ...]
@@ -45,6 +47,7 @@ class DistillConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     epochs: int = 1
+    minutes: float = 0.0
     batch_tokens: int = 2048
     max_length: int = 1024
     all_positions: bool = False
@@ -62,7 +65,7 @@ class DistillConfig:
         _at_least("max_length", self.max_length, 2)
         _at_least("seed", self.seed, 0)
         _at_least("head_mlp", self.head_mlp, 0)
-        for name in ("kl_weight", "ce_weight", "weight_decay", "warmup"):
+        for name in ("kl_weight", "ce_weight", "weight_decay", "warmup", "minutes"):
             _real(name, getattr(self, name))
         for name in ("learning_rate", "clip"):
             _real(name, getattr(self, name), positive=True)
@@ -104,13 +107,15 @@ class DistillConfig:
         """The model's layer that a head's first layer begins as."""
         return exit_layer if self.init == "exit" else num_layers - self.layers
 
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of a step: linear warm-up, then a cosine down to zero."""
-        rising = max(1, round(self.warmup * steps))
-        if step < rising:
-            return self.learning_rate * (step + 1) / rising
-        done = (step - rising) / max(1, steps - rising)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    def rate(self, done: float) -> float:
+        """Return the learning rate when this share of the run is done.
+
+        It rises linearly over the ``warmup`` and falls to zero along a cosine.
+        """
+        if done < self.warmup:
+            return self.learning_rate * done / self.warmup
+        rest = (done - self.warmup) / (1 - self.warmup) if self.warmup < 1 else 0.0
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
 
     def to_json(self) -> dict[str, Any]:
         """For provenance, and to tell whether a checkpoint belongs to this run."""

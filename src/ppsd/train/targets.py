@@ -41,12 +41,14 @@ def write_targets(
     report: Callable[[GenerateReport], None],
     noise: Callable[[Request], Noise] | None = None,
     features: FeatureStore | None = None,
+    deadline: float = float("inf"),
 ) -> int:
     """Answer every distinct prompt of ``records`` into the JSONL ``path``; give the number skipped.
 
     Prompts that ``path`` already answers are not asked again; those that leave no room for an
-    answer are skipped. The model's rows of what is answered now go to ``features``. Raises
-    PpsdError when ``path`` was written with other settings.
+    answer are skipped. The model's rows of what is answered now go to ``features``. No answer is
+    begun after ``deadline`` (of time.monotonic). Raises PpsdError when ``path`` was written with
+    other settings.
     """
     prompts = {r.key: r for r in records if r.messages}
     if not prompts:
@@ -68,6 +70,7 @@ def write_targets(
         max_length=encoding.max_length,
         noise=noise,
         keep=features.layers if features else (),
+        deadline=deadline,
     )
     for answer in generator.run(_order(fitting, config.seed)):
         request, ids = answer.request, answer.ids
