@@ -74,7 +74,7 @@ def test_an_exported_head_says_in_inference_what_it_said_in_training(
     draft_ids = torch.tensor([1, 5, 200])
     kind = "transformer" if layers else "norm"
     config = HeadConfig(kind, 3, layers, 3, "tiny", teacher.fingerprint, **asdict(options))
-    save_head(tmp_path, config, student.export(torch.float64) | {"draft_ids": draft_ids})
+    save_head(tmp_path, config, student.export() | {"draft_ids": draft_ids})
 
     plan = StagePlan(0, 3, 32, torch.float64, torch.device("cpu"))
     head = load_head(tmp_path, stage.spec, plan, open_source(path), teacher.fingerprint)

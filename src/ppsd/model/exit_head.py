@@ -1,7 +1,8 @@
 """Exit heads: the small modules that read an early hidden state and guess the next token.
 
 A head directory holds ``head.json`` (what it is and for which model) and ``head.safetensors``
-(its own weights; the LM head rows come from the model). Used by engine/ and train/.
+(its own weights; matrices may be in 8-bit codes, head_codes.py; the LM head rows come from the
+model). Used by engine/ and train/.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ppsd.errors import HeadError
 from ppsd.model import kernels
+from ppsd.model.head_codes import decode
 from ppsd.model.layers import LayerWeights, Product, Rope, rms_norm
 from ppsd.model.packed import Weight, pack
 from ppsd.model.spec import ModelSpec
@@ -278,7 +280,7 @@ def load_head(
     check_head(config, spec, fingerprint, plan.last, str(directory))
     path = directory / WEIGHTS_FILE
     try:
-        weights = load_file(path)
+        weights = decode(load_file(path))
     except Exception as error:  # safetensors raises its own class for damage, OSError for absence
         raise HeadError(f"cannot read {path}: {error}") from error
     _check_tensors(weights, head_tensor_shapes(config, spec), spec, path)

@@ -148,7 +148,7 @@ class Trainer:
             alpha = {layer: a.alpha for layer, a in agreement.items()}
             report(StepReport(self.step, self.steps, self.tokens, self.total_tokens, losses, alpha))
         for student in self.students:
-            student.round_to(torch.bfloat16)
+            student.round()
         return self._validate(final=True)
 
     @torch.no_grad()

@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ppsd.model.exit_head import HeadConfig
+from ppsd.model.head_codes import encode
 from ppsd.provenance import provenance
 from ppsd.train.distill import Trainer
 from ppsd.train.evaluate import Agreement
 from ppsd.train.records import DataFile
-
-STORED = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ def save_heads(
     places = {}
     for student in trainer.students:
         layer = student.exit_layer
-        weights = student.export(STORED)
+        weights = encode(student.export())
         if trainer.draft_ids is not None:
             weights["draft_ids"] = trainer.draft_ids.cpu()
         config = HeadConfig(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ppsd.model.head_codes import rounded
 from ppsd.model.layers import LayerWeights, linear, rms_norm
 from ppsd.model.packed import whole
 from ppsd.model.spec import ModelSpec
@@ -120,18 +121,18 @@ class Student:
             return ODDS.to(normed)[slots]
         return linear(normed, self.copy_weight, self.copy_bias).gather(1, slots[:, None])[:, 0]
 
-    def export(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def export(self) -> dict[str, torch.Tensor]:
         """Tensors by the names and shapes of ``exit_head.head_tensor_shapes``, on the CPU."""
         weights = {"norm.weight": self.norm, **self._matrices()}
         for i, layer in enumerate(self.layers):
             weights |= unfuse_layer(layer, self.spec, layer_prefix(i))
-        return {name: t.detach().to("cpu", dtype) for name, t in weights.items()}
+        return {name: t.detach().cpu() for name, t in weights.items()}
 
     @torch.no_grad()
-    def round_to(self, dtype: torch.dtype) -> None:
-        """Round all parameters to what ``dtype`` can hold, as saving in it would."""
+    def round(self) -> None:
+        """Round all parameters as saving does."""
         for _, parameter in self.parameters():
-            parameter.copy_(parameter.to(dtype))
+            parameter.copy_(rounded(parameter))
 
 
 def _parameter(tensor: torch.Tensor) -> torch.Tensor:
