@@ -166,7 +166,7 @@ class Trainer:
                 inputs = student.reads(features.exits[student.exit_layer][batch.rows], verified)
                 fit.add(inputs, features.last[batch.rows])
             seen += batch.size
-            if seen >= START_TOKENS:
+            if seen >= min(START_TOKENS, self.total_tokens // self.config.epochs):
                 break
         for student, fit in zip(self.students, fits, strict=True):
             student.begin(fit.solve())
