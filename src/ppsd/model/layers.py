@@ -7,6 +7,7 @@ F intermediate size, T positions so far.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -24,6 +25,10 @@ _NATIVE = {
     torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
+
+
+# q [n, H, D], k [n, K, D], v [n, K, D] to [n, H·D]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,14 @@ class Rope:
         rows = slice(position, position + x.shape[0])
         turned = torch.roll(x, x.shape[-1] // 2, -1)
         return x * self.cos[rows] + turned * self.sin[rows]
+
+
+class RopeRows(Rope):
+    """Rotary rows of arbitrary positions [n], one for each row."""
+
+    def __init__(self, rope: Rope, positions: torch.Tensor) -> None:
+        self.cos = rope.cos[positions]
+        self.sin = rope.sin[positions]
 
 
 def _widen(x: torch.Tensor, rows: int) -> bool:
@@ -188,21 +201,32 @@ def decoder_layer(
     weights: LayerWeights,
     spec: ModelSpec,
     rope: Rope,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    position: int,
-    mask: torch.Tensor | None,
+    attention: Attention,
+    position: int = 0,
 ) -> torch.Tensor:
-    """One layer for rows ``x`` [n, C] at ``position``, by PyTorch's operations (see LayerStack).
+    """Run one layer over rows ``x`` [n, C] by PyTorch's operations; gradients flow where asked for.
 
-    Writes ``keys``, ``values`` [K, cap, D].
+    ``rope`` turns the rows from ``position`` on; ``attention`` knows what they may see, and keeps
+    their keys and values.
     """
-    end = position + x.shape[0]
     normed = rms_norm(x, weights.input_norm, spec.rms_norm_eps)
-    q, k, v = project_qkv(normed, weights, spec, rope, position)
-    keys[:, position:end] = k.transpose(0, 1)
-    values[:, position:end] = v.transpose(0, 1)
-    attended = attend(q, keys[:, :end], values[:, :end], mask)
+    attended = attention(*project_qkv(normed, weights, spec, rope, position))
     x = x + linear(attended, weights.o, weights.o_bias)
-    normed = rms_norm(x, weights.post_norm, spec.rms_norm_eps)
-    return x + mlp(normed, weights)
+    return x + mlp(rms_norm(x, weights.post_norm, spec.rms_norm_eps), weights)
+
+
+def cached_attention(
+    keys: torch.Tensor, values: torch.Tensor, position: int, mask: torch.Tensor | None
+) -> Attention:
+    """Return attention of rows at ``position`` over a cache ``keys``, ``values`` [K, cap, D].
+
+    The rows' own keys and values are written to it first.
+    """
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        end = position + q.shape[0]
+        keys[:, position:end] = k.transpose(0, 1)
+        values[:, position:end] = v.transpose(0, 1)
+        return attend(q, keys[:, :end], values[:, :end], mask)
+
+    return attention

@@ -9,7 +9,7 @@ import torch
 
 from ppsd.model import kernels
 from ppsd.model.cache import KVCache
-from ppsd.model.layers import LayerWeights, Rope, causal_mask, decoder_layer
+from ppsd.model.layers import LayerWeights, Rope, cached_attention, causal_mask, decoder_layer
 from ppsd.model.passes import Interrupted, Layers
 from ppsd.model.spec import ModelSpec
 
@@ -58,5 +58,6 @@ class LayerStack:
         for weights, (keys, values) in zip(self._weights, caches, strict=True):
             if interrupted():
                 return None
-            x = decoder_layer(x, weights, self._spec, self._rope, keys, values, position, mask)
+            attention = cached_attention(keys, values, position, mask)
+            x = decoder_layer(x, weights, self._spec, self._rope, attention, position)
         return x

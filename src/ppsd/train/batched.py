@@ -8,27 +8,15 @@ inference; only attention sees the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from ppsd.model.exit_head import ExitHead
-from ppsd.model.layers import LayerWeights, Rope, linear, mlp, project_qkv, rms_norm
-from ppsd.model.spec import ModelSpec
+from ppsd.model.layers import Attention, Rope, RopeRows, decoder_layer, linear, rms_norm
 from ppsd.model.stage import Stage
-
-# q [n, H, D], k [n, K, D], v [n, K, D] to [n, H·D]
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class RopeRows(Rope):
-    """Rotary rows of arbitrary positions [n], one for each flattened row."""
-
-    def __init__(self, rope: Rope, positions: torch.Tensor) -> None:
-        self.cos = rope.cos[positions]
-        self.sin = rope.sin[positions]
 
 
 def by_sequence(rows: torch.Tensor, sequences: int) -> torch.Tensor:
@@ -51,20 +39,6 @@ def whole_sequences(rope: Rope, sequences: int, length: int) -> RopeRows:
     """Rotary rows of ``sequences`` flattened sequences that all begin at position 0."""
     device = rope.cos.device
     return RopeRows(rope, torch.arange(length, device=device).repeat(sequences))
-
-
-def batched_layer(
-    x: torch.Tensor,
-    weights: LayerWeights,
-    spec: ModelSpec,
-    rope: RopeRows,
-    attention: Attention,
-) -> torch.Tensor:
-    """One decoder layer for flattened rows ``x`` [n, C]; gradients flow where asked for."""
-    normed = rms_norm(x, weights.input_norm, spec.rms_norm_eps)
-    attended = attention(*project_qkv(normed, weights, spec, rope, 0))
-    x = x + linear(attended, weights.o, weights.o_bias)
-    return x + mlp(rms_norm(x, weights.post_norm, spec.rms_norm_eps), weights)
 
 
 @dataclass(frozen=True)
@@ -90,7 +64,7 @@ def teacher_forward(
     x = model.embedding[tokens.flatten()]
     kept: dict[int, torch.Tensor] = {}
     for done, weights in enumerate(model.layers[:depth], start=1):
-        x = batched_layer(x, weights, model.spec, rope, attention)
+        x = decoder_layer(x, weights, model.spec, rope, attention)
         if done in exits:
             kept[done] = x
     return Features(kept, x)
@@ -102,7 +76,7 @@ def head_forward(head: ExitHead, hidden: torch.Tensor, sequences: int) -> torch.
     rope = whole_sequences(head.rope, sequences, len(hidden) // sequences)
     x = hidden if head.input is None else linear(hidden, head.input)
     for weights in head.layers:
-        x = batched_layer(x, weights, head.spec, rope, causal_attention(sequences))
+        x = decoder_layer(x, weights, head.spec, rope, causal_attention(sequences))
     return x
 
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from ppsd.errors import ConfigError
-from ppsd.model.layers import linear, rms_norm
+from ppsd.model.layers import Attention, RopeRows, decoder_layer, linear, rms_norm
 from ppsd.model.packed import whole
 from ppsd.model.stage import Stage
-from ppsd.train.batched import Attention, RopeRows, batched_layer, by_sequence, causal_attention
+from ppsd.train.batched import by_sequence, causal_attention
 
 Keep = Callable[[int, torch.Tensor], None]  # layer, rows [n, C] that left it
 Noise = Callable[[int, int], torch.Tensor]  # position, count: standard Gumbel noise [count]
@@ -278,7 +278,7 @@ class BatchGenerator:
         x = model.embedding[tokens.to(model.plan.device)]
         rope = RopeRows(model.rope, positions)
         for layer, weights in enumerate(model.layers):
-            x = batched_layer(x, weights, model.spec, rope, attention(layer))
+            x = decoder_layer(x, weights, model.spec, rope, attention(layer))
             if layer + 1 in self._keep:
                 keep(layer + 1, x)
         return x

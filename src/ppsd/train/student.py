@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ppsd.model.head_codes import rounded
-from ppsd.model.layers import LayerWeights, linear, rms_norm
+from ppsd.model.layers import LayerWeights, RopeRows, decoder_layer, linear, rms_norm
 from ppsd.model.packed import whole
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage
 from ppsd.model.weights import layer_prefix
 from ppsd.speculation.lookup import ODDS
-from ppsd.train.batched import RopeRows, batched_layer, causal_attention
+from ppsd.train.batched import causal_attention
 
 ADDS = ("o", "o_bias", "down", "down_bias")  # what a layer adds to a row comes through these
 
@@ -109,7 +109,7 @@ class Student:
         """
         x = hidden if self.input is None else linear(hidden, self.input)
         for weights in self.layers:
-            x = batched_layer(x, weights, self.spec, rope, causal_attention(sequences))
+            x = decoder_layer(x, weights, self.spec, rope, causal_attention(sequences))
         x = x[rows]
         if self.feedback is not None:
             x = x + linear(self._normed(verified), self.feedback)

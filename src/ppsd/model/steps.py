@@ -1,0 +1,170 @@
+"""A stage's decode step for GPUs: buffers that stay, rows of one width, a graph a context bucket.
+
+Every step runs the same kernels over ``width`` rows, so a row's bits depend neither on how many
+rows came with it nor on what they are. Positions and cells live on the device: nothing on the way
+asks it for a number. On a CPU, or where a graph cannot be captured, the same step runs eagerly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from ppsd.model.layers import Attention, LayerWeights, Rope, RopeRows, attend, decoder_layer
+from ppsd.model.spec import ModelSpec
+
+BUCKET = 256  # cells: a graph serves all contexts up to the next multiple
+WARM_UPS = 3  # runs before a capture, in which libraries choose their kernels
+logger = logging.getLogger(__name__)
+
+Replay = Callable[[], None]
+
+
+class Graphs(Protocol):
+    """Turns work over fixed buffers into something that can be run again and again."""
+
+    def capture(self, work: Replay) -> Replay:
+        """Record ``work`` and return what repeats it; raises RuntimeError where that fails."""
+
+
+class CudaGraphs:
+    """CUDA graphs that share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Replay) -> Replay:
+        """Capture on a stream of its own, after a few runs, as CUDA demands."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        replay: Replay = graph.replay
+        return replay
+
+
+class Step:
+    """Rows of one sequence through consecutive layers, ``width`` at a time; see the module.
+
+    ``keys``, ``values`` are [K, capacity, D] for each layer; their last cell is given to the rows
+    that only fill up the width. ``finish`` maps the layers' rows [width, C] to what is wanted of
+    them, within the graph. ``graphs`` None runs eagerly.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        spec: ModelSpec,
+        rope: Rope,
+        cache: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
+        width: int,
+        graphs: Graphs | None,
+        finish: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+    ) -> None:
+        self._layers, self._spec, self._rope, self._finish = layers, spec, rope, finish
+        self._cache = cache
+        self._graphs = graphs
+        first = cache[0][0]
+        self._spare = first.shape[1] - 1
+        self._rows = first.new_zeros(width, spec.hidden_size)
+        self._places = torch.zeros(2, width, dtype=torch.int64, device=first.device)
+        self._reach = torch.arange(first.shape[1], device=first.device)
+        self._replays: dict[int, tuple[Replay, torch.Tensor]] = {}
+
+    @property
+    def width(self) -> int:
+        """Rows of a step."""
+        return len(self._rows)
+
+    def start(
+        self,
+        rows: torch.Tensor,
+        positions: Sequence[int],
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> torch.Tensor | None:
+        """Launch ``rows`` [n, C] at ``positions``; return where their results will be [n, …].
+
+        Returns None, with nothing launched, if it is ``cancelled`` by then. What is returned is
+        overwritten by the next step. Raises ValueError for more rows than the width and positions
+        beyond the cache.
+        """
+        count = len(positions)
+        if not 0 < count <= self.width or not 0 <= min(positions) <= max(positions) < self._spare:
+            raise ValueError(f"{count} rows at {positions} do not fit {self.width} x {self._spare}")
+        self._place(positions)
+        replay, result = self._replay(-(-(max(positions) + 1) // BUCKET) * BUCKET)
+        if cancelled():
+            return None
+        self._rows[:count].copy_(rows, non_blocking=True)
+        replay()
+        return result[:count]
+
+    def _place(self, positions: Sequence[int]) -> None:
+        rest = self.width - len(positions)
+        places = [[*positions, *[0] * rest], [*positions, *[self._spare] * rest]]
+        # Pinned, so that the copy does not wait; new each time, as the last may still be read.
+        here = torch.tensor(places, pin_memory=self._places.is_cuda)
+        self._places.copy_(here, non_blocking=True)
+
+    def _replay(self, bucket: int) -> tuple[Replay, torch.Tensor]:
+        """Return the step for contexts of up to ``bucket`` cells, and where its results will be."""
+        if bucket not in self._replays:
+            results: list[torch.Tensor] = []
+
+            def work() -> None:
+                y = self._forward(bucket)
+                results[:] = [results[0].copy_(y) if results else y.clone()]
+
+            work()
+            self._replays[bucket] = self._captured(work), results[0]
+        return self._replays[bucket]
+
+    def _captured(self, work: Replay) -> Replay:
+        if self._graphs is None:
+            return work
+        try:
+            return self._graphs.capture(work)
+        except RuntimeError as error:
+            self._graphs = None
+            logger.warning(
+                "a step cannot be captured (%s); it runs eagerly from now on, which is slower",
+                str(error).splitlines()[0],
+            )
+            return work
+
+    @torch.inference_mode()
+    def _forward(self, bucket: int) -> torch.Tensor:
+        positions, cells = self._places
+        rope = RopeRows(self._rope, positions)
+        size = min(bucket, self._spare)
+        mask = self._reach[:size] <= positions[:, None]
+        x = self._rows
+        for weights, keys, values in zip(self._layers, *self._cache, strict=True):
+            attention = _celled_attention(keys, values, cells, mask)
+            x = decoder_layer(x, weights, self._spec, rope, attention)
+        return self._finish(x)
+
+
+def _celled_attention(
+    keys: torch.Tensor, values: torch.Tensor, cells: torch.Tensor, mask: torch.Tensor
+) -> Attention:
+    """Return attention over the first cells, as many as ``mask`` [n, T] has, of ``keys``.
+
+    The rows' own keys and values go to ``cells`` [n] first.
+    """
+    size = mask.shape[1]
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys.index_copy_(1, cells, k.transpose(0, 1))
+        values.index_copy_(1, cells, v.transpose(0, 1))
+        return attend(q, keys[:, :size], values[:, :size], mask)
+
+    return attention
