@@ -120,6 +120,6 @@ def test_a_failed_capture_is_told_and_the_step_runs_eagerly(
 
 @pytest.mark.parametrize("positions", [[], [0, 1, 2], [-1], [CONTEXT - 1]])
 def test_rows_that_do_not_fit_are_refused(stage: Stage, positions: list[int]) -> None:
+    step, rows = step_of(stage, 2), torch.zeros(len(positions), stage.spec.hidden_size)
     with pytest.raises(ValueError, match="do not fit"):
-        rows = torch.zeros(len(positions), stage.spec.hidden_size)
-        step_of(stage, 2).start(rows, positions)
+        step.start(rows, positions)
