@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tarfile
@@ -36,6 +35,7 @@ STUDENTS = {  # name: exits, layers of each head
 TINY_STUDENTS = {"one-layer": ((1, 2), 1), "two-layers": ((2,), 2)}
 WRITING_SHARE = 0.36  # of the time, for answers
 STARTING = 40.0  # seconds between the two: imports, weights, reading what was written
+PREPARING = 45.0  # seconds from reading the answers to the first step, and to write the heads
 SAVED_EVERY = 60.0  # seconds
 PART_BYTES = 15 << 20  # what comes back travels in files of at most this size
 
@@ -48,7 +48,8 @@ def config_of(exits: tuple[int, ...], layers: int, minutes: float, tiny: bool) -
             batch_tokens=256, max_length=128, validation=4, all_positions=True,
         )  # fmt: skip
     return DistillConfig(
-        exits, head_layers=layers, minutes=minutes, epochs=20, learning_rate=2e-3, warmup=0.02,
+        exits, head_layers=layers, minutes=minutes, epochs=6, warmup=0.02,
+        learning_rate=2e-3 if layers == 1 else 1.5e-3,
         batch_tokens=8192, max_length=1024, validation=256, all_positions=True,
     )  # fmt: skip
 
@@ -90,7 +91,7 @@ def train(args: argparse.Namespace) -> None:
     teacher = load_teacher(args.model, settings, args.device)
     records, files = read_data(args.prompts)
     every = 10 if args.tiny else 400
-    minutes = max((deadline - time.monotonic()) / 60 - 0.3, args.minutes / 2)
+    minutes = max((deadline - time.monotonic() - PREPARING) / 60, args.minutes / 2)
     config = config_of(exits, layers, minutes, args.tiny)
     trainer, summary = prepare_run(teacher, config, records, files, args.out, Cadence(every, 10**9))
     digests = prompt_digests(records)
@@ -100,8 +101,7 @@ def train(args: argparse.Namespace) -> None:
     def report(now: StepReport) -> None:
         nonlocal saved
         if time.monotonic() - saved > SAVED_EVERY:
-            guessed = {layer: Agreement(now.alpha[layer], math.nan) for layer in exits}
-            save_heads(trainer, origin, guessed)
+            save_heads(trainer, origin, {n: Agreement(now.alpha[n], 0.0) for n in exits})
             saved = time.monotonic()
 
     save_heads(trainer, origin, trainer.run(report))
