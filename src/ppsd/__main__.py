@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from ppsd.cli.app import main
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # the working directory, which `python -m` trusts: it may be a download
+
+from ppsd.cli.app import main  # noqa: E402
 
 __all__ = ["main"]
 

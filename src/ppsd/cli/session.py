@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ppsd.cli.display import log_console
 from ppsd.cli.options import PipelineOptions
+from ppsd.cli.streams import visible
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
@@ -51,9 +52,9 @@ def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
         llm = LLM(progress=progress, **options.settings(), **more)
     with llm:
         if llm.layout.reason:
-            console.print(llm.layout.reason, style="dim")
+            console.print(visible(llm.layout.reason), style="dim")
         for notice in _notices(options, llm):
-            console.print(notice, style="yellow")
+            console.print(visible(notice), style="yellow")
         yield llm
 
 
