@@ -16,19 +16,13 @@ from ppsd.errors import PpsdError
 BELL = "\x1b]0;owned\x07\x9b31m\rtab\tnew\nbye\x7f"
 
 
-@pytest.fixture
-def stdout(monkeypatch: pytest.MonkeyPatch) -> BytesIO:
-    """Standard output of a machine that knows ASCII alone."""
+def test_what_an_encoding_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     written = BytesIO()
     monkeypatch.setattr(sys, "stdout", TextIOWrapper(written, "ascii", "strict"))
-    return written
-
-
-def test_what_an_encoding_lacks_is_replaced(stdout: BytesIO) -> None:
     streams.prepare()
     print("naïve 😀")
     assert streams.finish(0) == 0
-    assert stdout.getvalue() == b"na?ve ?\n"
+    assert written.getvalue() == b"na?ve ?\n"
 
 
 class Full(RawIOBase):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -75,12 +76,14 @@ def _stages(options: PipelineOptions) -> int:
 def _no_head_notice(options: PipelineOptions, llm: LLM) -> str:
     from ppsd.model.head_library import local_root
 
-    name = llm.layout.spec.name
+    name, place = llm.layout.spec.name, Path("DIR")
+    with suppress(OSError):  # there is no home
+        place = local_root() / name
     wanted = llm.layout.bounds[1]
     return NO_HEAD_NOTICE.format(
         model=name,
         exit="" if options.exit_layer is None else f" at exit layer {wanted}",
         option="" if options.model is None else f" --model {options.model}",
         layer=wanted,
-        place=local_root() / name,
+        place=place,
     )

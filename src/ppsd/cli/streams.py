@@ -84,7 +84,7 @@ def finish(code: int) -> int:
     try:
         sys.stdout.flush()
     except (PpsdError, BrokenPipeError) as error:
-        if isinstance(error, PpsdError):
+        if isinstance(error, PpsdError) and not code:  # else something has been said
             print(f"ppsd: {error}", file=sys.stderr)
         with open(os.devnull, "w") as nowhere:  # the interpreter flushes once more when it ends
             os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -6,7 +6,8 @@ Imported by engine/ and cli/; transformers is imported only when a tokenizer is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -163,15 +164,23 @@ def _from_directory(path: Path) -> Any:
 
 
 def _from_gguf(path: Path) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
     return cached(
         path,
         "tokenizer",
         build=lambda: _convert_gguf(path),
         write=lambda inner, place: inner.save_pretrained(place),
-        read=PreTrainedTokenizerFast.from_pretrained,
+        read=_restore,
     )
+
+
+def _restore(files: Mapping[str, bytes]) -> Any:
+    """Load a saved tokenizer; transformers reads directories alone."""
+    from transformers import PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory() as place:
+        for name, data in files.items():
+            Path(place, name).write_bytes(data)
+        return PreTrainedTokenizerFast.from_pretrained(place)
 
 
 def _convert_gguf(path: Path) -> Any:

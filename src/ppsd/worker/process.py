@@ -190,7 +190,12 @@ class Supervisor:
         try:
             output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (see close)
             child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ppsd.worker"],  # -P: nothing from the caller's directory
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "ppsd.worker",
+                ],  # -P: nothing from the caller's directory
                 stdin=subprocess.PIPE,
                 stdout=output,  # standard output is for answers
                 stderr=output,
