@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from ppsd import LLM
+from ppsd.transport.rendezvous import free_port
 from tests.system.test_cli import ENVIRONMENT, PATIENCE_S, PPSD
 
 STRANGERS = ("safetensors", "numbers", "queue", "torch", "typer", "inspect", "jinja2")
@@ -59,3 +64,63 @@ def test_strangers_files_in_the_working_directory_change_nothing(generate, tmp_p
     assert result.returncode == 0, result.stderr
     assert result.stdout
     assert sorted(Path(tmp_path).iterdir()) == sorted(tmp_path / f"{n}.py" for n in STRANGERS)
+
+
+def test_one_host_listens_on_its_loopback_interface_alone(tiny_model) -> None:
+    settings = {"head": "none", "dtype": "float64", "threads_per_stage": 1}
+    with LLM(str(tiny_model()), transport="distributed", **settings):
+        here = psutil.Process()
+        family = [here, *here.children(recursive=True)]
+        found = [c for p in family for c in p.net_connections("inet")]
+    listening = {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN}
+    assert len(family) >= 2
+    assert listening == {"127.0.0.1"}
+
+
+LATE_RANK = """
+import sys
+import ppsd.model.source as source
+describe = source.describe
+def late(files):
+    print("late", flush=True)
+    sys.stdin.read()
+    return describe(files)
+source.describe = late
+from ppsd.cli.app import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_rank_late_after_joining_has_as_long_as_for_joining(generate, comes) -> None:
+    """``--timeout`` is for stages at work; a late rank is one sentence, and it ends as well."""
+    flags = ["--transport", "distributed", "--timeout", "1", "--init-timeout"]
+    patience = PATIENCE_S if comes else 15
+    command = [*generate[len(PPSD) :], *flags, str(patience)]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    head, late = (
+        subprocess.Popen(
+            [*program, *command],
+            env=ENVIRONMENT | meeting | {"RANK": str(rank)},
+            text=True,
+            **pipes,
+        )
+        for rank, program in enumerate((PPSD, [sys.executable, "-c", LATE_RANK]))
+    )
+    assert late.stdout.readline() == "late\n"
+    if comes:
+        time.sleep(6)  # no sign of life is awaited for less than five seconds
+        late.stdin.close()
+    said = head.communicate(timeout=PATIENCE_S)
+    if not comes:
+        late.stdin.close()
+    late.stdin = None
+    words = late.communicate(timeout=PATIENCE_S)
+    assert (head.returncode, late.returncode) == (0, 0) if comes else (1, 1), (said, words)
+    if comes:
+        assert said[0]
+        assert words[1] == ""
+    else:
+        assert said[1].startswith("ppsd: ")
+        assert said[1].count("\n") == words[1].count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -74,6 +75,8 @@ app.command("paper")(grouped(paper.paper))
 def main() -> int:
     """Run a verb; return 0 for success, 1 failure or mismatch, 2 usage, 130 interrupted."""
     streams.prepare()
+    # When a rank leaves, also at a good end, PyTorch prints C++ frames beside what it raises.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     return streams.finish(_run())
 
 
