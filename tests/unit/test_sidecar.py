@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from ppsd import LLM, SamplingParams
 from ppsd.cost.profile import load_profile, profile_path
-from ppsd.errors import ConfigError
+from ppsd.errors import ConfigError, ModelError
 from ppsd.model import head_library
 from ppsd.model.sidecar import KEPT_DAYS, cache_root, cached, own_bytes
+from ppsd.model.source import resolve_model
 
 STRANGER = 12345
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -150,7 +152,9 @@ def test_a_file_of_others_is_no_profile(root, damage, tmp_path) -> None:
         load_profile(place)  # named by the user, so trusted
 
 
-def test_a_user_without_a_home_has_no_cache(source, monkeypatch) -> None:
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number that nobody has."""
     for name in ("PPSD_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
 
@@ -158,12 +162,20 @@ def test_a_user_without_a_home_has_no_cache(source, monkeypatch) -> None:
         raise KeyError
 
     monkeypatch.setattr("pwd.getpwuid", nobody)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_a_user_without_a_home_has_no_cache(source, tiny_model) -> None:
     with pytest.raises(FileNotFoundError, match="set PPSD_CACHE"):
         cache_root()
     assert ask(source) == (b"ours", True)
     assert ask(source) == (b"ours", True)
     shipped = [head for head in head_library.find_heads() if head.shipped]
     assert head_library.find_heads() == shipped
+    with pytest.raises(ModelError, match="'~/model' does not exist"):
+        resolve_model("~/model")
+    with LLM(str(tiny_model()), stages=2, transport="inprocess", dtype="float64") as llm:
+        assert llm.run([5, 6], SamplingParams(max_tokens=2, ignore_eos=True)).token_ids
 
 
 @as_root
