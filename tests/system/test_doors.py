@@ -91,23 +91,36 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("comes", [True, False])
-def test_a_rank_late_after_joining_has_as_long_as_for_joining(generate, comes) -> None:
-    """``--timeout`` is for stages at work; a late rank is one sentence, and it ends as well."""
-    flags = ["--transport", "distributed", "--timeout", "1", "--init-timeout"]
-    patience = PATIENCE_S if comes else 15
-    command = [*generate[len(PPSD) :], *flags, str(patience)]
+@pytest.fixture
+def ranks(generate):
+    """Start two ranks, of which the second, after joining, waits for the end of its input."""
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    head, late = (
-        subprocess.Popen(
-            [*program, *command],
-            env=ENVIRONMENT | meeting | {"RANK": str(rank)},
-            text=True,
-            **pipes,
-        )
-        for rank, program in enumerate((PPSD, [sys.executable, "-c", LATE_RANK]))
-    )
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*flags: object) -> list[subprocess.Popen[str]]:
+        command = [*generate[len(PPSD) :], *map(str, flags)]
+        for rank, program in enumerate((PPSD, [sys.executable, "-c", LATE_RANK])):
+            process = subprocess.Popen(
+                [*program, *command],
+                env=ENVIRONMENT | meeting | {"RANK": str(rank)},
+                text=True,
+                **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+            )
+            started.append(process)
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_rank_late_after_joining_has_as_long_as_for_joining(ranks, comes) -> None:
+    """``--timeout`` is for stages at work; a late rank is one sentence, and it ends as well."""
+    patience = PATIENCE_S if comes else 15
+    flags = ("--transport", "distributed", "--timeout", 1, "--init-timeout", patience)
+    head, late = ranks(*flags)
     assert late.stdout.readline() == "late\n"
     if comes:
         time.sleep(6)  # no sign of life is awaited for less than five seconds
@@ -117,7 +130,7 @@ def test_a_rank_late_after_joining_has_as_long_as_for_joining(generate, comes) -
         late.stdin.close()
     late.stdin = None
     words = late.communicate(timeout=PATIENCE_S)
-    assert (head.returncode, late.returncode) == (0, 0) if comes else (1, 1), (said, words)
+    assert (head.returncode, late.returncode) == ((0, 0) if comes else (1, 1)), (said, words)
     if comes:
         assert said[0]
         assert words[1] == ""
