@@ -32,7 +32,8 @@ class EngineConfig:
     followed the same tokens before. ``gate`` lets speculation pause while it does not pay. Times
     are seconds; ``pace`` is what a stage takes for one block (LM head included, an exit head's
     draft comes on top) on the emulated device, one for all stages or one each, nothing for real
-    time. Raises ConfigError for values that no model could make right.
+    time. ``escape_special`` takes control tokens in prompts and messages for plain text. Raises
+    ConfigError for values that no model could make right.
     """
 
     model: str | None = None
@@ -56,6 +57,7 @@ class EngineConfig:
     timeout: float = 60.0
     init_timeout: float = 300.0
     trace: bool = False
+    escape_special: bool = False
     pace: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

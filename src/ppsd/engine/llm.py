@@ -117,7 +117,7 @@ class LLM:
         self.drafts = own or drafter is not None
         self._check_head(self.config)
         check_memory(self.config, self.layout, source)
-        self.tokenizer = Tokenizer.load(files.path)
+        self.tokenizer = Tokenizer.load(files.path, escape_special=self.config.escape_special)
         self.trace = TraceLog()
         self._running = RunningPipeline(self.config, self.layout, source)
         self._finalizer = weakref.finalize(self, self._running.close)

@@ -6,12 +6,14 @@ Imported by engine/ and cli/; transformers is imported only when a tokenizer is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ppsd.errors import ConfigError, ModelError
+from ppsd.model.escape import Escape
 from ppsd.model.sidecar import cached
 
 REPLACEMENT = "\ufffd"
@@ -21,16 +23,25 @@ MOST = 3 * CONTEXT  # a window is cut back before it is so long
 
 
 class Tokenizer:
-    """A model's tokenizer and chat template."""
+    """A model's tokenizer and chat template.
 
-    def __init__(self, inner: Any, name: str) -> None:
+    With ``escape_special`` control tokens in prompts and messages are text; those that the chat
+    template writes are not touched.
+    """
+
+    def __init__(self, inner: Any, name: str, *, escape_special: bool = False) -> None:
         self._inner = inner
         self._name = name
         # what transformers itself asks in the end, without the much that it looks after before
         self._backend = getattr(inner, "backend_tokenizer", None)
+        self._escape: Escape | None = None
+        if escape_special:
+            if self._backend is None:
+                raise ModelError(f"{name}: a tokenizer of its kind cannot escape special tokens")
+            self._escape = Escape(self._backend, inner.added_tokens_decoder)
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
+    def load(cls, path: Path, *, escape_special: bool = False) -> Tokenizer:
         """Load the tokenizer of a directory in Hugging Face layout or of a GGUF file.
 
         Raises ModelError naming the path when there is none or it would need remote code.
@@ -42,7 +53,7 @@ class Tokenizer:
         except Exception as error:  # transformers and tokenizers raise many unrelated types
             text = " ".join(str(error).split())[:300]
             raise ModelError(f"{path}: has no tokenizer that can be read ({text})") from error
-        return cls(inner, str(path))
+        return cls(inner, str(path), escape_special=escape_special)
 
     @property
     def vocab_size(self) -> int:
@@ -64,6 +75,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ConfigError("prompt", text, "valid Unicode, without lone surrogates") from error
+        if self._escape and self._escape.found_in([text]):
+            return self._escape.encode(self._escape.hide(text), special=True)
         ids: list[int] = self._inner.encode(text)
         return ids
 
@@ -77,6 +90,11 @@ class Tokenizer:
             raise ModelError(f"{self._name} does not define a chat template; use --raw")
         from jinja2 import TemplateError
 
+        escape = self._escape
+        if escape and not escape.found_in([text for m in messages for text in m.values()]):
+            escape = None
+        if escape:
+            messages = [{key: escape.hide(text) for key, text in m.items()} for m in messages]
         try:
             text: str = self._inner.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
@@ -84,6 +102,8 @@ class Tokenizer:
         except (TemplateError, TypeError) as error:
             allowed = f"what the model's chat template accepts ({error})"
             raise ConfigError("messages", messages, allowed) from error
+        if escape:
+            return escape.encode(text, special=False)
         ids: list[int] = self._inner.encode(text, add_special_tokens=False)
         return ids
 
@@ -163,15 +183,23 @@ def _from_directory(path: Path) -> Any:
 
 
 def _from_gguf(path: Path) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
     return cached(
         path,
         "tokenizer",
         build=lambda: _convert_gguf(path),
         write=lambda inner, place: inner.save_pretrained(place),
-        read=PreTrainedTokenizerFast.from_pretrained,
+        read=_restore,
     )
+
+
+def _restore(files: Mapping[str, bytes]) -> Any:
+    """Load a saved tokenizer; transformers reads directories alone."""
+    from transformers import PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory() as place:
+        for name, data in files.items():
+            Path(place, name).write_bytes(data)
+        return PreTrainedTokenizerFast.from_pretrained(place)
 
 
 def _convert_gguf(path: Path) -> Any:
