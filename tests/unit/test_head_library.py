@@ -16,6 +16,7 @@ from ppsd.engine.drafter import OracleDrafter
 from ppsd.model import head_library
 from ppsd.model.exit_head import CONFIG_FILE, HeadConfig, save_head
 from ppsd.model.head_library import find_heads, measured_alpha, suitable
+from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
 from ppsd.speculation.policy import Schedule
@@ -71,13 +72,13 @@ def test_the_best_for_model_and_exit_wins(tmp_path: Path) -> None:
     put(tmp_path / "local" / "other-exit", 3, 0.9)
     put(tmp_path / "local" / "other-model", 2, 0.9, fingerprint="other")
     put(tmp_path / "local" / "untrained", 2, 0.9, trained=False)
-    names = [h.path.name for h in suitable(find_heads(), "mark", 2)]
+    names = [h.path.name for h in suitable(find_heads(), Identity("mark"), 2)]
     assert names == ["better", "good", "unmeasured"]
-    assert suitable(find_heads(), "mark", None)[0].path.name == "other-exit"
+    assert suitable(find_heads(), Identity("mark"), None)[0].path.name == "other-exit"
 
 
 def chosen(spec: ModelSpec, **settings: object) -> EngineConfig:
-    return choose(EngineConfig(head="auto", **settings), spec, "mark").config
+    return choose(EngineConfig(head="auto", **settings), spec, Identity("mark")).config
 
 
 def test_auto_takes_the_exit_of_least_expected_time(tmp_path: Path, spec: ModelSpec) -> None:
@@ -104,11 +105,11 @@ def test_a_head_that_will_not_pay_is_loaded_for_a_change_of_mode(
     tmp_path: Path, spec: ModelSpec
 ) -> None:
     put(tmp_path / "local" / "poor", 2, 0.01)
-    choice = choose(EngineConfig(head="auto"), spec, "mark")
+    choice = choose(EngineConfig(head="auto"), spec, Identity("mark"))
     config = choice.config
     assert (config.mode, Path(config.head).name, config.split) == ("autoregressive", "poor", (2,))
     assert "plain decoding: exit 2 at α 0.01 is predicted 1.0" in choice.reason
-    asked = choose(EngineConfig(head="auto", mode="ppsd"), spec, "mark")
+    asked = choose(EngineConfig(head="auto", mode="ppsd"), spec, Identity("mark"))
     assert asked.config.mode == "ppsd"
     assert "speculation will not pay" in asked.reason
 
@@ -117,7 +118,7 @@ def test_without_plan_a_head_is_used_whether_it_pays_or_not(
     tmp_path: Path, spec: ModelSpec
 ) -> None:
     put(tmp_path / "local" / "poor", 2, 0.01)
-    choice = choose(EngineConfig(head="auto", plan="off"), spec, "mark")
+    choice = choose(EngineConfig(head="auto", plan="off"), spec, Identity("mark"))
     assert (choice.config.mode, choice.config.schedule) == ("ppsd", Schedule(1, 2))
     assert choice.reason == ""
 

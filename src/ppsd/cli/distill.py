@@ -226,7 +226,7 @@ def _train(
     agreement = _run(trainer)
     name = teacher.stage.spec.name
     prompts = prompt_digests(records)
-    origin = Origin(name, teacher.fingerprint, files, prompts, summary.lost_mass)
+    origin = Origin(name, teacher.identity, files, prompts, summary.lost_mass)
     places = save_heads(trainer, origin, agreement)
     _plot(trainer)
     console.print(_result_table(places, agreement))

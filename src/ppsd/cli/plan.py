@@ -116,8 +116,7 @@ def _subject(workers: WorkerOptions, decided: DecidedOptions) -> tuple[Profile, 
         profile = _predicted(workers, workers.hardware)
         return profile, _imagined(decided.alpha or "", profile)
     from ppsd.config import EngineConfig
-    from ppsd.engine.choose import read_profile, trained_exits
-    from ppsd.model.head_library import find_heads, suitable
+    from ppsd.engine.choose import outlook
 
     config = EngineConfig(
         workers.model,
@@ -126,10 +125,8 @@ def _subject(workers: WorkerOptions, decided: DecidedOptions) -> tuple[Profile, 
         threads_per_stage=workers.threads_per_stage,
         plan="auto" if workers.profile is None else str(workers.profile),
     )
-    profile = read_profile(config)
-    if decided.alpha is not None:
-        return profile, _imagined(decided.alpha, profile)
-    return profile, trained_exits(suitable(find_heads(), profile.fingerprint, None), profile)
+    profile, exits = outlook(config)
+    return profile, exits if decided.alpha is None else _imagined(decided.alpha, profile)
 
 
 def _predicted(workers: WorkerOptions, name: str) -> Profile:

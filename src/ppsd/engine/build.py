@@ -29,10 +29,11 @@ from ppsd.model.exit_head import (
     read_head_config,
     untrained_head,
 )
+from ppsd.model.identity import Identity
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage, StageModel, StagePlan, weight_bytes
-from ppsd.model.weights import TensorSource, check_shapes, fingerprint, open_source
+from ppsd.model.weights import TensorSource, check_shapes, open_source
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
 from ppsd.worker.judge import Judge
@@ -63,7 +64,7 @@ class Layout:
 
     files: ModelFiles
     spec: ModelSpec
-    fingerprint: str
+    identity: Identity
     bounds: tuple[int, ...]  # [0, …, N]
     head: HeadConfig | None
     dtype: torch.dtype
@@ -100,17 +101,17 @@ def plan_layout(
     spec = describe(files)
     source = open_source(files.path)
     check_shapes(source, spec)
-    mark = fingerprint(spec, source)
-    choice = choose(config, spec, mark)
+    identity = Identity.of(spec, source)
+    choice = choose(config, spec, identity)
     config, bounds = choice.config, choice.bounds
-    head = _head_config(config, spec, mark)
+    head = _head_config(config, spec, identity)
     if head is not None and head.trained:
-        check_head(head, spec, mark, bounds[1], config.head)
+        check_head(head, spec, identity, bounds[1], config.head, force=config.force_head)
     threads = threads_of(config)
     layout = Layout(
         files=files,
         spec=spec,
-        fingerprint=mark,
+        identity=identity,
         bounds=bounds,
         head=head,
         dtype=getattr(torch, dtype_name(config)),
@@ -138,11 +139,11 @@ def _check_devices(config: EngineConfig) -> None:
             raise ConfigError("devices", config.device(rank), allowed) from error
 
 
-def _head_config(config: EngineConfig, spec: ModelSpec, mark: str) -> HeadConfig | None:
+def _head_config(config: EngineConfig, spec: ModelSpec, identity: Identity) -> HeadConfig | None:
     if config.head in ("none", "lookup") or config.stages == 1:
         return None
     if config.head == "untrained":
-        return HeadConfig("norm", 0, 0, None, spec.name, mark, trained=False)
+        return HeadConfig("norm", 0, 0, None, spec.name, identity.fingerprint, trained=False)
     return read_head_config(Path(config.head))
 
 
@@ -256,9 +257,17 @@ class RunningPipeline:
     def _load_head(self, head: HeadConfig, stage: Stage, plan: StagePlan) -> ExitHead:
         layout, embedding = self.layout, stage.embedding
         if not head.trained:
-            return untrained_head(layout.spec, plan, self._source, layout.fingerprint, embedding)
-        directory = Path(self._config.head)
-        return load_head(directory, layout.spec, plan, self._source, layout.fingerprint, embedding)
+            mark = layout.identity.fingerprint
+            return untrained_head(layout.spec, plan, self._source, mark, embedding)
+        return load_head(
+            Path(self._config.head),
+            layout.spec,
+            plan,
+            self._source,
+            layout.identity,
+            embedding,
+            force=self._config.force_head,
+        )
 
     def _hold_threads(self) -> None:
         """Pin this thread and set PyTorch's thread count; both are put back by ``close``."""
@@ -356,7 +365,7 @@ class RunningPipeline:
             rank=rank,
             model_path=str(layout.files.path),
             spec=layout.spec.to_json(),
-            fingerprint=layout.fingerprint,
+            fingerprint=layout.identity.fingerprint,
             first=layout.bounds[rank],
             last=layout.bounds[rank + 1],
             max_context=layout.max_context,

@@ -27,9 +27,9 @@ from ppsd.errors import ConfigError
 from ppsd.model import kernels
 from ppsd.model.exit_head import HeadConfig, check_head, read_head_config
 from ppsd.model.head_library import FoundHead, find_heads, measured_alpha, suitable
+from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
-from ppsd.model.weights import fingerprint as fingerprint_of
 from ppsd.model.weights import open_source
 from ppsd.speculation.policy import schedule_for
 
@@ -71,19 +71,19 @@ def head_sizes(sizes: Sizes, head: HeadConfig | None) -> int:
     return 0 if head is None else sizes.exit_head(head_layers(sizes, head), head.draft_vocab)
 
 
-def choose(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> Choice:
+def choose(config: EngineConfig, spec: ModelSpec, identity: Identity) -> Choice:
     """Decide what ``config`` leaves open.
 
     With ``plan`` off, weights stand for times and an open mode is ``ppsd``. Raises ConfigError and
     HeadError for settings that contradict each other or the model.
     """
-    profile, origin = _profile(config, spec, fingerprint)
-    exits = _exits(config, spec, fingerprint, profile)
+    profile, origin = _profile(config, spec, identity.fingerprint)
+    exits = _exits(config, spec, identity, profile)
     mode = _mode(config)
     plans = alternatives(_problem(config, mode, profile, exits))
     drafting = next((plan for plan in plans if plan.exit), None)
     if config.head == "auto" and drafting is None:
-        return choose(_plain(config), spec, fingerprint)
+        return choose(_plain(config), spec, identity)
     plain = next((plan for plan in plans if not plan.exit), None)
     faster = drafting if drafting and drafting.pays else plain
     best = {"auto": faster, "autoregressive": plain}.get(mode, drafting)
@@ -118,7 +118,14 @@ def _mode(config: EngineConfig) -> str:
 
 def read_profile(config: EngineConfig) -> Profile:
     """The profile that ``config`` would be planned with; reads the model's files for that."""
-    return _profile(config, *_model(config))[0]
+    return outlook(config)[0]
+
+
+def outlook(config: EngineConfig) -> tuple[Profile, tuple[Exit, ...]]:
+    """Return the times and the heads that ``config`` would be planned with; reads the model."""
+    spec, identity = _model(config)
+    profile, _ = _profile(config, spec, identity.fingerprint)
+    return profile, _exits(config, spec, identity, profile)
 
 
 def planned(config: EngineConfig) -> EngineConfig:
@@ -126,10 +133,10 @@ def planned(config: EngineConfig) -> EngineConfig:
     return choose(config, *_model(config)).config
 
 
-def _model(config: EngineConfig) -> tuple[ModelSpec, str]:
+def _model(config: EngineConfig) -> tuple[ModelSpec, Identity]:
     files = resolve_model(config.model)
     spec, source = describe(files), open_source(files.path)
-    return spec, fingerprint_of(spec, source)
+    return spec, Identity.of(spec, source)
 
 
 def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> tuple[Profile, str]:
@@ -190,13 +197,13 @@ def trained_exits(
 
 
 def _exits(
-    config: EngineConfig, spec: ModelSpec, fingerprint: str, profile: Profile
+    config: EngineConfig, spec: ModelSpec, identity: Identity, profile: Profile
 ) -> tuple[Exit, ...]:
     """The heads that could draft; one that fits anywhere stands at every layer."""
     if config.stages == 1:
         return ()
     if config.head == "auto":
-        found = suitable(find_heads(), fingerprint, None)
+        found = suitable(find_heads(), identity, None)
         return trained_exits(found, profile, lookup=config.lookup)
     if config.head == "untrained":
         draft, weights = profile.head_time(0, None), profile.sizes.exit_head(0, None)
@@ -208,7 +215,7 @@ def _exits(
         return _anywhere(free, spec) if _mode(config) != "autoregressive" else ()
     head = read_head_config(Path(config.head))
     first = config.split[0] if config.split else config.exit_layer
-    check_head(head, spec, fingerprint, first or head.exit_layer, config.head)
+    check_head(head, spec, identity, first or head.exit_layer, config.head, force=config.force_head)
     return (_exit(head, profile, config.head, config.lookup),)
 
 

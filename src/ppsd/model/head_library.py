@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ppsd.errors import HeadError
 from ppsd.model.exit_head import CONFIG_FILE, WEIGHTS_FILE, HeadConfig, read_head_config
+from ppsd.model.identity import Identity
 from ppsd.model.sidecar import cache_root
 
 SHIPPED = Path(__file__).parents[1] / "heads"
@@ -78,7 +79,7 @@ def _describe(path: Path, shipped: bool) -> FoundHead:
 
 
 def suitable(
-    heads: Iterable[FoundHead], fingerprint: str, exit_layer: int | None
+    heads: Iterable[FoundHead], identity: Identity, exit_layer: int | None
 ) -> list[FoundHead]:
     """Trained heads for a model, and for one exit layer unless that is None; the best α first.
 
@@ -89,7 +90,7 @@ def suitable(
         for h in heads
         if h.config is not None
         and h.config.trained
-        and h.config.fingerprint == fingerprint
+        and not h.config.identity.difference(identity)
         and exit_layer in (None, h.config.exit_layer)
     ]
     return sorted(fitting, key=lambda h: -1.0 if h.alpha is None else h.alpha, reverse=True)

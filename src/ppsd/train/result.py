@@ -12,6 +12,7 @@ from typing import Any
 
 from ppsd.model.exit_head import HeadConfig
 from ppsd.model.head_codes import encode
+from ppsd.model.identity import Identity
 from ppsd.provenance import provenance
 from ppsd.train.distill import Trainer
 from ppsd.train.evaluate import Agreement
@@ -23,7 +24,7 @@ class Origin:
     """What is known of a run beyond its settings; ``prompts`` are digests (see save_head)."""
 
     base_model: str
-    fingerprint: str
+    identity: Identity
     data: Sequence[DataFile]
     prompts: Sequence[str]
     lost_mass: float
@@ -46,7 +47,8 @@ def save_heads(
             layers=trainer.config.layers,
             draft_vocab=None if trainer.draft_ids is None else len(trainer.draft_ids),
             base_model=origin.base_model,
-            fingerprint=origin.fingerprint,
+            fingerprint=origin.identity.fingerprint,
+            model=origin.identity.to_json(),
             mlp=trainer.config.mlp,
             feedback=trainer.config.feedback,
             copy_gate=trainer.config.copy_gate,
