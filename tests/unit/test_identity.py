@@ -119,7 +119,9 @@ def test_a_head_trained_on_one_copy_drafts_for_another_and_force_for_any(
 
     assert accepted(model) == accepted(changed(model, rescaled)) > 0
     other = save_tiny(tmp_path / "other", seed=1)
-    with pytest.raises(HeadError, match=r"the final norm differs in .*; --force-head uses it"):
+    with pytest.raises(
+        HeadError, match=r"the final norm differs in .*; ppsd generate --force-head uses it"
+    ):
         accepted(other)
     accepted(other, force_head=True)
 

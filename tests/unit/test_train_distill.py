@@ -16,7 +16,7 @@ from ppsd.train.batched import whole_sequences
 from ppsd.train.checkpoint import CHECKPOINT, RunDirectory
 from ppsd.train.copies import NONE
 from ppsd.train.distill import StepReport, Trainer
-from ppsd.train.evaluate import Agreement, prepare
+from ppsd.train.evaluate import prepare
 from ppsd.train.features import live_features
 from ppsd.train.settings import DistillConfig
 from tests.support.teachers import random_examples, tiny_config, tiny_teacher, tiny_trainer
@@ -120,7 +120,8 @@ def test_a_head_that_is_the_rest_of_the_model_always_agrees(
     tiny_model: Models, tmp_path: Path
 ) -> None:
     trainer = perfect_trainer(tiny_model("llama"), tmp_path, draft_vocab=0)
-    assert trainer._validate()[3] == Agreement(alpha=1.0, top4=1.0)
+    found = trainer._validate()[3]
+    assert (found.alpha, found.top4, found.between) == (1.0, 1.0, (1.0, 1.0))
 
 
 def test_the_draft_vocabulary_costs_agreement(tiny_model: Models, tmp_path: Path) -> None:
@@ -266,8 +267,17 @@ def test_what_the_model_cannot_do_is_refused(
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:
     config = tiny_config(learning_rate=1.0, warmup=0.1)
-    rates = [config.rate(step / 100) for step in range(101)]
-    assert rates[:10] == pytest.approx([0.1 * i for i in range(10)])
-    assert max(rates) == rates[10] == 1.0
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[100] == pytest.approx(0.0, abs=1e-12)
+    rates = [config.rate(step / 1000, 1000) for step in range(1001)]
+    assert rates[:100] == pytest.approx([0.01 * i for i in range(100)])
+    assert max(rates) == rates[100] == 1.0
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[1000] == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "rising"), [(0.05, 200, 50), (0.05, 40, 20), (0.5, 40, 20), (0.0, 40, 0)]
+)
+def test_a_short_run_warms_up_for_long_enough(share: float, steps: int, rising: int) -> None:
+    config = tiny_config(learning_rate=1.0, warmup=share)
+    rates = [config.rate(step / steps, steps) for step in range(steps)]
+    assert rates.index(max(rates)) == rising

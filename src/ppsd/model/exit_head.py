@@ -152,7 +152,7 @@ def check_head(
     if not force and (difference := config.identity.difference(identity)):
         raise HeadError(
             f"exit head {where} belongs to {config.base_model}, not to {spec.name}: {difference}; "
-            "--force-head uses it all the same"
+            "ppsd generate --force-head uses it all the same"
         )
     if config.exit_layer != exit_layer:
         raise HeadError(

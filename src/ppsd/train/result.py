@@ -41,6 +41,8 @@ def save_heads(
         weights = encode(student.export())
         if trainer.draft_ids is not None:
             weights["draft_ids"] = trainer.draft_ids.cpu()
+        kept = trainer.best.kept[layer]
+        validation = agreement[layer].to_json() | {"start": kept.start, "step": kept.step}
         config = HeadConfig(
             kind=trainer.config.kind,
             exit_layer=layer,
@@ -53,10 +55,11 @@ def save_heads(
             feedback=trainer.config.feedback,
             copy_gate=trainer.config.copy_gate,
             provenance=origins,
-            metrics={"validation": agreement[layer].to_json(), "lost_mass": origin.lost_mass},
+            metrics={"validation": validation, "lost_mass": origin.lost_mass},
         )
         name = f"{trainer.config.kind}-{layer}"
         places[layer] = trainer.directory.write_head(name, config, weights, origin.prompts)
+    trainer.directory.finish()
     return places
 
 

@@ -15,6 +15,7 @@ from ppsd.errors import ConfigError
 KINDS = ("transformer", "norm")
 INITS = ("exit", "last")
 DTYPES = ("auto", "float32", "bfloat16", "float64")
+WARMUP_STEPS = 50  # at least, if that leaves half of the run
 BETAS = (0.9, 0.95)  # a run has hundreds of steps, too few for AdamW's usual 0.999
 
 
@@ -107,14 +108,16 @@ class DistillConfig:
         """The model's layer that a head's first layer begins as."""
         return exit_layer if self.init == "exit" else num_layers - self.layers
 
-    def rate(self, done: float) -> float:
-        """Return the learning rate when this share of the run is done.
+    def rate(self, done: float, steps: int) -> float:
+        """Return the learning rate when this share of a run of about ``steps`` steps is done.
 
-        It rises linearly over the ``warmup`` and falls to zero along a cosine.
+        It rises linearly over the ``warmup`` and falls to zero along a cosine. A share of a short
+        run is too few steps for AdamW to learn its scales, so there the rise is longer.
         """
-        if done < self.warmup:
-            return self.learning_rate * done / self.warmup
-        rest = (done - self.warmup) / (1 - self.warmup) if self.warmup < 1 else 0.0
+        rising = self.warmup and max(self.warmup, min(0.5, WARMUP_STEPS / steps))
+        if done < rising:
+            return self.learning_rate * done / rising
+        rest = (done - rising) / (1 - rising) if rising < 1 else 0.0
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
 
     def to_json(self) -> dict[str, Any]:
