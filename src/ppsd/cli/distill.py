@@ -175,7 +175,7 @@ def _generate(
     path = RunDirectory(out, {}).path / GENERATED
     store = None if features is None else open_features(teacher, training, features)
     deadline = time.monotonic() + 60 * minutes if minutes else math.inf
-    with progress.writing(len(records)) as report:
+    with progress.writing() as report:
         skipped = write_targets(
             teacher.stage,
             records,

@@ -5,7 +5,10 @@ Imported by cli/ and bench/.
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +17,28 @@ import torch
 
 from ppsd.errors import PpsdError
 from ppsd.model.stage import Stage
-from ppsd.train.checkpoint import append_line, continue_lines
+from ppsd.train.checkpoint import append_line, continue_lines, write_whole
 from ppsd.train.data import Encoding, joined
 from ppsd.train.features import FeatureStore
 from ppsd.train.records import Record
 from ppsd.train.selfgen import BatchGenerator, GenerateConfig, Noise, Request
 
+UNDER_WAY = ".under-way.json"  # behind the name of the targets' file
+SAVE_EVERY_S = 30.0
 POOL = 1024  # prompts of like length are answered together, within pools of so many
 
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """Where generation stands: prompts answered, of how many, and tokens written by this call."""
+    """Where generation stands: prompts answered, of how many, and tokens written by this call.
+
+    ``share`` of the work is done, answers under way counted as if they were to use all their room.
+    """
 
     done: int
     total: int
     tokens: int
+    share: float
 
 
 def write_targets(
@@ -45,22 +54,34 @@ def write_targets(
 ) -> int:
     """Answer every distinct prompt of ``records`` into the JSONL ``path``; give the number skipped.
 
-    Prompts that ``path`` already answers are not asked again; those that leave no room for an
-    answer are skipped. The model's rows of what is answered now go to ``features``. No answer is
-    begun after ``deadline`` (of time.monotonic). Raises PpsdError when ``path`` was written with
-    other settings.
+    Prompts that ``path`` already answers are not asked again, answers that were under way go on
+    where they were saved last, and prompts that leave no room for an answer are skipped. The
+    model's rows of what is answered now go to ``features``. No answer is begun after ``deadline``
+    (of time.monotonic). Raises PpsdError when ``path`` was written with other settings.
     """
     prompts = {r.key: r for r in records if r.messages}
     if not prompts:
         raise PpsdError("self-generation needs prompts, and the data has none (only plain text)")
     stamp = {"model": encoding.model, **_stamp(config)}
-    done = _answered(path, stamp)
-    waiting = [Request(k, encoding.prompt(r)) for k, r in prompts.items() if k not in done]
+    done, draft = _answered(path, stamp), _Draft(path, stamp)
+    waiting = [
+        draft.request(key, encoding.prompt(r), encoding.max_length)
+        for key, r in prompts.items()
+        if key not in done
+    ]
     fitting = [r for r in waiting if len(r.prompt) < encoding.max_length]
     skipped = len(waiting) - len(fitting)
-    total, tokens = len(prompts) - skipped, 0
+    total = len(prompts) - skipped
     answered = total - len(fitting)
-    report(GenerateReport(answered, total, tokens))
+
+    def tell() -> None:
+        share = (answered + generator.under_way_share) / total if total else 1.0
+        report(GenerateReport(answered, total, generator.written, share))
+
+    def stepped() -> None:
+        tell()
+        draft.save(generator.under_way)
+
     eos_ids = {*model.spec.eos_ids, *encoding.tokenizer.eos_ids}
     generator = BatchGenerator(
         model,
@@ -71,8 +92,10 @@ def write_targets(
         noise=noise,
         keep=features.layers if features else (),
         deadline=deadline,
+        stepped=stepped,
     )
-    for answer in generator.run(_order(fitting, config.seed)):
+    tell()
+    for answer in generator.run(sorted(_order(fitting, config.seed), key=lambda r: not r.begun)):
         request, ids = answer.request, answer.ids
         record = prompts[request.key]
         if features:
@@ -81,9 +104,40 @@ def write_targets(
         about = {"key": request.key, **dict(record.about), "messages": list(record.messages)}
         ending = {"finish_reason": "stop" if ids[-1] in eos_ids else "length"}
         append_line(path, about | target | ending | stamp)
-        answered, tokens = answered + 1, tokens + len(ids)
-        report(GenerateReport(answered, total, tokens))
+        answered += 1
+        tell()
+    draft.remove()
     return skipped
+
+
+class _Draft:
+    """Answers under way, in a file beside the targets, so that a kill costs half a minute."""
+
+    def __init__(self, path: Path, stamp: dict[str, Any]) -> None:
+        self.begun: dict[str, list[int]] = {}
+        self._path = path.with_name(path.name + UNDER_WAY)
+        self._stamp = stamp
+        self._saved = time.monotonic()
+        with suppress(OSError, ValueError, KeyError, TypeError):  # absent, or not of these settings
+            record = json.loads(self._path.read_text())
+            if record["stamp"] == stamp:
+                self.begun = {key: list(map(int, ids)) for key, ids in record["answers"].items()}
+
+    def request(self, key: str, prompt: Sequence[int], max_length: int) -> Request:
+        """A request that goes on where it was saved, if that leaves room for more."""
+        request = Request(key, prompt, self.begun.get(key, ()))
+        return request if len(request.tokens) < max_length else Request(key, prompt)
+
+    def save(self, answers: Callable[[], dict[str, list[int]]]) -> None:
+        """Write what is under way, every SAVE_EVERY_S."""
+        if time.monotonic() - self._saved >= SAVE_EVERY_S:
+            record = {"stamp": self._stamp, "answers": answers()}
+            write_whole(self._path, json.dumps(record).encode())
+            self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """Forget it: all is answered."""
+        self._path.unlink(missing_ok=True)
 
 
 def _stamp(config: GenerateConfig) -> dict[str, Any]:
