@@ -41,6 +41,10 @@ class Best:
                 self.kept[layer] = Kept(step, alpha, alpha if before is None else before.start)
                 self._tensors |= {n: p.detach().clone() for n, p in student.parameters()}
 
+    def start(self, student: Student) -> float:
+        """Held-out α of a head before any step."""
+        return self.kept[student.exit_layer].start
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put the heads back to what was best, rounded as saving does."""

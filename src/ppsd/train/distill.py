@@ -107,9 +107,10 @@ class Trainer:
         ]
         self._parameters = {n: p for s in self.students for n, p in s.parameters()}
         self.best = Best(self.students)
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), betas=BETAS, weight_decay=config.weight_decay
-        )
+        self.last: dict[int, Agreement] = {}  # of the heads after the last step, kept or not
+        groups = [{"params": [p for _, p in s.parameters()]} for s in self.students]
+        decay = config.weight_decay
+        self._optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=decay)
         lengths = [len(e.tokens) for e in lesson.train]
         self._plan = [
             batch
@@ -156,7 +157,9 @@ class Trainer:
             alpha = {layer: a.alpha for layer, a in agreement.items()}
             report(StepReport(self.step, self.steps, self.tokens, self.total_tokens, losses, alpha))
         if self.step % self._validate_every:
-            self.best.consider(self.step, self._validate())
+            agreement = self._validate()
+            self.best.consider(self.step, agreement)
+        self.last = agreement
         self.best.restore()
         return self._validate(final=True)
 
@@ -195,8 +198,10 @@ class Trainer:
         losses, record = self._losses(batch)
         losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         norms = [_clip(student, self.config.clip) for student in self.students]
-        rate = self.config.rate(self._done + 0.5 / self.steps, self.steps)
-        self._optimizer.param_groups[0]["lr"] = rate
+        done = self._done + 0.5 / self.steps
+        rates = [self.config.rate(done, self.steps, self.best.start(s)) for s in self.students]
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         self._check_finite(losses, norms)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -205,7 +210,7 @@ class Trainer:
         by_exit = dict(zip(self.config.exit_layers, losses.tolist(), strict=True))
         seconds = time.perf_counter() - started
         self.directory.log(
-            {"step": self.step, "tokens": self.tokens, "rate": rate, "loss": by_exit}
+            {"step": self.step, "tokens": self.tokens, "rates": rates, "loss": by_exit}
             | {"gradient_norm": norms, "seconds": round(seconds, 4), **record}
         )
         return by_exit
@@ -251,9 +256,10 @@ class Trainer:
 
     def _check_finite(self, losses: torch.Tensor, norms: Sequence[float]) -> None:
         if not all(math.isfinite(x) for x in (*losses.tolist(), *norms)):
+            rate = max(self.config.peak_rate(self.steps, self.best.start(s)) for s in self.students)
             raise PpsdError(
                 f"training diverged at step {self.step + 1} (loss {losses.tolist()}); start again "
-                f"with a learning_rate below {self.config.learning_rate:g} in another directory"
+                f"with a learning_rate below {rate:g} in another directory"
             )
 
     def _validate(self, *, final: bool = False) -> dict[int, Agreement]:
