@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ppsd.cost.profile import Profile
     from ppsd.cost.sizes import Sizes
 
+Subject = tuple["Profile", "tuple[Exit, ...]", "int | None"]
 PIPE_WIDTH = 160
 IMAGINED_LAYERS, IMAGINED_VOCABULARY = 1, 8192  # of a head that --alpha speaks of
 
@@ -91,8 +92,7 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
     from ppsd.cost.planner import alternatives
 
     try:
-        profile, exits = _subject(workers, decided)
-        problem = _problem(workers, decided, profile, exits)
+        problem = _problem(workers, decided, *_subject(workers, decided))
     except ConfigError as error:
         if error.field != "stages":
             raise
@@ -102,19 +102,24 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
         raise ConfigError("mode", decided.mode, "one that the heads and the split allow")
     verdict = _verdict(found)
     if output.as_json:
-        rows = [_record(plan, profile) for plan in found]
-        print(json.dumps({"source": profile.source, "verdict": verdict, "plans": rows}))
+        rows = [_record(plan, problem.profile) for plan in found]
+        about = {"source": problem.profile.source, "assumed": _assumed(problem)}
+        print(json.dumps(about | {"verdict": verdict, "plans": rows}))
     else:
-        _show(found[: output.top], profile, verdict)
+        _show(found[: output.top], problem, verdict)
 
 
-def _subject(workers: WorkerOptions, decided: DecidedOptions) -> tuple[Profile, tuple[Exit, ...]]:
-    """The times to plan with, and the heads: those of --alpha, or those found for the model."""
+def _subject(workers: WorkerOptions, decided: DecidedOptions) -> Subject:
+    """The times to plan with, and the heads: those of --alpha, or those found for the model.
+
+    Also how many workers compute at the same time: on this machine as many as it has cores for,
+    elsewhere all of them.
+    """
     if workers.hardware is not None:
         if workers.profile is not None:
             raise ConfigError("profile", str(workers.profile), "left out with --hardware")
         profile = _predicted(workers, workers.hardware)
-        return profile, _imagined(decided.alpha or "", profile)
+        return profile, _imagined(decided.alpha or "", profile), None
     from ppsd.config import EngineConfig
     from ppsd.engine.choose import outlook
 
@@ -125,8 +130,11 @@ def _subject(workers: WorkerOptions, decided: DecidedOptions) -> tuple[Profile, 
         threads_per_stage=workers.threads_per_stage,
         plan="auto" if workers.profile is None else str(workers.profile),
     )
-    profile, exits = outlook(config)
-    return profile, exits if decided.alpha is None else _imagined(decided.alpha, profile)
+    profile, exits, at_once = outlook(config)
+    if decided.alpha is not None:
+        exits = _imagined(decided.alpha, profile)
+    elsewhere = workers.worker_speed is not None or workers.link_ms is not None
+    return profile, exits, None if elsewhere else at_once
 
 
 def _predicted(workers: WorkerOptions, name: str) -> Profile:
@@ -174,7 +182,11 @@ def _imagined(text: str, profile: Profile) -> tuple[Exit, ...]:
 
 
 def _problem(
-    workers: WorkerOptions, decided: DecidedOptions, profile: Profile, exits: tuple[Exit, ...]
+    workers: WorkerOptions,
+    decided: DecidedOptions,
+    profile: Profile,
+    exits: tuple[Exit, ...],
+    at_once: int | None,
 ) -> Problem:
     from ppsd.cost.planner import Problem
     from ppsd.speculation.policy import MODES, schedule_for
@@ -196,6 +208,7 @@ def _problem(
         mode=decided.mode,
         block=decided.block,
         in_flight=decided.in_flight,
+        at_once=at_once,
     )
 
 
@@ -256,11 +269,12 @@ def _record(plan: Plan, profile: Profile) -> dict[str, Any]:
         "split": list(plan.bounds[1:-1]),
         "exit_layer": plan.exit.layer if plan.exit else None,
         "alpha": plan.exit.alpha if plan.exit else None,
+        "alpha_origin": plan.exit.origin if plan.exit else None,
         "head": plan.exit.name if plan.exit else None,
         "tokens_per_second": 1 / plan.token_time,
         "ms_per_token": plan.token_time * 1e3,
         "speedup": plan.speedup,
-        "bound": plan.limit,
+        "bound": plan.speedup_at(1.0),
         "bottleneck": plan.bottleneck,
         "stage_ms": [time * 1e3 for time in plan.stage_times],
         "memory_bytes": memory,
@@ -268,7 +282,15 @@ def _record(plan: Plan, profile: Profile) -> dict[str, Any]:
     }
 
 
-def _show(plans: Sequence[Plan], profile: Profile, verdict: str) -> None:
+def _assumed(problem: Problem) -> str:
+    from ppsd.engine.choose import assumed_together
+
+    together = assumed_together(problem.at_once, problem.workers)
+    return f"{together}, {problem.context} positions cached"
+
+
+def _show(plans: Sequence[Plan], problem: Problem, verdict: str) -> None:
+    profile = problem.profile
     titles = ("mode", "m", "w", "split", "α", "tokens/s", "speedup", "at α=1", "slowest stage")
     table = Table(*titles, "GiB a worker", "output is plain's", box=None)
     for plan in plans:
@@ -278,10 +300,10 @@ def _show(plans: Sequence[Plan], profile: Profile, verdict: str) -> None:
             str(plan.schedule.block),
             str(plan.schedule.in_flight),
             ",".join(map(str, plan.bounds[1:-1])) or "–",
-            "–" if plan.exit is None else f"{plan.exit.alpha:.2f}",
+            "–" if plan.exit is None else f"{plan.exit.alpha:.2f} {plan.exit.origin}",
             f"{1 / plan.token_time:.1f}" if _absolute(profile) else "–",
             f"{plan.speedup:.2f}×",
-            f"{plan.limit:.2f}×",
+            f"{plan.speedup_at(1.0):.2f}×",
             f"{plan.bottleneck} ({plan.stage_times[plan.bottleneck] * 1e3:.2f} ms)"
             if _absolute(profile)
             else str(plan.bottleneck),
@@ -292,7 +314,7 @@ def _show(plans: Sequence[Plan], profile: Profile, verdict: str) -> None:
     console = Console(highlight=False, soft_wrap=True, width=width)
     console.print(table)
     console.print(verdict, style="bold")
-    console.print(f"Predicted, not measured; times: {profile.source}")
+    console.print(f"Predicted, not measured; times: {profile.source}; {_assumed(problem)}")
 
 
 def _absolute(profile: Profile) -> bool:

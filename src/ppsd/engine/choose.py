@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ppsd.config import EngineConfig, available_cores
 from ppsd.cost.planner import (
     ASSUMED_ALPHA,
     LOOKUP_ALPHA,
+    UNKNOWN,
     UNTRAINED_ALPHA,
     Exit,
     Plan,
@@ -26,7 +27,7 @@ from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
 from ppsd.model import kernels
 from ppsd.model.exit_head import HeadConfig, check_head, read_head_config
-from ppsd.model.head_library import FoundHead, find_heads, measured_alpha, suitable
+from ppsd.model.head_library import FoundHead, find_heads, known_rate, suitable
 from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
@@ -121,11 +122,14 @@ def read_profile(config: EngineConfig) -> Profile:
     return outlook(config)[0]
 
 
-def outlook(config: EngineConfig) -> tuple[Profile, tuple[Exit, ...]]:
-    """Return the times and the heads that ``config`` would be planned with; reads the model."""
+def outlook(config: EngineConfig) -> tuple[Profile, tuple[Exit, ...], int | None]:
+    """Return what ``config`` would be planned with; reads the model's files for that.
+
+    Times, heads, and how many stages compute at the same time (None: all of them).
+    """
     spec, identity = _model(config)
     profile, _ = _profile(config, spec, identity.fingerprint)
-    return profile, _exits(config, spec, identity, profile)
+    return profile, _exits(config, spec, identity, profile), _at_once(config)
 
 
 def planned(config: EngineConfig) -> EngineConfig:
@@ -188,10 +192,10 @@ def trained_exits(
     heads: Sequence[FoundHead], profile: Profile, *, lookup: bool = True
 ) -> tuple[Exit, ...]:
     """Heads as the planner sees them; those of unknown α only when there are no others."""
-    measured = [head for head in heads if head.alpha is not None]
+    known = [head for head in heads if head.rate is not None]
     return tuple(
         _exit(head.config, profile, str(head.path), lookup)
-        for head in measured or heads
+        for head in known or heads
         if head.config is not None
     )
 
@@ -207,32 +211,36 @@ def _exits(
         return trained_exits(found, profile, lookup=config.lookup)
     if config.head == "untrained":
         draft, weights = profile.head_time(0, None), profile.sizes.exit_head(0, None)
-        return _anywhere(Exit(1, UNTRAINED_ALPHA, draft, weights, "untrained"), spec)
+        return _anywhere(Exit(1, UNTRAINED_ALPHA, draft, weights, "untrained", "assumed"), spec)
     if config.head == "lookup":
-        return _anywhere(Exit(1, LOOKUP_ALPHA, 0.0, name="lookup"), spec)
+        return _anywhere(Exit(1, LOOKUP_ALPHA, 0.0, name="lookup", origin=UNKNOWN), spec)
     if config.head == "none":  # whoever drafts all the same brings a drafter
         free = Exit(1, 1.0, 0.0)
         return _anywhere(free, spec) if _mode(config) != "autoregressive" else ()
     head = read_head_config(Path(config.head))
     first = config.split[0] if config.split else config.exit_layer
     check_head(head, spec, identity, first or head.exit_layer, config.head, force=config.force_head)
-    return (_exit(head, profile, config.head, config.lookup),)
+    exit_ = _exit(head, profile, config.head, config.lookup)
+    foreign = head.identity.difference(identity)
+    return (replace(exit_, origin=f"{exit_.origin} on another model") if foreign else exit_,)
 
 
 def _exit(head: HeadConfig, profile: Profile, name: str, lookup: bool) -> Exit:
-    alpha = measured_alpha(head, lookup=lookup)
+    rate = known_rate(head, lookup=lookup)
+    alpha, origin = (ASSUMED_ALPHA, "assumed") if rate is None else rate.expected
     return Exit(
         layer=head.exit_layer,
-        alpha=ASSUMED_ALPHA if alpha is None else alpha,
+        alpha=alpha,
         draft=profile.head_time(head_layers(profile.sizes, head), head.draft_vocab),
         weights=head_sizes(profile.sizes, head),
         name=name,
+        origin=origin,
     )
 
 
 def _anywhere(exit_: Exit, spec: ModelSpec) -> tuple[Exit, ...]:
     layers = range(1, spec.num_layers)
-    return tuple(Exit(n, exit_.alpha, exit_.draft, exit_.weights, exit_.name) for n in layers)
+    return tuple(replace(exit_, layer=n) for n in layers)
 
 
 def _problem(config: EngineConfig, mode: str, profile: Profile, exits: tuple[Exit, ...]) -> Problem:
@@ -291,14 +299,37 @@ def _reason(
     drafting: Plan | None,
     origin: str,
 ) -> str:
-    """The choice in one line."""
+    """The choice in one line, with what its prediction assumes."""
     stages = f"{config.stages} stage{'s' if config.stages > 1 else ''}"
+    given = f"({origin})" if config.stages == 1 else f"({_together(config)}; {origin})"
     if best.exit is not None:
         window = f"m={best.schedule.block}, w={best.schedule.in_flight}"
-        what = f"exit {bounds[1]}, {config.mode}, {window}: predicted {best.speedup:.2f}× plain"
-        warning = "" if best.pays else "; speculation will not pay"
-        return f"plan: {stages}, {what} at α {best.exit.alpha:.2f}{warning} ({origin})"
+        what = f"exit {bounds[1]}, {config.mode}, {window}: {prediction(best)}"
+        return f"plan: {stages}, {what} {given}"
     if drafting is None or drafting.exit is None or config.mode != "autoregressive":
-        return f"plan: {stages}, plain decoding ({origin})"
-    what = f"exit {bounds[1]} at α {drafting.exit.alpha:.2f} is predicted {drafting.speedup:.2f}×"
-    return f"plan: {stages}, plain decoding: {what} plain ({origin})"
+        return f"plan: {stages}, plain decoding {given}"
+    return f"plan: {stages}, plain decoding: exit {bounds[1]} is {prediction(drafting)} {given}"
+
+
+def prediction(plan: Plan) -> str:
+    """What a plan with an exit promises, and at which α."""
+    assert plan.exit is not None
+    if plan.exit.origin == UNKNOWN:
+        return (
+            f"predicted {plan.speedup_at(0):.2f}× plain with no draft right, "
+            f"{plan.speedup_at(0.5):.2f}× with half of them: that depends on the text"
+        )
+    warning = "" if plan.pays else "; speculation will not pay"
+    at = f"α {plan.exit.alpha:.2f} ({plan.exit.origin})"
+    return f"predicted {plan.speedup:.2f}× plain at {at}{warning}"
+
+
+def _together(config: EngineConfig) -> str:
+    return assumed_together(_at_once(config), config.stages)
+
+
+def assumed_together(at_once: int | None, stages: int) -> str:
+    """Say how many stages are taken to compute at the same time."""
+    if at_once is None or at_once >= stages:
+        return "all stages at once"
+    return f"{at_once} of {stages} stages at once, for want of cores"
