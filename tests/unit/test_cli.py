@@ -37,7 +37,7 @@ SAMPLING = (
 RECORD = (
     "text token_ids finish_reason mode block in_flight stages exit_layer prompt_tokens "
     "cached_tokens new_tokens counts acceptance_rate prefill_seconds decode_seconds "
-    "tokens_per_second stage_busy_share gate memory_peak_bytes pace overruns"
+    "tokens_per_second stage_busy_share gate memory_bytes memory_needed_bytes pace overruns"
 )
 FLAGS = {
     "generate": "prompt --raw --system --samples --highlight --json --trace",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ppsd.cost.planner import Exit, Plan, Problem
     from ppsd.cost.profile import Profile
     from ppsd.cost.sizes import Sizes
+    from ppsd.engine.choose import Outlook
 
-Subject = tuple["Profile", "tuple[Exit, ...]", "int | None"]
 PIPE_WIDTH = 160
 IMAGINED_LAYERS, IMAGINED_VOCABULARY = 1, 8192  # of a head that --alpha speaks of
 
@@ -92,7 +92,8 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
     from ppsd.cost.planner import alternatives
 
     try:
-        problem = _problem(workers, decided, *_subject(workers, decided))
+        subject = _outlook(workers, decided)
+        problem = _problem(workers, decided, subject)
     except ConfigError as error:
         if error.field != "stages":
             raise
@@ -102,27 +103,27 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
         raise ConfigError("mode", decided.mode, "one that the heads and the split allow")
     verdict = _verdict(found)
     if output.as_json:
-        rows = [_record(plan, problem.profile) for plan in found]
+        rows = [_record(plan, subject.memory(plan)) for plan in found]
         about = {"source": problem.profile.source, "assumed": _assumed(problem)}
         print(json.dumps(about | {"verdict": verdict, "plans": rows}))
     else:
-        _show(found[: output.top], problem, verdict)
+        _show(found[: output.top], problem, subject.memory, verdict)
 
 
-def _subject(workers: WorkerOptions, decided: DecidedOptions) -> Subject:
-    """The times to plan with, and the heads: those of --alpha, or those found for the model.
+def _outlook(workers: WorkerOptions, decided: DecidedOptions) -> Outlook:
+    """What to plan with: heads are those of --alpha, or those found for the model.
 
-    Also how many workers compute at the same time: on this machine as many as it has cores for,
-    elsewhere all of them.
+    On this machine as many workers compute at once as it has cores for, elsewhere all of them.
     """
+    from ppsd.config import EngineConfig
+    from ppsd.engine.choose import Outlook, outlook
+
     if workers.hardware is not None:
         if workers.profile is not None:
             raise ConfigError("profile", str(workers.profile), "left out with --hardware")
         profile = _predicted(workers, workers.hardware)
-        return profile, _imagined(decided.alpha or "", profile), None
-    from ppsd.config import EngineConfig
-    from ppsd.engine.choose import outlook
-
+        exits = _imagined(decided.alpha or "", profile)
+        return Outlook(profile, exits, None, functools.partial(_memory, profile))
     config = EngineConfig(
         workers.model,
         stages=workers.workers,
@@ -130,11 +131,23 @@ def _subject(workers: WorkerOptions, decided: DecidedOptions) -> Subject:
         threads_per_stage=workers.threads_per_stage,
         plan="auto" if workers.profile is None else str(workers.profile),
     )
-    profile, exits, at_once = outlook(config)
+    found = outlook(config)
     if decided.alpha is not None:
-        exits = _imagined(decided.alpha, profile)
-    elsewhere = workers.worker_speed is not None or workers.link_ms is not None
-    return profile, exits, None if elsewhere else at_once
+        found = replace(found, exits=_imagined(decided.alpha, found.profile))
+    if workers.worker_speed is not None or workers.link_ms is not None:
+        found = replace(found, at_once=None)
+    return found
+
+
+def _memory(profile: Profile, plan: Plan) -> list[int]:
+    """Bytes each worker needs for a model of which only the shape is known."""
+    from ppsd.config import DEFAULT_CONTEXT
+
+    weights = plan.exit.weights if plan.exit else 0
+    return [
+        profile.sizes.stage_bytes(plan.bounds, k, profile.itemsize, DEFAULT_CONTEXT, weights)
+        for k in range(plan.cost.size)
+    ]
 
 
 def _predicted(workers: WorkerOptions, name: str) -> Profile:
@@ -181,13 +194,7 @@ def _imagined(text: str, profile: Profile) -> tuple[Exit, ...]:
     return tuple(Exit(layer, alpha, draft, weights) for layer, alpha in rates.items())
 
 
-def _problem(
-    workers: WorkerOptions,
-    decided: DecidedOptions,
-    profile: Profile,
-    exits: tuple[Exit, ...],
-    at_once: int | None,
-) -> Problem:
+def _problem(workers: WorkerOptions, decided: DecidedOptions, subject: Outlook) -> Problem:
     from ppsd.cost.planner import Problem
     from ppsd.speculation.policy import MODES, schedule_for
 
@@ -197,18 +204,18 @@ def _problem(
     if workers.context < 0:
         raise ConfigError("context", workers.context, "at least 0")
     return Problem(
-        profile=profile,
+        profile=subject.profile,
         workers=workers.workers,
-        exits=exits,
+        exits=subject.exits,
         speeds=_numbers("worker_speed", workers.worker_speed),
-        links=_links(workers, profile),
+        links=_links(workers, subject.profile),
         context=workers.context,
         split=None if decided.split is None else integers("split", decided.split),
         exit_layer=decided.exit_layer,
         mode=decided.mode,
         block=decided.block,
         in_flight=decided.in_flight,
-        at_once=at_once,
+        at_once=subject.at_once,
     )
 
 
@@ -253,15 +260,8 @@ def _words(plan: Plan) -> str:
     )
 
 
-def _record(plan: Plan, profile: Profile) -> dict[str, Any]:
-    """A plan in plain numbers; memory with a cache of the default context."""
-    from ppsd.config import DEFAULT_CONTEXT
-
-    weights = plan.exit.weights if plan.exit else 0
-    memory = [
-        profile.sizes.stage_bytes(plan.bounds, k, profile.itemsize, DEFAULT_CONTEXT, weights)
-        for k in range(plan.cost.size)
-    ]
+def _record(plan: Plan, memory: Sequence[int]) -> dict[str, Any]:
+    """A plan in plain numbers; memory with a full cache of the default context."""
     return {
         "mode": plan.mode,
         "block": plan.schedule.block,
@@ -277,7 +277,7 @@ def _record(plan: Plan, profile: Profile) -> dict[str, Any]:
         "bound": plan.speedup_at(1.0),
         "bottleneck": plan.bottleneck,
         "stage_ms": [time * 1e3 for time in plan.stage_times],
-        "memory_bytes": memory,
+        "memory_bytes": list(memory),
         "bitwise": plan.bitwise,
     }
 
@@ -289,12 +289,13 @@ def _assumed(problem: Problem) -> str:
     return f"{together}, {problem.context} positions cached"
 
 
-def _show(plans: Sequence[Plan], problem: Problem, verdict: str) -> None:
+def _show(
+    plans: Sequence[Plan], problem: Problem, memory: Callable[[Plan], list[int]], verdict: str
+) -> None:
     profile = problem.profile
     titles = ("mode", "m", "w", "split", "α", "tokens/s", "speedup", "at α=1", "slowest stage")
     table = Table(*titles, "GiB a worker", "output is plain's", box=None)
     for plan in plans:
-        row = _record(plan, profile)
         table.add_row(
             plan.mode,
             str(plan.schedule.block),
@@ -307,7 +308,7 @@ def _show(plans: Sequence[Plan], problem: Problem, verdict: str) -> None:
             f"{plan.bottleneck} ({plan.stage_times[plan.bottleneck] * 1e3:.2f} ms)"
             if _absolute(profile)
             else str(plan.bottleneck),
-            " ".join(f"{size / 2**30:.2f}" for size in row["memory_bytes"]),
+            " ".join(f"{size / 2**30:.2f}" for size in memory(plan)),
             "bit for bit" if plan.bitwise else "up to rounding",
         )
     width = None if sys.stdout.isatty() else PIPE_WIDTH

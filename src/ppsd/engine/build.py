@@ -15,10 +15,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from ppsd.config import DEFAULT_CONTEXT, EngineConfig, core_shares
+from ppsd.config import EngineConfig, core_shares
 from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, threads_of
 from ppsd.engine.drafter import Drafter, HeadDrafter, LookupDrafter, PacedDrafter
+from ppsd.engine.memory import default_context, stage_bytes
 from ppsd.engine.pipeline import Pipeline, raise_if_lost
 from ppsd.errors import ConfigError, InsufficientMemoryError
 from ppsd.model.exit_head import (
@@ -32,7 +33,7 @@ from ppsd.model.exit_head import (
 from ppsd.model.identity import Identity
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stage import Stage, StageModel, StagePlan, weight_bytes
+from ppsd.model.stage import Stage, StageModel, StagePlan
 from ppsd.model.weights import TensorSource, check_shapes, open_source
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
@@ -43,7 +44,7 @@ from ppsd.worker.pace import paced
 from ppsd.worker.process import (
     Supervisor,
     WorkerConfig,
-    memory_peak,
+    memory_used,
     open_endpoint,
     pin,
 )
@@ -149,7 +150,7 @@ def _head_config(config: EngineConfig, spec: ModelSpec, identity: Identity) -> H
 
 def _context(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_context is None:
-        return min(spec.max_context, DEFAULT_CONTEXT)
+        return default_context(spec)
     wanted = config.max_context
     if not isinstance(wanted, int) or not 2 <= wanted <= spec.max_context:
         allowed = f"an integer in [2, {spec.max_context}], what {spec.name} was made for"
@@ -157,29 +158,25 @@ def _context(config: EngineConfig, spec: ModelSpec) -> int:
     return wanted
 
 
-def stage_bytes(layout: Layout, rank: int, device: str, source: TensorSource) -> int:
-    """Estimated memory of one stage: weights, key/value cache, and the runtime of its process."""
-    sizes = Sizes.of(layout.spec)
-    sized = layout.bounds, rank, layout.dtype.itemsize, layout.max_context
-    weights = weight_bytes(layout.spec, layout.plan(rank, device), source)
-    return sizes.stage_bytes(*sized, head_sizes(sizes, layout.head), weights)
-
-
-def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> None:
-    """Raise InsufficientMemoryError, with the numbers, when the stages here cannot fit this host.
+def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> list[int]:
+    """Return the bytes each process needs; raises InsufficientMemoryError when this host lacks it.
 
     Under torchrun that is stage 0 for certain; nothing is known of where the others are.
     """
-    ranks = range(1 if on_torchrun() else layout.stages)
-    needed = [stage_bytes(layout, rank, config.device(rank), source) for rank in ranks]
+    plans = [layout.plan(rank, config.device(rank)) for rank in range(layout.stages)]
+    head = head_sizes(Sizes.of(layout.spec), layout.head)
+    apart = config.transport != "inprocess"
+    every = stage_bytes(layout.spec, source, plans, head, apart=apart)
+    needed = every[:1] if on_torchrun() else every
     free = psutil.virtual_memory().available
     if sum(needed) > free:
-        each = ", ".join(f"stage {r} {n / 2**30:.2f}" for r, n in zip(ranks, needed, strict=True))
+        each = ", ".join(f"stage {r} {n / 2**30:.2f}" for r, n in enumerate(needed))
         raise InsufficientMemoryError(
             f"{layout.spec.name} in {layout.dtype} needs about {sum(needed) / 2**30:.2f} GiB here "
             f"({each}), but {free / 2**30:.2f} GiB are free; use a narrower dtype, a smaller "
             f"max_context ({layout.max_context} now) or more hosts"
         )
+    return every
 
 
 def _own_gpus(config: EngineConfig) -> bool:
@@ -193,7 +190,8 @@ class RunningPipeline:
 
     def __init__(self, config: EngineConfig, layout: Layout, source: TensorSource) -> None:
         self.layout = layout
-        self.memory_peaks: list[int] = []
+        self._loaded: list[int] = []  # memory in use after loading
+        self._supervisor = Supervisor()
         self._config = config
         self._source = source
         self._cleanup = ExitStack()
@@ -206,6 +204,16 @@ class RunningPipeline:
             self.close()
             raise
 
+    def memory(self) -> list[int]:
+        """Bytes in use by each process now; by one on another host, after loading."""
+        pids = self._supervisor.pids()
+        others = [
+            memory_used(pids[rank]) if rank in pids else loaded
+            for rank, loaded in enumerate(self._loaded)
+            if rank
+        ]
+        return [memory_used(), *others]
+
     def close(self) -> None:
         """Stop workers and give back everything; may be called twice."""
         self._cleanup.close()
@@ -213,7 +221,7 @@ class RunningPipeline:
     def _open(self, progress: Progress) -> Pipeline:
         config, layout = self._config, self.layout
         self._hold_threads()
-        supervisor = Supervisor()
+        supervisor = self._supervisor
         self._cleanup.callback(lambda: supervisor.close(CLOSE_GRACE_S))
         endpoint, workers = self._connect(supervisor)
         self._cleanup.callback(endpoint.close)
@@ -239,7 +247,8 @@ class RunningPipeline:
         self._cleanup.callback(pipeline.close)
         if not workers:
             ready = pipeline.wait_ready(config.init_timeout, progress)
-            self.memory_peaks = [memory_peak(), *(s.fields["memory_peak"] for s in ready)]
+            self._loaded = [memory_used(), *(s.fields["memory"] for s in ready)]
+        del self._source  # unmaps the model's file
         return pipeline
 
     def _drafter(self, stage: Stage, plan: StagePlan) -> Drafter | None:
@@ -304,7 +313,6 @@ class RunningPipeline:
         hub = InProcessHub(geometry)
         workers = [self._inprocess_worker(hub, rank) for rank in range(1, geometry.size)]
         hub.on_idle = lambda: any(worker.step(0.0) for worker in workers)
-        self.memory_peaks = [memory_peak()]
         return hub.endpoint(0), workers
 
     def _inprocess_worker(self, hub: InProcessHub, rank: int) -> Worker:

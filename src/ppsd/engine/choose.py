@@ -6,9 +6,12 @@ Used by build.py. What the user fixed is kept.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+
+import torch
 
 from ppsd.config import EngineConfig, available_cores
 from ppsd.cost.planner import (
@@ -24,6 +27,7 @@ from ppsd.cost.planner import (
 )
 from ppsd.cost.profile import Profile, estimate, load_profile, profile_path
 from ppsd.cost.sizes import Sizes
+from ppsd.engine.memory import default_context, stage_bytes
 from ppsd.errors import ConfigError
 from ppsd.model import kernels
 from ppsd.model.exit_head import HeadConfig, check_head, read_head_config
@@ -31,7 +35,8 @@ from ppsd.model.head_library import FoundHead, find_heads, known_rate, suitable
 from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
-from ppsd.model.weights import open_source
+from ppsd.model.stage import StagePlan
+from ppsd.model.weights import TensorSource, open_source
 from ppsd.speculation.policy import schedule_for
 
 AUTO_DTYPE = "bfloat16"
@@ -119,28 +124,50 @@ def _mode(config: EngineConfig) -> str:
 
 def read_profile(config: EngineConfig) -> Profile:
     """The profile that ``config`` would be planned with; reads the model's files for that."""
-    return outlook(config)[0]
+    return outlook(config).profile
 
 
-def outlook(config: EngineConfig) -> tuple[Profile, tuple[Exit, ...], int | None]:
-    """Return what ``config`` would be planned with; reads the model's files for that.
+@dataclass(frozen=True)
+class Outlook:
+    """What a configuration is planned with.
 
-    Times, heads, and how many stages compute at the same time (None: all of them).
+    Times, heads, how many stages compute at the same time (None: all of them), and the bytes that
+    the stages of a plan need.
     """
-    spec, identity = _model(config)
+
+    profile: Profile
+    exits: tuple[Exit, ...]
+    at_once: int | None
+    memory: Callable[[Plan], list[int]]
+
+
+def outlook(config: EngineConfig) -> Outlook:
+    """Return what ``config`` would be planned with; reads the model's files for that."""
+    spec, identity, source = _model(config)
     profile, _ = _profile(config, spec, identity.fingerprint)
-    return profile, _exits(config, spec, identity, profile), _at_once(config)
+    dtype = getattr(torch, dtype_name(config))
+
+    def memory(plan: Plan) -> list[int]:
+        held = [
+            StagePlan(*pair, default_context(spec), dtype, torch.device(config.device(k)), True)
+            for k, pair in enumerate(pairwise(plan.bounds))
+        ]
+        head = plan.exit.weights if plan.exit else 0
+        return stage_bytes(spec, source, held, head, apart=config.transport != "inprocess")
+
+    return Outlook(profile, _exits(config, spec, identity, profile), _at_once(config), memory)
 
 
 def planned(config: EngineConfig) -> EngineConfig:
     """What ``choose`` makes of ``config``; reads the model's files for that."""
-    return choose(config, *_model(config)).config
+    spec, identity, _ = _model(config)
+    return choose(config, spec, identity).config
 
 
-def _model(config: EngineConfig) -> tuple[ModelSpec, Identity]:
+def _model(config: EngineConfig) -> tuple[ModelSpec, Identity, TensorSource]:
     files = resolve_model(config.model)
     spec, source = describe(files), open_source(files.path)
-    return spec, Identity.of(spec, source)
+    return spec, Identity.of(spec, source), source
 
 
 def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> tuple[Profile, str]:
