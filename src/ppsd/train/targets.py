@@ -64,15 +64,10 @@ def write_targets(
         raise PpsdError("self-generation needs prompts, and the data has none (only plain text)")
     stamp = {"model": encoding.model, **_stamp(config)}
     done, draft = _answered(path, stamp), _Draft(path, stamp)
-    waiting = [
-        draft.request(key, encoding.prompt(r), encoding.max_length)
-        for key, r in prompts.items()
-        if key not in done
-    ]
+    waiting = [draft.request(r, encoding) for key, r in prompts.items() if key not in done]
     fitting = [r for r in waiting if len(r.prompt) < encoding.max_length]
     skipped = len(waiting) - len(fitting)
-    total = len(prompts) - skipped
-    answered = total - len(fitting)
+    total, answered = len(prompts) - skipped, len(prompts) - len(waiting)
 
     def tell() -> None:
         share = (answered + generator.under_way_share) / total if total else 1.0
@@ -95,19 +90,22 @@ def write_targets(
         stepped=stepped,
     )
     tell()
-    for answer in generator.run(sorted(_order(fitting, config.seed), key=lambda r: not r.begun)):
+    for answer in generator.run(_order(fitting, config.seed)):
         request, ids = answer.request, answer.ids
-        record = prompts[request.key]
         if features:
             features.add(joined(request.prompt, ids, encoding), answer.rows)
-        target = {"target": encoding.tokenizer.decode(ids), "target_ids": ids}
-        about = {"key": request.key, **dict(record.about), "messages": list(record.messages)}
-        ending = {"finish_reason": "stop" if ids[-1] in eos_ids else "length"}
-        append_line(path, about | target | ending | stamp)
+        row = _row(prompts[request.key], ids, encoding.tokenizer.decode(ids))
+        row["finish_reason"] = "stop" if ids[-1] in eos_ids else "length"
+        append_line(path, row | stamp)
         answered += 1
         tell()
     draft.remove()
     return skipped
+
+
+def _row(record: Record, ids: list[int], text: str) -> dict[str, Any]:
+    about = {"key": record.key, **dict(record.about), "messages": list(record.messages)}
+    return about | {"target": text, "target_ids": ids}
 
 
 class _Draft:
@@ -118,15 +116,19 @@ class _Draft:
         self._path = path.with_name(path.name + UNDER_WAY)
         self._stamp = stamp
         self._saved = time.monotonic()
-        with suppress(OSError, ValueError, KeyError, TypeError):  # absent, or not of these settings
+        with suppress(
+            OSError, ValueError, LookupError, TypeError, AttributeError
+        ):  # absent or not ours
             record = json.loads(self._path.read_text())
             if record["stamp"] == stamp:
                 self.begun = {key: list(map(int, ids)) for key, ids in record["answers"].items()}
 
-    def request(self, key: str, prompt: Sequence[int], max_length: int) -> Request:
-        """A request that goes on where it was saved, if that leaves room for more."""
-        request = Request(key, prompt, self.begun.get(key, ()))
-        return request if len(request.tokens) < max_length else Request(key, prompt)
+    def request(self, record: Record, encoding: Encoding) -> Request:
+        """Ask for an answer that goes on where it was saved, if that leaves room for more."""
+        prompt = encoding.prompt(record)
+        request = Request(record.key, prompt, self.begun.get(record.key, ()))
+        whole = len(request.tokens) >= encoding.max_length
+        return Request(record.key, prompt) if whole else request
 
     def save(self, answers: Callable[[], dict[str, list[int]]]) -> None:
         """Write what is under way, every SAVE_EVERY_S."""
@@ -161,10 +163,14 @@ def _answered(path: Path, stamp: dict[str, Any]) -> set[str]:
 
 
 def _order(requests: Iterable[Request], seed: int) -> list[Request]:
-    """Shuffled, so that a part of the file is a fair sample, and alike in length within a pool."""
+    """Shuffled, so that a part of the file is a fair sample, and alike in length within a pool.
+
+    Answers under way come first, so that none is lost by a second kill.
+    """
     requests = sorted(requests, key=lambda r: r.key)
     order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(seed)).tolist()
     pools = (order[first : first + POOL] for first in range(0, len(order), POOL))
-    return [
+    ordered = [
         requests[i] for pool in pools for i in sorted(pool, key=lambda i: -len(requests[i].prompt))
     ]
+    return sorted(ordered, key=lambda r: not r.begun)
