@@ -25,9 +25,9 @@ from tests.support.tiny_models import save_perfect_head
 
 SGR = re.compile(r"\x1b\[(\d+)m([^\x1b]*)")
 PIPELINE = (
-    "--model -m --stages --split --exit-layer --head --force-head --mode --block --in-flight --plan "
-    "--acceptance --dtype --devices --threads-per-stage --transport --max-context --prefill-chunk "
-    "--pace --lookup --gate --timeout --init-timeout"
+    "--model -m --stages --split --exit-layer --head --force-head --mode --block --in-flight "
+    "--plan --acceptance --dtype --devices --threads-per-stage --transport --max-context "
+    "--prefill-chunk --pace --lookup --gate --timeout --init-timeout"
 )
 SAMPLING = (
     "--temperature -t --top-k --top-p --min-p --repetition-penalty --presence-penalty "
