@@ -238,6 +238,7 @@ def _train(
     prompts = prompt_digests(records)
     origin = Origin(name, teacher.identity, files, prompts, summary.lost_mass)
     places = save_heads(trainer, origin, agreement)
+    trainer.directory.finish()
     _plot(trainer)
     console.print(_result_table(places, agreement, trainer.best.kept))
     for layer, kept in trainer.best.kept.items():

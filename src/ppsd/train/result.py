@@ -59,7 +59,6 @@ def save_heads(
         )
         name = f"{trainer.config.kind}-{layer}"
         places[layer] = trainer.directory.write_head(name, config, weights, origin.prompts)
-    trainer.directory.finish()
     return places
 
 
