@@ -12,6 +12,7 @@ from ppsd.speculation.policy import MODES, Schedule, schedule_for
 TRANSPORTS = ("auto", "shared-memory", "distributed", "inprocess")
 ACCEPTANCES = ("coupled", "rejection")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+HEADS = ("auto", "lookup", "untrained", "none")  # what ``head`` may be beside a directory
 DEFAULT_CONTEXT = 8192
 MAX_STAGES = 64
 MAX_LAYERS = 1024
@@ -27,7 +28,8 @@ class EngineConfig:
     counts), a profile file, or ``off`` (evenly by parameters, no mode but the asked one); it
     decides what is left open, among that ``mode`` when it is ``auto``. ``head`` is a head
     directory, ``auto`` (the best one found), ``lookup`` (no head: repeat earlier text),
-    ``untrained`` or ``none``. ``devices`` names one device for all stages or one each.
+    ``untrained`` or ``none``; ``force_head`` uses a directory's head though it was trained on
+    another model. ``devices`` names one device for all stages or one each.
     ``threads_per_stage`` 0 shares the cores evenly. ``lookup`` mixes into a head's drafts what
     followed the same tokens before. ``gate`` lets speculation pause while it does not pay. Times
     are seconds; ``pace`` is what a stage takes for one block (LM head included, an exit head's
@@ -41,6 +43,7 @@ class EngineConfig:
     split: tuple[int, ...] | None = None
     exit_layer: int | None = None
     head: str = "auto"
+    force_head: bool = False
     mode: str = "auto"
     block: int | None = None
     in_flight: int | None = None
@@ -78,6 +81,8 @@ class EngineConfig:
                 raise ConfigError(name, value, "a number of seconds in (0, 1e6)")
         if len(self.devices) not in (1, self.stages):
             raise ConfigError("devices", self.devices, f"one device or {self.stages}, one a stage")
+        if self.force_head and self.head in HEADS:
+            raise ConfigError("force_head", self.force_head, "used with head as a directory only")
         self._check_pace()
         self._check_schedule()
 

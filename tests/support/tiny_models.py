@@ -11,8 +11,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ppsd.model.exit_head import HeadConfig, save_head
+from ppsd.model.identity import Identity
 from ppsd.model.source import ModelFiles, describe
-from ppsd.model.weights import FINAL_NORM, fingerprint, layer_prefix, open_source
+from ppsd.model.weights import FINAL_NORM, layer_prefix, open_source
 
 LAYERS = 6
 VOCAB = 300  # byte-level: 256 bytes, some merges, three special tokens
@@ -144,13 +145,15 @@ def save_perfect_head(directory: Path, model: Path, exit_layer: int, sign: float
         for name in spec.layer_shapes():
             tensor = source.load(layer_prefix(i) + name, torch.float64)
             weights[layer_prefix(i - exit_layer) + name] = tensor
+    identity = Identity.of(spec, source)
     config = HeadConfig(
         kind="transformer",
         exit_layer=exit_layer,
         layers=spec.num_layers - exit_layer,
         draft_vocab=None,
         base_model=spec.name,
-        fingerprint=fingerprint(spec, source),
+        fingerprint=identity.fingerprint,
+        model=identity.to_json(),
     )
     save_head(directory, config, weights)
     return directory

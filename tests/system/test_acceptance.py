@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from ppsd.cli.app import app
 from ppsd.errors import PpsdError
 from ppsd.model.exit_head import read_head_config
-from ppsd.model.head_library import measured_alpha
+from ppsd.model.head_library import known_rate
 from tests.support.tiny_models import save_perfect_head
 
 Models = Callable[[str], Path]
@@ -76,7 +76,9 @@ def test_alpha_is_recorded_in_the_head_when_asked(command, heads: Path) -> None:
     config = read_head_config(heads / "right")
     assert config.metrics["acceptance_alone"]["alpha"] == printed["heads"]["right"]["alpha"] == 1.0
     assert config.metrics["acceptance_alone"]["data"] == printed["data"]
-    assert measured_alpha(config, lookup=False) == 1.0
+    rate = known_rate(config, lookup=False)
+    assert rate is not None
+    assert (rate.alpha, rate.measured) == (1.0, True)
 
 
 def test_real_processes_agree(command) -> None:

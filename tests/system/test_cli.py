@@ -64,7 +64,7 @@ def test_json_and_trace(tiny_model, flags, tmp_path) -> None:
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)
     assert record["text"] == plain(tiny_model(), "the fox", 24)
-    assert len(record["memory_peak_bytes"]) == 3
+    assert len(record["memory_bytes"]) == 3
     events = read(trace)
     check(events, 3)
     assert len(arrows(events)) >= 24

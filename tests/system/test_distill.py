@@ -69,7 +69,11 @@ def test_killed_and_continued_ends_with_the_same_heads(
     assert not (cut / "transformer-2").exists(), "killed too late to prove anything"
 
     run(*arguments(tiny_model("llama"), data, whole, *schedule))
+    assert (cut / "checkpoint.safetensors").exists()
     run(*command)
+    assert not (cut / "checkpoint.safetensors").exists()
+    again = invoke(*command)
+    assert "this run is finished, and its heads are in" in " ".join(again.stderr.split())
     for name in ("transformer-2", "transformer-4"):
         first, second = (d / name / "head.safetensors" for d in (whole, cut))
         assert first.read_bytes() == second.read_bytes()

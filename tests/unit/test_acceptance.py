@@ -28,7 +28,6 @@ from ppsd.bench.acceptance_summary import (
     decode,
     expected_speed,
     first_right,
-    interval,
     rate,
     summarize,
 )
@@ -37,6 +36,7 @@ from ppsd.errors import ConfigError, HeadError, PpsdError
 from ppsd.model.exit_head import HeadConfig, read_head_config, save_head
 from ppsd.model.source import describe, resolve_model
 from ppsd.speculation.lookup import ODDS
+from ppsd.train.interval import interval
 from ppsd.train.run import Teacher
 from tests.support.teachers import tiny_config, tiny_teacher
 from tests.support.tiny_models import save_perfect_head

@@ -201,7 +201,7 @@ def test_heads_of_another_model_or_exit(tiny_model: TinyModel, tmp_path: Path) -
     head = str(save_perfect_head(tmp_path / "head", model, 3))
     with pytest.raises(HeadError, match="reads layer 3, but stage 0 ends at layer 2; choose"):
         open_llm(model, split=(2,), head=head)
-    with pytest.raises(HeadError, match=r"belongs to .* \(\w{12}\), not to .* \(\w{12}\)"):
+    with pytest.raises(HeadError, match=r"belongs to .*, not to .*: the final norm differs in"):
         open_llm(tiny_model("qwen2"), head=head)
     with pytest.raises(HeadError, match=r"no exit head at /no/such: head.json is missing"):
         open_llm(model, head="/no/such")
@@ -211,14 +211,14 @@ def test_heads_of_another_model_or_exit(tiny_model: TinyModel, tmp_path: Path) -
 def test_memory_is_estimated_before_loading(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = SimpleNamespace(available=800 << 20)
+    free = SimpleNamespace(available=600 << 20)
     monkeypatch.setattr(build.psutil, "virtual_memory", lambda: free)
-    numbers = r"about 0\.78 GiB here \(stage 0 0\.39, stage 1 0\.39\), but 0\.78 GiB are free"
+    numbers = r"about 0\.68 GiB here \(stage 0 0\.39, stage 1 0\.29\), but 0\.59 GiB are free"
     with pytest.raises(InsufficientMemoryError, match=numbers):
-        open_llm(tiny_model("llama"))
+        open_llm(tiny_model("llama"), transport="shared-memory")
     monkeypatch.setenv("RANK", "0")  # the other stages are, for all we know, on other hosts
     with pytest.raises(AssertionError, match="it went ahead"):
-        open_llm(tiny_model("llama"))
+        open_llm(tiny_model("llama"), transport="shared-memory")
 
 
 @pytest.mark.parametrize(("stage", "first"), [(0, 0), (1, 2), (2, 4)])

@@ -26,9 +26,9 @@ from tests.support.tiny_models import save_perfect_head
 
 SGR = re.compile(r"\x1b\[(\d+)m([^\x1b]*)")
 PIPELINE = (
-    "--model -m --stages --split --exit-layer --head --mode --block --in-flight --plan "
-    "--acceptance --dtype --devices --threads-per-stage --transport --max-context --prefill-chunk "
-    "--pace --lookup --gate --escape-special --timeout --init-timeout"
+    "--model -m --stages --split --exit-layer --head --force-head --mode --block --in-flight "
+    "--plan --acceptance --dtype --devices --threads-per-stage --transport --max-context "
+    "--prefill-chunk --pace --lookup --gate --escape-special --timeout --init-timeout"
 )
 SAMPLING = (
     "--temperature -t --top-k --top-p --min-p --repetition-penalty --presence-penalty "
@@ -38,7 +38,7 @@ SAMPLING = (
 RECORD = (
     "text token_ids finish_reason mode block in_flight stages exit_layer prompt_tokens "
     "cached_tokens new_tokens counts acceptance_rate prefill_seconds decode_seconds "
-    "tokens_per_second stage_busy_share gate memory_peak_bytes pace overruns"
+    "tokens_per_second stage_busy_share gate memory_bytes memory_needed_bytes pace overruns"
 )
 FLAGS = {
     "generate": "prompt --raw --system --samples --highlight --json --trace",

@@ -26,10 +26,11 @@ from ppsd.model.exit_head import (
     save_head,
     untrained_head,
 )
+from ppsd.model.identity import Identity
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.transformer import reference_logits
-from ppsd.model.weights import EMBEDDING, FINAL_NORM, fingerprint, open_source
+from ppsd.model.weights import EMBEDDING, FINAL_NORM, open_source
 from ppsd.speculation.lookup import ODDS
 from ppsd.speculation.sampling import Sampler, Stream
 from ppsd.types import SamplingParams
@@ -48,11 +49,13 @@ class Tiny:
         self.path = path
         self.spec = describe(ModelFiles("tiny", path, is_gguf=False))
         self.source = open_source(path)
-        self.mark = fingerprint(self.spec, self.source)
+        self.identity = Identity.of(self.spec, self.source)
 
     def config(self, **changes) -> HeadConfig:
         fixed = {"kind": "transformer", "exit_layer": EXIT, "layers": 1, "draft_vocab": None}
-        return HeadConfig(**fixed | changes, base_model="tiny", fingerprint=self.mark)
+        mark, model = self.identity.fingerprint, self.identity.to_json()
+        about = {"base_model": "tiny", "fingerprint": mark, "model": model}
+        return HeadConfig(**fixed | changes | about)
 
     def save(self, directory: Path, config: HeadConfig, seed: int = 0) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
@@ -64,7 +67,7 @@ class Tiny:
         return weights
 
     def load(self, directory: Path, plan: StagePlan = PLAN) -> ExitHead:
-        return load_head(directory, self.spec, plan, self.source, self.mark)
+        return load_head(directory, self.spec, plan, self.source, self.identity)
 
 
 def said(head: ExitHead, rows: torch.Tensor) -> torch.Tensor:
@@ -158,7 +161,7 @@ def test_a_draft_vocabulary_scores_its_tokens_as_the_full_one_does(tiny, tmp_pat
 
 
 def test_an_untrained_head_is_the_models_own_norm_and_lm_head(tiny) -> None:
-    head = untrained_head(tiny.spec, PLAN, tiny.source, tiny.mark)
+    head = untrained_head(tiny.spec, PLAN, tiny.source, tiny.identity.fingerprint)
     rows = hidden(4)
     norm, table = tiny.source.load(FINAL_NORM, WIDE), tiny.source.load(EMBEDDING, WIDE)
     expected = torch.nn.functional.rms_norm(rows, (32,), norm, tiny.spec.rms_norm_eps) @ table.T
@@ -207,7 +210,12 @@ def change_json(directory: Path, **changes: object) -> None:
         ({"draft_vocab": 0}, "draft_vocab must be .* 0"),
         ({"fingerprint": 5}, "fingerprint must be a text, got 5"),
         ({"unknown": 1}, "unknown"),
-        ({"fingerprint": "f" * 64}, "belongs to tiny .*ffffffffffff"),
+        ({"model": {"sizes": {}}}, "model holds no sizes and final_norm"),
+        ({"model": 5}, "model holds no sizes and final_norm"),
+        (
+            {"fingerprint": "f" * 64, "model": {}},
+            "belongs to tiny, not to tiny: .*ffffffffffff.*--force-head",
+        ),
         ({"exit_layer": 3}, "reads layer 3, but stage 0 ends at layer 4"),
         ({"layers": 2}, r"head.safetensors does not hold .*layers\.1"),
         ({"draft_vocab": 6}, "head.safetensors does not hold .*draft_ids"),

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from ppsd.errors import ModelError, UnsupportedModelError
 from ppsd.model.gguf_file import GLOBAL_NAMES, LAYER_NAMES, GGUFSource, read_header
+from ppsd.model.identity import Identity
 from ppsd.model.sidecar import cache_root
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import spec_from_config
@@ -331,6 +332,20 @@ def test_a_changed_file_is_not_described_by_its_old_sidecar(tmp_path):
     assert describe(files).num_layers == LAYERS
     _write(path, _model(LlamaConfig(**{**SIZES, "num_hidden_layers": 3})))
     assert describe(files).num_layers == 3
+
+
+def test_a_quantised_file_is_the_model_of_its_bfloat16_copy(tmp_path):
+    """Its norms carry a quantiser's scales in float32, and the epsilon is a float32 too."""
+    model = _model(LlamaConfig(**SIZES | {"rms_norm_eps": 1e-6}))
+    _write(tmp_path / "q.gguf", model, Kind.Q4_0)
+    model.config.rms_norm_eps = float(np.float32(1e-6))
+    model.bfloat16().save_pretrained(tmp_path / "copy")
+    files = resolve_model(str(tmp_path / "copy"))
+    copy = Identity.of(describe(files), open_source(files.path))
+    source = GGUFSource(tmp_path / "q.gguf")
+    quantised = Identity.of(source.spec("x"), source)
+    assert quantised.fingerprint != copy.fingerprint
+    assert (quantised.difference(copy), copy.difference(quantised)) == ("", "")
 
 
 @pytest.mark.weights

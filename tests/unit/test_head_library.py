@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,15 @@ from ppsd.config import EngineConfig
 from ppsd.engine.choose import choose
 from ppsd.engine.drafter import OracleDrafter
 from ppsd.model import head_library
-from ppsd.model.exit_head import CONFIG_FILE, HeadConfig, save_head
-from ppsd.model.head_library import find_heads, measured_alpha, suitable
+from ppsd.model.exit_head import CONFIG_FILE, HeadConfig, record_metrics, save_head
+from ppsd.model.head_library import Rate, find_heads, known_rate, suitable
+from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
+from ppsd.model.weights import open_source
 from ppsd.speculation.policy import Schedule
 from tests.support.tiny_models import save_perfect_head
+from tests.unit.test_cli_cost import ppsd
 
 
 @pytest.fixture
@@ -46,8 +50,8 @@ def test_shipped_and_local_heads_are_found_and_damage_is_told(tmp_path: Path) ->
     put(tmp_path / "local" / "d", 3, None)
     (tmp_path / "local" / "d" / CONFIG_FILE).write_text("{")
     found = find_heads()
-    assert [(h.path.name, h.shipped, h.alpha) for h in found] == [
-        ("a", True, 0.5),
+    assert [(h.path.name, h.shipped, h.rate) for h in found] == [
+        ("a", True, Rate(0.5, measured=False)),
         ("d", False, None),
         ("b", False, None),
     ]
@@ -56,12 +60,23 @@ def test_shipped_and_local_heads_are_found_and_damage_is_told(tmp_path: Path) ->
 
 def test_decoding_says_more_of_a_head_than_training() -> None:
     config = HeadConfig("norm", 2, 0, None, "tiny", "mark")
-    assert measured_alpha(config) is None
+    assert known_rate(config) is None
     trained = replace(config, metrics={"validation": {"alpha": 0.6}})
-    assert measured_alpha(trained) == 0.6
+    assert known_rate(trained) == Rate(0.6, measured=False)
     decoded = replace(config, metrics=trained.metrics | {"acceptance": {"alpha": 0.4}})
-    assert measured_alpha(decoded) == 0.4
-    assert measured_alpha(decoded, lookup=False) is None  # both were measured with it
+    assert known_rate(decoded) == Rate(0.4, measured=True)
+    assert known_rate(decoded, lookup=False) is None  # both were measured with it
+
+
+def test_plans_trust_the_low_end_of_what_was_held_out() -> None:
+    few = {"alpha": 0.56, "interval": [0.4, 0.7], "examples": 5}
+    config = HeadConfig("norm", 2, 0, None, "tiny", "mark", metrics={"validation": few})
+    held_out = known_rate(config)
+    assert held_out == Rate(0.56, measured=False, interval=(0.4, 0.7))
+    assert held_out.expected == (0.4, "low end of 0.56 held out")
+    measured = known_rate(replace(config, metrics={"acceptance": few}))
+    assert measured is not None
+    assert measured.expected == (0.56, "measured")
 
 
 def test_the_best_for_model_and_exit_wins(tmp_path: Path) -> None:
@@ -71,13 +86,13 @@ def test_the_best_for_model_and_exit_wins(tmp_path: Path) -> None:
     put(tmp_path / "local" / "other-exit", 3, 0.9)
     put(tmp_path / "local" / "other-model", 2, 0.9, fingerprint="other")
     put(tmp_path / "local" / "untrained", 2, 0.9, trained=False)
-    names = [h.path.name for h in suitable(find_heads(), "mark", 2)]
+    names = [h.path.name for h in suitable(find_heads(), Identity("mark"), 2)]
     assert names == ["better", "good", "unmeasured"]
-    assert suitable(find_heads(), "mark", None)[0].path.name == "other-exit"
+    assert suitable(find_heads(), Identity("mark"), None)[0].path.name == "other-exit"
 
 
 def chosen(spec: ModelSpec, **settings: object) -> EngineConfig:
-    return choose(EngineConfig(head="auto", **settings), spec, "mark").config
+    return choose(EngineConfig(head="auto", **settings), spec, Identity("mark")).config
 
 
 def test_auto_takes_the_exit_of_least_expected_time(tmp_path: Path, spec: ModelSpec) -> None:
@@ -104,11 +119,12 @@ def test_a_head_that_will_not_pay_is_loaded_for_a_change_of_mode(
     tmp_path: Path, spec: ModelSpec
 ) -> None:
     put(tmp_path / "local" / "poor", 2, 0.01)
-    choice = choose(EngineConfig(head="auto"), spec, "mark")
+    choice = choose(EngineConfig(head="auto"), spec, Identity("mark"))
     config = choice.config
     assert (config.mode, Path(config.head).name, config.split) == ("autoregressive", "poor", (2,))
-    assert "plain decoding: exit 2 at α 0.01 is predicted 1.0" in choice.reason
-    asked = choose(EngineConfig(head="auto", mode="ppsd"), spec, "mark")
+    assert "plain decoding: exit 2 is predicted 1.0" in choice.reason
+    assert "at α 0.01 (held out); speculation will not pay" in choice.reason
+    asked = choose(EngineConfig(head="auto", mode="ppsd"), spec, Identity("mark"))
     assert asked.config.mode == "ppsd"
     assert "speculation will not pay" in asked.reason
 
@@ -117,7 +133,7 @@ def test_without_plan_a_head_is_used_whether_it_pays_or_not(
     tmp_path: Path, spec: ModelSpec
 ) -> None:
     put(tmp_path / "local" / "poor", 2, 0.01)
-    choice = choose(EngineConfig(head="auto", plan="off"), spec, "mark")
+    choice = choose(EngineConfig(head="auto", plan="off"), spec, Identity("mark"))
     assert (choice.config.mode, choice.config.schedule) == ("ppsd", Schedule(1, 2))
     assert choice.reason == ""
 
@@ -152,3 +168,53 @@ def test_more_stages_than_cores_are_expected_to_take_turns(
     assert chosen(spec, stages=3, threads_per_stage=1).mode == "ppsd"
     monkeypatch.setattr("ppsd.engine.choose.available_cores", lambda: [0])
     assert chosen(spec, stages=3, threads_per_stage=1).mode == "autoregressive"
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_plan_and_generate_predict_the_same(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    """Three stages, on as many cores or fewer, with a head of which training alone is known."""
+    model = tiny_model("llama")
+    head = save_perfect_head(tmp_path / "local" / "own", model, 2)
+    few = {"alpha": 0.9, "interval": [0.8, 0.95]}
+    record_metrics(head, "validation", few)
+    monkeypatch.setattr("ppsd.engine.choose.available_cores", lambda: list(range(cores)))
+    shown = ppsd("plan", "-m", model, "--workers", 3, "--threads-per-stage", 1, "--json")
+    record = json.loads(shown.stdout)
+    best = next(p for p in record["plans"] if p["exit_layer"] and p["bitwise"])
+    assert (best["alpha"], best["alpha_origin"]) == (0.8, "low end of 0.90 held out")
+    files = resolve_model(str(model))
+    found = Identity.of(describe(files), open_source(files.path))
+    config = EngineConfig(str(model), stages=3, threads_per_stage=1)
+    reason = choose(config, describe(files), found).reason
+    assert f"predicted {best['speedup']:.2f}× plain at α 0.80 (low end of 0.90 held out)" in reason
+    together = "all stages" if cores == 3 else f"{cores} of 3 stages"
+    assert f"{together} at once" in reason
+    assert f"{together} at once" in record["assumed"]
+    away = ppsd("plan", "-m", model, "--workers", 3, "--link-ms", "0.1", "--json")
+    assert "all stages at once" in json.loads(away.stdout)["assumed"]
+
+
+def test_nothing_is_promised_of_lookup_alone(spec: ModelSpec) -> None:
+    choice = choose(EngineConfig(head="lookup"), spec, Identity("mark"))
+    assert choice.config.mode == "ppsd"
+    assert "with no draft right" in choice.reason
+    assert "that depends on the text" in choice.reason
+    assert "α" not in choice.reason
+
+
+def test_a_forced_head_keeps_no_promise_of_its_own_model(
+    tiny_model: Callable[[str], Path], tmp_path: Path, spec: ModelSpec
+) -> None:
+    head = save_perfect_head(tmp_path / "head", tiny_model("llama"), 2)
+    record_metrics(head, "acceptance", {"alpha": 0.9})
+    config = EngineConfig(head=str(head), force_head=True)
+    assert "at α 0.90 (measured on another model)" in choose(config, spec, Identity("x")).reason
+
+
+def test_the_list_marks_what_was_held_out(tmp_path: Path) -> None:
+    put(tmp_path / "local" / "a", 2, 0.5)
+    [listed] = json.loads(ppsd("heads", "list", "--json").stdout)
+    assert (listed["alpha"], listed["alpha_origin"]) == (0.5, "held out")
+    assert "0.500 held out" in " ".join(ppsd("heads", "list").stdout.split())

@@ -18,6 +18,7 @@ from ppsd.cost.profile import Profile, Timing, estimate, load_profile, profile_p
 from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import choose
 from ppsd.errors import ConfigError
+from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.weights import fingerprint, open_source
 
@@ -138,7 +139,7 @@ def test_timings_refuse_what_is_no_time() -> None:
 def plan(subject: Subject, **settings: object) -> tuple[EngineConfig, str]:
     fixed: dict[str, object] = {"dtype": "float32", "threads_per_stage": 1, "head": "untrained"}
     config = EngineConfig(**fixed | settings)
-    choice = choose(config, subject.spec, subject.fingerprint)
+    choice = choose(config, subject.spec, Identity(subject.fingerprint))
     assert choice.bounds == (0, *(choice.config.split or ()), subject.spec.num_layers)
     return choice.config, choice.reason
 

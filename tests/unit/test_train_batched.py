@@ -77,7 +77,7 @@ def test_an_exported_head_says_in_inference_what_it_said_in_training(
     save_head(tmp_path, config, student.export() | {"draft_ids": draft_ids})
 
     plan = StagePlan(0, 3, 32, torch.float64, torch.device("cpu"))
-    head = load_head(tmp_path, stage.spec, plan, open_source(path), teacher.fingerprint)
+    head = load_head(tmp_path, stage.spec, plan, open_source(path), teacher.identity)
     finished = head.finish(head.forward(hidden, 0), verified)
     said, odds = head.logits(finished)[:, draft_ids], head.copy_odds(finished)
     slots = torch.arange(11)

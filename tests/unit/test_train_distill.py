@@ -16,7 +16,7 @@ from ppsd.train.batched import whole_sequences
 from ppsd.train.checkpoint import CHECKPOINT, RunDirectory
 from ppsd.train.copies import NONE
 from ppsd.train.distill import StepReport, Trainer
-from ppsd.train.evaluate import Agreement, prepare
+from ppsd.train.evaluate import prepare
 from ppsd.train.features import live_features
 from ppsd.train.settings import DistillConfig
 from tests.support.teachers import random_examples, tiny_config, tiny_teacher, tiny_trainer
@@ -61,7 +61,7 @@ def test_a_time_budget_ends_training_with_the_rate_at_zero(
     trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
     assert trainer.run(ignore)[2].alpha >= 0
     assert 0 < trainer.step < trainer.steps
-    rates = [record["rate"] for record in trainer.directory.metrics() if "rate" in record]
+    rates = [r["rates"][0] for r in trainer.directory.metrics() if "rates" in r]
     assert rates[-1] < 0.2 * max(rates)
 
 
@@ -80,6 +80,45 @@ def test_a_stopped_run_ends_with_the_same_weights(
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
     logged = [[(r["step"], r.get("loss")) for r in t.directory.metrics()] for t in (whole, again)]
     assert [x for x in logged[0] if x[1]] == [x for x in logged[1] if x[1]]
+
+
+def test_the_start_is_kept_where_training_does_not_help(tiny_model: Models, tmp_path: Path) -> None:
+    """At a rate that ruins the heads, every tenth of the run is worse than where it began."""
+    config = tiny_config(2, 4, learning_rate=10.0)
+    teacher = tiny_teacher(tiny_model("llama"), config)
+    trainer = tiny_trainer(teacher, config, tmp_path / "ruined")
+    found = trainer.run(ignore)
+    fresh = tiny_trainer(teacher, config, tmp_path / "fresh")
+    fresh._start()
+    for student in fresh.students:
+        student.round()
+    assert all(torch.equal(a, b) for a, b in zip(weights(trainer), weights(fresh), strict=True))
+    for layer, kept in trainer.best.kept.items():
+        assert (kept.step, kept.alpha) == (0, kept.start)
+        assert trainer.last[layer].alpha < found[layer].alpha
+
+
+def test_short_runs_are_validated_ten_times(tiny_model: Models, tmp_path: Path) -> None:
+    config = tiny_config(epochs=4)
+    trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
+    trainer.run(ignore)
+    validated = [r["step"] for r in trainer.directory.metrics() if "validation" in r]
+    assert len(validated) >= 10
+    assert validated[0] == 0
+    assert trainer.best.kept[3].step in validated
+
+
+def test_a_finished_run_leaves_no_checkpoint(tiny_model: Models, tmp_path: Path) -> None:
+    config = tiny_config()
+    trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
+    assert not trainer.directory.finished()
+    trainer.run(ignore)
+    assert (tmp_path / CHECKPOINT).exists()
+    trainer.directory.finish()
+    assert not (tmp_path / CHECKPOINT).exists()
+    assert RunDirectory(tmp_path, {}).finished()
+    with pytest.raises(PpsdError, match="holds another run: seed was None and is now 1"):
+        RunDirectory(tmp_path, {"seed": 1}).finished()
 
 
 def test_heads_trained_together_equal_heads_trained_apart(
@@ -120,7 +159,8 @@ def test_a_head_that_is_the_rest_of_the_model_always_agrees(
     tiny_model: Models, tmp_path: Path
 ) -> None:
     trainer = perfect_trainer(tiny_model("llama"), tmp_path, draft_vocab=0)
-    assert trainer._validate()[3] == Agreement(alpha=1.0, top4=1.0)
+    found = trainer._validate()[3]
+    assert (found.alpha, found.top4, found.between) == (1.0, 1.0, (1.0, 1.0))
 
 
 def test_the_draft_vocabulary_costs_agreement(tiny_model: Models, tmp_path: Path) -> None:
@@ -266,8 +306,23 @@ def test_what_the_model_cannot_do_is_refused(
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:
     config = tiny_config(learning_rate=1.0, warmup=0.1)
-    rates = [config.rate(step / 100) for step in range(101)]
-    assert rates[:10] == pytest.approx([0.1 * i for i in range(10)])
-    assert max(rates) == rates[10] == 1.0
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[100] == pytest.approx(0.0, abs=1e-12)
+    rates = [config.rate(step / 1000, 1000, 0.0) for step in range(1001)]
+    assert rates[:100] == pytest.approx([0.01 * i for i in range(100)])
+    assert max(rates) == rates[100] == 1.0
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[1000] == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "rising"), [(0.05, 200, 50), (0.05, 40, 20), (0.5, 40, 20), (0.0, 40, 0)]
+)
+def test_a_short_run_warms_up_for_long_enough(share: float, steps: int, rising: int) -> None:
+    config = tiny_config(learning_rate=1.0, warmup=share)
+    rates = [config.rate(step / steps, steps, 0.0) for step in range(steps)]
+    assert rates.index(max(rates)) == rising
+
+
+def test_the_default_rate_is_low_where_a_short_run_has_much_to_lose() -> None:
+    rates = [tiny_config().peak_rate(n, start=0.6) for n in (40, 1000, 9000)]
+    assert rates == pytest.approx([2e-4, 1e-3, 1e-3])
+    assert tiny_config().peak_rate(40, start=0.3) == 1e-3

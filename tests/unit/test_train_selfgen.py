@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ppsd.errors import PpsdError
+from ppsd.train import targets
 from ppsd.train.batched import teacher_forward
 from ppsd.train.data import encode_all, make_batch
 from ppsd.train.features import FeatureStore
@@ -88,6 +89,44 @@ def test_a_stopped_file_is_continued(teacher: Teacher, tmp_path: Path) -> None:
     written = write(teacher, cut, [*records(10), *records(3)])
     assert written == sum(len(json.loads(line)["target_ids"]) for line in lines[4:])
     assert sorted(cut.read_text().splitlines()) == sorted(line.strip() for line in lines)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_under_way_survive_a_kill(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    monkeypatch.setattr(targets, "SAVE_EVERY_S", 0.0)
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    settings = {"max_new": 12, "temperature": temperature}
+    total = write(teacher, whole, records(6), **settings)
+    reports: list[GenerateReport] = []
+
+    def stop_in_the_middle(report: GenerateReport) -> None:
+        reports.append(report)
+        if report.tokens > 20:
+            raise KeyboardInterrupt
+
+    config = GenerateConfig(batch=4, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        write_targets(teacher.stage, records(6), teacher.encoding, config, cut, stop_in_the_middle)
+    assert not cut.exists()
+    assert [r.share for r in reports] == sorted(r.share for r in reports)
+    assert 0 < reports[-1].share < 1
+    assert write(teacher, cut, records(6), **settings) == total - 20
+    assert sorted(cut.read_text().splitlines()) == sorted(whole.read_text().splitlines())
+    assert not list(tmp_path.glob("*.under-way*"))
+
+
+def test_answers_under_way_of_other_settings_are_forgotten(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.jsonl"
+    draft = path.with_name("x.jsonl.under-way.json")
+    for content in ('{"stamp": {}, "answers": {}}', "{", "[]", '{"stamp": 1}'):
+        draft.write_text(content)
+        assert write(teacher, path, records(1)) > 0
+        path.unlink()
+        assert not draft.exists()
 
 
 def test_its_output_is_training_data_of_the_same_tokens(teacher: Teacher, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def write_answers(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     started = time.monotonic()
-    last = GenerateReport(0, 0, 0)
+    last = GenerateReport(0, 0, 0, 0.0)
 
     def report(now: GenerateReport) -> None:
         nonlocal last
@@ -95,7 +95,7 @@ def train(args: argparse.Namespace) -> None:
     config = config_of(exits, layers, minutes, args.tiny)
     trainer, summary = prepare_run(teacher, config, records, files, args.out, Cadence(every, 10**9))
     digests = prompt_digests(records)
-    origin = Origin(teacher.stage.spec.name, teacher.fingerprint, files, digests, summary.lost_mass)
+    origin = Origin(teacher.stage.spec.name, teacher.identity, files, digests, summary.lost_mass)
     saved = time.monotonic()
     print(
         f"{args.name}: {summary.tokens:,} tokens of {summary.examples:,} answers were ready "
@@ -106,7 +106,7 @@ def train(args: argparse.Namespace) -> None:
     def report(now: StepReport) -> None:
         nonlocal saved
         if time.monotonic() - saved > SAVED_EVERY:
-            save_heads(trainer, origin, {n: Agreement(now.alpha[n], 0.0) for n in exits})
+            save_heads(trainer, origin, {n: Agreement(now.alpha[n], 0.0, None, 0) for n in exits})
             saved = time.monotonic()
 
     save_heads(trainer, origin, trainer.run(report))

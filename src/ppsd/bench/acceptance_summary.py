@@ -20,12 +20,11 @@ from ppsd.engine.choose import head_layers
 from ppsd.engine.llm import LLM
 from ppsd.model.exit_head import HeadConfig
 from ppsd.model.spec import ModelSpec
+from ppsd.train.interval import interval
 from ppsd.types import SamplingParams
 
 TOPS = (1, 2, 4, 8)
 BUCKET = 8  # positions after the prompt that are counted together
-RESAMPLES = 2000
-COVERAGE = 0.95
 
 Figures = dict[str, Any]
 
@@ -62,21 +61,6 @@ def rate(prompts: Sequence[Sequence[int]]) -> Figures:
         "top": {str(k): float(((ranks >= 0) & (ranks < k)).mean()) for k in TOPS},
         "outside": float((ranks == OUTSIDE).mean()),
     }
-
-
-def interval(accepted: Sequence[int], judged: Sequence[int]) -> tuple[float, float] | None:
-    """The 95 % percentile bootstrap interval of Σ accepted / Σ judged over prompts (Efron 1979).
-
-    Prompts are drawn anew, not positions, because positions of one prompt are alike. None for a
-    single prompt. The same numbers always give the same interval.
-    """
-    count = len(judged)
-    if count < 2:
-        return None
-    drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-    rates = np.asarray(accepted)[drawn].sum(1) / np.asarray(judged)[drawn].sum(1)
-    low, high = np.quantile(rates, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return float(low), float(high)
 
 
 def first_right(outcomes: Mapping[str, Sequence[Outcome]]) -> Figures:

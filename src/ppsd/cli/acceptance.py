@@ -159,7 +159,7 @@ def _answers(
     from ppsd.bench.acceptance import write_answers
 
     path = out / f"generated-{_dtype(teacher)}.jsonl"  # another precision may say something else
-    with progress.writing(len(tasks)) as report:
+    with progress.writing() as report:
         return write_answers(teacher, tasks, params, work.generate_batch, path, report)
 
 

@@ -90,10 +90,13 @@ def _line(parts: Iterable[str]) -> str:
 
 
 def _stage_table(llm: LLM, completion: Completion) -> Table:
-    table = Table("stage", "layers", "busy", "peak memory", box=None, pad_edge=False)
-    peaks = llm.memory_peaks
+    table = Table("stage", "layers", "busy", "memory", box=None, pad_edge=False)
+    memory = list(zip(llm.memory, llm.memory_needed, strict=True))
     for rank, stage in enumerate(completion.stats.stages):
         first, last = stage.layers
-        peak = f"{peaks[rank] / 2**20:.0f} MiB" if rank < len(peaks) else "as stage 0"
-        table.add_row(str(rank), f"{first}–{last - 1}", f"{stage.busy_share:.0%}", peak)
+        held = "as stage 0"
+        if rank < len(memory):
+            used, needed = memory[rank]
+            held = f"{used / 2**20:.0f} MiB, at most about {needed / 2**20:.0f}"
+        table.add_row(str(rank), f"{first}–{last - 1}", f"{stage.busy_share:.0%}", held)
     return table

@@ -19,6 +19,7 @@ from ppsd.cli.options import flag, integers
 from ppsd.train.settings import DistillConfig
 
 if TYPE_CHECKING:
+    from ppsd.train.best import Kept
     from ppsd.train.distill import StepReport, Trainer
     from ppsd.train.evaluate import Agreement
     from ppsd.train.records import DataFile, Record
@@ -73,7 +74,11 @@ class TrainingOptions:
     validation: Annotated[int, flag("Examples held out, at most a tenth.", panel=DATA)] = 64
     kl_weight: Annotated[float, flag("Weight of KL(model ‖ head).", panel=TRAINING)] = 1.0
     ce_weight: Annotated[float, flag("Weight of cross-entropy.", panel=TRAINING)] = 0.1
-    learning_rate: Annotated[float, flag("Peak of the schedule.", panel=TRAINING)] = 1e-3
+    learning_rate: Annotated[
+        float | None,
+        flag("Peak of the schedule; 1e-3 if left out, less where a short run would lose by it.",
+             panel=TRAINING),
+    ] = None  # fmt: skip
     warmup: Annotated[float, flag("Share of the steps with a rising rate.", panel=TRAINING)] = 0.05
     weight_decay: Annotated[float, flag("Of AdamW.", panel=TRAINING)] = 0.01
     clip: Annotated[float, flag("Largest gradient norm of a head.", panel=TRAINING)] = 1.0
@@ -175,7 +180,7 @@ def _generate(
     path = RunDirectory(out, {}).path / GENERATED
     store = None if features is None else open_features(teacher, training, features)
     deadline = time.monotonic() + 60 * minutes if minutes else math.inf
-    with progress.writing(len(records)) as report:
+    with progress.writing() as report:
         skipped = write_targets(
             teacher.stage,
             records,
@@ -223,13 +228,22 @@ def _train(
             teacher, config, records, files, out, cadence, features, filling, vocabulary
         )
     console.print(_data_line(summary, config), highlight=False)
+    if trainer.directory.finished():
+        console.print(
+            f"this run is finished, and its heads are in {out}; to train anew give another --out"
+        )
+        return
     agreement = _run(trainer)
     name = teacher.stage.spec.name
     prompts = prompt_digests(records)
-    origin = Origin(name, teacher.fingerprint, files, prompts, summary.lost_mass)
+    origin = Origin(name, teacher.identity, files, prompts, summary.lost_mass)
     places = save_heads(trainer, origin, agreement)
+    trainer.directory.finish()
     _plot(trainer)
-    console.print(_result_table(places, agreement))
+    console.print(_result_table(places, agreement, trainer.best.kept))
+    for layer, kept in trainer.best.kept.items():
+        if kept.step == 0:
+            console.print(_no_help(layer, kept.start, trainer.last[layer].alpha))
     console.print(_throughput_line(trainer.directory.metrics(), features), highlight=False)
 
 
@@ -246,7 +260,7 @@ def _run(trainer: Trainer) -> dict[int, Agreement]:
             loss = "/".join(f"{x:.2f}" for x in r.loss.values())
             alpha = "/".join(f"{x:.3f}" for x in r.alpha.values())
             speed = progress.speed(r.tokens - start, bar.tasks[0].elapsed)
-            note = f"{speed} tokens/s · loss {loss} · α {alpha}"
+            note = f"{r.tokens:,} tokens · {speed} tokens/s · loss {loss} · held-out α {alpha}"
             bar.update(task, completed=r.tokens, note=note)
 
         return trainer.run(report)
@@ -272,11 +286,24 @@ def _plot(trainer: Trainer) -> None:
         log_console().print("no plot without matplotlib: pip install 'ppsd-llm[train]'")
 
 
-def _result_table(places: dict[int, Path], agreement: dict[int, Agreement]) -> Table:
-    table = Table("exit", "held-out α", "top 4", "head", box=None, pad_edge=False)
+def _no_help(layer: int, start: float, last: float) -> str:
+    return (
+        f"exit {layer}: training did not help: held-out α was {start:.3f} before the first step "
+        f"and {last:.3f} after the last; the head is kept as it began. Try more data, or a lower "
+        "--learning-rate"
+    )
+
+
+def _result_table(
+    places: dict[int, Path], agreement: dict[int, Agreement], kept: dict[int, Kept]
+) -> Table:
+    titles = ("exit", "held-out α", "95 % interval", "at the start", "of step", "top 4", "head")
+    table = Table(*titles, box=None, pad_edge=False)
     for layer, path in places.items():
-        found = agreement[layer]
-        table.add_row(str(layer), f"{found.alpha:.3f}", f"{found.top4:.3f}", str(path))
+        found, best = agreement[layer], kept[layer]
+        between = "–" if found.between is None else "{:.3f}–{:.3f}".format(*found.between)
+        figures = (f"{found.alpha:.3f}", between, f"{best.start:.3f}", str(best.step))
+        table.add_row(str(layer), *figures, f"{found.top4:.3f}", str(path))
     return table
 
 

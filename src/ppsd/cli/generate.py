@@ -113,5 +113,6 @@ def _record(llm: LLM, completion: Completion) -> dict[str, Any]:
         "pace": config.pace or None,
         "exit_layer": llm.layout.bounds[1] if config.schedule.drafts else None,
         **completion.stats.to_json(),
-        "memory_peak_bytes": llm.memory_peaks,
+        "memory_bytes": llm.memory,
+        "memory_needed_bytes": llm.memory_needed,
     }

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from ppsd.cli.streams import visible
 
 if TYPE_CHECKING:
-    from ppsd.model.head_library import FoundHead
+    from ppsd.model.head_library import FoundHead, Rate
 
 app = typer.Typer(help="List and inspect exit heads.", no_args_is_help=True)
 
@@ -49,7 +49,17 @@ def _row(head: FoundHead) -> dict[str, object]:
     config = head.config
     fields = ("base_model", "fingerprint", "kind", "exit_layer", "layers", "mlp", "feedback",
               "copy_gate", "draft_vocab")  # fmt: skip
-    return row | {name: getattr(config, name) for name in fields} | {"alpha": head.alpha}
+    return row | {name: getattr(config, name) for name in fields} | _rate(head)
+
+
+def _rate(head: FoundHead) -> dict[str, object]:
+    if (rate := head.rate) is None:
+        return {"alpha": None, "alpha_origin": None, "interval": None}
+    return {"alpha": rate.alpha, "alpha_origin": rate.origin, "interval": rate.interval}
+
+
+def _between(rate: Rate) -> str:
+    return "" if rate.interval is None else " ({:.2f}–{:.2f})".format(*rate.interval)
 
 
 def _table(heads: list[FoundHead]) -> Table:
@@ -61,7 +71,8 @@ def _table(heads: list[FoundHead]) -> Table:
         if head.config is None:
             table.add_row("damaged", *[""] * 5, size, visible(head.problem))
             continue
-        c, alpha = head.config, "–" if head.alpha is None else f"{head.alpha:.3f}"
+        c, rate = head.config, head.rate
+        alpha = "–" if rate is None else f"{rate.alpha:.3f} {rate.origin}{_between(rate)}"
         scored = "all" if c.draft_vocab is None else str(c.draft_vocab)
         place = f"{head.path} (shipped)" if head.shipped else str(head.path)
         cells = (c.base_model, str(c.exit_layer), c.kind, str(c.layers), scored, alpha, size, place)

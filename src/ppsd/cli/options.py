@@ -77,6 +77,11 @@ class PipelineOptions:
         _pipeline("Exit head: a directory, auto (the best found), lookup (repeat earlier text), "
                   "untrained or none.", metavar="HEAD"),
     ] = "auto"  # fmt: skip
+    force_head: Annotated[
+        bool,
+        _pipeline("Use the head's directory though it was trained on another model; the output "
+                  "stays exact.", "--force-head"),
+    ] = False  # fmt: skip
     mode: Annotated[
         str,
         _pipeline("auto, autoregressive, draft-then-verify or ppsd.", metavar="MODE"),

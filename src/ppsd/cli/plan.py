@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ppsd.cost.planner import Exit, Plan, Problem
     from ppsd.cost.profile import Profile
     from ppsd.cost.sizes import Sizes
+    from ppsd.engine.choose import Outlook
 
 PIPE_WIDTH = 160
 IMAGINED_LAYERS, IMAGINED_VOCABULARY = 1, 8192  # of a head that --alpha speaks of
@@ -92,8 +93,8 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
     from ppsd.cost.planner import alternatives
 
     try:
-        profile, exits = _subject(workers, decided)
-        problem = _problem(workers, decided, profile, exits)
+        subject = _outlook(workers, decided)
+        problem = _problem(workers, decided, subject)
     except ConfigError as error:
         if error.field != "stages":
             raise
@@ -103,23 +104,27 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
         raise ConfigError("mode", decided.mode, "one that the heads and the split allow")
     verdict = _verdict(found)
     if output.as_json:
-        rows = [_record(plan, profile) for plan in found]
-        print(json.dumps({"source": profile.source, "verdict": verdict, "plans": rows}))
+        rows = [_record(plan, subject.memory(plan)) for plan in found]
+        about = {"source": problem.profile.source, "assumed": _assumed(problem)}
+        print(json.dumps(about | {"verdict": verdict, "plans": rows}))
     else:
-        _show(found[: output.top], profile, verdict)
+        _show(found[: output.top], problem, subject.memory, verdict)
 
 
-def _subject(workers: WorkerOptions, decided: DecidedOptions) -> tuple[Profile, tuple[Exit, ...]]:
-    """The times to plan with, and the heads: those of --alpha, or those found for the model."""
+def _outlook(workers: WorkerOptions, decided: DecidedOptions) -> Outlook:
+    """What to plan with: heads are those of --alpha, or those found for the model.
+
+    On this machine as many workers compute at once as it has cores for, elsewhere all of them.
+    """
+    from ppsd.config import EngineConfig
+    from ppsd.engine.choose import Outlook, outlook
+
     if workers.hardware is not None:
         if workers.profile is not None:
             raise ConfigError("profile", str(workers.profile), "left out with --hardware")
         profile = _predicted(workers, workers.hardware)
-        return profile, _imagined(decided.alpha or "", profile)
-    from ppsd.config import EngineConfig
-    from ppsd.engine.choose import read_profile, trained_exits
-    from ppsd.model.head_library import find_heads, suitable
-
+        exits = _imagined(decided.alpha or "", profile)
+        return Outlook(profile, exits, None, functools.partial(_memory, profile))
     config = EngineConfig(
         workers.model,
         stages=workers.workers,
@@ -127,10 +132,23 @@ def _subject(workers: WorkerOptions, decided: DecidedOptions) -> tuple[Profile, 
         threads_per_stage=workers.threads_per_stage,
         plan="auto" if workers.profile is None else str(workers.profile),
     )
-    profile = read_profile(config)
+    found = outlook(config)
     if decided.alpha is not None:
-        return profile, _imagined(decided.alpha, profile)
-    return profile, trained_exits(suitable(find_heads(), profile.fingerprint, None), profile)
+        found = replace(found, exits=_imagined(decided.alpha, found.profile))
+    if workers.worker_speed is not None or workers.link_ms is not None:
+        found = replace(found, at_once=None)
+    return found
+
+
+def _memory(profile: Profile, plan: Plan) -> list[int]:
+    """Bytes each worker needs for a model of which only the shape is known."""
+    from ppsd.config import DEFAULT_CONTEXT
+
+    weights = plan.exit.weights if plan.exit else 0
+    return [
+        profile.sizes.stage_bytes(plan.bounds, k, profile.itemsize, DEFAULT_CONTEXT, weights)
+        for k in range(plan.cost.size)
+    ]
 
 
 def _predicted(workers: WorkerOptions, name: str) -> Profile:
@@ -177,9 +195,7 @@ def _imagined(text: str, profile: Profile) -> tuple[Exit, ...]:
     return tuple(Exit(layer, alpha, draft, weights) for layer, alpha in rates.items())
 
 
-def _problem(
-    workers: WorkerOptions, decided: DecidedOptions, profile: Profile, exits: tuple[Exit, ...]
-) -> Problem:
+def _problem(workers: WorkerOptions, decided: DecidedOptions, subject: Outlook) -> Problem:
     from ppsd.cost.planner import Problem
     from ppsd.speculation.policy import MODES, schedule_for
 
@@ -189,17 +205,18 @@ def _problem(
     if workers.context < 0:
         raise ConfigError("context", workers.context, "at least 0")
     return Problem(
-        profile=profile,
+        profile=subject.profile,
         workers=workers.workers,
-        exits=exits,
+        exits=subject.exits,
         speeds=_numbers("worker_speed", workers.worker_speed),
-        links=_links(workers, profile),
+        links=_links(workers, subject.profile),
         context=workers.context,
         split=None if decided.split is None else integers("split", decided.split),
         exit_layer=decided.exit_layer,
         mode=decided.mode,
         block=decided.block,
         in_flight=decided.in_flight,
+        at_once=subject.at_once,
     )
 
 
@@ -244,15 +261,8 @@ def _words(plan: Plan) -> str:
     )
 
 
-def _record(plan: Plan, profile: Profile) -> dict[str, Any]:
-    """A plan in plain numbers; memory with a cache of the default context."""
-    from ppsd.config import DEFAULT_CONTEXT
-
-    weights = plan.exit.weights if plan.exit else 0
-    memory = [
-        profile.sizes.stage_bytes(plan.bounds, k, profile.itemsize, DEFAULT_CONTEXT, weights)
-        for k in range(plan.cost.size)
-    ]
+def _record(plan: Plan, memory: Sequence[int]) -> dict[str, Any]:
+    """A plan in plain numbers; memory with a full cache of the default context."""
     return {
         "mode": plan.mode,
         "block": plan.schedule.block,
@@ -260,43 +270,54 @@ def _record(plan: Plan, profile: Profile) -> dict[str, Any]:
         "split": list(plan.bounds[1:-1]),
         "exit_layer": plan.exit.layer if plan.exit else None,
         "alpha": plan.exit.alpha if plan.exit else None,
+        "alpha_origin": plan.exit.origin if plan.exit else None,
         "head": plan.exit.name if plan.exit else None,
         "tokens_per_second": 1 / plan.token_time,
         "ms_per_token": plan.token_time * 1e3,
         "speedup": plan.speedup,
-        "bound": plan.limit,
+        "bound": plan.speedup_at(1.0),
         "bottleneck": plan.bottleneck,
         "stage_ms": [time * 1e3 for time in plan.stage_times],
-        "memory_bytes": memory,
+        "memory_bytes": list(memory),
         "bitwise": plan.bitwise,
     }
 
 
-def _show(plans: Sequence[Plan], profile: Profile, verdict: str) -> None:
+def _assumed(problem: Problem) -> str:
+    from ppsd.engine.choose import assumed_together
+
+    together = assumed_together(problem.at_once, problem.workers)
+    return f"{together}, {problem.context} positions cached"
+
+
+def _show(
+    plans: Sequence[Plan], problem: Problem, memory: Callable[[Plan], list[int]], verdict: str
+) -> None:
+    profile = problem.profile
     titles = ("mode", "m", "w", "split", "α", "tokens/s", "speedup", "at α=1", "slowest stage")
     table = Table(*titles, "GiB a worker", "output is plain's", box=None)
     for plan in plans:
-        row = _record(plan, profile)
         table.add_row(
             plan.mode,
             str(plan.schedule.block),
             str(plan.schedule.in_flight),
             ",".join(map(str, plan.bounds[1:-1])) or "–",
-            "–" if plan.exit is None else f"{plan.exit.alpha:.2f}",
+            "–" if plan.exit is None else f"{plan.exit.alpha:.2f} {plan.exit.origin}",
             f"{1 / plan.token_time:.1f}" if _absolute(profile) else "–",
             f"{plan.speedup:.2f}×",
-            f"{plan.limit:.2f}×",
+            f"{plan.speedup_at(1.0):.2f}×",
             f"{plan.bottleneck} ({plan.stage_times[plan.bottleneck] * 1e3:.2f} ms)"
             if _absolute(profile)
             else str(plan.bottleneck),
-            " ".join(f"{size / 2**30:.2f}" for size in row["memory_bytes"]),
+            " ".join(f"{size / 2**30:.2f}" for size in memory(plan)),
             "bit for bit" if plan.bitwise else "up to rounding",
         )
     width = None if sys.stdout.isatty() else PIPE_WIDTH
     console = Console(highlight=False, soft_wrap=True, width=width)
     console.print(table)
     console.print(verdict, style="bold")
-    console.print(f"Predicted, not measured; times: {visible(profile.source)}")
+    source = visible(profile.source)
+    console.print(f"Predicted, not measured; times: {source}; {_assumed(problem)}")
 
 
 def _absolute(profile: Profile) -> bool:

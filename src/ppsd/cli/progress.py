@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -20,6 +22,9 @@ from ppsd.train.settings import DistillConfig
 if TYPE_CHECKING:
     from ppsd.train.run import Teacher
     from ppsd.train.targets import GenerateReport
+
+
+LINE_EVERY_S = 60.0
 
 
 @contextmanager
@@ -34,8 +39,27 @@ def bar(description: str, total: int, fields: str) -> Iterator[tuple[Progress, T
         TextColumn(fields),
     )
     # Steps take seconds: an estimate from the last half minute would jump about.
-    with Progress(*columns, console=log_console(), speed_estimate_period=600.0) as shown:
+    with _Bar(*columns, console=log_console(), speed_estimate_period=600.0) as shown:
         yield shown, shown.add_task(description, total=total, note="")
+
+
+class _Bar(Progress):
+    """A bar on a terminal; a line a minute in a log."""
+
+    def __init__(self, *columns: ProgressColumn, **settings: Any) -> None:
+        super().__init__(*columns, **settings)
+        self._told = time.monotonic()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """Change a task as in rich, and write a line when it is time."""
+        super().update(task_id, **changes)
+        now = time.monotonic()
+        if self.console.is_terminal or now - self._told < LINE_EVERY_S:
+            return
+        self._told = now
+        task = self.tasks[0]
+        note = f" · {task.fields['note']}" if task.fields["note"] else ""
+        self.console.print(f"{task.description}: {task.percentage:.0f}%{note}")
 
 
 def speed(count: int, seconds: float | None) -> str:
@@ -65,15 +89,15 @@ def load(model: str | None, config: DistillConfig, device: str) -> Teacher:
 
 
 @contextmanager
-def writing(prompts: int) -> Iterator[Callable[[GenerateReport], None]]:
+def writing() -> Iterator[Callable[[GenerateReport], None]]:
     """A bar for ``write_targets``, whose ``report`` this gives."""
-    fields = "{task.completed:,} of {task.total:,} prompts · {task.fields[note]}"
-    with bar("writing targets", prompts, fields) as (shown, task):
+    with bar("writing targets", 1, "{task.fields[note]}") as (shown, task):
 
         def report(r: GenerateReport) -> None:
             if r.tokens == 0:  # what an earlier call wrote must not count as this one's speed
-                shown.reset(task, total=r.total, completed=r.done, note="")
-            note = f"{speed(r.tokens, shown.tasks[0].elapsed)} tokens/s"
-            shown.update(task, completed=r.done, total=r.total, note=note)
+                shown.reset(task, total=1, note="")
+            rate = speed(r.tokens, shown.tasks[0].elapsed)
+            note = f"{r.tokens:,} tokens, {r.done:,} of {r.total:,} prompts · {rate} tokens/s"
+            shown.update(task, completed=r.share, note=note)
 
         yield report

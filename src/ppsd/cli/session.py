@@ -17,8 +17,13 @@ from ppsd.cli.streams import visible
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
+    from ppsd.model.exit_head import HeadConfig
 
 UNTRAINED_NOTICE = "untrained exit head: few drafts will be accepted; exact, but no faster"
+HELD_OUT_NOTICE = (
+    "this head's α is only held out from text like its training's, and other text may fare worse; "
+    "measure it: ppsd acceptance --head {head} --data FILE --out DIR --record"
+)
 NO_HEAD_NOTICE = (
     "no trained exit head fits {model}{exit}, so decoding is plain; --head lookup drafts from "
     "repeated text, and to train a head: "
@@ -64,9 +69,18 @@ def _notices(options: PipelineOptions, llm: LLM) -> list[str]:
     head, notices = llm.layout.head, []
     if head is not None and not head.trained and llm.config.schedule.drafts:
         notices.append(UNTRAINED_NOTICE)
+    if head is not None and llm.config.schedule.drafts and _held_out(head):
+        notices.append(HELD_OUT_NOTICE.format(head=llm.config.head))
     if options.head == "auto" and options.stages > 1 and head is None:
         notices.append(_no_head_notice(options, llm))
     return notices + [note for note in (llm.layout.spec.context_note,) if note]
+
+
+def _held_out(head: HeadConfig) -> bool:
+    from ppsd.model.head_library import known_rate
+
+    rate = known_rate(head)
+    return rate is not None and not rate.measured
 
 
 def _stages(options: PipelineOptions) -> int:

@@ -23,7 +23,8 @@ LARGEST_BLOCK = 8
 MAX_IN_FLIGHT = 64
 TYPICAL_CONTEXT = 256  # positions already cached, unless a problem says otherwise
 ASSUMED_ALPHA = 0.5  # of a trained head whose acceptance nobody measured
-LOOKUP_ALPHA = 0.45  # of prompt lookup alone: 0.45 and 0.47 on two sets of the default model's text
+LOOKUP_ALPHA = 0.2  # to cut by: what prompt lookup alone brings depends on the text
+UNKNOWN = "unknown"
 UNTRAINED_ALPHA = 0.05  # of the model's own norm and LM head; 4 to 10 % were measured
 MESSAGE_BYTES = 72  # header and token id of a block of one row
 LEAST_GAIN = 1.02  # predictions are off by about as much: what promises less does not pay
@@ -36,7 +37,7 @@ class Exit:
     """A head that could draft: where, how often it is right, what it costs.
 
     ``draft``: seconds a draft on the profile's machine; ``weights``: numbers it holds; ``name``:
-    its directory, or empty for one that is only imagined.
+    its directory, or empty for one that is only imagined; ``origin``: how ``alpha`` is known.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class Exit:
     draft: float
     weights: int = 0
     name: str = ""
+    origin: str = "given"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -122,10 +124,9 @@ class Plan:
         """Whether speculation promises more than predictions may be wrong."""
         return self.speedup >= LEAST_GAIN
 
-    @property
-    def limit(self) -> float:
-        """The speedup if every draft were right (α = 1): the bound of this split and schedule."""
-        return self.plain_time / float(self.cost.token_time(1.0, self.schedule))
+    def speedup_at(self, alpha: float) -> float:
+        """Predicted speed relative to plain decoding if α were ``alpha``; at 1 it is the bound."""
+        return self.plain_time / float(self.cost.token_time(alpha, self.schedule))
 
     @property
     def stage_times(self) -> tuple[float, ...]:

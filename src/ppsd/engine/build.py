@@ -15,10 +15,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from ppsd.config import DEFAULT_CONTEXT, EngineConfig, core_shares
+from ppsd.config import EngineConfig, core_shares
 from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, threads_of
 from ppsd.engine.drafter import Drafter, HeadDrafter, LookupDrafter, PacedDrafter
+from ppsd.engine.memory import default_context, stage_bytes
 from ppsd.engine.pipeline import Pipeline, raise_if_lost
 from ppsd.errors import ConfigError, InsufficientMemoryError
 from ppsd.model.exit_head import (
@@ -29,10 +30,11 @@ from ppsd.model.exit_head import (
     read_head_config,
     untrained_head,
 )
+from ppsd.model.identity import Identity
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stage import Stage, StageModel, StagePlan, weight_bytes
-from ppsd.model.weights import TensorSource, check_shapes, fingerprint, open_source
+from ppsd.model.stage import Stage, StageModel, StagePlan
+from ppsd.model.weights import TensorSource, check_shapes, open_source
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
 from ppsd.worker.judge import Judge
@@ -42,7 +44,7 @@ from ppsd.worker.pace import paced
 from ppsd.worker.process import (
     Supervisor,
     WorkerConfig,
-    memory_peak,
+    memory_used,
     open_endpoint,
     pin,
 )
@@ -63,7 +65,7 @@ class Layout:
 
     files: ModelFiles
     spec: ModelSpec
-    fingerprint: str
+    identity: Identity
     bounds: tuple[int, ...]  # [0, …, N]
     head: HeadConfig | None
     dtype: torch.dtype
@@ -100,17 +102,17 @@ def plan_layout(
     spec = describe(files)
     source = open_source(files.path)
     check_shapes(source, spec)
-    mark = fingerprint(spec, source)
-    choice = choose(config, spec, mark)
+    identity = Identity.of(spec, source)
+    choice = choose(config, spec, identity)
     config, bounds = choice.config, choice.bounds
-    head = _head_config(config, spec, mark)
+    head = _head_config(config, spec, identity)
     if head is not None and head.trained:
-        check_head(head, spec, mark, bounds[1], config.head)
+        check_head(head, spec, identity, bounds[1], config.head, force=config.force_head)
     threads = threads_of(config)
     layout = Layout(
         files=files,
         spec=spec,
-        fingerprint=mark,
+        identity=identity,
         bounds=bounds,
         head=head,
         dtype=getattr(torch, dtype_name(config)),
@@ -138,17 +140,17 @@ def _check_devices(config: EngineConfig) -> None:
             raise ConfigError("devices", config.device(rank), allowed) from error
 
 
-def _head_config(config: EngineConfig, spec: ModelSpec, mark: str) -> HeadConfig | None:
+def _head_config(config: EngineConfig, spec: ModelSpec, identity: Identity) -> HeadConfig | None:
     if config.head in ("none", "lookup") or config.stages == 1:
         return None
     if config.head == "untrained":
-        return HeadConfig("norm", 0, 0, None, spec.name, mark, trained=False)
+        return HeadConfig("norm", 0, 0, None, spec.name, identity.fingerprint, trained=False)
     return read_head_config(Path(config.head))
 
 
 def _context(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_context is None:
-        return min(spec.max_context, DEFAULT_CONTEXT)
+        return default_context(spec)
     wanted = config.max_context
     if not isinstance(wanted, int) or not 2 <= wanted <= spec.max_context:
         allowed = f"an integer in [2, {spec.max_context}], what {spec.name} was made for"
@@ -156,29 +158,25 @@ def _context(config: EngineConfig, spec: ModelSpec) -> int:
     return wanted
 
 
-def stage_bytes(layout: Layout, rank: int, device: str, source: TensorSource) -> int:
-    """Estimated memory of one stage: weights, key/value cache, and the runtime of its process."""
-    sizes = Sizes.of(layout.spec)
-    sized = layout.bounds, rank, layout.dtype.itemsize, layout.max_context
-    weights = weight_bytes(layout.spec, layout.plan(rank, device), source)
-    return sizes.stage_bytes(*sized, head_sizes(sizes, layout.head), weights)
-
-
-def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> None:
-    """Raise InsufficientMemoryError, with the numbers, when the stages here cannot fit this host.
+def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> list[int]:
+    """Return the bytes each process needs; raises InsufficientMemoryError when this host lacks it.
 
     Under torchrun that is stage 0 for certain; nothing is known of where the others are.
     """
-    ranks = range(1 if on_torchrun() else layout.stages)
-    needed = [stage_bytes(layout, rank, config.device(rank), source) for rank in ranks]
+    plans = [layout.plan(rank, config.device(rank)) for rank in range(layout.stages)]
+    head = head_sizes(Sizes.of(layout.spec), layout.head)
+    apart = config.transport != "inprocess"
+    every = stage_bytes(layout.spec, source, plans, head, apart=apart)
+    needed = every[:1] if on_torchrun() else every
     free = psutil.virtual_memory().available
     if sum(needed) > free:
-        each = ", ".join(f"stage {r} {n / 2**30:.2f}" for r, n in zip(ranks, needed, strict=True))
+        each = ", ".join(f"stage {r} {n / 2**30:.2f}" for r, n in enumerate(needed))
         raise InsufficientMemoryError(
             f"{layout.spec.name} in {layout.dtype} needs about {sum(needed) / 2**30:.2f} GiB here "
             f"({each}), but {free / 2**30:.2f} GiB are free; use a narrower dtype, a smaller "
             f"max_context ({layout.max_context} now) or more hosts"
         )
+    return every
 
 
 def _own_gpus(config: EngineConfig) -> bool:
@@ -192,7 +190,8 @@ class RunningPipeline:
 
     def __init__(self, config: EngineConfig, layout: Layout, source: TensorSource) -> None:
         self.layout = layout
-        self.memory_peaks: list[int] = []
+        self._loaded: list[int] = []  # memory in use after loading
+        self._supervisor = Supervisor()
         self._config = config
         self._source = source
         self._cleanup = ExitStack()
@@ -205,6 +204,16 @@ class RunningPipeline:
             self.close()
             raise
 
+    def memory(self) -> list[int]:
+        """Bytes in use by each process now; by one on another host, after loading."""
+        pids = self._supervisor.pids()
+        others = [
+            memory_used(pids[rank]) if rank in pids else loaded
+            for rank, loaded in enumerate(self._loaded)
+            if rank
+        ]
+        return [memory_used(), *others]
+
     def close(self) -> None:
         """Stop workers and give back everything; may be called twice."""
         self._cleanup.close()
@@ -212,7 +221,7 @@ class RunningPipeline:
     def _open(self, progress: Progress) -> Pipeline:
         config, layout = self._config, self.layout
         self._hold_threads()
-        supervisor = Supervisor()
+        supervisor = self._supervisor
         self._cleanup.callback(lambda: supervisor.close(CLOSE_GRACE_S))
         endpoint, workers = self._connect(supervisor)
         self._cleanup.callback(endpoint.close)
@@ -238,7 +247,8 @@ class RunningPipeline:
         self._cleanup.callback(pipeline.close)
         if not workers:
             ready = pipeline.wait_ready(config.init_timeout, progress)
-            self.memory_peaks = [memory_peak(), *(s.fields["memory_peak"] for s in ready)]
+            self._loaded = [memory_used(), *(s.fields["memory"] for s in ready)]
+        del self._source  # unmaps the model's file
         return pipeline
 
     def _drafter(self, stage: Stage, plan: StagePlan) -> Drafter | None:
@@ -256,9 +266,17 @@ class RunningPipeline:
     def _load_head(self, head: HeadConfig, stage: Stage, plan: StagePlan) -> ExitHead:
         layout, embedding = self.layout, stage.embedding
         if not head.trained:
-            return untrained_head(layout.spec, plan, self._source, layout.fingerprint, embedding)
-        directory = Path(self._config.head)
-        return load_head(directory, layout.spec, plan, self._source, layout.fingerprint, embedding)
+            mark = layout.identity.fingerprint
+            return untrained_head(layout.spec, plan, self._source, mark, embedding)
+        return load_head(
+            Path(self._config.head),
+            layout.spec,
+            plan,
+            self._source,
+            layout.identity,
+            embedding,
+            force=self._config.force_head,
+        )
 
     def _hold_threads(self) -> None:
         """Pin this thread and set PyTorch's thread count; both are put back by ``close``."""
@@ -295,7 +313,6 @@ class RunningPipeline:
         hub = InProcessHub(geometry)
         workers = [self._inprocess_worker(hub, rank) for rank in range(1, geometry.size)]
         hub.on_idle = lambda: any(worker.step(0.0) for worker in workers)
-        self.memory_peaks = [memory_peak()]
         return hub.endpoint(0), workers
 
     def _inprocess_worker(self, hub: InProcessHub, rank: int) -> Worker:
@@ -356,7 +373,7 @@ class RunningPipeline:
             rank=rank,
             model_path=str(layout.files.path),
             spec=layout.spec.to_json(),
-            fingerprint=layout.fingerprint,
+            fingerprint=layout.identity.fingerprint,
             first=layout.bounds[rank],
             last=layout.bounds[rank + 1],
             max_context=layout.max_context,

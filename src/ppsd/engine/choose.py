@@ -6,14 +6,18 @@ Used by build.py. What the user fixed is kept.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+
+import torch
 
 from ppsd.config import EngineConfig, available_cores
 from ppsd.cost.planner import (
     ASSUMED_ALPHA,
     LOOKUP_ALPHA,
+    UNKNOWN,
     UNTRAINED_ALPHA,
     Exit,
     Plan,
@@ -23,14 +27,16 @@ from ppsd.cost.planner import (
 )
 from ppsd.cost.profile import Profile, estimate, load_profile, profile_path
 from ppsd.cost.sizes import Sizes
+from ppsd.engine.memory import default_context, stage_bytes
 from ppsd.errors import ConfigError
 from ppsd.model import kernels
 from ppsd.model.exit_head import HeadConfig, check_head, read_head_config
-from ppsd.model.head_library import FoundHead, find_heads, measured_alpha, suitable
+from ppsd.model.head_library import FoundHead, find_heads, known_rate, suitable
+from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
-from ppsd.model.weights import fingerprint as fingerprint_of
-from ppsd.model.weights import open_source
+from ppsd.model.stage import StagePlan
+from ppsd.model.weights import TensorSource, open_source
 from ppsd.speculation.policy import schedule_for
 
 AUTO_DTYPE = "bfloat16"
@@ -71,19 +77,19 @@ def head_sizes(sizes: Sizes, head: HeadConfig | None) -> int:
     return 0 if head is None else sizes.exit_head(head_layers(sizes, head), head.draft_vocab)
 
 
-def choose(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> Choice:
+def choose(config: EngineConfig, spec: ModelSpec, identity: Identity) -> Choice:
     """Decide what ``config`` leaves open.
 
     With ``plan`` off, weights stand for times and an open mode is ``ppsd``. Raises ConfigError and
     HeadError for settings that contradict each other or the model.
     """
-    profile, origin = _profile(config, spec, fingerprint)
-    exits = _exits(config, spec, fingerprint, profile)
+    profile, origin = _profile(config, spec, identity.fingerprint)
+    exits = _exits(config, spec, identity, profile)
     mode = _mode(config)
     plans = alternatives(_problem(config, mode, profile, exits))
     drafting = next((plan for plan in plans if plan.exit), None)
     if config.head == "auto" and drafting is None:
-        return choose(_plain(config), spec, fingerprint)
+        return choose(_plain(config), spec, identity)
     plain = next((plan for plan in plans if not plan.exit), None)
     faster = drafting if drafting and drafting.pays else plain
     best = {"auto": faster, "autoregressive": plain}.get(mode, drafting)
@@ -118,18 +124,50 @@ def _mode(config: EngineConfig) -> str:
 
 def read_profile(config: EngineConfig) -> Profile:
     """The profile that ``config`` would be planned with; reads the model's files for that."""
-    return _profile(config, *_model(config))[0]
+    return outlook(config).profile
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a configuration is planned with.
+
+    Times, heads, how many stages compute at the same time (None: all of them), and the bytes that
+    the stages of a plan need.
+    """
+
+    profile: Profile
+    exits: tuple[Exit, ...]
+    at_once: int | None
+    memory: Callable[[Plan], list[int]]
+
+
+def outlook(config: EngineConfig) -> Outlook:
+    """Return what ``config`` would be planned with; reads the model's files for that."""
+    spec, identity, source = _model(config)
+    profile, _ = _profile(config, spec, identity.fingerprint)
+    dtype = getattr(torch, dtype_name(config))
+
+    def memory(plan: Plan) -> list[int]:
+        held = [
+            StagePlan(*pair, default_context(spec), dtype, torch.device(config.device(k)), True)
+            for k, pair in enumerate(pairwise(plan.bounds))
+        ]
+        head = plan.exit.weights if plan.exit else 0
+        return stage_bytes(spec, source, held, head, apart=config.transport != "inprocess")
+
+    return Outlook(profile, _exits(config, spec, identity, profile), _at_once(config), memory)
 
 
 def planned(config: EngineConfig) -> EngineConfig:
     """What ``choose`` makes of ``config``; reads the model's files for that."""
-    return choose(config, *_model(config)).config
+    spec, identity, _ = _model(config)
+    return choose(config, spec, identity).config
 
 
-def _model(config: EngineConfig) -> tuple[ModelSpec, str]:
+def _model(config: EngineConfig) -> tuple[ModelSpec, Identity, TensorSource]:
     files = resolve_model(config.model)
     spec, source = describe(files), open_source(files.path)
-    return spec, fingerprint_of(spec, source)
+    return spec, Identity.of(spec, source), source
 
 
 def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> tuple[Profile, str]:
@@ -185,51 +223,55 @@ def trained_exits(
     heads: Sequence[FoundHead], profile: Profile, *, lookup: bool = True
 ) -> tuple[Exit, ...]:
     """Heads as the planner sees them; those of unknown α only when there are no others."""
-    measured = [head for head in heads if head.alpha is not None]
+    known = [head for head in heads if head.rate is not None]
     return tuple(
         _exit(head.config, profile, str(head.path), lookup)
-        for head in measured or heads
+        for head in known or heads
         if head.config is not None
     )
 
 
 def _exits(
-    config: EngineConfig, spec: ModelSpec, fingerprint: str, profile: Profile
+    config: EngineConfig, spec: ModelSpec, identity: Identity, profile: Profile
 ) -> tuple[Exit, ...]:
     """The heads that could draft; one that fits anywhere stands at every layer."""
     if config.stages == 1:
         return ()
     if config.head == "auto":
-        found = suitable(find_heads(), fingerprint, None)
+        found = suitable(find_heads(), identity, None)
         return trained_exits(found, profile, lookup=config.lookup)
     if config.head == "untrained":
         draft, weights = profile.head_time(0, None), profile.sizes.exit_head(0, None)
-        return _anywhere(Exit(1, UNTRAINED_ALPHA, draft, weights, "untrained"), spec)
+        return _anywhere(Exit(1, UNTRAINED_ALPHA, draft, weights, "untrained", "assumed"), spec)
     if config.head == "lookup":
-        return _anywhere(Exit(1, LOOKUP_ALPHA, 0.0, name="lookup"), spec)
+        return _anywhere(Exit(1, LOOKUP_ALPHA, 0.0, name="lookup", origin=UNKNOWN), spec)
     if config.head == "none":  # whoever drafts all the same brings a drafter
         free = Exit(1, 1.0, 0.0)
         return _anywhere(free, spec) if _mode(config) != "autoregressive" else ()
     head = read_head_config(Path(config.head))
     first = config.split[0] if config.split else config.exit_layer
-    check_head(head, spec, fingerprint, first or head.exit_layer, config.head)
-    return (_exit(head, profile, config.head, config.lookup),)
+    check_head(head, spec, identity, first or head.exit_layer, config.head, force=config.force_head)
+    exit_ = _exit(head, profile, config.head, config.lookup)
+    foreign = head.identity.difference(identity)
+    return (replace(exit_, origin=f"{exit_.origin} on another model") if foreign else exit_,)
 
 
 def _exit(head: HeadConfig, profile: Profile, name: str, lookup: bool) -> Exit:
-    alpha = measured_alpha(head, lookup=lookup)
+    rate = known_rate(head, lookup=lookup)
+    alpha, origin = (ASSUMED_ALPHA, "assumed") if rate is None else rate.expected
     return Exit(
         layer=head.exit_layer,
-        alpha=ASSUMED_ALPHA if alpha is None else alpha,
+        alpha=alpha,
         draft=profile.head_time(head_layers(profile.sizes, head), head.draft_vocab),
         weights=head_sizes(profile.sizes, head),
         name=name,
+        origin=origin,
     )
 
 
 def _anywhere(exit_: Exit, spec: ModelSpec) -> tuple[Exit, ...]:
     layers = range(1, spec.num_layers)
-    return tuple(Exit(n, exit_.alpha, exit_.draft, exit_.weights, exit_.name) for n in layers)
+    return tuple(replace(exit_, layer=n) for n in layers)
 
 
 def _problem(config: EngineConfig, mode: str, profile: Profile, exits: tuple[Exit, ...]) -> Problem:
@@ -288,14 +330,37 @@ def _reason(
     drafting: Plan | None,
     origin: str,
 ) -> str:
-    """The choice in one line."""
+    """The choice in one line, with what its prediction assumes."""
     stages = f"{config.stages} stage{'s' if config.stages > 1 else ''}"
+    given = f"({origin})" if config.stages == 1 else f"({_together(config)}; {origin})"
     if best.exit is not None:
         window = f"m={best.schedule.block}, w={best.schedule.in_flight}"
-        what = f"exit {bounds[1]}, {config.mode}, {window}: predicted {best.speedup:.2f}× plain"
-        warning = "" if best.pays else "; speculation will not pay"
-        return f"plan: {stages}, {what} at α {best.exit.alpha:.2f}{warning} ({origin})"
+        what = f"exit {bounds[1]}, {config.mode}, {window}: {prediction(best)}"
+        return f"plan: {stages}, {what} {given}"
     if drafting is None or drafting.exit is None or config.mode != "autoregressive":
-        return f"plan: {stages}, plain decoding ({origin})"
-    what = f"exit {bounds[1]} at α {drafting.exit.alpha:.2f} is predicted {drafting.speedup:.2f}×"
-    return f"plan: {stages}, plain decoding: {what} plain ({origin})"
+        return f"plan: {stages}, plain decoding {given}"
+    return f"plan: {stages}, plain decoding: exit {bounds[1]} is {prediction(drafting)} {given}"
+
+
+def prediction(plan: Plan) -> str:
+    """What a plan with an exit promises, and at which α."""
+    assert plan.exit is not None
+    if plan.exit.origin == UNKNOWN:
+        return (
+            f"predicted {plan.speedup_at(0):.2f}× plain with no draft right, "
+            f"{plan.speedup_at(0.5):.2f}× with half of them: that depends on the text"
+        )
+    warning = "" if plan.pays else "; speculation will not pay"
+    at = f"α {plan.exit.alpha:.2f} ({plan.exit.origin})"
+    return f"predicted {plan.speedup:.2f}× plain at {at}{warning}"
+
+
+def _together(config: EngineConfig) -> str:
+    return assumed_together(_at_once(config), config.stages)
+
+
+def assumed_together(at_once: int | None, stages: int) -> str:
+    """Say how many stages are taken to compute at the same time."""
+    if at_once is None or at_once >= stages:
+        return "all stages at once"
+    return f"{at_once} of {stages} stages at once, for want of cores"

@@ -116,7 +116,7 @@ class LLM:
         own = self.layout.head is not None or self.config.head == "lookup"
         self.drafts = own or drafter is not None
         self._check_head(self.config)
-        check_memory(self.config, self.layout, source)
+        self.memory_needed = check_memory(self.config, self.layout, source)
         self.tokenizer = Tokenizer.load(files.path, escape_special=self.config.escape_special)
         self.trace = TraceLog()
         self._running = RunningPipeline(self.config, self.layout, source)
@@ -150,9 +150,9 @@ class LLM:
         self._finalizer()
 
     @property
-    def memory_peaks(self) -> list[int]:
-        """Peak memory of each stage's process after loading, bytes."""
-        return self._running.memory_peaks
+    def memory(self) -> list[int]:
+        """Bytes that each stage's process uses now; ``memory_needed`` says how many they may."""
+        return self._running.memory()
 
     def draft_with(self, drafter: Drafter | None) -> None:
         """Take the drafts of the next requests from ``drafter``; None: from the exit head again."""

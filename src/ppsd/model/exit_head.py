@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ppsd.errors import HeadError
 from ppsd.model import kernels
 from ppsd.model.head_codes import decode
+from ppsd.model.identity import Identity
 from ppsd.model.layers import LayerWeights, Product, Rope, rms_norm
 from ppsd.model.packed import Weight, pack
 from ppsd.model.spec import ModelSpec
@@ -42,7 +43,7 @@ class HeadConfig:
     None for the model's own; ``draft_vocab`` the number of tokens it scores, None for all.
     ``feedback`` says that it also reads the last layer's rows of verified positions, ``copy_gate``
     that it tells when earlier text is worth copying, ``trained`` whether drafts can be expected to
-    be accepted.
+    be accepted. ``model`` is the content of the model's ``Identity``, empty in older heads.
     """
 
     kind: str
@@ -55,8 +56,14 @@ class HeadConfig:
     feedback: bool = False
     copy_gate: bool = False
     trained: bool = True
+    model: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> Identity:
+        """Of the model it was trained on; raises ValueError."""
+        return Identity.from_json(self.fingerprint, self.model)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``head.json``."""
@@ -118,6 +125,10 @@ def _check_config(config: HeadConfig, path: Path) -> None:
     for name in ("base_model", "fingerprint"):
         if not isinstance(getattr(config, name), str):
             raise HeadError(f"{path}: {name} must be a text, got {getattr(config, name)!r}")
+    try:
+        _ = config.identity
+    except ValueError as error:
+        raise HeadError(f"{path}: {error}") from error
     if config.kind not in KINDS or (config.layers > 0) != (config.kind == "transformer"):
         raise HeadError(f"{path} names kind {config.kind!r} with {config.layers!r} layers")
     for name in ("feedback", "copy_gate"):
@@ -126,13 +137,22 @@ def _check_config(config: HeadConfig, path: Path) -> None:
 
 
 def check_head(
-    config: HeadConfig, spec: ModelSpec, fingerprint: str, exit_layer: int, where: str
+    config: HeadConfig,
+    spec: ModelSpec,
+    identity: Identity,
+    exit_layer: int,
+    where: str,
+    *,
+    force: bool = False,
 ) -> None:
-    """Raise HeadError unless the head was made for this model and exit layer."""
-    if config.fingerprint != fingerprint:
+    """Raise HeadError unless the head was made for this exit layer and, without ``force``, model.
+
+    Another model's head costs acceptance, never exactness.
+    """
+    if not force and (difference := config.identity.difference(identity)):
         raise HeadError(
-            f"exit head {where} belongs to {config.base_model} "
-            f"({config.fingerprint[:12]}), not to {spec.name} ({fingerprint[:12]})"
+            f"exit head {where} belongs to {config.base_model}, not to {spec.name}: {difference}; "
+            "ppsd generate --force-head uses it all the same"
         )
     if config.exit_layer != exit_layer:
         raise HeadError(
@@ -268,16 +288,19 @@ def load_head(
     spec: ModelSpec,
     plan: StagePlan,
     source: TensorSource,
-    fingerprint: str,
+    identity: Identity,
     embedding: torch.Tensor | None = None,
+    *,
+    force: bool = False,
 ) -> ExitHead:
     """Load a head for the stage of ``plan`` (its last layer is the exit layer).
 
     ``embedding`` [V, C], when given for a tied model, serves as LM head without a second copy.
-    Raises HeadError when the head is damaged or belongs to another model or exit layer.
+    Raises HeadError when the head is damaged or belongs to another exit layer or, without
+    ``force``, model.
     """
     config = read_head_config(directory)
-    check_head(config, spec, fingerprint, plan.last, str(directory))
+    check_head(config, spec, identity, plan.last, str(directory), force=force)
     path = directory / WEIGHTS_FILE
     try:
         weights = decode(load_file(path))

@@ -13,9 +13,35 @@ from pathlib import Path
 
 from ppsd.errors import HeadError
 from ppsd.model.exit_head import CONFIG_FILE, WEIGHTS_FILE, HeadConfig, read_head_config
+from ppsd.model.identity import Identity
 from ppsd.model.sidecar import cache_root
 
 SHIPPED = Path(__file__).parents[1] / "heads"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How often a head's drafts are right: ``measured`` on a prompt file, else ``held out``.
+
+    What training held out is text like its own: other text is often drafted worse.
+    ``interval`` is the 95 % interval of ``alpha`` over prompts, None where none is known.
+    """
+
+    alpha: float
+    measured: bool
+    interval: tuple[float, float] | None = None
+
+    @property
+    def origin(self) -> str:
+        """The mark that stands beside ``alpha`` wherever it is shown."""
+        return "measured" if self.measured else "held out"
+
+    @property
+    def expected(self) -> tuple[float, str]:
+        """The rate to plan with, and its mark: the low end of what was only held out."""
+        if self.measured or self.interval is None:
+            return self.alpha, self.origin
+        return self.interval[0], f"low end of {self.alpha:.2f} held out"
 
 
 @dataclass(frozen=True)
@@ -28,9 +54,9 @@ class FoundHead:
     problem: str = ""
 
     @property
-    def alpha(self) -> float | None:
-        """See ``measured_alpha``."""
-        return None if self.config is None else measured_alpha(self.config)
+    def rate(self) -> Rate | None:
+        """See ``known_rate``."""
+        return None if self.config is None else known_rate(self.config)
 
     @property
     def size(self) -> int:
@@ -38,15 +64,18 @@ class FoundHead:
         return sum(f.stat().st_size for f in self.path.iterdir() if f.is_file())
 
 
-def measured_alpha(config: HeadConfig, *, lookup: bool = True) -> float | None:
+def known_rate(config: HeadConfig, *, lookup: bool = True) -> Rate | None:
     """Acceptance as recorded by ``ppsd acceptance``, else agreement in training; None for neither.
 
-    Training holds out text like its own; what a prompt file measured says more of others. Without
-    prompt ``lookup`` training says nothing.
+    Without prompt ``lookup`` training says nothing.
     """
     for name in ("acceptance", "validation") if lookup else ("acceptance_alone",):
         with suppress(KeyError, TypeError, ValueError):  # not measured, or not by us
-            return float(config.metrics[name]["alpha"])
+            figures = config.metrics[name]
+            between = figures.get("interval")
+            low, high = (None, None) if between is None else map(float, between)
+            interval = None if low is None or high is None else (low, high)
+            return Rate(float(figures["alpha"]), name != "validation", interval)
     return None
 
 
@@ -90,18 +119,20 @@ def _check_owner(path: Path) -> None:
 
 
 def suitable(
-    heads: Iterable[FoundHead], fingerprint: str, exit_layer: int | None
+    heads: Iterable[FoundHead], identity: Identity, exit_layer: int | None
 ) -> list[FoundHead]:
     """Trained heads for a model, and for one exit layer unless that is None; the best α first.
 
-    Heads whose α nobody measured come last; among equals the shipped one wins.
+    Heads of unknown α come last; among equals the shipped one wins.
     """
     fitting = [
         h
         for h in heads
         if h.config is not None
         and h.config.trained
-        and h.config.fingerprint == fingerprint
+        and not h.config.identity.difference(identity)
         and exit_layer in (None, h.config.exit_layer)
     ]
-    return sorted(fitting, key=lambda h: -1.0 if h.alpha is None else h.alpha, reverse=True)
+    return sorted(
+        fitting, key=lambda h: -1.0 if h.rate is None else h.rate.expected[0], reverse=True
+    )

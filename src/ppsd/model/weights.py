@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -101,11 +102,14 @@ def fingerprint(spec: ModelSpec, source: TensorSource) -> str:
     """Return a SHA-256 (hex) that tells which model this is, whatever file format it is stored in.
 
     It covers the sizes and the float32 values of all one-dimensional tensors (norm weights and
-    biases). Those are stored unquantised in every format, so a GGUF quantisation has the
-    fingerprint of its original, while a model whose norms were trained further has another. A
-    fine-tune that left all norms and biases untouched, as merged LoRA does, is *not* told apart.
+    biases), to the bit: files that it tells apart may still be of one model for a head, see
+    ``identity.Identity``. A fine-tune that left all norms and biases untouched, as merged LoRA
+    does, is *not* told apart.
     """
-    digest = hashlib.sha256(json.dumps([getattr(spec, size) for size in SIZES]).encode())
+    sizes = [getattr(spec, size) for size in SIZES]
+    # Converters write 1e-6 as the float32 next to it: both are the same number to a model.
+    sizes = [float(str(np.float32(x))) if isinstance(x, float) else x for x in sizes]
+    digest = hashlib.sha256(json.dumps(sizes).encode())
     for name, shape in sorted(expected_shapes(spec).items()):
         if len(shape) == 1:
             digest.update(name.encode())

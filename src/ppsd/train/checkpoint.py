@@ -24,6 +24,7 @@ from ppsd.model.exit_head import HeadConfig, save_head
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
+FINISHED = "finished.json"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Checkpoint:
     step: int
     tokens: int
     tensors: Mapping[str, torch.Tensor]
+    best: Mapping[str, Any]
 
 
 class RunDirectory:
@@ -48,7 +50,8 @@ class RunDirectory:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint; raises PpsdError with the old one untouched."""
-        state = {"step": checkpoint.step, "tokens": checkpoint.tokens, "settings": self._settings}
+        state = {name: getattr(checkpoint, name) for name in ("step", "tokens", "best")}
+        state["settings"] = self._settings
         tensors = {name: t.detach().cpu() for name, t in checkpoint.tensors.items()}
         write_whole(self.path / CHECKPOINT, save(tensors, {"state": json.dumps(state)}))
 
@@ -65,7 +68,25 @@ class RunDirectory:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise PpsdError(f"{path} is not a checkpoint that can be read: {error}") from error
         self._check_same(state["settings"])
-        return Checkpoint(state["step"], state["tokens"], tensors)
+        return Checkpoint(state["step"], state["tokens"], tensors, state.get("best", {}))
+
+    def finish(self) -> None:
+        """Note that the heads are written, and remove the checkpoint, by far the largest file."""
+        write_whole(self.path / FINISHED, (json.dumps(self._settings, indent=1) + "\n").encode())
+        with suppress(OSError):  # it is only large
+            (self.path / CHECKPOINT).unlink(missing_ok=True)
+
+    def finished(self) -> bool:
+        """Tell if this run was finished here; raises PpsdError for another run's end."""
+        path = self.path / FINISHED
+        if not path.exists():
+            return False
+        try:
+            settings = json.loads(path.read_text())
+            self._check_same(settings)
+        except (OSError, ValueError, AttributeError) as error:
+            raise PpsdError(f"{path} cannot be read: {error}") from error
+        return True
 
     def _check_same(self, other: Mapping[str, Any]) -> None:
         names = sorted(other.keys() | self._settings.keys())

@@ -20,6 +20,7 @@ from ppsd.errors import PpsdError
 from ppsd.model.packed import whole
 from ppsd.model.stage import Stage
 from ppsd.train.batched import Features, teacher_rows, whole_sequences
+from ppsd.train.best import Best
 from ppsd.train.checkpoint import Checkpoint, RunDirectory
 from ppsd.train.copies import NONE as NO_COPY
 from ppsd.train.copies import copies_of, no_copies
@@ -33,6 +34,7 @@ from ppsd.train.start import LeastSquares
 from ppsd.train.student import Options, Student
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LEAST_VALIDATIONS = 10  # of a run, however short
 START_TOKENS = 200_000  # of the training data, for where training begins
 
 
@@ -53,7 +55,7 @@ Report = Callable[[StepReport], None]
 
 @dataclass(frozen=True)
 class Cadence:
-    """Steps between validations and between checkpoints; neither touches the weights."""
+    """Most steps between validations and between checkpoints; neither touches the weights."""
 
     validate: int = 100
     checkpoint: int = 50
@@ -104,9 +106,11 @@ class Trainer:
             for layer in config.exit_layers
         ]
         self._parameters = {n: p for s in self.students for n, p in s.parameters()}
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), betas=BETAS, weight_decay=config.weight_decay
-        )
+        self.best = Best(self.students)
+        self.last: dict[int, Agreement] = {}  # of the heads after the last step, kept or not
+        groups = [{"params": [p for _, p in s.parameters()]} for s in self.students]
+        decay = config.weight_decay
+        self._optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=decay)
         lengths = [len(e.tokens) for e in lesson.train]
         self._plan = [
             batch
@@ -114,6 +118,8 @@ class Trainer:
             for batch in plan_epoch(lengths, config.batch_tokens, config.seed, epoch)
         ]
         self.total_tokens = sum(lengths) * config.epochs
+        tenth = max(1, self.steps // LEAST_VALIDATIONS)
+        self._validate_every = min(cadence.validate, tenth)
         self._held = prepare(model, lesson.held_out, lesson.features, config.batch_tokens)
 
     @property
@@ -134,21 +140,27 @@ class Trainer:
         return math.fsum(r["seconds"] for r in self.directory.metrics() if "loss" in r)
 
     def run(self, report: Report) -> dict[int, Agreement]:
-        """Train to the end and return the agreement of the heads as rounded for saving."""
+        """Train to the end and return the agreement of the best heads as rounded for saving."""
         if not self._resume():
             self._start()
         agreement = self._validate()
         self._began = time.monotonic() - self._spent()
+        if self.step % self._validate_every == 0:
+            self.best.consider(self.step, agreement)
         while self._done < 1:
             losses = self._train_step()
             if self.step % self._cadence.checkpoint == 0 or self._done >= 1:
                 self._save()
-            if self.step % self._cadence.validate == 0:
+            if self.step % self._validate_every == 0:
                 agreement = self._validate()
+                self.best.consider(self.step, agreement)
             alpha = {layer: a.alpha for layer, a in agreement.items()}
             report(StepReport(self.step, self.steps, self.tokens, self.total_tokens, losses, alpha))
-        for student in self.students:
-            student.round()
+        if self.step % self._validate_every:
+            agreement = self._validate()
+            self.best.consider(self.step, agreement)
+        self.last = agreement
+        self.best.restore()
         return self._validate(final=True)
 
     @torch.no_grad()
@@ -186,8 +198,10 @@ class Trainer:
         losses, record = self._losses(batch)
         losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         norms = [_clip(student, self.config.clip) for student in self.students]
-        rate = self.config.rate(self._done + 0.5 / self.steps)
-        self._optimizer.param_groups[0]["lr"] = rate
+        done = self._done + 0.5 / self.steps
+        rates = [self.config.rate(done, self.steps, self.best.start(s)) for s in self.students]
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         self._check_finite(losses, norms)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -196,7 +210,7 @@ class Trainer:
         by_exit = dict(zip(self.config.exit_layers, losses.tolist(), strict=True))
         seconds = time.perf_counter() - started
         self.directory.log(
-            {"step": self.step, "tokens": self.tokens, "rate": rate, "loss": by_exit}
+            {"step": self.step, "tokens": self.tokens, "rates": rates, "loss": by_exit}
             | {"gradient_norm": norms, "seconds": round(seconds, 4), **record}
         )
         return by_exit
@@ -242,9 +256,10 @@ class Trainer:
 
     def _check_finite(self, losses: torch.Tensor, norms: Sequence[float]) -> None:
         if not all(math.isfinite(x) for x in (*losses.tolist(), *norms)):
+            rate = max(self.config.peak_rate(self.steps, self.best.start(s)) for s in self.students)
             raise PpsdError(
                 f"training diverged at step {self.step + 1} (loss {losses.tolist()}); start again "
-                f"with a learning_rate below {self.config.learning_rate:g} in another directory"
+                f"with a learning_rate below {rate:g} in another directory"
             )
 
     def _validate(self, *, final: bool = False) -> dict[int, Agreement]:
@@ -264,7 +279,8 @@ class Trainer:
         for name, parameter in self._parameters.items():
             state = self._optimizer.state[parameter]
             tensors |= {f"{moment}/{name}": state[moment] for moment in MOMENTS}
-        self.directory.save(Checkpoint(self.step, self.tokens, tensors))
+        best, kept = self.best.state()
+        self.directory.save(Checkpoint(self.step, self.tokens, tensors | kept, best))
 
     @torch.no_grad()
     def _resume(self) -> bool:
@@ -278,6 +294,7 @@ class Trainer:
             parameter.copy_(checkpoint.tensors[name])
             moments = {m: checkpoint.tensors[f"{m}/{name}"].to(parameter.device) for m in MOMENTS}
             self._optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+        self.best.load(checkpoint.best, checkpoint.tensors)
         self.directory.rewind_metrics(self.step)
         return True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from ppsd.train.copies import NONE, Copies, copies_of
 from ppsd.train.data import Batch, Example, make_batch, plan_epoch
 from ppsd.train.features import FeatureSource
 from ppsd.train.feedback import sample_verified, take_verified
+from ppsd.train.interval import interval
 from ppsd.train.student import Student
 
 TOP = 4
@@ -27,14 +29,21 @@ CHUNK_ROWS = 256  # rows whose logits over the whole vocabulary exist at once
 
 @dataclass(frozen=True)
 class Agreement:
-    """Shares of positions where the model's greedy token is the draft, or among its first four."""
+    """Shares of positions where the model's greedy token is the draft, or among its first four.
+
+    ``between`` is the 95 % interval of ``alpha`` over ``examples``, None where there is but one.
+    """
 
     alpha: float
     top4: float
+    between: tuple[float, float] | None
+    examples: int
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, Any]:
         """Rounded for people; a percent has four digits."""
-        return {"alpha": round(self.alpha, 6), "top4": round(self.top4, 6)}
+        between = None if self.between is None else [round(x, 6) for x in self.between]
+        shares = {"alpha": round(self.alpha, 6), "top4": round(self.top4, 6)}
+        return shares | {"interval": between, "examples": self.examples}
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ def evaluate(
 
     Tokens outside its draft vocabulary count as misses, unless they are copied.
     """
-    first = among = total = 0
+    among, accepted, judged = 0, [], []
     for part in held:
         sequences, length = part.batch.tokens.shape
         rope = whole_sequences(model.rope, sequences, length)
@@ -97,16 +106,21 @@ def evaluate(
         with precision:
             normed = student.forward(hidden, part.verified, rope, sequences, part.batch.rows)
             odds = student.odds(normed, part.copies.slots)
+        right = []
         columns = (normed, odds.float(), part.copies.tokens, part.greedy)
         for rows, log_weights, copied, greedy in zip(
             *(torch.split(column, CHUNK_ROWS) for column in columns), strict=True
         ):
             scores = (rows.to(lm_head.dtype) @ lm_head.T).float()
             hits = _best(scores, draft_ids, copied, log_weights) == greedy[:, None]
-            first += int(hits[:, 0].sum())
+            right.append(hits[:, 0])
             among += int(hits.sum())
-            total += len(greedy)
-    return Agreement(first / total, among / total)
+        example = (part.batch.rows // length).cpu()
+        accepted += example.bincount(torch.cat(right).double().cpu(), sequences).tolist()
+        judged += example.bincount(minlength=sequences).tolist()
+    total = sum(judged)
+    between = interval(accepted, judged)
+    return Agreement(sum(accepted) / total, among / total, between, len(judged))
 
 
 def _best(

@@ -12,6 +12,7 @@ from typing import Any
 
 from ppsd.model.exit_head import HeadConfig
 from ppsd.model.head_codes import encode
+from ppsd.model.identity import Identity
 from ppsd.provenance import provenance
 from ppsd.train.distill import Trainer
 from ppsd.train.evaluate import Agreement
@@ -23,7 +24,7 @@ class Origin:
     """What is known of a run beyond its settings; ``prompts`` are digests (see save_head)."""
 
     base_model: str
-    fingerprint: str
+    identity: Identity
     data: Sequence[DataFile]
     prompts: Sequence[str]
     lost_mass: float
@@ -40,18 +41,21 @@ def save_heads(
         weights = encode(student.export())
         if trainer.draft_ids is not None:
             weights["draft_ids"] = trainer.draft_ids.cpu()
+        kept = trainer.best.kept[layer]
+        validation = agreement[layer].to_json() | {"start": kept.start, "step": kept.step}
         config = HeadConfig(
             kind=trainer.config.kind,
             exit_layer=layer,
             layers=trainer.config.layers,
             draft_vocab=None if trainer.draft_ids is None else len(trainer.draft_ids),
             base_model=origin.base_model,
-            fingerprint=origin.fingerprint,
+            fingerprint=origin.identity.fingerprint,
+            model=origin.identity.to_json(),
             mlp=trainer.config.mlp,
             feedback=trainer.config.feedback,
             copy_gate=trainer.config.copy_gate,
             provenance=origins,
-            metrics={"validation": agreement[layer].to_json(), "lost_mass": origin.lost_mass},
+            metrics={"validation": validation, "lost_mass": origin.lost_mass},
         )
         name = f"{trainer.config.kind}-{layer}"
         places[layer] = trainer.directory.write_head(name, config, weights, origin.prompts)

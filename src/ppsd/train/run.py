@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from ppsd.errors import ConfigError
+from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.tokenizer import Tokenizer
-from ppsd.model.weights import TensorSource, check_shapes, fingerprint, open_source
+from ppsd.model.weights import TensorSource, check_shapes, open_source
 from ppsd.train.checkpoint import RunDirectory
 from ppsd.train.data import Encoding, choose_draft_vocab, count_tokens, encode_all, hold_out
 from ppsd.train.distill import Cadence, Lesson, Trainer
@@ -30,8 +31,13 @@ class Teacher:
 
     stage: Stage
     source: TensorSource
-    fingerprint: str
+    identity: Identity
     encoding: Encoding
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's exact mark."""
+        return self.identity.fingerprint
 
     @property
     def compute(self) -> str:
@@ -64,7 +70,7 @@ def load_teacher(
     config.check_model(spec.num_layers, spec.max_context, spec.intermediate_size)
     source = open_source(files.path)
     check_shapes(source, spec)
-    mark = fingerprint(spec, source)
+    identity = Identity.of(spec, source)
     tokenizer = Tokenizer.load(files.path)
     place = open_device(device)
     dtype = compute_dtype(config.dtype, place)
@@ -73,12 +79,12 @@ def load_teacher(
     encoding = Encoding(
         tokenizer,
         config.max_length,
-        mark,
+        identity.fingerprint,
         eos=ends[0] if ends else None,
         raw=config.raw,
         all_positions=config.all_positions,
     )
-    return Teacher(Stage(spec, plan, source, progress), source, mark, encoding)
+    return Teacher(Stage(spec, plan, source, progress), source, identity, encoding)
 
 
 def open_device(name: str) -> torch.device:

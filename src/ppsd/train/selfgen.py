@@ -50,10 +50,16 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to be answered; ``key`` (hexadecimal) names it."""
+    """A prompt to be answered; ``key`` (hexadecimal) names it, ``begun`` starts the answer."""
 
     key: str
     prompt: Sequence[int]
+    begun: Sequence[int] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the model reads before it writes."""
+        return [*self.prompt, *self.begun]
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,8 @@ class BatchGenerator:
     ``vocab_size`` is the tokenizer's: padded ids beyond it are never chosen. A sampled token is a
     function of the seed, the prompt and its place in the answer; ``noise``, where given, takes the
     place of the seed. Rows that leave the layers ``keep`` come with the answers, for 2·C bytes a
-    token and layer. No prompt is begun after ``deadline`` (of time.monotonic).
+    token and layer. No prompt is begun after ``deadline`` (of time.monotonic). ``stepped`` is
+    called after every token of the batch; ``written`` counts them.
     """
 
     def __init__(
@@ -205,13 +212,16 @@ class BatchGenerator:
         noise: Callable[[Request], Noise] | None = None,
         keep: Collection[int] = (),
         deadline: float = float("inf"),
+        stepped: Callable[[], None] = lambda: None,
     ) -> None:
+        self.written = 0
+        self._stepped = stepped
         self._keep = keep
         self._deadline = deadline
         self._model = model
         self._config = config
         self._eos_ids = frozenset(eos_ids)
-        self._vocab_size = vocab_size
+        self._vocab_size = min(vocab_size, model.spec.vocab_size)
         self._max_length = max_length
         self._noise = noise
         self._rows: list[_Row] = []
@@ -231,7 +241,17 @@ class BatchGenerator:
             yield from self._finished()
             if self._rows:
                 self._step()
+                self._stepped()
                 yield from self._finished()
+
+    def under_way(self) -> dict[str, list[int]]:
+        """Answers so far, of the requests that are being answered, by key."""
+        return {row.request.key: row.output for row in self._rows}
+
+    @property
+    def under_way_share(self) -> float:
+        """How many answers those under way amount to, at most."""
+        return sum(len(row.output) / row.limit for row in self._rows)
 
     def _refill(self, waiting: Waiting) -> None:
         free = self._config.batch - len(self._rows)
@@ -246,10 +266,11 @@ class BatchGenerator:
 
     def _prefill(self, requests: list[Request]) -> None:
         model, count = self._model, len(requests)
-        length = max(len(r.prompt) for r in requests)
+        texts = [request.tokens for request in requests]
+        length = max(map(len, texts))
         tokens = torch.zeros(count, length, dtype=torch.int64)
-        for i, request in enumerate(requests):
-            tokens[i, : len(request.prompt)] = torch.tensor(request.prompt)
+        for i, text in enumerate(texts):
+            tokens[i, : len(text)] = torch.tensor(text)
         device = model.plan.device
         positions = torch.arange(length, device=device).repeat(count)
         first = len(self._rows)
@@ -259,19 +280,20 @@ class BatchGenerator:
             lambda layer: self._cache.filling(layer, first, count),
             self._cache.keep_filled(first, count),
         )
-        ends = [i * length + len(r.prompt) - 1 for i, r in enumerate(requests)]
+        ends = [i * length + len(text) - 1 for i, text in enumerate(texts)]
         new = [self._row(request) for request in requests]
         self._rows += new
         self._choose(new, hidden[torch.tensor(ends, device=device)])
 
     def _fits(self, requests: Sequence[Request]) -> bool:
-        padded = len(requests) * max(len(r.prompt) for r in requests)
+        padded = len(requests) * max(len(r.tokens) for r in requests)
         return len(requests) == 1 or padded <= PREFILL_TOKENS[self._model.plan.device.type]
 
     def _row(self, request: Request) -> _Row:
         limit = min(self._config.max_new, self._max_length - len(request.prompt))
         seed = (int(request.key, 16) ^ self._config.seed) % 2**63
-        return _Row(request, limit, np.random.default_rng(seed).random(limit))
+        uniforms = np.random.default_rng(seed).random(limit)
+        return _Row(request, limit, uniforms, list(request.begun))
 
     def _step(self) -> None:
         device = self._model.plan.device
@@ -313,6 +335,7 @@ class BatchGenerator:
         scores = linear(normed, whole(model.lm_head)[: self._vocab_size]).float()
         for row, token in zip(rows, self._drawn(rows, scores).tolist(), strict=True):
             row.output.append(token)
+        self.written += len(rows)
 
     def _drawn(self, rows: Sequence[_Row], scores: torch.Tensor) -> torch.Tensor:
         """Each row's next token [rows], from ``scores`` [rows, V]."""

@@ -15,6 +15,9 @@ from ppsd.errors import ConfigError
 KINDS = ("transformer", "norm")
 INITS = ("exit", "last")
 DTYPES = ("auto", "float32", "bfloat16", "float64")
+DEFAULT_RATE = 1e-3
+LEADING, FULL_RATE_STEPS = 0.5, 1000  # held-out α at the start, and steps; see peak_rate
+WARMUP_STEPS = 50  # at least, if that leaves half of the run
 BETAS = (0.9, 0.95)  # a run has hundreds of steps, too few for AdamW's usual 0.999
 
 
@@ -26,10 +29,10 @@ class DistillConfig:
     last layers (``init`` last) or of those after the exit (exit), with ``head_mlp`` neurons in
     their MLPs (0 for as many as the model's), and which read verified rows with ``feedback``
     and weigh copies with ``copy_gate``; ``norm`` heads never do. ``draft_vocab`` 0 scores all
-    tokens. ``warmup`` is a share of all steps. ``batch_tokens`` counts padding. ``validation``
-    examples are held out, at most a tenth. With ``minutes`` training ends after that time, however
-    many ``epochs`` it did not get to, and the learning rate has come down by then. Raises
-    ConfigError.
+    tokens. ``learning_rate`` None lets the run decide (``peak_rate``). ``warmup`` is a share of all
+    steps. ``batch_tokens`` counts padding. ``validation`` examples are held out, at most a tenth.
+    With ``minutes`` training ends after that time, however many ``epochs`` it did not get to, and
+    the learning rate has come down by then. Raises ConfigError.
     """
 
     exit_layers: tuple[int, ...]
@@ -42,7 +45,7 @@ class DistillConfig:
     draft_vocab: int = 8192
     kl_weight: float = 1.0
     ce_weight: float = 0.1
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -67,8 +70,9 @@ class DistillConfig:
         _at_least("head_mlp", self.head_mlp, 0)
         for name in ("kl_weight", "ce_weight", "weight_decay", "warmup", "minutes"):
             _real(name, getattr(self, name))
-        for name in ("learning_rate", "clip"):
-            _real(name, getattr(self, name), positive=True)
+        _real("clip", self.clip, positive=True)
+        if self.learning_rate is not None:
+            _real("learning_rate", self.learning_rate, positive=True)
         if self.kind == "norm":
             object.__setattr__(self, "feedback", False)
             object.__setattr__(self, "copy_gate", False)
@@ -107,15 +111,29 @@ class DistillConfig:
         """The model's layer that a head's first layer begins as."""
         return exit_layer if self.init == "exit" else num_layers - self.layers
 
-    def rate(self, done: float) -> float:
-        """Return the learning rate when this share of the run is done.
+    def rate(self, done: float, steps: int, start: float) -> float:
+        """Return the learning rate when this share of a run of about ``steps`` steps is done.
 
-        It rises linearly over the ``warmup`` and falls to zero along a cosine.
+        It rises linearly over the ``warmup`` and falls to zero along a cosine. A share of a short
+        run is too few steps for AdamW to learn its scales, so there the rise is longer.
         """
-        if done < self.warmup:
-            return self.learning_rate * done / self.warmup
-        rest = (done - self.warmup) / (1 - self.warmup) if self.warmup < 1 else 0.0
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
+        rising = self.warmup and max(self.warmup, min(0.5, WARMUP_STEPS / steps))
+        peak = self.peak_rate(steps, start)
+        if done < rising:
+            return peak * done / rising
+        rest = (done - rising) / (1 - rising) if rising < 1 else 0.0
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
+
+    def peak_rate(self, steps: int, start: float) -> float:
+        """Learning rate after the warm-up, of a head that began with a held-out α of ``start``.
+
+        Where least squares leads, a short run at the rate of a long one leaves its place and
+        cannot come back; where it does not, there is little to lose.
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        short = math.sqrt(steps / FULL_RATE_STEPS) if start >= LEADING else 1.0
+        return DEFAULT_RATE * min(1.0, short)
 
     def to_json(self) -> dict[str, Any]:
         """For provenance, and to tell whether a checkpoint belongs to this run."""

@@ -5,7 +5,10 @@ Imported by cli/ and bench/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +17,28 @@ import torch
 
 from ppsd.errors import PpsdError
 from ppsd.model.stage import Stage
-from ppsd.train.checkpoint import append_line, continue_lines
+from ppsd.train.checkpoint import append_line, continue_lines, write_whole
 from ppsd.train.data import Encoding, joined
 from ppsd.train.features import FeatureStore
 from ppsd.train.records import Record
 from ppsd.train.selfgen import BatchGenerator, GenerateConfig, Noise, Request
 
+UNDER_WAY = ".under-way.json"  # behind the name of the targets' file
+SAVE_EVERY_S = 30.0
 POOL = 1024  # prompts are encoded, and those of like length answered together, so many at a time
 
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """Where generation stands: prompts answered, of how many, and tokens written by this call."""
+    """Where generation stands: prompts answered, of how many, and tokens written by this call.
+
+    ``share`` of the work is done, answers under way counted as if they were to use all their room.
+    """
 
     done: int
     total: int
     tokens: int
+    share: float
 
 
 def write_targets(
@@ -45,28 +54,29 @@ def write_targets(
 ) -> int:
     """Answer every distinct prompt of ``records`` into the JSONL ``path``; give the number skipped.
 
-    Prompts that ``path`` already answers are not asked again; those that leave no room for an
-    answer are skipped. The model's rows of what is answered now go to ``features``. No answer is
-    begun after ``deadline`` (of time.monotonic). Raises PpsdError when ``path`` was written with
-    other settings.
+    Prompts that ``path`` already answers are not asked again, answers that were under way go on
+    where they were saved last, and prompts that leave no room for an answer are skipped. The
+    model's rows of what is answered now go to ``features``. No answer is begun after ``deadline``
+    (of time.monotonic). Raises PpsdError when ``path`` was written with other settings.
     """
     prompts = {r.key: r for r in records if r.messages}
     if not prompts:
         raise PpsdError("self-generation needs prompts, and the data has none (only plain text)")
     stamp = {"model": encoding.model, **_stamp(config)}
-    done = _answered(path, stamp)
+    done, draft = _answered(path, stamp), _Draft(path, stamp, encoding)
     waiting = [key for key in prompts if key not in done]
     skipped: list[str] = []
+    answered = len(prompts) - len(waiting)
 
-    def requests(keys: Sequence[str]) -> Iterator[Request]:
-        """Give requests whose prompts leave room, the longest of these ``keys`` first."""
-        encoded = [Request(key, encoding.prompt(prompts[key])) for key in keys]
-        skipped.extend(r.key for r in encoded if len(r.prompt) >= encoding.max_length)
-        fitting = (r for r in encoded if len(r.prompt) < encoding.max_length)
-        yield from sorted(fitting, key=lambda r: -len(r.prompt))
+    def tell() -> None:
+        total = len(prompts) - len(skipped)
+        share = (answered + generator.under_way_share) / total if total else 1.0
+        report(GenerateReport(answered, total, generator.written, share))
 
-    answered, tokens = len(prompts) - len(waiting), 0
-    report(GenerateReport(answered, len(prompts), tokens))
+    def stepped() -> None:
+        tell()
+        draft.save(generator.under_way)
+
     eos_ids = {*model.spec.eos_ids, *encoding.tokenizer.eos_ids}
     generator = BatchGenerator(
         model,
@@ -77,21 +87,72 @@ def write_targets(
         noise=noise,
         keep=features.layers if features else (),
         deadline=deadline,
+        stepped=stepped,
     )
-    pools = _pools(waiting, config.seed)
-    for answer in generator.run(r for pool in pools for r in requests(pool)):
+    tell()
+    for answer in generator.run(draft.requests(waiting, prompts, skipped)):
         request, ids = answer.request, answer.ids
-        record = prompts[request.key]
         if features:
             features.add(joined(request.prompt, ids, encoding), answer.rows)
-        target = {"target": encoding.tokenizer.decode(ids), "target_ids": ids}
-        about = {"key": request.key, **dict(record.about), "messages": list(record.messages)}
-        ending = {"finish_reason": "stop" if ids[-1] in eos_ids else "length"}
-        append_line(path, about | target | ending | stamp)
-        answered, tokens = answered + 1, tokens + len(ids)
-        report(GenerateReport(answered, len(prompts) - len(skipped), tokens))
-    report(GenerateReport(answered, len(prompts) - len(skipped), tokens))
+        row = _row(prompts[request.key], ids, encoding.tokenizer.decode(ids))
+        row["finish_reason"] = "stop" if ids[-1] in eos_ids else "length"
+        append_line(path, row | stamp)
+        answered += 1
+        tell()
+    tell()  # prompts were skipped meanwhile
+    draft.remove()
     return len(skipped)
+
+
+def _row(record: Record, ids: list[int], text: str) -> dict[str, Any]:
+    about = {"key": record.key, **dict(record.about), "messages": list(record.messages)}
+    return about | {"target": text, "target_ids": ids}
+
+
+class _Draft:
+    """Answers under way, in a file beside the targets, so that a kill costs half a minute."""
+
+    def __init__(self, path: Path, stamp: dict[str, Any], encoding: Encoding) -> None:
+        self._encoding, self._seed = encoding, int(stamp["seed"])
+        self.begun: dict[str, list[int]] = {}
+        self._path = path.with_name(path.name + UNDER_WAY)
+        self._stamp = stamp
+        self._saved = time.monotonic()
+        with suppress(
+            OSError, ValueError, LookupError, TypeError, AttributeError
+        ):  # absent or not ours
+            record = json.loads(self._path.read_text())
+            if record["stamp"] == stamp:
+                self.begun = {key: list(map(int, ids)) for key, ids in record["answers"].items()}
+
+    def requests(
+        self, keys: Sequence[str], records: Mapping[str, Record], skipped: list[str]
+    ) -> Iterator[Request]:
+        """Give requests pool by pool, the longest prompts first; ``skipped`` grows meanwhile."""
+        limit = self._encoding.max_length
+        for pool in _pools(keys, self.begun, self._seed):
+            requests = [self._request(key, records[key]) for key in pool]
+            skipped += [r.key for r in requests if len(r.prompt) >= limit]
+            fitting = (r for r in requests if len(r.prompt) < limit)
+            yield from sorted(fitting, key=lambda r: -len(r.prompt))
+
+    def _request(self, key: str, record: Record) -> Request:
+        """Return a request that goes on where it was saved, if that leaves room for more."""
+        prompt = self._encoding.prompt(record)
+        request = Request(key, prompt, self.begun.get(key, ()))
+        whole = len(request.tokens) >= self._encoding.max_length
+        return Request(key, prompt) if whole else request
+
+    def save(self, answers: Callable[[], dict[str, list[int]]]) -> None:
+        """Write what is under way, every SAVE_EVERY_S."""
+        if time.monotonic() - self._saved >= SAVE_EVERY_S:
+            record = {"stamp": self._stamp, "answers": answers()}
+            write_whole(self._path, json.dumps(record).encode())
+            self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """Forget it: all is answered."""
+        self._path.unlink(missing_ok=True)
 
 
 def _stamp(config: GenerateConfig) -> dict[str, Any]:
@@ -114,9 +175,13 @@ def _answered(path: Path, stamp: dict[str, Any]) -> set[str]:
         raise PpsdError(f"{path} does not hold self-generated targets: {error!r}") from error
 
 
-def _pools(keys: Iterable[str], seed: int) -> Iterator[list[str]]:
-    """Give the keys shuffled, POOL at a time, so that a part of the file is a fair sample."""
+def _pools(keys: Iterable[str], begun: Collection[str], seed: int) -> Iterator[list[str]]:
+    """Give the keys shuffled, POOL at a time, so that a part of the file is a fair sample.
+
+    Answers under way come first, so that none is lost by a second kill.
+    """
     keys = sorted(keys)
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed)).tolist()
-    for first in range(0, len(order), POOL):
-        yield [keys[i] for i in order[first : first + POOL]]
+    shuffled = sorted((keys[i] for i in order), key=lambda key: key not in begun)
+    for first in range(0, len(shuffled), POOL):
+        yield shuffled[first : first + POOL]

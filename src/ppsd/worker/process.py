@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import torch
 
 from ppsd.errors import ModelError, PpsdError, ProtocolError, StageLostError
@@ -78,12 +79,18 @@ class WorkerConfig:
         return cls(**record | {"cores": tuple(record["cores"]), "master": master})
 
 
-def memory_peak() -> int:
-    """Peak resident memory of this process in bytes."""
-    import resource
+def memory_used(pid: int | None = None) -> int:
+    """Bytes of memory that a process, or else this one, uses now; 0 for one that is gone.
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    A page that several processes map, such as one of a library or of the model's file, counts in
+    equal parts, so that the sum over processes is right. Where the system does not tell that
+    share, pages of files are left out.
+    """
+    try:
+        used = psutil.Process(pid).memory_full_info()
+    except psutil.Error:
+        return 0
+    return int(getattr(used, "pss", 0) or used.uss)
 
 
 def pin(cores: Sequence[int]) -> None:
@@ -176,7 +183,7 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
     recorder = Recorder(config.trace)
     stage = paced(loaded, config.pace, config.block, recorder)
     judge = Judge(stage, config.rank, config.max_context) if stage.is_last else None
-    say(Status(config.rank, "ready", {"pid": os.getpid(), "memory_peak": memory_peak()}))
+    say(Status(config.rank, "ready", {"pid": os.getpid(), "memory": memory_used()}))
     return Worker(config.rank, stage, endpoint, judge, timeout=config.timeout, recorder=recorder)
 
 

@@ -1,0 +1,47 @@
+"""Memory of a stage before it is loaded: one estimate for plan, check and report.
+
+Used by build.py and choose.py. What is in use is told by ``worker.process.memory_used``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from ppsd.config import DEFAULT_CONTEXT
+from ppsd.cost.sizes import WORKER_BYTES, Sizes
+from ppsd.model.spec import ModelSpec
+from ppsd.model.stage import StagePlan, weight_bytes
+from ppsd.model.weights import TensorSource
+
+
+def default_context(spec: ModelSpec) -> int:
+    """Positions that a cache holds where nothing else is asked for."""
+    return min(spec.max_context, DEFAULT_CONTEXT)
+
+
+def stage_bytes(
+    spec: ModelSpec, source: TensorSource, plans: Sequence[StagePlan], head: int, *, apart: bool
+) -> list[int]:
+    """Bytes each process needs for its stage: weights, a full key/value cache, runtime.
+
+    ``head`` counts the numbers of stage 0's exit head. Stages that are not ``apart`` share one
+    process, and come as one number.
+    """
+    sizes = Sizes.of(spec)
+    bounds = (0, *(plan.last for plan in plans))
+    assert all(
+        plan.first == first for plan, (first, _) in zip(plans, pairwise(bounds), strict=True)
+    )
+    each = [
+        sizes.stage_bytes(
+            bounds,
+            rank,
+            plan.dtype.itemsize,
+            plan.max_context,
+            head,
+            weight_bytes(spec, plan, source),
+        )
+        for rank, plan in enumerate(plans)
+    ]
+    return each if apart else [sum(each) - (len(each) - 1) * WORKER_BYTES]

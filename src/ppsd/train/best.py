@@ -1,0 +1,65 @@
+"""The best validated state of each head, kept while training goes on. Within train/ only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ppsd.train.evaluate import Agreement
+from ppsd.train.student import Student
+
+PREFIX = "best/"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A head's state after ``step`` steps and its held-out α there; ``start`` is α before any."""
+
+    step: int
+    alpha: float
+    start: float
+
+
+class Best:
+    """Candidates are the start and every validated state, so that training never makes worse."""
+
+    def __init__(self, students: Sequence[Student]) -> None:
+        self.kept: dict[int, Kept] = {}  # by exit layer
+        self._students = students
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def consider(self, step: int, agreement: Mapping[int, Agreement]) -> None:
+        """Keep the heads as they are now where that is better than before."""
+        for student in self._students:
+            layer = student.exit_layer
+            alpha = agreement[layer].alpha
+            before = self.kept.get(layer)
+            if before is None or alpha > before.alpha:
+                self.kept[layer] = Kept(step, alpha, alpha if before is None else before.start)
+                self._tensors |= {n: p.detach().clone() for n, p in student.parameters()}
+
+    def start(self, student: Student) -> float:
+        """Held-out α of a head before any step."""
+        return self.kept[student.exit_layer].start
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the heads back to what was best, rounded as saving does."""
+        for student in self._students:
+            for name, parameter in student.parameters():
+                parameter.copy_(self._tensors[name])
+            student.round()
+
+    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """For a checkpoint: figures by exit layer, and tensors."""
+        figures = {str(layer): [k.step, k.alpha, k.start] for layer, k in self.kept.items()}
+        return figures, {PREFIX + name: tensor for name, tensor in self._tensors.items()}
+
+    def load(self, figures: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what ``state`` gave."""
+        self.kept = {int(layer): Kept(*values) for layer, values in figures.items()}
+        kept = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
+        self._tensors = kept
