@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ppsd.cli.display import log_console
 from ppsd.cli.options import PipelineOptions
+from ppsd.errors import PpsdError
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
@@ -52,19 +53,39 @@ def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
     with llm:
         if llm.layout.reason:
             console.print(llm.layout.reason, style="dim")
-        for notice in _notices(options, llm):
+        if asked := str(llm.defaults):
+            console.print(f"sampling as {llm.defaults.origin} asks: {asked}", style="dim")
+        for notice in _notices(llm):
             console.print(notice, style="yellow")
-        yield llm
+        with _afterwards(_advice(options, llm)):
+            yield llm
 
 
-def _notices(options: PipelineOptions, llm: LLM) -> list[str]:
+@contextmanager
+def _afterwards(advice: str) -> Iterator[None]:
+    """Print advice at the end, below what went wrong if anything did."""
+    try:
+        yield
+    except PpsdError as error:
+        if advice:
+            error.add_note(advice)
+        raise
+    if advice:
+        log_console().print(advice, style="yellow")
+
+
+def _notices(llm: LLM) -> list[str]:
     """What the user should know before the answer."""
-    head, notices = llm.layout.head, []
+    head, notices = llm.layout.head, list(llm.defaults.ignored)
     if head is not None and not head.trained and llm.config.schedule.drafts:
         notices.append(UNTRAINED_NOTICE)
-    if options.head == "auto" and options.stages > 1 and head is None:
-        notices.append(_no_head_notice(options, llm))
     return notices + [note for note in (llm.layout.spec.context_note,) if note]
+
+
+def _advice(options: PipelineOptions, llm: LLM) -> str:
+    """How to get a head where one is missed."""
+    missing = options.head == "auto" and options.stages > 1 and llm.layout.head is None
+    return _no_head_notice(options, llm) if missing else ""
 
 
 def _stages(options: PipelineOptions) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ppsd.config import EngineConfig, available_cores
@@ -31,6 +31,7 @@ from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
 from ppsd.model.weights import fingerprint as fingerprint_of
 from ppsd.model.weights import open_source
+from ppsd.provenance import machine
 from ppsd.speculation.policy import schedule_for
 
 AUTO_DTYPE = "bfloat16"
@@ -77,7 +78,7 @@ def choose(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> Choice:
     With ``plan`` off, weights stand for times and an open mode is ``ppsd``. Raises ConfigError and
     HeadError for settings that contradict each other or the model.
     """
-    profile, origin = _profile(config, spec, fingerprint)
+    profile = _profile(config, spec, fingerprint)
     exits = _exits(config, spec, fingerprint, profile)
     mode = _mode(config)
     plans = alternatives(_problem(config, mode, profile, exits))
@@ -94,7 +95,7 @@ def choose(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> Choice:
         raise ConfigError("exit_layer", config.exit_layer, f"one of {found}, where heads are")
     chosen = _apply(config, mode, best, drafting or best)
     bounds = check_split(chosen.split or (), spec.num_layers)
-    reason = "" if config.plan == "off" else _reason(chosen, bounds, best, drafting, origin)
+    reason = "" if config.plan == "off" else _reason(chosen, bounds, best, drafting, profile.source)
     return Choice(chosen, bounds, reason)
 
 
@@ -118,7 +119,7 @@ def _mode(config: EngineConfig) -> str:
 
 def read_profile(config: EngineConfig) -> Profile:
     """The profile that ``config`` would be planned with; reads the model's files for that."""
-    return _profile(config, *_model(config))[0]
+    return _profile(config, *_model(config))
 
 
 def planned(config: EngineConfig) -> EngineConfig:
@@ -132,26 +133,44 @@ def _model(config: EngineConfig) -> tuple[ModelSpec, str]:
     return spec, fingerprint_of(spec, source)
 
 
-def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> tuple[Profile, str]:
-    """The profile to plan with, and what to call it."""
+def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> Profile:
+    """The profile to plan with; its ``source`` says how old it is, or why it is not this machine's.
+
+    A profile given by name is used whatever machine it was taken on.
+    """
     dtype, threads = dtype_name(config), threads_of(config)
     if config.plan not in ("auto", "off"):
         profile = load_profile(Path(config.plan))
         check_profile(profile, config.plan, fingerprint, dtype, threads)
-        return profile, profile.source
+        notes = [note for note in (profile.age, _staleness(profile)) if note]
+        return replace(profile, source=", ".join([profile.source, *notes]))
     counts = estimate(
         Sizes.of(spec), ITEMSIZE[dtype], model=spec.name, fingerprint=fingerprint, dtype=dtype
     )
     place = profile_path(fingerprint, dtype, threads)
     on_cpu = all(device == "cpu" for device in config.devices)
     if config.plan == "off" or not on_cpu or not place.is_file():
-        return counts, counts.source
+        return counts
     try:
         profile = load_profile(place)
         check_profile(profile, str(place), fingerprint, dtype, threads)
     except ConfigError as error:
-        return counts, f"{counts.source}; {error}"
-    return profile, profile.source
+        return replace(counts, source=f"{counts.source}; {error}")
+    if stale := _staleness(profile):
+        source = (
+            f"{counts.source}: the profile here was taken {stale}, `ppsd profile` takes it anew"
+        )
+        return replace(counts, source=source)
+    return replace(profile, source=f"{profile.source}, {profile.age}")
+
+
+def _staleness(profile: Profile) -> str:
+    """Why a profile does not tell times of this machine as it is now; nothing if it does."""
+    then, now = profile.provenance, machine()
+    for name, what in (("cpu", "processors"), ("cores", "cores"), ("kernels", "kernels")):
+        if then.get(name) != now[name]:
+            return f"with other {what}"
+    return ""
 
 
 def check_profile(

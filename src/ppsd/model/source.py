@@ -74,7 +74,7 @@ def describe(files: ModelFiles) -> ModelSpec:
 
 
 def _default_model() -> ModelFiles:
-    path = _embedded_file()
+    path = embedded_file()
     if path is None:
         return ModelFiles(DEFAULT_HUB_ID, _download(DEFAULT_HUB_ID), is_gguf=False)
     with path.open("rb") as file:
@@ -87,7 +87,7 @@ def _default_model() -> ModelFiles:
     return ModelFiles(path.stem, path, is_gguf=True)
 
 
-def _embedded_file() -> Path | None:
+def embedded_file() -> Path | None:
     """Find the default model's data file without importing the package that carries it."""
     found = importlib.util.find_spec(DEFAULT_PACKAGE)
     for place in (found and found.submodule_search_locations) or ():
@@ -132,13 +132,14 @@ def _download(hub_id: str) -> Path:
 
 def _describe_directory(files: ModelFiles) -> ModelSpec:
     config_file = files.path / "config.json"
-    config = config_from_dict(_read_json(config_file), str(config_file))
+    config = config_from_dict(read_json(config_file), str(config_file))
     generation = files.path / "generation_config.json"
-    ends = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
     return spec_from_config(config, files.name, ends)
 
 
-def _read_json(file: Path) -> Mapping[str, Any]:
+def read_json(file: Path) -> Mapping[str, Any]:
+    """Read a file that holds a JSON object; raises ModelError for anything else."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -153,4 +154,4 @@ def _write_spec(spec: ModelSpec, place: Path) -> None:
 
 
 def _read_spec(place: Path) -> ModelSpec:
-    return ModelSpec.from_json(_read_json(place / SPEC_FILE))
+    return ModelSpec.from_json(read_json(place / SPEC_FILE))
