@@ -172,7 +172,9 @@ def test_a_damaged_profile_is_told_and_does_without(subject: Subject) -> None:
     assert "parameter counts; profile must be a file that `ppsd profile` wrote" in plan(subject)[1]
 
 
-@pytest.mark.parametrize(("days", "age"), [(0, "taken today"), (1, "a day old"), (40, "40 days old")])
+@pytest.mark.parametrize(
+    ("days", "age"), [(0, "taken today"), (1, "a day old"), (40, "40 days old")]
+)
 def test_a_plan_tells_the_age_of_its_profile(subject: Subject, made: Profile, days, age) -> None:
     taken = datetime.now(UTC) - timedelta(days=days, hours=1)
     old = replace(made, provenance={**made.provenance, "date": taken.isoformat()})

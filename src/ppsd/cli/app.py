@@ -24,7 +24,7 @@ To begin:
   ppsd generate "Why is the sky blue?"   answer a prompt
   ppsd chat                              talk with the model
   ppsd models                            list the models that can be used here
-  ppsd profile                           time this machine once, for better plans
+  ppsd profile                           time this machine, for better plans
 
 `ppsd --help` lists all verbs, `ppsd VERB --help` explains one.
 """

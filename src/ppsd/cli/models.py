@@ -16,7 +16,8 @@ from ppsd.errors import ConfigError
 if TYPE_CHECKING:
     from ppsd.model.catalog import FoundModel
 
-NO_MODELS = "no model is here; give --model a directory, a .gguf file or a hub id such as {example}"
+NO_MODELS = """no model is here; give --model a directory, a .gguf file or a hub id
+such as {example}"""
 
 
 def models(

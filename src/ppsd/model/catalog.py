@@ -82,7 +82,7 @@ def _hub() -> Iterator[FoundModel]:
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
-        repos = scan_cache_dir().repos
+        repos = scan_cache_dir(hub_cache()).repos
     except (CacheNotFound, OSError, ValueError):  # nothing was ever downloaded, or it is no cache
         return
     for repo in sorted(repos, key=lambda repo: repo.repo_id):
