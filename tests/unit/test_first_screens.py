@@ -17,7 +17,7 @@ from ppsd.model.head_library import SHIPPED, find_heads, head_directory
 from tests.support.tiny_models import save_perfect_head, save_tiny
 
 ROOT = Path(__file__).parents[2]
-COLUMNS = 80
+COLUMNS, ROWS = 80, 24
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,7 @@ def test_help_lists_every_verb(narrow) -> None:
     listed = re.findall(r"^  (\w+) +\S", result.out, re.MULTILINE)
     assert listed == [verb for section in VERBS.values() for verb in section]
     assert [load(verb).name for verb in listed] == listed
+    assert result.out.count("\n") < ROWS
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])

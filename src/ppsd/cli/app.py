@@ -6,7 +6,6 @@ A verb's module is imported when that verb runs, so the first screens are instan
 from __future__ import annotations
 
 import functools
-import sys
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -82,10 +81,10 @@ class Verbs(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the list of verbs; typer's own would import all of them."""
-        lines = [TITLE, "", "Usage: ppsd VERB …; `ppsd VERB --help` explains one.", ""]
+        lines = [TITLE, "Usage: ppsd VERB …; `ppsd VERB --help` explains one.", ""]
         for section, verbs in VERBS.items():
-            lines += [f"{section}:", *(f"  {name:<12}{text}" for name, text in verbs.items()), ""]
-        lines += ["Options:", "  --version   Show the version.", "  --help      Show this.", ""]
+            lines += [f"{section}:", *(f"  {name:<12}{text}" for name, text in verbs.items())]
+        lines += ["", "`ppsd --version` shows the version.", ""]
         formatter.write("\n".join(lines))
 
 
@@ -131,7 +130,9 @@ def main() -> int:
     try:
         app()
     except PpsdError as error:
-        print(f"ppsd: {error}", file=sys.stderr)
+        from ppsd.cli.display import log_console
+
+        log_console().print(f"ppsd: {error}")
         for note in getattr(error, "__notes__", ()):  # a stage's traceback, a hint
-            print(note, file=sys.stderr)
+            log_console().print(note)
     return EXIT_FAILURE  # typer leaves by SystemExit when all went well

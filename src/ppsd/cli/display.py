@@ -22,7 +22,9 @@ ACCEPTED, CORRECTED = "green", "red"
 
 def log_console() -> Console:
     """Notices and progress go to standard error; standard output is for the answer."""
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    console.soft_wrap = not console.is_terminal  # a terminal would break words
+    return console
 
 
 def painter(highlight: bool) -> Callable[[Piece], str]:
