@@ -5,12 +5,14 @@ Imported by engine/.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ppsd.errors import ConfigError
-from ppsd.model.source import ModelFiles, read_json
+from ppsd.model.source import ModelFiles
 from ppsd.types import SamplingParams
 
 GENERATION_CONFIG = "generation_config.json"
@@ -45,14 +47,21 @@ def sampling_defaults(files: ModelFiles) -> SamplingDefaults:
         metadata = read_header(files.path).metadata
         given = {name: metadata.get(key) for name, key in GGUF_KEYS.items()}
         return _checked(given, files.path.name)
-    file = files.path / GENERATION_CONFIG
-    record = read_json(file) if file.is_file() else {}
+    record = _record(files.path / GENERATION_CONFIG)
     given = {name: record.get(name) for name in NAMES}
     if record.get("do_sample") is not True:  # greedy: the rest is for those who sample
         given = {"repetition_penalty": given["repetition_penalty"]}
     elif given["temperature"] is None:
         given["temperature"] = 1.0
     return _checked(given, GENERATION_CONFIG)
+
+
+def _record(file: Path) -> Mapping[str, Any]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # there is none, or ``describe`` refused it
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _checked(given: Mapping[str, Any], origin: str) -> SamplingDefaults:

@@ -132,14 +132,13 @@ def _download(hub_id: str) -> Path:
 
 def _describe_directory(files: ModelFiles) -> ModelSpec:
     config_file = files.path / "config.json"
-    config = config_from_dict(read_json(config_file), str(config_file))
+    config = config_from_dict(_read_json(config_file), str(config_file))
     generation = files.path / "generation_config.json"
-    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    ends = _read_json(generation).get("eos_token_id") if generation.is_file() else None
     return spec_from_config(config, files.name, ends)
 
 
-def read_json(file: Path) -> Mapping[str, Any]:
-    """Read a file that holds a JSON object; raises ModelError for anything else."""
+def _read_json(file: Path) -> Mapping[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -154,4 +153,4 @@ def _write_spec(spec: ModelSpec, place: Path) -> None:
 
 
 def _read_spec(place: Path) -> ModelSpec:
-    return ModelSpec.from_json(read_json(place / SPEC_FILE))
+    return ModelSpec.from_json(_read_json(place / SPEC_FILE))
