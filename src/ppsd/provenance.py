@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,22 +18,27 @@ from ppsd.config import EngineConfig
 from ppsd.model import kernels
 
 GIT_TIMEOUT_S = 5.0
-PACKAGES = ("ppsd-llm", "torch", "transformers", "numpy")
+PACKAGES = ("ppsd-llm", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy")
 
 
 def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
     """Everything needed to run the same again; JSON-ready."""
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["ppsd", *sys.argv[1:]]),
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "cpu": _cpu(),
+        **machine(),
         "bfloat16_kernels": kernels.kind("bfloat16"),
-        "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "config": None if config is None else portable(config),
     }
+
+
+def machine() -> dict[str, Any]:
+    """Return what times depend on beside the model: processor, cores and kernels."""
+    return {"cpu": _cpu(), "cores": os.cpu_count(), "kernels": _kernels()}
 
 
 def portable(config: EngineConfig) -> dict[str, Any]:
@@ -61,6 +68,14 @@ def _git(*arguments: str) -> str:
         timeout=GIT_TIMEOUT_S,
     )
     return done.stdout.strip()
+
+
+def _kernels() -> str:
+    """Name the code that computes: a digest of the compiled kernels' sources, and PyTorch."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(kernels.__file__).parent.glob("*.[ch]")):
+        digest.update(source.read_bytes())
+    return f"{digest.hexdigest()[:12]}, torch {_version('torch')}"
 
 
 def _version(package: str) -> str | None:

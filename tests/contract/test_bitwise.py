@@ -20,7 +20,7 @@ from ppsd.bench.workload import Task
 from ppsd.engine import llm as engine_llm
 from ppsd.engine.drafter import OracleDrafter
 from ppsd.model.kernels import loaded
-from ppsd.model.source import _embedded_file
+from ppsd.model.source import embedded_file
 from tests.support.hurried_gate import Hurried
 from tests.support.tiny_models import VOCAB, save_perfect_head
 
@@ -37,7 +37,7 @@ RATES = {
     "lookup": (0.0, 0.6),
 }
 TEXTS = ("jug", "the quick brown fox jumps over the lazy dog " * 3, "pack my box")
-EMBEDDED = _embedded_file()
+EMBEDDED = embedded_file()
 
 
 def task(text: str) -> Task:

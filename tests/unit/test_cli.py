@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import signal
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import typer.main
 
-from ppsd import LLM, SamplingParams, __version__
-from ppsd.cli import chat, display
-from ppsd.cli.app import app, main
+from ppsd import LLM, __version__
+from ppsd.cli import display
+from ppsd.cli.app import load
 from ppsd.cli.streams import visible
 from ppsd.engine.llm import Chunk
 from ppsd.engine.sequence import Piece
-from ppsd.model.tokenizer import Tokenizer
-from tests.support.tiny_models import save_perfect_head
+from tests.support.command import user
 
 SGR = re.compile(r"\x1b\[(\d+)m([^\x1b]*)")
 PIPELINE = (
@@ -38,10 +32,11 @@ SAMPLING = (
 RECORD = (
     "text token_ids finish_reason mode block in_flight stages exit_layer prompt_tokens "
     "cached_tokens new_tokens counts acceptance_rate prefill_seconds decode_seconds "
-    "tokens_per_second stage_busy_share gate memory_bytes memory_needed_bytes pace overruns"
+    "tokens_per_second speedup_bounds stage_busy_share gate memory_bytes memory_needed_bytes pace "
+    "overruns sampling"
 )
 FLAGS = {
-    "generate": "prompt --raw --system --samples --highlight --json --trace",
+    "generate": "prompt --raw --system --samples --highlight --stats --json --trace",
     "chat": "--system --highlight --stats",
     "verify": "prompts --limit --json",
 }
@@ -52,63 +47,6 @@ OWN_FLAGS = {
         "--batch-tokens --by --record --json"
     ),
 }
-VERBS = typer.main.get_command(app).commands
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def ppsd(monkeypatch, capsys) -> Run:
-    """Run ``ppsd`` with these arguments and this text on standard input."""
-
-    def run(*arguments: object, stdin: str = "") -> Result:
-        monkeypatch.setattr(sys, "argv", ["ppsd", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        monkeypatch.setenv("COLUMNS", "200")
-        try:
-            code = main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        return Result(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_model, tmp_path_factory) -> Callable[..., list[str]]:
-    """The flags of a tiny model cut in three, with a head that is right (1.0) or wrong (-1.0)."""
-
-    def flags(sign: float = 1.0) -> list[str]:
-        head = tmp_path_factory.mktemp("head")
-        save_perfect_head(head, tiny_model(), 2, sign)
-        flags = f"--model {tiny_model()} --head {head} --split 2,4 --dtype float64 --ignore-eos"
-        return f"{flags} --transport inprocess --threads-per-stage 1 --no-lookup".split()
-
-    return flags
-
-
-@pytest.fixture
-def expected(tiny_model) -> Callable[..., str]:
-    """What plain decoding in one stage says."""
-
-    def text(prompt, **params) -> str:
-        settings = {"dtype": "float64", "stages": 1, "mode": "autoregressive"}
-        with LLM(str(tiny_model()), **settings) as llm:
-            sampling = SamplingParams(ignore_eos=True, **params)
-            return llm.generate(prompt, sampling)[0].text
-
-    return text
-
-
-def user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
 
 
 def test_version(ppsd) -> None:
@@ -118,7 +56,7 @@ def test_version(ppsd) -> None:
 @pytest.mark.parametrize("verb", [*FLAGS, *OWN_FLAGS])
 def test_flags_are_frozen_and_explained(ppsd, verb) -> None:
     """Renaming a flag breaks scripts: this list changes only on purpose."""
-    parameters = [p for p in VERBS[verb].params if p.name != "help"]
+    parameters = [p for p in load(verb).params if p.name != "help"]
     names = [name for p in parameters for name in p.opts]
     shared = f"{PIPELINE} {SAMPLING} {FLAGS[verb]}" if verb in FLAGS else OWN_FLAGS[verb]
     assert sorted(names) == sorted(shared.split())
@@ -153,7 +91,7 @@ def test_usage_errors_exit_with_2_and_a_hint(ppsd, arguments, hint) -> None:
         (["generate", "x", "-n", "0"], "max_tokens must be an integer in [1, "),
         (["generate", "x", "--split", "a"], "split must be integers separated by commas, got 'a'"),
         (["generate", "x", "--logit-bias", "5"], "logit_bias must be id:bias pairs separated by"),
-        (["generate", "x", "--samples", "2"], "samples must be 1 at temperature 0"),
+        (["generate", "x", "--samples", "2", "-t", "0"], "samples must be 1 at temperature 0"),
         (["generate", "x", "--raw", "--system", "y"], "system must be left out with --raw"),
         (["generate", "x", "--trace", "/no/where/t"], "trace must be a file in a directory that"),
         (["generate", "x", "-m", "/no/where"], "model '/no/where' does not exist; allowed are"),
@@ -173,9 +111,10 @@ def test_errors_exit_with_1_and_one_line(ppsd, monkeypatch, arguments, cause) ->
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_generate_prints_the_answer_alone_on_stdout(ppsd, tiny, expected, sign) -> None:
-    result = ppsd("generate", "the quick", "-n", 24, *tiny(sign))
+    result = ppsd("generate", "the quick", "-n", 24, "--stats", *tiny(sign))
     assert (result.code, result.out) == (0, expected(user("the quick"), max_tokens=24) + "\n\n")
-    assert "ppsd · 24 tokens (length) · " in result.err
+    assert re.search(r"\n24 tokens · [\d.]+ tokens/s · .* · cut: --max-tokens allows", result.err)
+    assert re.search(r"\nppsd · [\d.]+ s to the first token\n", result.err)
     assert f"drafts: {'23 of 23 accepted (100%)' if sign > 0 else '0 of '}" in result.err
     assert [line.split()[:2] for line in result.err.splitlines()[-3:]] == [
         ["0", "0–1"],
@@ -186,7 +125,7 @@ def test_generate_prints_the_answer_alone_on_stdout(ppsd, tiny, expected, sign) 
 
 def test_paced_figures_say_so(ppsd, tiny) -> None:
     flags = ["generate", "the quick", "-n", 4, *tiny(), "--pace", "0.001,0.002,0.001"]
-    label = "ppsd (PACED: emulated stages of 0.001, 0.002, 0.001 s a block; "
+    label = "4 tokens (PACED: emulated stages of 0.001, 0.002, 0.001 s a block; "
     assert label in ppsd(*flags).err
     assert json.loads(ppsd(*flags, "--json").out)["pace"] == [0.001, 0.002, 0.001]
 
@@ -222,9 +161,16 @@ def test_the_gate_s_pauses_are_told(ppsd, tiny) -> None:
     record = json.loads(ppsd(*flags, "--json").out)
     assert record["gate"]["pauses"] >= 1
     assert 3 <= record["gate"]["paused_tokens"] < 24
-    assert re.search(r"resyncs · paused (once|\d times), for \d+ tokens: plain", ppsd(*flags).err)
-    assert json.loads(ppsd(*flags, "--json", "--no-gate").out)["gate"] is None
-    assert "paused" not in ppsd(*flags, "--no-gate").err
+    told = ppsd(*flags, "--stats").err
+    assert re.search(r"resyncs · paused (once|\d times), for \d+ tokens: plain", told)
+    assert re.search(r" tokens/s · [\d.]+× plain decoding \(measured\) · cut", told)
+    low, high = record["speedup_bounds"]
+    assert low == high > 0
+    ungated = json.loads(ppsd(*flags, "--json", "--no-gate").out)
+    assert ungated["gate"] is ungated["speedup_bounds"] is None
+    told = ppsd(*flags, "--stats", "--no-gate").err
+    assert "plain decoding was not measured" in told
+    assert "paused" not in told
 
 
 def test_json_of_samples_is_a_list(ppsd, tiny) -> None:
@@ -239,7 +185,7 @@ def test_a_stop_string_ends_the_text_and_is_not_printed(ppsd, tiny, expected) ->
     stop = whole[9:12]
     result = ppsd("generate", "the quick", "--stop", stop, "-n", 24, *tiny())
     assert result.out == whole[: whole.index(stop)] + "\n\n"
-    assert "tokens (stop)" in result.err
+    assert "cut" not in result.err
     record = json.loads(
         ppsd("generate", "the quick", "--stop", stop, "--json", "-n", 24, *tiny()).out
     )
@@ -299,50 +245,6 @@ def test_trace_file(ppsd, tiny, tmp_path) -> None:
     assert f"trace written to {tmp_path / 't.json'}" in result.err
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert {e["tid"] for e in events if e["ph"] == "X" and e["name"] == "verify"} == {2, 3}
-
-
-def test_chat_keeps_conversation_and_rows(ppsd, tiny, tiny_model, expected) -> None:
-    result = ppsd("chat", "--stats", "-n", 12, *tiny(), stdin="the fox\n\njugs\n/reset\nthe fox\n")
-    first = expected(user("the fox"), max_tokens=12)
-    conversation = [*user("the fox"), {"role": "assistant", "content": first}, *user("jugs")]
-    second = expected(conversation, max_tokens=12)
-    assert (result.code, result.out) == (0, f"{first}\n{second}\n{first}\n")
-    kept = re.findall(r"(\d+) of (\d+) prompt tokens kept", result.err)
-    turn = Tokenizer.load(tiny_model()).encode_chat(user("the fox"))
-    # the second turn keeps what the first fed, the last one all of a prompt seen before but a row
-    assert [int(rows) >= len(turn) for rows, _ in kept] == [True, False]
-    assert kept[1] == (str(len(turn) - 1), str(len(turn)))
-    assert result.err.count("(cut at 12 tokens; --max-tokens allows more)") == 3
-
-
-def test_chat_goes_on_when_the_context_is_full(ppsd, tiny, expected) -> None:
-    flags = ["--max-context", 40, "-n", 4, *tiny()]
-    result = ppsd("chat", *flags, stdin=f"fox\n{'five jugs ' * 20}\n/reset\nfox\n")
-    said = expected(user("fox"), max_tokens=4)
-    assert (result.code, result.out) == (0, f"{said}\n{said}\n")
-    assert "tokens (the context holds 40)" in result.err
-    assert "/reset starts over" in result.err
-
-
-def test_ctrl_c_stops_an_answer_and_keeps_it(ppsd, tiny, expected, monkeypatch) -> None:
-    """The partial answer stays in the conversation, and the next one is what it would be."""
-    shown = []
-
-    def show(chunk, paint):
-        shown.append(chunk.text)
-        display.show(chunk, paint)
-        if len(shown) == 5:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(chat, "show", show)
-    before = signal.getsignal(signal.SIGINT)
-    result = ppsd("chat", "-n", 12, *tiny(), stdin="the fox\njugs\n")
-    partial = "".join(shown[:5])
-    conversation = [*user("the fox"), {"role": "assistant", "content": partial}, *user("jugs")]
-    assert result.out == f"{partial}\n{expected(conversation, max_tokens=12)}\n"
-    assert "(stopped)" in result.err
-    assert result.code == 0
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("verb", ["chat", "generate"])

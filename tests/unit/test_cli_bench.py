@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import typer.main
 from click.testing import Result
 from typer.testing import CliRunner
 
-from ppsd.cli.app import app
+from ppsd.cli.app import app, load
 from ppsd.errors import ConfigError, PpsdError
 from tests.unit.test_cli import PIPELINE
 
@@ -21,7 +20,7 @@ OWN = {
     "tasks": "-n --max-tokens --gammas --sampled --memory",
     "baselines": "-n --max-tokens --memory",
 }
-GROUP = typer.main.get_command(app).commands["bench"]
+GROUP = load("bench")
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_profile_then_plan(tiny_model, tmp_path: Path, monkeypatch) -> None:
     assert printed["provenance"]["versions"]["torch"]
     assert written.name == f"{printed['fingerprint'][:16]}-float32-1-threads.json"
     record = json.loads(ppsd("plan", *model, "--alpha", "2:0.7", "--json").stdout)
-    assert record["source"] == "measured profile"
+    assert record["source"] == "measured profile, taken today"
     elsewhere = tmp_path / "elsewhere.json"
     table = ppsd("profile", *model, "--out", elsewhere).stdout
     assert "exit head (norm), 300 tokens" in table

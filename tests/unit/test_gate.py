@@ -9,7 +9,7 @@ import pytest
 
 from ppsd.cost.model import CostModel, Link, even_split, uniform
 from ppsd.cost.simulator import Simulated, acceptance, simulate
-from ppsd.speculation.gate import PROBE, Gate, Switches
+from ppsd.speculation.gate import PROBE, SURE, Gate, Switches
 from ppsd.speculation.policy import Schedule
 
 MS = 1e-3
@@ -89,7 +89,10 @@ def test_clearly_good_drafts_are_never_paused_not_even_to_measure() -> None:
     play = Play(Gate(PPSD_2))
     assert play.until(True, every=5, most=3000) == 3000
     assert play.gate.plain is None
-    assert play.gate.switches == Switches()
+    switches = play.gate.switches
+    assert (switches.pauses, switches.times) == (0, [])
+    assert switches.plain_bounds == (SURE * switches.latency, switches.latency)
+    assert switches.latency == pytest.approx(play.latency)
 
 
 def test_without_any_miss_plain_decoding_is_measured_once() -> None:
@@ -183,7 +186,8 @@ def test_what_is_known_outlives_a_request_and_a_new_text_gets_an_early_retry() -
     play.begin()
     assert not play.policy.paused
     assert play.gate.plain == pytest.approx(1.0)
-    assert play.gate.switches == Switches()
+    assert (play.gate.switches.pauses, play.gate.switches.times) == (0, [])
+    assert play.gate.switches.plain_bounds == (play.gate.plain, play.gate.plain)
 
 
 def test_switches_tell_when_speculation_was_paused() -> None:
@@ -191,6 +195,7 @@ def test_switches_tell_when_speculation_was_paused() -> None:
     assert switches.pauses_until(6.0) == [(1.0, 2.5), (4.0, 6.0)]
     assert Switches(1, 3, [(1.0, True), (2.0, False)]).pauses_until(6.0) == [(1.0, 2.0)]
     assert Switches().pauses_until(6.0) == []
+    assert Switches().plain_bounds is None
 
 
 def costs(stages: int, head: float, hop: float, late: float) -> CostModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from ppsd.errors import ConfigError
 from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.weights import fingerprint, open_source
+from ppsd.provenance import provenance
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,8 @@ def made(subject: Subject) -> Profile:
     """A profile that passes for a measured one, in a moment."""
     counts = estimate(Sizes.of(subject.spec), 4, model="tiny", fingerprint=subject.fingerprint)
     names = {"dtype": "float32", "itemsize": 4, "transport": "shared-memory", "kernels": "PyTorch"}
-    return replace(counts, source="measured profile", measured=True, bandwidth=1e9, **names)
+    names |= {"source": "measured profile", "provenance": provenance()}
+    return replace(counts, measured=True, bandwidth=1e9, **names)
 
 
 @pytest.mark.parametrize("transport", ["shared-memory", "distributed"])
@@ -152,7 +155,7 @@ def test_the_profile_of_this_model_dtype_and_threads_is_used(
     slow_first = replace(made, heads=(*made.heads[:1], *(_slower(h) for h in made.heads[1:])))
     slow_first.save(profile_path(subject.fingerprint, "float32", 1))
     config, reason = plan(subject)
-    assert reason.endswith("(measured profile)")
+    assert reason.endswith("; measured profile, taken today)")
     assert config.split == (1,)  # drafting is so slow that stage 0 has as little else as can be
     for other in ({"dtype": "float64"}, {"threads_per_stage": 2}):
         assert plan(subject, **other)[1].endswith("(parameter counts)")
@@ -170,10 +173,49 @@ def test_a_damaged_profile_is_told_and_does_without(subject: Subject) -> None:
     assert "parameter counts; profile must be a file that `ppsd profile` wrote" in plan(subject)[1]
 
 
+@pytest.mark.parametrize(
+    ("days", "age"), [(0, "taken today"), (1, "a day old"), (40, "40 days old")]
+)
+def test_a_plan_tells_the_age_of_its_profile(subject: Subject, made: Profile, days, age) -> None:
+    taken = datetime.now(UTC) - timedelta(days=days, hours=1)
+    old = replace(made, provenance={**made.provenance, "date": taken.isoformat()})
+    old.save(profile_path(subject.fingerprint, "float32", 1))
+    assert plan(subject)[1].endswith(f"(measured profile, {age})")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"cpu": "abacus"}, "other processors"),
+        ({"cores": 999}, "other cores"),
+        ({"kernels": "0123, torch 1"}, "other kernels"),
+    ],
+)
+def test_a_kept_profile_of_another_machine_is_stale(
+    subject: Subject, made: Profile, tmp_path: Path, change: dict[str, object], reason: str
+) -> None:
+    other = replace(made, provenance={**made.provenance, **change})
+    other.save(profile_path(subject.fingerprint, "float32", 1))
+    why = f"; parameter counts: the profile here was taken with {reason}, `ppsd profile` takes"
+    assert why in plan(subject)[1]
+    other.save(tmp_path / "named.json")  # whoever names it wants it
+    told = plan(subject, plan=str(tmp_path / "named.json"))[1]
+    assert told.endswith(f"(measured profile, taken today, with {reason})")
+
+
+def test_a_profile_without_provenance_is_stale_and_of_unknown_age(
+    subject: Subject, made: Profile
+) -> None:
+    bare = replace(made, provenance={})
+    bare.save(profile_path(subject.fingerprint, "float32", 1))
+    assert bare.age == "of unknown age"
+    assert "the profile here was taken with other processors" in plan(subject)[1]
+
+
 def test_a_given_profile_must_fit(subject: Subject, made: Profile, tmp_path: Path) -> None:
     place = tmp_path / "mine.json"
     made.save(place)
-    assert plan(subject, plan=str(place))[1].endswith("(measured profile)")
+    assert plan(subject, plan=str(place))[1].endswith("; measured profile, taken today)")
     for change, message in (
         ({"fingerprint": "other"}, "one of model .*, not of other"),
         ({"dtype": "float64"}, "one of dtype float32, not of float64"),

@@ -52,7 +52,7 @@ def outsiders(exit_layer: int, gguf: bool) -> list[Outsider]:
     if gguf and importlib.util.find_spec("accelerate") is None:
         raise PpsdError(
             "transformers reads GGUF files only with the package accelerate; "
-            "install it by `pip install ppsd-llm[baselines]`"
+            "install it by `pip install 'ppsd-llm[baselines]'`"
         )
     found = [
         Outsider("one process", kind="ppsd"),

@@ -65,7 +65,9 @@ class SubjectOptions:
 
     def paths(self) -> list[Path]:
         """The head directories; raises ConfigError when there is none."""
-        paths = [Path(part) for part in self.head.split(",") if part]
+        from ppsd.model.head_library import head_directory
+
+        paths = [head_directory(part) for part in self.head.split(",") if part]
         if not paths:
             raise ConfigError("head", self.head, "head directories separated by commas")
         return paths

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Measure the pipeline: against theory, the simulator and other decoders.",
     no_args_is_help=True,
+    add_completion=False,
 )
 _bench = functools.partial(flag, panel="Benchmark")
 

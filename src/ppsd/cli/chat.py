@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ppsd.cli.display import log_console, painter, show, summarize
+from ppsd.cli.display import conclude, cut, log_console, painter, show
 from ppsd.cli.options import PipelineOptions, SamplingOptions
 from ppsd.cli.session import open_llm
-from ppsd.errors import ConfigError, PpsdError
+from ppsd.errors import ConfigError, PipelineError, PpsdError
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM, Completion
     from ppsd.engine.sequence import Piece
     from ppsd.types import SamplingParams
 
-HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."
+HINT = "/help lists commands, Ctrl-C stops an answer, Ctrl-D ends the conversation."
+COMMANDS = {
+    "/help": "show this list",
+    "/exit": "end the conversation, as /quit and Ctrl-D do",
+    "/quit": "end the conversation",
+    "/reset": "forget all messages but the system message",
+    "/save": "FILE: write the conversation to a new JSON file",
+    "/system": "TEXT: set the system message; without TEXT remove it",
+    "/stats": "show the numbers of speculation of the last answer",
+}
+ENDS = ("/exit", "/quit")
+TAKES_TEXT = ("/save", "/system")
+ESCAPE = "A message that begins with / needs a space before it."
+MOST_TOKENS = 2**31 - 1  # the engine cuts it to the room that the context leaves
 
 Messages = list[dict[str, str]]
 
@@ -34,80 +49,144 @@ def chat(
     highlight: Annotated[
         bool, typer.Option("--highlight", help="Accepted drafts green, the target's own red.")
     ] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Summary after every answer.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Tell speed and numbers after every answer.")
+    ] = False,
 ) -> None:
     """Talk with the model; the conversation and its cache are kept."""
-    params = sampling.params()
-    start: Messages = [] if system is None else [{"role": "system", "content": system}]
-    messages = list(start)
+    unlimited = {"max_tokens": MOST_TOKENS}
+    sampling.params(unlimited)  # refuses now what would only fail once the model is loaded
+    typed = sys.stdin.isatty()
     with open_llm(pipeline) as llm:
-        log_console().print(HELP, style="dim")
-        for line in _lines():
-            if line == "/reset":
-                messages = list(start)
-                continue
+        params = sampling.params(unlimited | dict(llm.defaults.values))
+        talk = Conversation(llm, params, painter(highlight), stats)
+        talk.set_system(system or "")
+        if typed:
+            _note(HINT)
+        for line in _lines(typed):
             try:
-                messages = _turn(llm, messages, line, params, painter(highlight), stats)
-            except ConfigError as error:  # the conversation outgrew the context
-                log_console().print(f"{error}; /reset starts over", style="yellow")
+                talk.take(line)
+            except PipelineError:  # the workers are gone
+                raise
+            except PpsdError as error:
+                _note(" ".join([f"{error}.", *getattr(error, "__notes__", ())]), "yellow")
+        if not typed and not talk.answers:
+            raise PpsdError("nothing was answered; standard input held no message that could be")
 
 
-def _lines() -> Iterator[str]:
+class Conversation:
+    """The messages so far, and what a line of the user does to them."""
+
+    def __init__(
+        self, llm: LLM, params: SamplingParams, paint: Callable[[Piece], str], stats: bool
+    ) -> None:
+        self.answers = 0
+        self._llm, self._params, self._paint, self._stats = llm, params, paint, stats
+        self._system: Messages = []
+        self._turns: Messages = []
+        self._last: Completion | None = None
+
+    def take(self, line: str) -> None:
+        """Answer a message, or do what a command says. Raises PpsdError, and nothing is lost."""
+        if line.startswith("/"):
+            self._command(*line.split(maxsplit=1))
+        else:
+            self._answer(line.strip())
+
+    def set_system(self, text: str) -> None:
+        """Set the system message of the answers to come, or remove it."""
+        self._system = [{"role": "system", "content": text}] if text else []
+
+    def _command(self, name: str, text: str = "") -> None:
+        if name not in COMMANDS:
+            raise PpsdError(f"{name} is no command; there are {', '.join(COMMANDS)}")
+        if text and name not in TAKES_TEXT:
+            raise ConfigError(name, text, "typed without anything behind it")
+        if name == "/help":
+            _note("\n".join([*(f"{key:<9}{told}" for key, told in COMMANDS.items()), ESCAPE]))
+        elif name == "/reset":
+            self._turns = []
+        elif name == "/system":
+            self.set_system(text)
+        elif name == "/save":
+            self._save(text)
+        elif self._last is None:
+            raise PpsdError("/stats: no answer was completed yet")
+        else:
+            conclude(self._llm, self._last, stats=True)
+
+    def _save(self, name: str) -> None:
+        """Write the messages as JSON; a file that exists is left alone."""
+        if not name:
+            raise ConfigError("/save", name, "followed by the name of a file")
+        try:
+            with Path(name).expanduser().open("x", encoding="utf-8") as file:
+                json.dump([*self._system, *self._turns], file, ensure_ascii=False, indent=1)
+        except OSError as error:
+            raise ConfigError("/save", name, f"a new file ({error.strerror})") from error
+        _note(f"{len(self._system + self._turns)} messages saved in {name}")
+
+    def _answer(self, line: str) -> None:
+        """Answer a line; an answer that was stopped stays in the conversation."""
+        turns = [*self._turns, {"role": "user", "content": line}]
+        text = ""
+        try:
+            stream = self._llm.stream([*self._system, *turns], self._params, reuse=True)
+            with closing(stream), _stoppable() as stopped:
+                while not stopped():
+                    try:
+                        chunk = next(stream)
+                    except StopIteration as end:
+                        self._conclude(end.value)
+                        break
+                    show(chunk, self._paint)
+                    text += chunk.text
+                else:
+                    print(flush=True)
+                    _note("(stopped)")
+        except ConfigError as error:
+            if self._turns and "context" in error.allowed:  # else there is nothing to forget
+                error.add_note("/reset starts over.")
+            raise
+        if text:
+            self._turns = [*turns, {"role": "assistant", "content": text}]
+            self.answers += 1
+
+    def _conclude(self, completion: Completion) -> None:
+        self._last = completion
+        print(flush=True)
+        if not completion.text:
+            _note("(the model ended its answer at once)")
+        if self._stats:
+            conclude(self._llm, completion, stats=True)
+        elif why := cut(self._llm, completion):
+            _note(f"({why})")
+
+
+def _note(text: str, style: str = "dim") -> None:
+    log_console().print(text, style=style)
+
+
+def _lines(typed: bool) -> Iterator[str]:
     """The user's lines that say something, until the end."""
-    prompt = ""
-    if sys.stdin.isatty():
-        prompt = "> "
+    prompt = "> " if typed else ""
+    if typed:
         with contextlib.suppress(ImportError):  # not on every system
             import readline  # noqa: F401 (gives ``input`` its line editing and history)
-    while (line := _ask(prompt)) != "/quit":
-        if line:
-            yield line
+    while (line := _ask(prompt)).strip() not in ENDS:
+        if line.strip():
+            yield line.rstrip()
 
 
 def _ask(prompt: str) -> str:
     try:
-        return input(prompt).strip()
+        return input(prompt)
     except EOFError:
         if prompt:
             print()
-        return "/quit"
+        return ENDS[0]
     except UnicodeDecodeError as error:
         raise PpsdError(f"standard input is not UTF-8 text: {error}") from error
-
-
-def _turn(
-    llm: LLM,
-    messages: Messages,
-    line: str,
-    params: SamplingParams,
-    paint: Callable[[Piece], str],
-    stats: bool,
-) -> Messages:
-    """Answer a line; return the conversation with both. An answer that was stopped stays in it."""
-    turn = [*messages, {"role": "user", "content": line}]
-    text = ""
-    with closing(llm.stream(turn, params, reuse=True)) as stream, _stoppable() as stopped:
-        while not stopped():
-            try:
-                chunk = next(stream)
-            except StopIteration as end:
-                _conclude(llm, end.value, stats)
-                break
-            show(chunk, paint)
-            text += chunk.text
-        else:
-            print(flush=True)
-            log_console().print("(stopped)", style="dim")
-    return [*turn, {"role": "assistant", "content": text}] if text else messages
-
-
-def _conclude(llm: LLM, completion: Completion, stats: bool) -> None:
-    print(flush=True)
-    if completion.finish_reason == "length":
-        tokens = completion.stats.new_tokens
-        log_console().print(f"(cut at {tokens} tokens; --max-tokens allows more)", style="dim")
-    if stats:
-        summarize(llm, completion)
 
 
 @contextmanager

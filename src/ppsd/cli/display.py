@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ppsd.config import EngineConfig
     from ppsd.engine.llm import LLM, Chunk, Completion
     from ppsd.engine.sequence import Piece
+    from ppsd.engine.stats import RequestStats
     from ppsd.speculation.gate import Switches
 
 ACCEPTED, CORRECTED = "green", "red"
@@ -23,7 +24,9 @@ ACCEPTED, CORRECTED = "green", "red"
 
 def log_console() -> Console:
     """Notices and progress go to standard error; standard output is for the answer."""
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    console.soft_wrap = not console.is_terminal  # a terminal would break words
+    return console
 
 
 def painter(highlight: bool) -> Callable[[Piece], str]:
@@ -47,21 +50,53 @@ def show(chunk: Chunk, paint: Callable[[Piece], str]) -> None:
     sys.stdout.flush()
 
 
-def summarize(llm: LLM, completion: Completion) -> None:
-    """Print what a request did: lines of counts and a table of stages."""
+def conclude(llm: LLM, completion: Completion, *, stats: bool) -> None:
+    """Print how fast an answer came; with ``stats`` also how its drafts fared and its stages."""
+    console, request = log_console(), completion.stats
+    speed = request.tokens_per_second
+    paced = pace_label(llm.config, request.overruns, request.decode_blocks)
+    parts = [f"{request.new_tokens} token{'s' if request.new_tokens > 1 else ''}{paced}"]
+    if speed is not None:
+        parts += [f"{speed:.1f} tokens/s", _compared(llm, request)]
+    if why := cut(llm, completion):
+        parts.append(why)
+    console.print(_line(parts), style="bold")
+    if stats:
+        show_stats(llm, completion)
+
+
+def _compared(llm: LLM, request: RequestStats) -> str:
+    """How many times as fast as plain decoding: measured by the gate, or its bounds."""
+    if not llm.config.schedule.drafts:
+        return "plain decoding"
+    if request.speedup_bounds is None:
+        return "plain decoding was not measured"
+    low, high = request.speedup_bounds
+    if low == high:
+        return f"{high:.2f}× plain decoding (measured)"
+    return f"{low:.2f}–{high:.2f}× plain decoding (estimated)"
+
+
+def cut(llm: LLM, completion: Completion) -> str:
+    """Why an answer is not complete, or nothing."""
+    if completion.finish_reason != "length":
+        return ""
+    request, limit = completion.stats, llm.layout.max_context
+    if request.prompt_tokens + request.new_tokens >= limit:
+        return f"cut: the context of {limit} tokens is full"
+    return "cut: --max-tokens allows more"
+
+
+def show_stats(llm: LLM, completion: Completion) -> None:
+    """Print the numbers of speculation: lines of counts and a table of stages."""
     console = log_console()
     stats, counts = completion.stats, completion.stats.counts
-    speed, rate = stats.tokens_per_second, counts.acceptance_rate
-    first = f"{stats.prefill_seconds:.2f} s to the first"
-    parts = [
-        llm.config.mode + pace_label(llm.config, stats.overruns, stats.decode_blocks),
-        f"{stats.new_tokens} tokens ({completion.finish_reason})",
-        first if speed is None else f"{first}, then {speed:.1f} a second",
-    ]
+    parts = [llm.config.mode, f"{stats.prefill_seconds:.2f} s to the first token"]
     if stats.cached_tokens:
         parts.append(f"{stats.cached_tokens} of {stats.prompt_tokens} prompt tokens kept")
-    console.print(_line(parts), style="bold")
+    console.print(_line(parts))
     if llm.config.schedule.drafts:
+        rate = counts.acceptance_rate
         share = "" if rate is None else f" ({rate:.0%})"
         accepted = f"drafts: {counts.accepted} of {counts.judged} accepted{share}"
         parts = [accepted, f"{counts.discarded} discarded", f"{counts.resyncs} resyncs"]
@@ -69,6 +104,14 @@ def summarize(llm: LLM, completion: Completion) -> None:
             parts.append(_pauses(stats.gate))
         console.print(_line(parts))
     console.print(_stage_table(llm, completion))
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in the unit that a person would choose."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= scale:
+            return f"{count / scale:.{1 if count < 10 * scale else 0}f} {unit}"
+    return f"{count / 2**10:.0f} KiB"
 
 
 def pace_label(config: EngineConfig, overruns: int = 0, blocks: int = 0) -> str:

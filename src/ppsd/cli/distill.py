@@ -283,7 +283,7 @@ def _plot(trainer: Trainer) -> None:
     if can_plot():
         plot_run(trainer.directory.metrics(), trainer.directory.path / FILE)
     else:
-        log_console().print("no plot without matplotlib: pip install 'ppsd-llm[train]'")
+        log_console().print("no plot without matplotlib: pip install 'ppsd-llm[plot]'")
 
 
 def _no_help(layer: int, start: float, last: float) -> str:

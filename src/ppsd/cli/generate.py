@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ppsd.cli.display import log_console, painter, show, summarize
+from ppsd.cli.display import conclude, log_console, painter, show
 from ppsd.cli.options import PipelineOptions, SamplingOptions
 from ppsd.cli.session import open_llm
 from ppsd.errors import ConfigError, PpsdError
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM, Completion, Prompt
+    from ppsd.engine.sequence import Piece
     from ppsd.types import SamplingParams
 
 
@@ -35,6 +37,9 @@ def generate(
     highlight: Annotated[
         bool, typer.Option("--highlight", help="Accepted drafts green, the target's own red.")
     ] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Tell how drafts fared and what each stage did.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, or a list of --samples.")
     ] = False,
@@ -45,16 +50,17 @@ def generate(
 ) -> None:
     """Complete a prompt and stream the answer."""
     text = _read(prompt)
-    params = sampling.params(samples)
     _check(raw, system, trace)
+    _params(sampling, samples)
     with open_llm(pipeline, trace=trace is not None) as llm:
+        params = _params(sampling, samples, llm.defaults.values)
         message = text if raw else _messages(text, system)
         if as_json:
-            results = [_record(llm, c) for c in llm.generate(message, params)]
+            results = [_record(llm, params, c) for c in llm.generate(message, params)]
             print(json.dumps(results[0] if samples == 1 else results))
         else:
             for i in range(samples):
-                _show(llm, message, params, i, highlight)
+                conclude(llm, _show(llm, message, params, i, painter(highlight)), stats=stats)
         if trace is not None:
             llm.write_trace(trace)
             log_console().print(f"trace written to {trace}")
@@ -80,15 +86,27 @@ def _check(raw: bool, system: str | None, trace: Path | None) -> None:
         raise ConfigError("trace", str(trace), "a file in a directory that exists")
 
 
+def _params(
+    sampling: SamplingOptions, samples: int, defaults: Mapping[str, Any] | None = None
+) -> SamplingParams:
+    """The parameters of all samples; the model's ``defaults`` are known once it is loaded."""
+    params = replace(sampling.params(defaults), n=samples)
+    known = defaults is not None or sampling.temperature is not None
+    if known and samples > 1 and params.greedy:
+        raise ConfigError("samples", samples, "1 at temperature 0, where all are equal")
+    return params
+
+
 def _messages(text: str, system: str | None) -> Prompt:
     messages = [{"role": "user", "content": text}]
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
-def _show(llm: LLM, prompt: Prompt, params: SamplingParams, sample: int, highlight: bool) -> None:
+def _show(
+    llm: LLM, prompt: Prompt, params: SamplingParams, sample: int, paint: Callable[[Piece], str]
+) -> Completion:
     if sample:
         print(f"\n--- sample {sample}")
-    paint = painter(highlight)
     one = replace(params, n=1, seed=params.seed + sample)
     with closing(llm.stream(prompt, one)) as stream:
         while True:
@@ -96,16 +114,20 @@ def _show(llm: LLM, prompt: Prompt, params: SamplingParams, sample: int, highlig
                 show(next(stream), paint)
             except StopIteration as end:
                 print("\n", flush=True)
-                return summarize(llm, end.value)
+                completion: Completion = end.value
+                return completion
 
 
-def _record(llm: LLM, completion: Completion) -> dict[str, Any]:
+def _record(llm: LLM, params: SamplingParams, completion: Completion) -> dict[str, Any]:
     """The ``--json`` object."""
+    from ppsd.model.defaults import NAMES
+
     config = llm.config
     return {
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
+        "sampling": {name: getattr(params, name) for name in (*NAMES, "seed")},
         "mode": config.mode,
         "block": config.schedule.block,
         "in_flight": config.schedule.in_flight,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from ppsd.cli.display import size
 from ppsd.cli.streams import visible
 
 if TYPE_CHECKING:
-    from ppsd.model.head_library import FoundHead, Rate
+    from ppsd.model.head_library import FoundHead
 
-app = typer.Typer(help="List and inspect exit heads.", no_args_is_help=True)
+app = typer.Typer(help="List and inspect exit heads.", no_args_is_help=True, add_completion=False)
 
 
 @app.command("list")
@@ -28,22 +29,42 @@ def list_heads(
     heads = find_heads()
     if as_json:
         print(json.dumps([_row(head) for head in heads]))
-    elif not heads:
+        return
+    if not heads:
         print(f"no exit heads: none is shipped, and none is in {local_root()}")
-    else:
-        Console(highlight=False).print(_table(heads))
+    console = Console(highlight=False, markup=False)
+    fit = [head for head in heads if head.config is not None]
+    for model, group in groupby(sorted(fit, key=_order), key=lambda head: _order(head)[0]):
+        console.print(f"{model}:", style="bold")
+        console.print(_table(list(group)))
+    for head in heads:
+        if head.config is None:
+            console.print(f"damaged: {head.problem}", style="yellow", soft_wrap=True)
 
 
 @app.command("show")
-def show(head: Annotated[Path, typer.Argument(help="A head directory.")]) -> None:
+def show(
+    head: Annotated[str, typer.Argument(help="A head by the name that list shows, or directory.")],
+) -> None:
     """Print what a head is: model, exit, vocabulary, training and measured agreement, as JSON."""
     from ppsd.model.exit_head import read_head_config
+    from ppsd.model.head_library import head_directory
 
-    print(json.dumps(read_head_config(head).to_json(), indent=1))
+    print(json.dumps(read_head_config(head_directory(head)).to_json(), indent=1))
+
+
+def _order(head: FoundHead) -> tuple[str, int, str]:
+    assert head.config is not None
+    return head.config.base_model, head.config.exit_layer, head.name
 
 
 def _row(head: FoundHead) -> dict[str, object]:
-    row: dict[str, object] = {"path": str(head.path), "shipped": head.shipped, "bytes": head.size}
+    row: dict[str, object] = {
+        "name": head.name,
+        "path": str(head.path),
+        "shipped": head.shipped,
+        "bytes": head.size,
+    }
     if head.config is None:
         return row | {"problem": head.problem}
     config = head.config
@@ -58,23 +79,21 @@ def _rate(head: FoundHead) -> dict[str, object]:
     return {"alpha": rate.alpha, "alpha_origin": rate.origin, "interval": rate.interval}
 
 
-def _between(rate: Rate) -> str:
-    return "" if rate.interval is None else " ({:.2f}–{:.2f})".format(*rate.interval)
-
-
 def _table(heads: list[FoundHead]) -> Table:
-    names = ("model", "exit", "kind", "layers", "draft vocabulary", "α", "MiB", "path")
-    columns = (Column(name, overflow="fold") for name in names)  # a cut path could not be used
-    table = Table(*columns, box=None, pad_edge=False)
+    table = Table(
+        Column("--head", overflow="fold"),  # a cut name could not be used
+        *(Column(name, justify="right", no_wrap=True) for name in ("exit", "kind", "vocab")),
+        *(Column(name, justify="right", no_wrap=True) for name in ("α", "size")),
+        box=None,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for head in heads:
-        size = f"{head.size / 2**20:.1f}"
-        if head.config is None:
-            table.add_row("damaged", *[""] * 5, size, visible(head.problem))
-            continue
         c, rate = head.config, head.rate
-        alpha = "–" if rate is None else f"{rate.alpha:.3f} {rate.origin}{_between(rate)}"
+        assert c is not None
+        alpha = "–" if rate is None else f"{rate.alpha:.3f} {rate.origin}"
         scored = "all" if c.draft_vocab is None else str(c.draft_vocab)
-        place = f"{head.path} (shipped)" if head.shipped else str(head.path)
-        cells = (c.base_model, str(c.exit_layer), c.kind, str(c.layers), scored, alpha, size, place)
+        kind = f"{c.layers} layer{'s' if c.layers > 1 else ''}" if c.layers else c.kind
+        cells = (head.name, str(c.exit_layer), kind, scored, alpha, size(head.size))
         table.add_row(*map(visible, cells))
     return table

@@ -10,7 +10,7 @@ import functools
 import inspect
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -74,8 +74,8 @@ class PipelineOptions:
     ] = None
     head: Annotated[
         str,
-        _pipeline("Exit head: a directory, auto (the best found), lookup (repeat earlier text), "
-                  "untrained or none.", metavar="HEAD"),
+        _pipeline("Exit head: a name of `ppsd heads list` or a directory, auto (the best found), "
+                  "lookup (repeat earlier text), untrained or none.", metavar="HEAD"),
     ] = "auto"  # fmt: skip
     force_head: Annotated[
         bool,
@@ -138,21 +138,33 @@ class PipelineOptions:
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments for ``LLM``."""
+        from ppsd.model.head_library import head_directory
+
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         split = None if self.split is None else integers("split", self.split)
         pace = numbers("pace", self.pace or "")
-        return fields | {"split": split, "devices": tuple(self.devices.split(",")), "pace": pace}
+        changed = {"split": split, "devices": tuple(self.devices.split(",")), "pace": pace}
+        return fields | changed | {"head": str(head_directory(self.head))}
 
 
 @dataclass
 class SamplingOptions:
-    """How tokens are chosen: the fields of SamplingParams as text."""
+    """How tokens are chosen: the fields of SamplingParams as text.
 
-    temperature: Annotated[float, _sampling("0 is greedy.", "-t", "--temperature")] = 0.0
-    top_k: Annotated[int, _sampling("Keep the k most likely tokens; 0 keeps all.")] = 0
-    top_p: Annotated[float, _sampling("Keep the smallest set of this probability.")] = 1.0
-    min_p: Annotated[float, _sampling("Drop tokens below this share of the best one's.")] = 0.0
-    repetition_penalty: Annotated[float, _sampling("Above 1 discourages repetition.")] = 1.0
+    None: as the model's file asks (model/defaults.py), or neutral.
+    """
+
+    temperature: Annotated[
+        float | None,
+        _sampling("0 is greedy; this and the next four are the model's own if left out.", "-t",
+                  "--temperature"),
+    ] = None  # fmt: skip
+    top_k: Annotated[int | None, _sampling("Keep the k most likely tokens; 0 keeps all.")] = None
+    top_p: Annotated[float | None, _sampling("Keep the smallest set of this probability.")] = None
+    min_p: Annotated[float | None, _sampling("Drop tokens below this share of the best one's.")] = (
+        None
+    )
+    repetition_penalty: Annotated[float | None, _sampling("Above 1 discourages repetition.")] = None
     presence_penalty: Annotated[float, _sampling("Subtracted once for a token used.")] = 0.0
     frequency_penalty: Annotated[float, _sampling("Subtracted for every use.")] = 0.0
     logit_bias: Annotated[
@@ -168,21 +180,23 @@ class SamplingOptions:
     ignore_eos: Annotated[
         bool, _sampling("Go on after end-of-sequence tokens.", "--ignore-eos")
     ] = False
-    max_tokens: Annotated[int, _sampling("At most so many new tokens.", "-n", "--max-tokens")] = 256
+    max_tokens: Annotated[
+        int | None,
+        _sampling("At most so many new tokens; 256 if left out, in chat what the context holds.",
+                  "-n", "--max-tokens"),
+    ] = None  # fmt: skip
     min_tokens: Annotated[int, _sampling("No end before so many new tokens.")] = 0
 
-    def params(self, samples: int = 1) -> SamplingParams:
-        """Return the checked SamplingParams; ``samples`` is their n."""
+    def params(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+        """Return the checked SamplingParams; ``defaults`` are for fields that no flag gave."""
         from ppsd.types import SamplingParams
 
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        stop_ids = integers("stop_token_ids", self.stop_token_ids or "")
-        changed = {"stop": tuple(self.stop or ()), "stop_token_ids": stop_ids, "n": samples}
-        bias = pairs("logit_bias", self.logit_bias or "", "id:bias")
-        params = SamplingParams(**fields | changed | {"logit_bias": bias})
-        if samples > 1 and params.greedy:
-            raise ConfigError("samples", samples, "1 at temperature 0, where all are equal")
-        return params
+        given = {name: value for name, value in fields.items() if value is not None}
+        given |= {"stop": tuple(self.stop or ())}
+        given |= {"stop_token_ids": integers("stop_token_ids", self.stop_token_ids or "")}
+        given |= {"logit_bias": pairs("logit_bias", self.logit_bias or "", "id:bias")}
+        return SamplingParams(**{**(defaults or {}), **given})
 
 
 def integers(name: str, text: str) -> tuple[int, ...]:

@@ -324,4 +324,4 @@ def _absolute(profile: Profile) -> bool:
     """Whether its seconds are seconds: those of parameter counts are only good for ratios."""
     from ppsd.cost.profile import COUNTS
 
-    return profile.source != COUNTS
+    return not profile.source.startswith(COUNTS)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from ppsd.cli.display import log_console
+from ppsd.cli.progress import TimeColumn
 
 if TYPE_CHECKING:
     from ppsd.cost.peer import Subject
@@ -95,7 +96,7 @@ def _measure(subject: Subject) -> Profile:
     from ppsd.provenance import provenance
 
     console = log_console()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeColumn())
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(f"profiling {subject.spec.name}", total=None)

@@ -11,10 +11,12 @@ from rich.progress import (
     BarColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from ppsd.cli.display import log_console
 from ppsd.train.settings import DistillConfig
@@ -27,15 +29,25 @@ if TYPE_CHECKING:
 LINE_EVERY_S = 60.0
 
 
+class TimeColumn(TimeRemainingColumn):
+    """The time that is left, and at the end the time it took, each named as such."""
+
+    def __init__(self) -> None:
+        super().__init__(elapsed_when_finished=True)
+
+    def render(self, task: Task) -> Text:
+        """Return the time with its name before it."""
+        return Text("took " if task.finished else "ETA ", end="") + super().render(task)
+
+
 @contextmanager
 def bar(description: str, total: int, fields: str) -> Iterator[tuple[Progress, TaskID]]:
-    """A bar with ETA; ``fields`` is rich's format of what else it shows."""
+    """A bar with its time; ``fields`` is rich's format of what else it shows."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
         TextColumn("{task.percentage:.0f}%"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        TimeColumn(),
         TextColumn(fields),
     )
     # Steps take seconds: an estimate from the last half minute would jump about.

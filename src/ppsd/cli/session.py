@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from ppsd.cli.display import log_console
 from ppsd.cli.options import PipelineOptions
 from ppsd.cli.streams import visible
+from ppsd.errors import PpsdError
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
@@ -59,20 +60,34 @@ def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
     with llm:
         if llm.layout.reason:
             console.print(visible(llm.layout.reason), style="dim")
-        for notice in _notices(options, llm):
+        if asked := str(llm.defaults):
+            console.print(visible(f"sampling as {llm.defaults.origin} asks: {asked}"), style="dim")
+        for notice in _notices(llm):
             console.print(visible(notice), style="yellow")
-        yield llm
+        with _afterwards(visible(_advice(options, llm))):
+            yield llm
 
 
-def _notices(options: PipelineOptions, llm: LLM) -> list[str]:
+@contextmanager
+def _afterwards(advice: str) -> Iterator[None]:
+    """Print advice at the end, below what went wrong if anything did."""
+    try:
+        yield
+    except PpsdError as error:
+        if advice:
+            error.add_note(advice)
+        raise
+    if advice:
+        log_console().print(advice, style="yellow")
+
+
+def _notices(llm: LLM) -> list[str]:
     """What the user should know before the answer."""
-    head, notices = llm.layout.head, []
+    head, notices = llm.layout.head, list(llm.defaults.ignored)
     if head is not None and not head.trained and llm.config.schedule.drafts:
         notices.append(UNTRAINED_NOTICE)
     if head is not None and llm.config.schedule.drafts and _held_out(head):
         notices.append(HELD_OUT_NOTICE.format(head=llm.config.head))
-    if options.head == "auto" and options.stages > 1 and head is None:
-        notices.append(_no_head_notice(options, llm))
     return notices + [note for note in (llm.layout.spec.context_note,) if note]
 
 
@@ -81,6 +96,12 @@ def _held_out(head: HeadConfig) -> bool:
 
     rate = known_rate(head)
     return rate is not None and not rate.measured
+
+
+def _advice(options: PipelineOptions, llm: LLM) -> str:
+    """Return how to get a head where one is missed, nothing where none is."""
+    missing = options.head == "auto" and options.stages > 1 and llm.layout.head is None
+    return _no_head_notice(options, llm) if missing else ""
 
 
 def _stages(options: PipelineOptions) -> int:

@@ -35,7 +35,7 @@ def verify(
     from ppsd.provenance import provenance
 
     tasks = load_tasks(prompts, limit)
-    params = sampling.params()
+    sampling.params()  # refuses now what would only fail once the model is loaded
     from ppsd.bench import verify as measurement  # imports PyTorch: not before the file is read
 
     console = Console(highlight=False, markup=False, soft_wrap=True, stderr=as_json)
@@ -44,6 +44,7 @@ def verify(
         console.print(_line(comparison))
 
     with open_llm(pipeline) as llm:
+        params = sampling.params(llm.defaults.values)
         result = measurement.verify(llm, tasks, params, done)
     if as_json:
         print(json.dumps(result.to_json() | {"provenance": provenance(llm.config)}, indent=1))

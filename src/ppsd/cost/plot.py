@@ -36,7 +36,7 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise PpsdError('plots need matplotlib: pip install "ppsd-llm[plot]"') from None
+        raise PpsdError("plots need matplotlib: pip install 'ppsd-llm[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, TypeVar
@@ -160,6 +161,16 @@ class Profile:
         ]
         return max(0.0, bare) + layers * max(0.0, float(np.median(extra)))
 
+    @property
+    def age(self) -> str:
+        """How long ago it was measured, in words."""
+        try:
+            taken = datetime.fromisoformat(self.provenance["date"])
+            days = (datetime.now(UTC) - taken).days
+        except (KeyError, TypeError, ValueError):  # by an earlier version, or not by us
+            return "of unknown age"
+        return f"{days} days old" if days > 1 else "a day old" if days == 1 else "taken today"
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary from which ``from_json`` restores an equal object."""
         return {"format": FORMAT} | asdict(self)
@@ -221,9 +232,14 @@ def load_profile(path: Path, *, own: bool = False) -> Profile:
     raise ConfigError("profile", str(path), allowed)
 
 
+def profile_root() -> Path:
+    """Return where the profiles of this machine are kept."""
+    return cache_root() / "profiles"
+
+
 def profile_path(fingerprint: str, dtype: str, threads: int) -> Path:
     """Return where the profile of a model on this machine is kept (see ``cache_root``)."""
-    return cache_root() / "profiles" / f"{fingerprint[:16]}-{dtype}-{threads}-threads.json"
+    return profile_root() / f"{fingerprint[:16]}-{dtype}-{threads}-threads.json"
 
 
 def estimate(

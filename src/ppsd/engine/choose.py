@@ -37,6 +37,7 @@ from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan
 from ppsd.model.weights import TensorSource, open_source
+from ppsd.provenance import machine
 from ppsd.speculation.policy import schedule_for
 
 AUTO_DTYPE = "bfloat16"
@@ -83,7 +84,7 @@ def choose(config: EngineConfig, spec: ModelSpec, identity: Identity) -> Choice:
     With ``plan`` off, weights stand for times and an open mode is ``ppsd``. Raises ConfigError and
     HeadError for settings that contradict each other or the model.
     """
-    profile, origin = _profile(config, spec, identity.fingerprint)
+    profile = _profile(config, spec, identity.fingerprint)
     exits = _exits(config, spec, identity, profile)
     mode = _mode(config)
     plans = alternatives(_problem(config, mode, profile, exits))
@@ -100,7 +101,7 @@ def choose(config: EngineConfig, spec: ModelSpec, identity: Identity) -> Choice:
         raise ConfigError("exit_layer", config.exit_layer, f"one of {found}, where heads are")
     chosen = _apply(config, mode, best, drafting or best)
     bounds = check_split(chosen.split or (), spec.num_layers)
-    reason = "" if config.plan == "off" else _reason(chosen, bounds, best, drafting, origin)
+    reason = "" if config.plan == "off" else _reason(chosen, bounds, best, drafting, profile.source)
     return Choice(chosen, bounds, reason)
 
 
@@ -144,7 +145,7 @@ class Outlook:
 def outlook(config: EngineConfig) -> Outlook:
     """Return what ``config`` would be planned with; reads the model's files for that."""
     spec, identity, source = _model(config)
-    profile, _ = _profile(config, spec, identity.fingerprint)
+    profile = _profile(config, spec, identity.fingerprint)
     dtype = getattr(torch, dtype_name(config))
 
     def memory(plan: Plan) -> list[int]:
@@ -170,30 +171,48 @@ def _model(config: EngineConfig) -> tuple[ModelSpec, Identity, TensorSource]:
     return spec, Identity.of(spec, source), source
 
 
-def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> tuple[Profile, str]:
-    """The profile to plan with, and what to call it."""
+def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> Profile:
+    """The profile to plan with; its ``source`` says how old it is, or why it is not this machine's.
+
+    A profile given by name is used whatever machine it was taken on.
+    """
     dtype, threads = dtype_name(config), threads_of(config)
     if config.plan not in ("auto", "off"):
         profile = load_profile(Path(config.plan))
         check_profile(profile, config.plan, fingerprint, dtype, threads)
-        return profile, profile.source
+        notes = [note for note in (profile.age, _staleness(profile)) if note]
+        return replace(profile, source=", ".join([profile.source, *notes]))
     counts = estimate(
         Sizes.of(spec), ITEMSIZE[dtype], model=spec.name, fingerprint=fingerprint, dtype=dtype
     )
     on_cpu = all(device == "cpu" for device in config.devices)
     if config.plan == "off" or not on_cpu:
-        return counts, counts.source
+        return counts
     try:
         place = profile_path(fingerprint, dtype, threads)
         place.lstat()
     except OSError:  # there is none, or no home for one
-        return counts, counts.source
+        return counts
     try:
         profile = load_profile(place, own=True)
         check_profile(profile, str(place), fingerprint, dtype, threads)
     except ConfigError as error:
-        return counts, f"{counts.source}; {error}"
-    return profile, profile.source
+        return replace(counts, source=f"{counts.source}; {error}")
+    if stale := _staleness(profile):
+        source = (
+            f"{counts.source}: the profile here was taken {stale}, `ppsd profile` takes it anew"
+        )
+        return replace(counts, source=source)
+    return replace(profile, source=f"{profile.source}, {profile.age}")
+
+
+def _staleness(profile: Profile) -> str:
+    """Why a profile does not tell times of this machine as it is now; nothing if it does."""
+    then, now = profile.provenance, machine()
+    for name, what in (("cpu", "processors"), ("cores", "cores"), ("kernels", "kernels")):
+        if then.get(name) != now[name]:
+            return f"with other {what}"
+    return ""
 
 
 def check_profile(

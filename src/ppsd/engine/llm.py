@@ -22,6 +22,7 @@ from ppsd.engine.sequence import Piece, Transcript
 from ppsd.engine.stats import RequestStats, stage_stats
 from ppsd.engine.trace import TraceLog
 from ppsd.errors import ConfigError, PipelineError, PpsdError
+from ppsd.model.defaults import sampling_defaults
 from ppsd.model.source import resolve_model
 from ppsd.model.tokenizer import StreamDecoder, Tokenizer
 from ppsd.speculation.gate import Gate
@@ -81,9 +82,8 @@ class _Answer:
             taken += 1
             if self.transcript.stopped:
                 break
-        chunk = Chunk(
-            tuple(pieces), emit.tokens[:taken], tuple(i < emit.accepted for i in range(taken))
-        )
+        accepted = tuple(i < emit.accepted for i in range(taken))
+        chunk = Chunk(tuple(pieces), emit.tokens[:taken], accepted)
         self.token_ids += chunk.token_ids
         self.accepted += chunk.accepted
         return chunk
@@ -118,6 +118,7 @@ class LLM:
         self._check_head(self.config)
         self.memory_needed = check_memory(self.config, self.layout, source)
         self.tokenizer = Tokenizer.load(files.path, escape_special=self.config.escape_special)
+        self.defaults = sampling_defaults(files)
         self.trace = TraceLog()
         self._running = RunningPipeline(self.config, self.layout, source)
         self._finalizer = weakref.finalize(self, self._running.close)
@@ -206,11 +207,11 @@ class LLM:
     ) -> list[Completion]:
         """Return ``params.n`` completions of a text, token ids, or chat messages.
 
-        Sample i has seed ``params.seed + i``. ``reuse`` continues from all rows that the last
-        request left (a conversation) instead of those only that recomputing would repeat bit
-        for bit. ``max_tokens`` is cut to the room the context leaves.
+        Without ``params`` the model's own ``defaults`` hold. Sample i has seed ``params.seed + i``.
+        ``reuse`` continues from all rows that the last request left (a conversation) instead of
+        those only that recomputing would repeat bit for bit. ``max_tokens`` is cut to the context.
         """
-        params = params or SamplingParams()
+        params = params or SamplingParams(**self.defaults.values)
         if params.n > 1 and params.greedy:
             raise ConfigError("n", params.n, "1 at temperature 0, where all samples are equal")
         ids = self.encode(prompt)
@@ -224,7 +225,7 @@ class LLM:
 
         Closing the generator ends the request; rows of what it yielded can be reused.
         """
-        params = params or SamplingParams()
+        params = params or SamplingParams(**self.defaults.values)
         if params.n > 1:
             raise ConfigError("n", params.n, "1 in a stream")
         return (yield from self._stream(self.encode(prompt), params, reuse))
@@ -374,9 +375,8 @@ class LLM:
     def _remember(self, request: Request, tokens: Sequence[int]) -> None:
         """Note which rows all stages hold now: every committed token but the last was fed."""
         if self._chunked == request.cached:
-            self._chunked = (
-                len(request.prompt) // self.config.prefill_chunk * (self.config.prefill_chunk)
-            )
+            chunk = self.config.prefill_chunk
+            self._chunked = len(request.prompt) // chunk * chunk
         self._rows = (*request.prompt, *tokens)[: len(request.prompt) + len(tokens) - 1]
 
     def write_trace(self, path: Path) -> None:

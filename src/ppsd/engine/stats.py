@@ -44,6 +44,16 @@ class RequestStats:
         return decoded / self.decode_seconds if decoded > 0 and self.decode_seconds > 0 else None
 
     @property
+    def speedup_bounds(self) -> tuple[float, float] | None:
+        """Least and most times as fast as plain decoding on the same workers, by what the gate saw.
+
+        Equal where the gate measured plain decoding; None where it saw nothing, or is off.
+        """
+        bounds = None if self.gate is None else self.gate.plain_bounds
+        speed = self.tokens_per_second
+        return None if bounds is None or speed is None else (bounds[0] * speed, bounds[1] * speed)
+
+    @property
     def decode_blocks(self) -> int:
         """Blocks with verdicts that all stages finished, stale ones included."""
         done = ("forward", "verify")
@@ -74,6 +84,7 @@ class RequestStats:
             "stage_busy_share": [stage.busy_share for stage in self.stages],
             "overruns": self.overruns,
             "gate": gate and {"pauses": gate.pauses, "paused_tokens": gate.paused_tokens},
+            "speedup_bounds": self.speedup_bounds,
         }
 
 

@@ -54,6 +54,15 @@ class FoundHead:
     problem: str = ""
 
     @property
+    def name(self) -> str:
+        """What --head takes: short below the places that are searched, else the path."""
+        for root in _roots():
+            if self.path.is_relative_to(root):
+                short = str(self.path.relative_to(root))
+                return short if head_directory(short) == self.path else str(self.path)
+        return str(self.path)
+
+    @property
     def rate(self) -> Rate | None:
         """See ``known_rate``."""
         return None if self.config is None else known_rate(self.config)
@@ -83,6 +92,19 @@ def local_root() -> Path:
     """Return $PPSD_HEADS, else ``heads`` in ppsd's cache directory (see ``cache_root``)."""
     own = os.environ.get("PPSD_HEADS")
     return Path(own) if own else cache_root() / "heads"
+
+
+def _roots() -> tuple[Path, Path]:
+    return SHIPPED, local_root()
+
+
+def head_directory(name: str) -> Path:
+    """Return a head's directory: ``name`` itself, or what is found by it as ``FoundHead.name``."""
+    if not Path(name).is_dir():
+        for root in _roots():
+            if (root / name / CONFIG_FILE).is_file():
+                return root / name
+    return Path(name)
 
 
 def find_heads() -> list[FoundHead]:

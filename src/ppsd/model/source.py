@@ -75,7 +75,7 @@ def describe(files: ModelFiles) -> ModelSpec:
 
 
 def _default_model() -> ModelFiles:
-    path = _embedded_file()
+    path = embedded_file()
     if path is None:
         return ModelFiles(DEFAULT_HUB_ID, _download(DEFAULT_HUB_ID), is_gguf=False)
     with path.open("rb") as file:
@@ -88,7 +88,7 @@ def _default_model() -> ModelFiles:
     return ModelFiles(path.stem, path, is_gguf=True)
 
 
-def _embedded_file() -> Path | None:
+def embedded_file() -> Path | None:
     """Find the default model's data file without importing the package that carries it."""
     found = importlib.util.find_spec(DEFAULT_PACKAGE)
     for place in (found and found.submodule_search_locations) or ():

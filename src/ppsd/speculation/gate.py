@@ -43,11 +43,24 @@ class Step(NamedTuple):
 
 @dataclass
 class Switches:
-    """What the gate did in one request: ``(time, paused)`` of every switch, and counts."""
+    """What the gate did in one request: ``(time, paused)`` of every switch, and counts.
+
+    ``plain`` is the time of a plain token as measured in pauses, ``latency`` that of a token after
+    a miss; None where there was none yet.
+    """
 
     pauses: int = 0
     paused_tokens: int = 0
     times: list[tuple[float, bool]] = field(default_factory=list)
+    plain: float | None = None
+    latency: float | None = None
+
+    @property
+    def plain_bounds(self) -> tuple[float, float] | None:
+        """Least and most time of a plain token: equal if it was measured, None if nothing was."""
+        if self.plain is not None:
+            return self.plain, self.plain
+        return None if self.latency is None else (SURE * self.latency, self.latency)
 
     def pauses_until(self, end: float) -> list[tuple[float, float]]:
         """Return from when to when speculation was paused, in a request that ended at ``end``."""
@@ -82,7 +95,7 @@ class Gate:
 
     def begin(self, policy: Policy, now: float) -> None:
         """Start with a new request; a new text is worth a retry after half the pause."""
-        self.switches = Switches()
+        self.switches = Switches(plain=self.plain, latency=self._latency)
         self._emitted, self._last = 0, None
         while len(self._steps) > KEPT:
             self._steps.popleft()
@@ -130,6 +143,7 @@ class Gate:
             self._samples.append(step.seconds)
             most = CLIP * median(self._samples)
             self.plain = fmean(min(sample, most) for sample in self._samples)
+        self.switches.plain, self.switches.latency = self.plain, self._latency
 
     def _fresh(self) -> list[float]:
         return [step.seconds for step in self._steps if step.fresh]

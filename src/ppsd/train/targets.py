@@ -63,8 +63,8 @@ def write_targets(
     if not prompts:
         raise PpsdError("self-generation needs prompts, and the data has none (only plain text)")
     stamp = {"model": encoding.model, **_stamp(config)}
-    done, draft = _answered(path, stamp), _Draft(path, stamp, encoding)
-    waiting = [key for key in prompts if key not in done]
+    waiting = sorted(prompts.keys() - _answered(path, stamp))
+    draft = _Draft(path, stamp, encoding)
     skipped: list[str] = []
     answered = len(prompts) - len(waiting)
 
@@ -94,8 +94,7 @@ def write_targets(
         request, ids = answer.request, answer.ids
         if features:
             features.add(joined(request.prompt, ids, encoding), answer.rows)
-        row = _row(prompts[request.key], ids, encoding.tokenizer.decode(ids))
-        row["finish_reason"] = "stop" if ids[-1] in eos_ids else "length"
+        row = _row(prompts[request.key], ids, encoding.tokenizer.decode(ids), eos_ids)
         append_line(path, row | stamp)
         answered += 1
         tell()
@@ -104,9 +103,10 @@ def write_targets(
     return len(skipped)
 
 
-def _row(record: Record, ids: list[int], text: str) -> dict[str, Any]:
+def _row(record: Record, ids: list[int], text: str, eos_ids: Collection[int]) -> dict[str, Any]:
     about = {"key": record.key, **dict(record.about), "messages": list(record.messages)}
-    return about | {"target": text, "target_ids": ids}
+    reason = "stop" if ids[-1] in eos_ids else "length"
+    return about | {"target": text, "target_ids": ids, "finish_reason": reason}
 
 
 class _Draft:
