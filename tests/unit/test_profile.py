@@ -151,14 +151,14 @@ def test_the_profile_of_this_model_dtype_and_threads_is_used(
     subject: Subject, made: Profile
 ) -> None:
     _, reason = plan(subject)
-    assert reason.endswith("(parameter counts)")
+    assert reason.endswith("; parameter counts)")
     slow_first = replace(made, heads=(*made.heads[:1], *(_slower(h) for h in made.heads[1:])))
     slow_first.save(profile_path(subject.fingerprint, "float32", 1))
     config, reason = plan(subject)
     assert reason.endswith("; measured profile, taken today)")
     assert config.split == (1,)  # drafting is so slow that stage 0 has as little else as can be
     for other in ({"dtype": "float64"}, {"threads_per_stage": 2}):
-        assert plan(subject, **other)[1].endswith("(parameter counts)")
+        assert plan(subject, **other)[1].endswith("; parameter counts)")
     assert plan(subject, plan="off") == (plan(subject, plan="off")[0], "")
 
 
@@ -180,7 +180,7 @@ def test_a_plan_tells_the_age_of_its_profile(subject: Subject, made: Profile, da
     taken = datetime.now(UTC) - timedelta(days=days, hours=1)
     old = replace(made, provenance={**made.provenance, "date": taken.isoformat()})
     old.save(profile_path(subject.fingerprint, "float32", 1))
-    assert plan(subject)[1].endswith(f"(measured profile, {age})")
+    assert plan(subject)[1].endswith(f"; measured profile, {age})")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_kept_profile_of_another_machine_is_stale(
     assert why in plan(subject)[1]
     other.save(tmp_path / "named.json")  # whoever names it wants it
     told = plan(subject, plan=str(tmp_path / "named.json"))[1]
-    assert told.endswith(f"(measured profile, taken today, with {reason})")
+    assert told.endswith(f"; measured profile, taken today, with {reason})")
 
 
 def test_a_profile_without_provenance_is_stale_and_of_unknown_age(
