@@ -148,3 +148,16 @@ def test_every_end_of_sequence_that_a_model_names_ends_an_answer(tmp_path) -> No
             assert llm.run(PROMPT, ignoring).token_ids == (end,) * 8
             told = replace(ignoring, stop_token_ids=(end,))
             assert llm.run(PROMPT, told).finish_reason == "stop"
+
+
+def test_drafts_are_as_before_once_plain_decoding_is_over(llm) -> None:
+    """The head has seen no row of a plain request, so none of them may be taken over."""
+    config = llm.config
+    counts = []
+    for mode in ("ppsd", "autoregressive", "ppsd"):
+        schedule = (config.block, config.in_flight) if mode == "ppsd" else ()
+        llm.use(mode, *schedule, gate=False)
+        counts.append(llm.run(PROMPT, PARAMS, reuse=True).stats.counts)
+    llm.use(config.mode, config.block, config.in_flight, gate=config.gate)
+    assert counts[0].judged > 0
+    assert counts[2] == counts[0]
