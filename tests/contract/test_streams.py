@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 from ppsd import LLM, SamplingParams
 from ppsd.engine.llm import Chunk, Completion
 from ppsd.errors import ConfigError, PpsdError
+from ppsd.speculation.gate import Gate
 from tests.support.tiny_models import save_perfect_head, save_tiny
 
 PROMPT = list(range(3, 40))
@@ -167,3 +169,27 @@ def test_drafts_are_as_before_once_plain_decoding_is_over(llm) -> None:
     llm.use(config.mode, config.block, config.in_flight, gate=config.gate)
     assert counts[0].judged > 0
     assert counts[1] == counts[0]
+
+
+def test_a_schedule_keeps_its_gate(llm) -> None:
+    config, gate = llm.config, llm._engine.gate
+    assert isinstance(gate, Gate)
+    for mode, schedule, settings in (
+        ("autoregressive", (), {}),
+        ("ppsd", (1, 2), {}),
+        ("ppsd", (1, 2), {"gate": False}),
+    ):
+        llm.use(mode, *schedule, **settings)
+        other = llm._engine.gate
+        assert other is not gate
+        assert (other is None) == (mode == "autoregressive" or bool(settings))
+    llm.use(config.mode, config.block, config.in_flight, gate=config.gate)
+    assert llm._engine.gate is gate
+
+
+def test_the_times_of_a_request_lie_within_it(llm) -> None:
+    start = time.monotonic()
+    stats = llm.run(PROMPT, PARAMS).stats
+    taken = time.monotonic() - start
+    assert min(stats.prefill_seconds, stats.decode_seconds) > 0
+    assert stats.prefill_seconds + stats.decode_seconds <= taken
