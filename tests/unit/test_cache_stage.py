@@ -115,3 +115,8 @@ def test_a_cache_refuses_gaps_negative_positions_and_overflow() -> None:
     cache.reserve(5, 3)
     cache.advance(5, 3)
     assert cache.length == 8
+
+
+def test_a_cache_lies_on_the_device_asked_for() -> None:
+    cache = KVCache(2, 2, 8, 4, WIDE, torch.device("meta"))
+    assert {(t.device.type, t.dtype) for t in (*cache.keys, *cache.values)} == {("meta", WIDE)}
