@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from tests.support.tiny_models import save_tiny
 
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci")
+settings.register_profile(  # for mutants: that a test fails is enough to know
+    "unshrunk", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate), database=None
+)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from tests.support.rig import VOCAB, Rig
 
 prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=11)
 schedules = st.builds(Schedule, st.integers(1, 4), st.integers(1, 6))
-samplings = st.fixed_dictionaries(
+fields = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([0.0, 0.0, 0.7, 1.5]),
         "top_k": st.sampled_from([0, 3]),
@@ -25,10 +25,13 @@ samplings = st.fixed_dictionaries(
         "repetition_penalty": st.sampled_from([1.0, 1.3]),
         "presence_penalty": st.sampled_from([0.0, 0.6]),
         "frequency_penalty": st.sampled_from([0.0, 0.4]),
+        "min_tokens": st.sampled_from([0, 0, 4]),
         "seed": st.integers(0, 3),
         "max_tokens": st.integers(1, 16),
     }
 )
+samplings = fields.map(lambda f: {**f, "min_tokens": min(f["min_tokens"], f["max_tokens"])})
+stops = st.sampled_from([frozenset(), frozenset({3}), frozenset({1, 2, 5, 6})])
 
 
 @settings(max_examples=120)
@@ -36,7 +39,7 @@ samplings = st.fixed_dictionaries(
     data=st.data(),
     stages=st.integers(2, 5),
     schedule=schedules,
-    requests=st.lists(st.tuples(prompts, samplings, st.booleans()), min_size=1, max_size=3),
+    requests=st.lists(st.tuples(prompts, samplings, stops), min_size=1, max_size=3),
     alpha=st.sampled_from([0.0, 0.4, 0.8, 1.0]),
     chunk=st.integers(1, 5),
     wills=st.lists(st.booleans(), max_size=8),
@@ -56,9 +59,8 @@ def test_any_order_of_work_gives_the_plain_output(
     rig.move_while_stage_0_computes(turns)
     if wills:
         rig.pause_at_will(wills)
-    for prompt, sampling, with_stop in requests:
+    for prompt, sampling, stop in requests:
         params = SamplingParams(**sampling)
-        stop = frozenset({3}) if with_stop else frozenset()
         assert rig.decode(prompt, params, stop, alpha=alpha) == rig.plain(prompt, params, stop)
         counts = rig.engine.policy.counts
         assert counts.drafted == counts.judged + counts.discarded

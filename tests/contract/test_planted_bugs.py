@@ -5,18 +5,23 @@ Bugs of acceptance sampling are planted in tests/unit/test_accept.py.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from ppsd import LLM, SamplingParams
 from ppsd.engine.drafter import OracleDrafter
+from ppsd.engine.llm import collect_logits
 from ppsd.speculation.policy import Schedule
+from tests.contract.test_rejection import check_certain_drafts
 from tests.support.planted_bugs import BUGS
 from tests.support.rig import VOCAB, Rig
 from tests.support.tiny_models import VOCAB as TINY_VOCAB
+from tests.support.tiny_models import save_tiny
 
 DOC = Path(__file__).parents[2] / "docs" / "exactness.md"
 TIMEOUT_S = 2.0  # a planted bug may leave everybody waiting
@@ -27,6 +32,7 @@ TINY_SAMPLINGS = [
     SamplingParams(max_tokens=16, ignore_eos=True),
     SamplingParams(max_tokens=16, ignore_eos=True, temperature=0.8, seed=4, **PENALISED),
 ]
+ENDING = SamplingParams(max_tokens=16, min_tokens=4, logit_bias={2: 99.0})  # the fifth token ends
 
 
 def check_oracle_model() -> None:
@@ -43,10 +49,10 @@ def check_oracle_model() -> None:
             prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 9))]
             penalties = PENALISED if rng.random() < 0.5 else {}
             params = SamplingParams(
-                temperature=rng.choice([0.0, 0.7, 1.5]), seed=rng.randrange(9), max_tokens=12,
-                **penalties,
+                temperature=rng.choice([0.0, 0.0, 0.7, 1.5]), seed=rng.randrange(9), max_tokens=12,
+                min_tokens=rng.choice([0, 0, 4]), **penalties,
             )  # fmt: skip
-            stop = frozenset({3} if rng.random() < 0.5 else ())
+            stop = frozenset(rng.choice([(), (3,), (1, 2, 5, 6)]))
             assert rig.decode(prompt, params, stop, alpha=0.6) == rig.plain(prompt, params, stop)
 
 
@@ -57,6 +63,9 @@ def lulls_and_bursts(rng: random.Random, stages: int) -> list[int]:
         turns += [0] * rng.randint(1, 8)
         turns += [rng.randrange(1, stages) for _ in range(rng.randint(1, 6))]
     return turns
+
+
+SETTINGS = {"transport": "inprocess", "prefill_chunk": 8, "gate": False, "head": "untrained"}
 
 
 class TinyCheck:
@@ -70,16 +79,11 @@ class TinyCheck:
                 for i, prompt in enumerate(PROMPTS)
                 for j, params in enumerate(TINY_SAMPLINGS)
             }
+            self._turn = [*PROMPTS[0], *self._plain[0, 0], 50]
+            self._answer = llm.run(self._turn, TINY_SAMPLINGS[0]).token_ids
 
     def _open(self, **settings) -> LLM:
-        fixed = {
-            "transport": "inprocess",
-            "dtype": "float64",
-            "prefill_chunk": 8,
-            "gate": False,
-            "head": "untrained",
-        }
-        return LLM(self._model, timeout=TIMEOUT_S, **fixed | settings)
+        return LLM(self._model, timeout=TIMEOUT_S, dtype="float64", **SETTINGS | settings)
 
     def __call__(self) -> None:
         with self._open(split=(2, 4), block=4, in_flight=3) as llm:
@@ -88,11 +92,28 @@ class TinyCheck:
                 self._leave_early(llm)
                 llm.use("ppsd", *schedule)
                 self._requests(llm)
+            self._converse(llm)
+            self._break_off(llm)
+            ended = llm.run(PROMPTS[2], ENDING)
+            assert (len(ended.token_ids), ended.finish_reason) == (5, "stop")
 
     def _requests(self, llm: LLM) -> None:
         for (i, j), plain in self._plain.items():
             llm._pipeline.drafter = OracleDrafter([*PROMPTS[i], *plain], 0.6, TINY_VOCAB)
             assert llm.run(PROMPTS[i], TINY_SAMPLINGS[j], reuse=True).token_ids == plain
+
+    def _converse(self, llm: LLM) -> None:
+        """The next turn begins with the whole answer, whose last token was never fed."""
+        assert llm.run(PROMPTS[0], TINY_SAMPLINGS[0]).token_ids == self._plain[0, 0]
+        assert llm.run(self._turn, TINY_SAMPLINGS[0], reuse=True).token_ids == self._answer
+
+    def _break_off(self, llm: LLM) -> None:
+        """A request that shares its beginning with the rows held fails before its first token."""
+        assert llm.run(PROMPTS[0], TINY_SAMPLINGS[0]).token_ids == self._plain[0, 0]
+        other = [*PROMPTS[0][:20], *[99] * len(self._turn)]
+        with pytest.raises(ZeroDivisionError):
+            llm.run(other, TINY_SAMPLINGS[0], reuse=True, logits=lambda position, row: 1 // 0)
+        assert llm.run(self._turn, TINY_SAMPLINGS[0], reuse=True).token_ids == self._answer
 
     def _leave_early(self, llm: LLM) -> None:
         """A client goes away while right drafts are under way."""
@@ -103,9 +124,54 @@ class TinyCheck:
         stream.close()
 
 
+class BitCheck:
+    """L3 in small: requests that begin alike have the bits of requests that stand alone."""
+
+    def __init__(self, model: Path) -> None:
+        self._model = str(model)
+        with self._open() as llm:
+            answer = llm.run(PROMPTS[0], TINY_SAMPLINGS[0]).token_ids
+            turn = [*PROMPTS[0], *answer, 50, 51]
+            self._prompts = [PROMPTS[0], turn, PROMPTS[1], [*turn[:-1], 60], PROMPTS[0][:12], turn]
+            self._alone = []
+            for prompt in self._prompts:
+                llm.use("ppsd")  # forgets all rows
+                self._alone.append(self._bits(llm, prompt))
+
+    def _open(self) -> LLM:
+        return LLM(self._model, timeout=TIMEOUT_S, dtype="float32", split=(2, 4), **SETTINGS)
+
+    def _bits(self, llm: LLM, prompt: list[int]) -> tuple[tuple[int, ...], torch.Tensor]:
+        sink, rows = collect_logits()
+        tokens = llm.run(prompt, TINY_SAMPLINGS[0], logits=sink).token_ids
+        return tokens, torch.stack([rows[len(prompt) + i] for i in range(len(tokens))])
+
+    def __call__(self) -> None:
+        with self._open() as llm:
+            for prompt, (tokens, logits) in zip(self._prompts, self._alone, strict=True):
+                got_tokens, got_logits = self._bits(llm, prompt)
+                assert got_tokens == tokens
+                assert torch.equal(got_logits, logits)
+
+
+def without_end(model: Path) -> Path:
+    """Leave only the tokenizer to say where an answer ends."""
+    for name in ("config.json", "generation_config.json"):
+        record = json.loads((model / name).read_text())
+        record["eos_token_id"] = None  # what is missing has a default
+        (model / name).write_text(json.dumps(record))
+    return model
+
+
 @pytest.fixture(scope="module")
-def levels(tiny_model) -> dict[str, Callable[[], None]]:
-    return {"L1": check_oracle_model, "L2": TinyCheck(tiny_model())}
+def levels(tmp_path_factory) -> dict[str, Callable[[], None]]:
+    model = without_end(save_tiny(tmp_path_factory.mktemp("llama")))
+    return {
+        "L1": check_oracle_model,
+        "L2": TinyCheck(model),
+        "L3": BitCheck(model),
+        "L4": check_certain_drafts,
+    }
 
 
 def documented() -> dict[str, set[str]]:
@@ -125,9 +191,9 @@ def test_the_page_lists_exactly_the_planted_bugs() -> None:
     assert all(documented().values()), "a bug that nothing catches"
 
 
-def test_without_a_bug_all_checks_pass(levels) -> None:
-    for check in levels.values():
-        check()
+@pytest.mark.parametrize("level", ["L1", "L2", "L3", "L4"])
+def test_without_a_bug_every_check_passes(level, levels) -> None:
+    levels[level]()
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -137,7 +203,7 @@ def test_the_documented_levels_catch(name, levels, monkeypatch) -> None:
 
 
 def fails(check: Callable[[], None]) -> bool:
-    """Whether the check notices: by other tokens, or because the pipeline itself refuses."""
+    """Return whether the check notices: by other tokens, or as the pipeline itself refuses."""
     try:
         check()
     except Exception:  # any refusal counts: a bug shows in its own way

@@ -7,6 +7,7 @@ draws from the residual all happen; the seeds are the only thing that differs be
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -21,6 +22,7 @@ from tests.support.hash_model import HashStage, digest
 from tests.support.rig import Rig
 
 VOCAB, TOKENS, RUNS = 3, 3, 2500
+CERTAIN_RUNS = 250
 PROMPT = [1, 2]
 STAGES = 3
 ALPHA = 1e-4
@@ -62,7 +64,7 @@ def exact_joint(params: SamplingParams) -> dict[tuple[int, ...], float]:
         return sampler.probabilities(stage.logits(rows[-1:])[0], torch.tensor(prefix))
 
     joint = {}
-    for tokens in product(range(VOCAB), repeat=TOKENS):
+    for tokens in product(range(VOCAB), repeat=params.max_tokens):
         probability = 1.0
         for i, token in enumerate(tokens):
             probability *= float(next_token([*PROMPT, *tokens[:i]])[token])
@@ -91,3 +93,40 @@ def test_the_joint_distribution_is_the_target_s(schedule, wills) -> None:
     cells = sorted(joint)
     p_value = g_test([seen[c] for c in cells], [joint[c] for c in cells])
     assert p_value > ALPHA
+
+
+class Certain:
+    """A drafter that always says 0, so that a residual holds all other tokens."""
+
+    feedback = False
+
+    def observe(self, position: int, hidden: torch.Tensor) -> None:
+        pass
+
+    def draft(self, given: Given) -> int:
+        return 0
+
+    def probabilities(self, position: int) -> torch.Tensor:
+        return torch.eye(VOCAB, dtype=torch.float64)[0]
+
+
+def check_certain_drafts() -> None:
+    """Few runs are enough: half the first tokens come from a residual of two tokens."""
+    params = SamplingParams(temperature=4.0, max_tokens=2)
+    rig = Rig(STAGES, Schedule(1, 2), acceptance="rejection", vocab=VOCAB)
+    rig.pipeline._timeout = 2.0
+    seen: Counter[tuple[int, ...]] = Counter()
+    accepted = judged = 0
+    for seed in range(CERTAIN_RUNS):
+        tokens = rig.decode(PROMPT, replace(params, seed=seed), drafter=Certain())
+        seen[tuple(tokens)] += 1
+        accepted += rig.engine.policy.counts.accepted
+        judged += rig.engine.policy.counts.judged
+    assert 0.2 < accepted / judged < 0.6
+    joint = exact_joint(params)
+    cells = sorted(joint)
+    assert g_test([seen[c] for c in cells], [joint[c] for c in cells]) > ALPHA
+
+
+def test_certain_drafts_leave_the_distribution_alone() -> None:
+    check_certain_drafts()

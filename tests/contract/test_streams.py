@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from ppsd import LLM, SamplingParams
 from ppsd.engine.llm import Chunk, Completion
 from ppsd.errors import ConfigError, PpsdError
-from tests.support.tiny_models import save_perfect_head
+from ppsd.speculation.gate import Gate
+from tests.support.tiny_models import save_perfect_head, save_tiny
 
 PROMPT = list(range(3, 40))
 PARAMS = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -127,3 +131,65 @@ def test_min_tokens_holds_for_stop_strings_too(llm, plain) -> None:
     params = SamplingParams(max_tokens=24, ignore_eos=True, stop=stops, min_tokens=7)
     assert len(plain.run(PROMPT, params).token_ids) >= 7
     assert llm.run(PROMPT, params).text == plain.run(PROMPT, params).text
+
+
+def test_every_end_of_sequence_that_a_model_names_ends_an_answer(tmp_path) -> None:
+    """Each of its three files may name one of its own, and none is lost to another."""
+    model = save_tiny(tmp_path)
+    for name, end in (("config.json", 5), ("generation_config.json", [7])):
+        record = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(record | {"eos_token_id": end}))
+    with LLM(str(model), stages=1, dtype="float64", mode="autoregressive") as llm:
+        assert llm.tokenizer.eos_ids == (2,)
+        for end in (5, 7, 2, 9):
+            params = SamplingParams(max_tokens=8, min_tokens=4, logit_bias={end: 99.0})
+            ended = llm.run(PROMPT, params)
+            reason = "length" if end == 9 else "stop"
+            assert (len(ended.token_ids), ended.finish_reason) == (8 if end == 9 else 5, reason)
+            ignoring = replace(params, ignore_eos=True)
+            assert llm.run(PROMPT, ignoring).token_ids == (end,) * 8
+            told = replace(ignoring, stop_token_ids=(end,))
+            assert llm.run(PROMPT, told).finish_reason == "stop"
+
+
+def test_drafts_are_as_before_once_plain_decoding_is_over(llm) -> None:
+    """The head has seen no row of a plain request, so none of them may be taken over."""
+    config = llm.config
+    ppsd = ("ppsd", config.block, config.in_flight)
+    other = PROMPT[::-1]
+    counts = []
+    for before in (None, "autoregressive"):
+        llm.use(*ppsd, gate=False)
+        llm.run(other, PARAMS)
+        if before:
+            llm.use(before, gate=False)
+            llm.run(PROMPT, PARAMS)
+        llm.use(*ppsd, gate=False)
+        counts.append(llm.run(PROMPT, PARAMS, reuse=True).stats.counts)
+    llm.use(config.mode, config.block, config.in_flight, gate=config.gate)
+    assert counts[0].judged > 0
+    assert counts[1] == counts[0]
+
+
+def test_a_schedule_keeps_its_gate(llm) -> None:
+    config, gate = llm.config, llm._engine.gate
+    assert isinstance(gate, Gate)
+    for mode, schedule, settings in (
+        ("autoregressive", (), {}),
+        ("ppsd", (1, 2), {}),
+        ("ppsd", (1, 2), {"gate": False}),
+    ):
+        llm.use(mode, *schedule, **settings)
+        other = llm._engine.gate
+        assert other is not gate
+        assert (other is None) == (mode == "autoregressive" or bool(settings))
+    llm.use(config.mode, config.block, config.in_flight, gate=config.gate)
+    assert llm._engine.gate is gate
+
+
+def test_the_times_of_a_request_lie_within_it(llm) -> None:
+    start = time.monotonic()
+    stats = llm.run(PROMPT, PARAMS).stats
+    taken = time.monotonic() - start
+    assert min(stats.prefill_seconds, stats.decode_seconds) > 0
+    assert stats.prefill_seconds + stats.decode_seconds <= taken

@@ -17,6 +17,7 @@ from ppsd.speculation.sampling import Sampler
 from ppsd.types import SamplingParams
 
 WIDTH = 4  # a 64-bit checksum travels as four 16-bit numbers, exact in float32
+PADDING = 2  # logits of no token, and the highest of all, as a padded vocabulary may have
 
 
 def digest(*words: int) -> int:
@@ -61,12 +62,14 @@ class HashStage:
         return pack(values)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([self._row(c) for c in unpack(hidden)], dtype=torch.float32)
+        # bfloat16 holds a byte exactly, and takes the way of the compiled kernels where they are
+        return torch.tensor([self._row(c) for c in unpack(hidden)], dtype=torch.bfloat16)
 
     def _row(self, checksum: int) -> list[float]:
         seed = checksum.to_bytes(8, "little", signed=True)
         data = hashlib.blake2b(seed, digest_size=self.vocab).digest()
-        return [byte / 32 for byte in data]  # ties happen: the lowest id must win everywhere
+        # ties happen: the lowest id must win everywhere
+        return [byte / 32 for byte in (*data, *[255] * PADDING)]
 
 
 def last_rows(tokens: torch.Tensor, stages: int, vocab: int) -> torch.Tensor:

@@ -11,12 +11,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ppsd.engine import llm, pipeline
+from ppsd.engine import engine, llm, pipeline
 from ppsd.engine.engine import Engine
+from ppsd.engine.llm import LLM
+from ppsd.model import kernels
 from ppsd.model.cache import KVCache
+from ppsd.model.tokenizer import Tokenizer
 from ppsd.speculation import policy
 from ppsd.speculation.policy import Emit, Policy
-from ppsd.speculation.sampling import Sampler, gumbel
+from ppsd.speculation.sampling import Sampler, Stream, gumbel, uniform
 from ppsd.transport.inprocess import InProcessEndpoint
 from ppsd.worker.judge import Judge, TokenHistory
 from ppsd.worker.messages import Block
@@ -235,3 +238,105 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     common_prefix = llm._common_prefix
     patch.setattr(llm, "_common_prefix", lambda a, b: min(len(a), common_prefix(a, b) + 1))
+
+
+@bug("a token that was never fed counted among the rows held")
+def _(patch: Patch) -> None:
+    remember = LLM._remember
+
+    def counting(self, request, tokens):
+        remember(self, request, tokens)
+        self._rows = (*request.prompt, *tokens)
+
+    patch.setattr(LLM, "_remember", counting)
+
+
+@bug("rows kept that a broken request wrote over")
+def _(patch: Patch) -> None:
+    request = LLM._request
+
+    def keeping(self, *arguments):
+        rows = self._rows
+        made = request(self, *arguments)
+        self._rows = rows
+        return made
+
+    patch.setattr(LLM, "_request", keeping)
+
+
+@bug("rows reused that were computed in other shapes")
+def _(patch: Patch) -> None:
+    request = LLM._request
+
+    def reusing(self, ids, params, reuse, logits):
+        return request(self, ids, params, True, logits)
+
+    patch.setattr(LLM, "_request", reusing)
+
+
+@bug("rows of an answer taken for whole chunks of a prompt")
+def _(patch: Patch) -> None:
+    remember = LLM._remember
+
+    def chunked(self, request, tokens):
+        remember(self, request, tokens)
+        self._chunked = len(self._rows)
+
+    patch.setattr(LLM, "_remember", chunked)
+
+
+@bug("the tokenizer's own end of sequence overlooked")
+def _(patch: Patch) -> None:
+    patch.setattr(Tokenizer, "eos_ids", ())
+
+
+@bug("the residual drawn with the acceptance test's uniform")
+def _(patch: Patch) -> None:
+    def shared(seed, position, stream):
+        return uniform(seed, position, Stream.ACCEPT if stream is Stream.RESIDUAL else stream)
+
+    patch.setattr(engine, "uniform", shared)
+
+
+@bug("a rejected draft replaced from the target's distribution")
+def _(patch: Patch) -> None:
+    def careless(draft, q, p, for_accept, for_residual):
+        if for_accept < p[draft] / q[draft]:
+            return draft
+        return min(int((p.cumsum(0) <= for_residual).sum()), len(p) - 1)
+
+    patch.setattr(engine, "draw_target", careless)
+
+
+def choose_among_all(patch: Patch, best: Callable[[torch.Tensor, int], int]) -> None:
+    """Choose by ``best`` what the compiled kernels choose where there are any."""
+
+    def largest(rows, among):
+        if rows.dtype != torch.bfloat16:
+            return None
+        return tuple(best(row, among) for row in rows.float())
+
+    patch.setattr(kernels, "largest", largest)
+
+
+@bug("the last of equal tokens chosen")
+def _(patch: Patch) -> None:
+    choose_among_all(patch, lambda row, among: among - 1 - int(row[:among].flip(0).argmax()))
+
+
+@bug("the best token looked for among padded ids too")
+def _(patch: Patch) -> None:
+    choose_among_all(patch, lambda row, among: int(row.argmax()))
+
+
+@bug("penalties overlooked where the largest logit is taken")
+def _(patch: Patch) -> None:
+    choose_among_all(patch, lambda row, among: int(row[:among].argmax()))
+    patch.setattr(Sampler, "takes_largest", lambda self, position: self._params.greedy)
+
+
+@bug("least tokens counted one short where the largest logit is taken")
+def _(patch: Patch) -> None:
+    takes_largest = Sampler.takes_largest
+    choose_among_all(patch, lambda row, among: int(row[:among].argmax()))
+    patch.setattr(Sampler, "takes_largest", lambda self, at: takes_largest(self, at + 1))

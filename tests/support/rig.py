@@ -19,7 +19,7 @@ from ppsd.types import SamplingParams
 from ppsd.worker.judge import Judge
 from ppsd.worker.loop import Worker
 from ppsd.worker.messages import frame_bytes
-from tests.support.hash_model import WIDTH, HashStage, last_rows, plain_decode
+from tests.support.hash_model import PADDING, WIDTH, HashStage, last_rows, plain_decode
 
 CONTEXT = 96
 VOCAB = 8
@@ -66,7 +66,7 @@ class Rig:
         gate: Gate | None = None,
     ) -> None:
         self.stages, self.vocab = stages, vocab
-        size = frame_bytes(max(chunk, schedule.block), WIDTH + vocab, torch.float32)
+        size = frame_bytes(max(chunk, schedule.block), WIDTH + vocab + PADDING, torch.float32)
         self.hub = InProcessHub(Geometry(stages, size, size, slots))
         self.models = [HashStage(rank, stages, vocab) for rank in range(stages)]
         self.workers = [self._worker(rank) for rank in range(1, stages)]

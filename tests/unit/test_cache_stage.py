@@ -104,6 +104,8 @@ def test_an_interrupted_forward_leaves_nothing_that_counts(model, layer, positio
 
 def test_a_cache_refuses_gaps_negative_positions_and_overflow() -> None:
     cache = KVCache(1, 2, 8, 4, WIDE, CPU)
+    with pytest.raises(ProtocolError, match="holds 0 of 8"):
+        cache.reserve(1, 1)
     cache.reserve(0, 5)
     cache.advance(0, 5)
     for position, rows in [(6, 1), (-1, 1), (5, 4), (0, 9)]:
@@ -113,3 +115,8 @@ def test_a_cache_refuses_gaps_negative_positions_and_overflow() -> None:
     cache.reserve(5, 3)
     cache.advance(5, 3)
     assert cache.length == 8
+
+
+def test_a_cache_lies_on_the_device_asked_for() -> None:
+    cache = KVCache(2, 2, 8, 4, WIDE, torch.device("meta"))
+    assert {(t.device.type, t.dtype) for t in (*cache.keys, *cache.values)} == {("meta", WIDE)}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ppsd.errors import ConfigError, ProtocolError
 from ppsd.speculation.policy import (
+    UNVERIFIED,
     Command,
     Drafted,
     Emit,
@@ -54,6 +55,7 @@ class ToyPipeline:
     reason: str | None = None
     most_in_flight: int = 0
     prefill_feeds: list[Feed] = field(default_factory=list)
+    row_feeds: list[Feed] = field(default_factory=list)
 
     def carry_out(self, commands: list[Command]) -> None:
         for command in commands:
@@ -71,8 +73,7 @@ class ToyPipeline:
         self.fed = {p: t for p, t in self.fed.items() if p < feed.position}
         assert sorted(self.fed) == list(range(feed.position)), "rows before a feed are missing"
         self.fed |= dict(enumerate(feed.tokens, start=feed.position))
-        if len(feed.tokens) > 1:
-            self.prefill_feeds.append(feed)
+        (self.prefill_feeds if len(feed.tokens) > 1 else self.row_feeds).append(feed)
         prefix = [self.fed[p] for p in range(end)]
         if feed.ship:
             first = end - feed.judge
@@ -180,6 +181,23 @@ def test_a_paused_policy_is_plain_decoding_and_a_resumed_one_is_not(schedule: Sc
         pass
     assert policy.counts.drafted > drafted + 10
     assert pipeline.emitted == plain([1, 2, 3], 40, frozenset())
+
+
+@pytest.mark.parametrize("window", [2, 3, 4])
+def test_right_drafts_follow_one_another_in_every_window(window: int) -> None:
+    pipeline = finished_policy(Schedule(1, window), right=True, tokens=9)
+    counts = pipeline.policy.counts
+    assert (counts.drafted, counts.accepted, counts.resyncs) == (8, 8, 0)
+    assert [feed.position for feed in pipeline.row_feeds] == list(range(3, 11))
+
+
+def test_a_feed_names_the_newest_verdict_that_has_come_for_certain() -> None:
+    """Of a row p in a chain, the verdicts up to p - w; none before the prompt's last row."""
+    pipeline = finished_policy(Schedule(1, 3), right=True, tokens=6)
+    assert [feed.verified for feed in pipeline.row_feeds] == [UNVERIFIED, UNVERIFIED, 2, 3, 4]
+    pipeline = finished_policy(Schedule(1, 3), right=False, tokens=4)
+    corrected = next(feed for feed in pipeline.row_feeds if feed.epoch > 1)
+    assert corrected.verified == corrected.position - 1 == 2
 
 
 def test_draft_then_verify_commits_a_block_a_round_when_all_drafts_are_right() -> None:

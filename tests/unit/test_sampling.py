@@ -242,6 +242,22 @@ def test_greedy_takes_the_lowest_id_among_equals_in_every_type():
         assert make_sampler(5, logit_bias={0: 2.0}).choose(logits, tokens()) == 0
 
 
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, [True, True, True]),
+        ({"min_tokens": 2}, [False, False, True]),
+        ({"repetition_penalty": 1.1}, [False] * 3),
+        ({"logit_bias": {1: 2.0}}, [False] * 3),
+        ({"temperature": 0.5}, [False] * 3),
+    ],
+    ids=str,
+)
+def test_the_largest_logit_is_the_choice_where_nothing_changes_logits(params, expected):
+    sampler = make_sampler(9, **params)
+    assert [sampler.takes_largest(PROMPT + n) for n in range(3)] == expected
+
+
 def test_coupled_choice_is_argmax_of_processed_plus_noise_at_the_position():
     logits, history = random_row(1)
     sampler = make_sampler(temperature=0.9, top_k=40, seed=12)

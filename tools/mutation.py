@@ -1,0 +1,252 @@
+"""Search the tests for mutants that survive: `python tools/mutation.py --minutes 20`.
+
+mutmut writes the mutants (extra `mutation`), all of a module into one file, chosen by name at run
+time. This script runs them: pytest collects the fast tests that belong to a module once, and each
+mutant gets a fork of that process, so neither PyTorch nor a test is imported again. A mutant meets
+only the tests that call its function, the fastest first.
+
+Mutants of a module are taken in the order of a hash of their names, as many as the budget allows:
+the sample is random and a later run goes on where this one stopped. The result file keeps the
+counts, each survivor with its difference, and the argument that somebody wrote beside it; a
+survivor without an argument is tried again. A mutant whose function none of these tests calls is
+counted as uncovered: slower tests may well call it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "docs" / "results" / "exactness" / "mutation.json"
+CHECKS = ("contract/test_planted_bugs.py::test_without_a_bug_every_check_passes",)
+TESTS = {  # by module, below src/ppsd
+    "worker/judge": CHECKS,
+    "engine/llm": CHECKS,
+    "engine/engine": CHECKS,
+    "speculation/policy": ("unit/test_policy.py",),
+    "speculation/accept": ("unit/test_accept.py",),
+    "model/cache": ("unit/test_cache_stage.py",),
+    "speculation/sampling": ("unit/test_sampling.py",),
+    "model/tokenizer": ("unit/test_tokenizer.py",),
+    "engine/pipeline": CHECKS,
+    "worker/loop": CHECKS,
+    "engine/sequence": ("unit/test_sequence.py",),
+    "worker/messages": ("unit/test_messages.py",),
+    "speculation/lookup": ("unit/test_lookup.py",),
+    "engine/drafter": CHECKS,
+    "model/stack": ("unit/test_cache_stage.py",),
+    "model/stage": ("unit/test_cache_stage.py",),
+    "speculation/gate": ("unit/test_gate.py",),
+    "worker/recorder": ("unit/test_trace.py",),
+}
+SLOW_S = 30.0  # of processor time: a longer test is left out
+PATIENCE = 6  # times as long as without a mutant, and then some, before a mutant counts as endless
+KILLED, SURVIVED, UNCOVERED, ENDLESS = "killed", "survived", "uncovered", "timeout"
+
+
+class Search:
+    """A pytest plugin that runs the collected tests once for each mutant, in a fork."""
+
+    def __init__(self, mutants: list[str], seconds: float) -> None:
+        self.outcomes: dict[str, str] = {}
+        self._mutants = mutants
+        self._seconds = seconds
+        self._times: dict[str, float] = {}  # of tests, without a mutant
+        self._called: dict[str, set[str]] = {}  # functions, by test
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Take the place of pytest's own loop over the tests."""
+        self._observe(session)
+        deadline = time.monotonic() + self._seconds
+        for mutant in self._mutants:
+            if time.monotonic() > deadline:
+                break
+            function = mutant.rpartition("__mutmut_")[0]
+            names = [name for name, called in self._called.items() if function in called]
+            items = [item for item in session.items if item.nodeid in names]
+            items.sort(key=lambda item: self._times[item.nodeid])
+            self.outcomes[mutant] = self._try(mutant, items) if items else UNCOVERED
+        return True
+
+    def _observe(self, session: pytest.Session) -> None:
+        """Run all tests without a mutant; note how long each takes and what it calls.
+
+        Fixtures of a single module stay, so what a check compares with is made without a mutant.
+        """
+        from mutmut.state import state
+
+        become("stats")
+        one = len({item.path for item in session.items}) == 1
+        for item, after in pairs(session.items, session.items[0] if one else None):
+            start = time.process_time()
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
+            if (seconds := time.process_time() - start) < SLOW_S:
+                self._times[item.nodeid] = seconds
+                self._called[item.nodeid] = set(state()._stats)
+            state()._stats.clear()
+        become("")
+
+    def _try(self, mutant: str, items: list[pytest.Item]) -> str:
+        if not (pid := os.fork()):
+            os.setsid()
+            become(mutant)
+            silence()
+            for item, after in pairs(items, None):
+                item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
+            os._exit(0)
+        limit = 20 + PATIENCE * sum(self._times[item.nodeid] for item in items)
+        end = time.monotonic() + limit
+        while time.monotonic() < end:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return KILLED if status else SURVIVED
+            time.sleep(0.01)
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return ENDLESS
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """End a fork at the first test that fails."""
+        if report.failed:
+            print(report.longreprtext, file=sys.stderr)
+            os._exit(1)
+
+
+def become(mutant: str) -> None:
+    """Make this process run as ``mutant``."""
+    from mutmut.mutation.trampoline import set_mutant_under_test
+
+    set_mutant_under_test(mutant)
+
+
+def silence() -> None:
+    """Send all output of this process nowhere."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+
+
+def pairs(
+    items: list[pytest.Item], last: pytest.Item | None
+) -> Iterator[tuple[pytest.Item, pytest.Item | None]]:
+    """Yield each test with the next one, for which fixtures are kept; ``last`` follows them all."""
+    return zip(items, [*items[1:], last], strict=True)
+
+
+def write_mutants() -> dict[str, list[str]]:
+    """Write what is new or has changed below mutants/; return names by module, in their order."""
+    from mutmut import __main__ as mutmut
+    from mutmut.mutation.data import SourceFileMutationData
+
+    become("mutant_generation")
+    Path("mutants").mkdir(exist_ok=True)
+    with contextlib.redirect_stdout(None):
+        mutmut.copy_src_dir()
+        mutmut.copy_also_copy_files()
+        mutmut.setup_source_paths()
+        mutmut.create_mutants(1)
+    become("")
+    names = {}
+    for module in TESTS:
+        data = SourceFileMutationData(path=Path(f"src/ppsd/{module}.py"))
+        data.load()
+        names[module] = sorted(data.exit_code_by_key, key=digest)
+    return names
+
+
+def digest(name: str) -> str:
+    """Return a number for a mutant that says nothing of it."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def search(module: str, mutants: list[str], seconds: float) -> dict[str, str]:
+    """Run ``mutants`` in a process that has collected the module's tests."""
+    with tempfile.NamedTemporaryFile() as place:
+        if not (pid := os.fork()):
+            plugin = Search(mutants, seconds)
+            tests = [f"tests/{name}" for name in TESTS[module]]
+            os.chdir("mutants")
+            options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:warnings"]
+            options += ["--hypothesis-profile=unshrunk"]
+            code = pytest.main([*options, *tests], plugins=[plugin])
+            Path(place.name).write_text(json.dumps(plugin.outcomes))
+            os._exit(int(code not in (0, 5)))
+        _, status = os.waitpid(pid, 0)
+        if status:
+            raise SystemExit(f"{module}: its tests cannot be run without a mutant")
+        outcomes: dict[str, str] = json.loads(Path(place.name).read_text())
+        return outcomes
+
+
+def difference(mutant: str, module: str) -> str:
+    """Return the lines that a mutant takes away and adds."""
+    from mutmut.mutation.diff_apply import get_diff_for_mutant
+
+    lines = get_diff_for_mutant(mutant, path=Path(f"src/ppsd/{module}.py")).splitlines()[2:]
+    return "\n".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---"))
+
+
+def record(result: dict[str, Any], names: dict[str, list[str]]) -> None:
+    """Write the result file: counts of every module, and what survived."""
+    for module, entry in result.items():
+        outcomes = entry["outcomes"]
+        counts = Counter(outcomes.values())
+        before = entry.get("survivors", {})
+        entry["survivors"] = survivors = {}
+        entry["mutants"] = len(names[module])
+        entry["counts"] = {"run": len(outcomes), **dict(sorted(counts.items()))}
+        for mutant, outcome in outcomes.items():
+            if outcome == SURVIVED:
+                fresh = {"difference": difference(mutant, module), "argument": ""}
+                survivors[mutant] = before.get(mutant, fresh)
+    RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """Run mutants of all modules in turns until the time is over."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--most", type=int, default=10**6, help="mutants of a module, at most")
+    parser.add_argument("modules", nargs="*", help="such as speculation/policy; default: all")
+    options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT / "mutants"))
+    names = write_mutants()
+    for preloaded in ("torch", "transformers", "hypothesis", "scipy.stats"):
+        importlib.import_module(preloaded)
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    modules = options.modules or list(TESTS)
+    for number, module in enumerate(modules):
+        outcomes = result.setdefault(module, {}).setdefault("outcomes", {})
+        argued = {n for n, s in result[module].get("survivors", {}).items() if s["argument"]}
+        known = {
+            name: outcomes[name]
+            for name in names[module]
+            if outcomes.get(name) in (KILLED, ENDLESS, UNCOVERED) or name in argued
+        }
+        left = [name for name in names[module][: options.most] if name not in known]
+        share = (deadline - time.monotonic()) / (len(modules) - number)
+        if left and share > 0:
+            result[module]["outcomes"] = known | search(module, left, share)
+            record(result, names)
+            print(module, result[module]["counts"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
