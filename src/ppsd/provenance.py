@@ -27,11 +27,18 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
-        "bfloat16_kernels": kernels.kind("bfloat16"),
+        "kernels": _kernels(config),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "config": None if config is None else portable(config),
     }
+
+
+def _kernels(config: EngineConfig | None) -> str:
+    """Return what computes in the stages of ``config``; by default bfloat16 on the CPU."""
+    config = config or EngineConfig()
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    return ", ".join(dict.fromkeys(kernels.name(dtype, device) for device in config.devices))
 
 
 def portable(config: EngineConfig) -> dict[str, Any]:
