@@ -99,7 +99,8 @@ def shipped_file(machine: Target) -> Path:
 
     The name has a digest of the sources, so that a library never outlives a change of them.
     """
-    identity = SOURCE.read_bytes() + PRODUCTS.read_bytes() + json.dumps(FLAGS).encode()
+    flags = json.dumps([machine.flags, FLAGS]).encode()
+    identity = SOURCE.read_bytes() + PRODUCTS.read_bytes() + flags
     digest = hashlib.sha256(identity).hexdigest()[:12]
     return HERE / f"kernels-{machine.name}-{digest}.so"
 
