@@ -35,8 +35,9 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
 
 
 def _kernels(config: EngineConfig | None) -> str:
-    """Return what computes in the stages of ``config``; by default bfloat16 on the CPU."""
-    config = config or EngineConfig()
+    """Return what computes in the stages of ``config``, or what has computed here without one."""
+    if config is None:
+        return kernels.used()
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     return ", ".join(dict.fromkeys(kernels.name(dtype, device) for device in config.devices))
 
