@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -177,14 +178,20 @@ def test_what_may_end_otherwise_next_time_is_refused(
     assert len(told) == (2 if "sleep" in script else 0)
 
 
+@pytest.mark.parametrize("end", [KernelError, KeyboardInterrupt])
 def test_a_compiler_that_hangs_leaves_no_process(
-    monkeypatch: pytest.MonkeyPatch, compiler: Script
+    end: type[BaseException], monkeypatch: pytest.MonkeyPatch, compiler: Script
 ) -> None:
-    monkeypatch.setattr(kernel_build, "NOTICE_S", 0.1)
-    monkeypatch.setattr(kernel_build, "BUILD_S", 0.5)
+    if end is KernelError:
+        monkeypatch.setattr(kernel_build, "NOTICE_S", 0.1)
+        monkeypatch.setattr(kernel_build, "BUILD_S", 0.5)
+    else:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
     compiler("sleep 4321 & sleep 4321")
-    with pytest.raises(KernelError):
+    with pytest.raises(end):
         kernels.in_use()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if readable(path)]
     assert not [line for line in lines if b"4321" in line]
 
@@ -255,6 +262,18 @@ def test_the_cache_and_its_lock_are_never_a_must(
             fcntl.flock(held, fcntl.LOCK_EX)
     assert kernels.in_use().library is not None
     assert not (cache / "elsewhere").exists()
+
+
+@needs_compiler
+def test_what_is_in_the_cache_needs_no_lock(
+    monkeypatch: pytest.MonkeyPatch, compiler: Script, library: Path, cache: Path
+) -> None:
+    compiler(f'cp {library} "$out"')
+    usual = kernels.in_use().name
+    with (cache / "kernels.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        monkeypatch.setattr(kernel_build, "_wait_for", None)
+        assert decided_anew(monkeypatch).name == usual
 
 
 @needs_compiler

@@ -124,9 +124,15 @@ def built(machine: Target, check: Check) -> bytes | str:
     program = shutil.which(command[0])
     if program is None:
         return f"there is no C compiler ({command[0]})"
-    build = partial(compile_kernels, command, machine, check)
+    key, build = _key(command, program, machine), partial(compile_kernels, command, machine, check)
+    with contextlib.suppress(LookupError):  # what is there already needs no lock
+        return cached(SOURCE, key, _absent, _write, _read)
     with _alone():
-        return cached(SOURCE, _key(command, program, machine), build, _write, _read)
+        return cached(SOURCE, key, build, _write, _read)
+
+
+def _absent() -> bytes | str:
+    raise LookupError("not in the cache")
 
 
 def _key(command: list[str], program: str, machine: Target) -> str:
