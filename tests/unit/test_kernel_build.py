@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,8 +144,11 @@ def test_a_refusal_is_told_and_remembered(
         assert decided_anew(monkeypatch).name == "PyTorch"
         assert kernels.loaded() is None
         [told] = caplog.messages
-        assert re.fullmatch(f"bfloat16 is left to PyTorch, which is slower .*: .*{reason}", told)
+        assert re.match(f"bfloat16 is left to PyTorch, which is slower .*: .*{reason}", told)
     assert len(list(calls.iterdir())) == kernel_build.ATTEMPTS
+    shutil.rmtree(re.search(r"\(it is tried again once (.*) is deleted\)$", told)[1])
+    decided_anew(monkeypatch)
+    assert len(list(calls.iterdir())) == 2 * kernel_build.ATTEMPTS
 
 
 def test_without_a_compiler_pytorch_does_it_and_says_so(
