@@ -22,8 +22,9 @@ import pytest
 import torch
 
 from ppsd.errors import ConfigError, KernelError
-from ppsd.model import kernel_build, kernels
+from ppsd.model import kernel_build, kernels, sidecar
 
+OTHER_LIBRARY = Path(torch.__file__).parent / "lib" / "libc10.so"
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(kernels.loaded() is None, reason="no C compiler")
 Script = Callable[[str], Path]
@@ -136,6 +137,7 @@ def test_a_refusal_is_told_and_remembered(
     reason: str,
     monkeypatch: pytest.MonkeyPatch,
     compiler: Script,
+    cache: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     calls = compiler(script)
@@ -146,7 +148,8 @@ def test_a_refusal_is_told_and_remembered(
         [told] = caplog.messages
         assert re.match(f"bfloat16 is left to PyTorch, which is slower .*: .*{reason}", told)
     assert len(list(calls.iterdir())) == kernel_build.ATTEMPTS
-    shutil.rmtree(re.search(r"\(it is tried again once (.*) is deleted\)$", told)[1])
+    [entry] = cache.glob(re.search(r"\(it is tried again once .*/(.*) is gone\)$", told)[1])
+    shutil.rmtree(entry)
     decided_anew(monkeypatch)
     assert len(list(calls.iterdir())) == 2 * kernel_build.ATTEMPTS
 
@@ -293,15 +296,15 @@ def test_a_damaged_file_is_built_anew(
     elif damage == "anybody's":
         built.chmod(0o777)
     else:
-        built.write_bytes(Path(torch.__file__).with_name("lib").joinpath("libc10.so").read_bytes())
+        built.write_bytes(OTHER_LIBRARY.read_bytes())
+        (built.parent / sidecar.DIGEST).write_text(sidecar._content_digest(built.parent))
     assert decided_anew(monkeypatch).name == usual
     assert len(list(calls.iterdir())) == 2
 
 
 def test_a_library_of_other_symbols_is_no_kernel() -> None:
-    other = Path(torch.__file__).with_name("lib").joinpath("libc10.so").read_bytes()
     with pytest.raises(RuntimeError, match="a library without product"):
-        kernels._load(other)
+        kernels._load(OTHER_LIBRARY.read_bytes())
 
 
 @needs_compiler

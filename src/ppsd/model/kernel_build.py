@@ -124,11 +124,13 @@ def built(machine: Target, check: Check) -> bytes | str:
     program = shutil.which(command[0])
     if program is None:
         return f"there is no C compiler ({command[0]})"
-    key, build = _key(command, program, machine), partial(compile_kernels, command, machine, check)
+    key, read = _key(command, program, machine), partial(_read, check)
     with contextlib.suppress(LookupError):  # what is there already needs no lock
-        return cached(SOURCE, key, _absent, _write, _read)
+        made = cached(SOURCE, key, _absent, _write, read)
+        again = f" (it is tried again once {cache_root()}/*-{key} is gone)"
+        return made if isinstance(made, bytes) else made + again
     with _alone():
-        return cached(SOURCE, key, build, _write, _read)
+        return cached(SOURCE, key, partial(compile_kernels, command, machine, check), _write, read)
 
 
 def _absent() -> bytes | str:
@@ -270,12 +272,14 @@ def _write(made: bytes | str, directory: Path) -> None:
         (directory / REFUSED).write_text(made)
 
 
-def _read(directory: Path) -> bytes | str:
+def _read(check: Check, directory: Path) -> bytes | str:
+    """Return what a cache entry holds; a library unfit for use raises, and so is built anew."""
     refused = (directory / REFUSED).exists()
     file = directory / (REFUSED if refused else BUILT)
     status = file.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"{file} is somebody else's, or theirs to write")
-    if not refused:
-        return file.read_bytes()
-    return f"{file.read_text()} (it is tried again once {directory} is deleted)"
+    if refused:
+        return file.read_text()
+    check(library := file.read_bytes())
+    return library

@@ -315,6 +315,7 @@ def _decide() -> Kernels:
     return Kernels()
 
 
+@functools.lru_cache(maxsize=2)  # a new library is checked first, and then used
 def _load(content: bytes) -> Kernels:
     """Open a library. Raises OSError or RuntimeError for one that is not fit for use."""
     file = _in_memory(content)
