@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ppsd.config import EngineConfig
+from ppsd.errors import PpsdError
 from ppsd.model import kernels
 
 GIT_TIMEOUT_S = 5.0
@@ -27,19 +28,21 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
-        "kernels": _kernels(config),
+        "bfloat16_kernels": _bfloat16_kernels(config),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "config": None if config is None else portable(config),
     }
 
 
-def _kernels(config: EngineConfig | None) -> str:
-    """Return what computes in the stages of ``config``, or what has computed here without one."""
-    if config is None:
-        return kernels.used()
-    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    return ", ".join(dict.fromkeys(kernels.name(dtype, device) for device in config.devices))
+def _bfloat16_kernels(config: EngineConfig | None) -> str | None:
+    """Return the name of what computes bfloat16 here (see kernels.py); None if nothing does."""
+    if config is not None and config.dtype not in ("auto", "bfloat16"):
+        return None
+    try:
+        return kernels.name("bfloat16")
+    except PpsdError:  # nothing was computed with what cannot be had
+        return None
 
 
 def portable(config: EngineConfig) -> dict[str, Any]:

@@ -21,8 +21,10 @@ from typing import Any
 import pytest
 import torch
 
+from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError, KernelError
 from ppsd.model import kernel_build, kernels, sidecar
+from ppsd.provenance import provenance
 
 OTHER_LIBRARY = Path(torch.__file__).parent / "lib" / "libc10.so"
 ROOT = Path(__file__).parents[2]
@@ -401,3 +403,17 @@ def test_a_wheel_gets_a_library_for_each_target_if_it_can(
     assert len(list(calls.iterdir())) == before
     assert made("standard")[0] == files
     assert len(list(calls.iterdir())) == before + len(files)
+
+
+def test_provenance_names_what_computes_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, compiler: Script
+) -> None:
+    def named(dtype: str | None) -> str | None:
+        config = None if dtype is None else EngineConfig(dtype=dtype)
+        return provenance(config)["bfloat16_kernels"]
+
+    compiler("kill -9 $$")
+    assert named(None) is None
+    assert named("float32") is None
+    monkeypatch.setenv("PPSD_KERNELS", "torch")
+    assert named(None) == named("auto") == "PyTorch"

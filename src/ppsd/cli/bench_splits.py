@@ -81,7 +81,6 @@ def _measure(
 ) -> Any:
     tasks = options.tasks()
     from ppsd.bench import oracle, runner, splits
-    from ppsd.config import EngineConfig
     from ppsd.provenance import provenance
 
     @contextmanager
@@ -105,8 +104,7 @@ def _measure(
         "rates": rates,
         "pipeline": dataclasses.asdict(pipeline),
     }
-    origin = provenance(EngineConfig(**pipeline.settings()))
-    results = runner.Results(options.out, settings, origin)
+    results = runner.Results(options.out, settings, provenance())
     cells = runner.interleaved(list(tried), [task.id for task in tasks], options.repeats)
     bench = splits.SplitBench(opened, tried, tasks, options.tokens)
     with progress.bar("measuring", len(cells), "{task.fields[note]}") as (bar, task):

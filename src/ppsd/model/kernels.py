@@ -272,11 +272,6 @@ def descriptor(name: str) -> int | None:
     return None if name == PYTORCH else in_use().file
 
 
-def used() -> str:
-    """Return the name of what has computed bfloat16 in this process so far; decides nothing."""
-    return PYTORCH if _in_use is None else _in_use.name
-
-
 def name(dtype: str, device: str = "cpu") -> str:
     """Return what computes a stage's few rows in ``dtype`` on ``device``; see Kernels."""
     on_cpu = device.partition(":")[0] == "cpu"
