@@ -7,7 +7,6 @@ import hashlib
 import os
 import platform
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -15,8 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +24,6 @@ from ppsd.model import kernel_build, kernels, sidecar
 from ppsd.provenance import provenance
 
 OTHER_LIBRARY = Path(torch.__file__).parent / "lib" / "libc10.so"
-ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(kernels.loaded() is None, reason="no C compiler")
 Script = Callable[[str], Path]
 
@@ -365,44 +361,6 @@ def test_a_stage_refuses_other_kernels_and_names_both(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PPSD_KERNELS", "fast")
     with pytest.raises(KernelError, match="has not the kernels compiled-1234 of rank 0: PPSD_KER"):
         kernels.use("compiled-1234", None)
-
-
-def test_a_wheel_gets_a_library_for_each_target_if_it_can(
-    monkeypatch: pytest.MonkeyPatch, compiler: Script, library: Path, tmp_path: Path
-) -> None:
-    """Hatchling itself is not installed for tests; of its class the hook uses ``app`` alone."""
-    interface = ModuleType("hatchling.builders.hooks.plugin.interface")
-    interface.__dict__["BuildHookInterface"] = object
-    monkeypatch.setitem(sys.modules, interface.__name__, interface)
-    hook = runpy.run_path(str(ROOT / "hatch_build.py"))["KernelHook"]()
-    warnings: list[str] = []
-    hook.app = SimpleNamespace(display_warning=warnings.append)
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(kernel_build, "HERE", tmp_path)
-    stale = tmp_path / "kernels-avx2-0.so"
-    stale.touch()
-
-    def made(version: str) -> tuple[set[str], dict[str, Any]]:
-        about: dict[str, Any] = {}
-        hook.initialize(version, about)
-        return {path.name for path in tmp_path.glob("kernels-*.so")}, about
-
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert made("standard") == (set(), {})
-    calls = compiler("exit 1")
-    assert made("standard") == (set(), {})
-    assert [warning.split(" kernels")[0] for warning in warnings] == ["no avx512_bf16", "no avx2"]
-    stale.touch()
-    compiler(f'cp {library} "$out"')
-    files, about = made("editable")
-    assert files == {kernel_build.shipped_file(target).name for target in kernel_build.TARGETS}
-    assert about == {"pure_python": False, "tag": about["tag"]}
-    assert re.fullmatch(r"py3-none-linux_\w+", about["tag"])
-    before = len(list(calls.iterdir()))
-    assert made("editable") == (files, {})
-    assert len(list(calls.iterdir())) == before
-    assert made("standard")[0] == files
-    assert len(list(calls.iterdir())) == before + len(files)
 
 
 def test_provenance_names_what_computes_bfloat16(
