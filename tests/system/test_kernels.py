@@ -88,7 +88,11 @@ def test_hosts_with_other_kernels_refuse_each_other(model: Path, tmp_path: Path)
         )
         for rank, setting in enumerate(("", "torch"))
     ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    try:
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     said = f"this stage has the kernels PyTorch, and rank 0 has {kernels.in_use().name}: "
     assert [rank.returncode for rank in ranks] == [1, 1]
     assert f"ppsd: stage 1: {said}" in errors[0]
