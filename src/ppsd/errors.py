@@ -5,6 +5,7 @@ PpsdError
 ├── ModelError             a model file is missing, corrupt or refused
 │   ├── UnsupportedModelError   the architecture or a feature of it is not supported
 │   └── HeadError               an exit head does not fit the model, split or exit layer
+├── KernelError            the compiled kernels cannot be had, or other stages have others
 ├── InsufficientMemoryError     the estimate made before loading does not fit
 └── PipelineError          the running pipeline broke
     ├── StageLostError          a stage's process or host is gone
@@ -41,6 +42,10 @@ class UnsupportedModelError(ModelError):
 
 class HeadError(ModelError):
     """An exit head does not fit the model, the split or the exit layer."""
+
+
+class KernelError(PpsdError):
+    """The compiled kernels cannot be had, or not all stages have the same."""
 
 
 class InsufficientMemoryError(PpsdError):

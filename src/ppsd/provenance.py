@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ppsd.config import EngineConfig
+from ppsd.errors import PpsdError
 from ppsd.model import kernels
 
 GIT_TIMEOUT_S = 5.0
@@ -30,7 +31,7 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         **machine(),
-        "bfloat16_kernels": kernels.kind("bfloat16"),
+        "bfloat16_kernels": _bfloat16_kernels(config),
         "load_average": os.getloadavg()[0],
         "config": None if config is None else portable(config),
     }
@@ -39,6 +40,16 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """Return what times depend on beside the model: processor, cores and kernels."""
     return {"cpu": _cpu(), "cores": os.cpu_count(), "kernels": _kernels()}
+
+
+def _bfloat16_kernels(config: EngineConfig | None) -> str | None:
+    """Return the name of what computes bfloat16 here (see kernels.py); None if nothing does."""
+    if config is not None and config.dtype not in ("auto", "bfloat16"):
+        return None
+    try:
+        return kernels.name("bfloat16")
+    except PpsdError:  # nothing was computed with what cannot be had
+        return None
 
 
 def portable(config: EngineConfig) -> dict[str, Any]:

@@ -1,20 +1,17 @@
-"""The compiled layer: right to rounding, the same bits for every block, and never a must."""
+"""The compiled layer: right to rounding, and the same bits for every block."""
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, Qwen3Config
 
-from ppsd.model import kernels, layers, sidecar
+from ppsd.model import kernels, layers
 from ppsd.model.layers import FIELDS, LayerWeights
 from ppsd.model.passes import Watch
 from ppsd.model.spec import ModelSpec, spec_from_config
@@ -43,14 +40,6 @@ def _as_in_decoding() -> Iterator[None]:
     torch.manual_seed(0)
     with torch.inference_mode():
         yield
-
-
-@pytest.fixture
-def anew() -> Iterator[None]:
-    """Ask for the library anew, and once more afterwards."""
-    kernels.loaded.cache_clear()
-    yield
-    kernels.loaded.cache_clear()
 
 
 @pytest.fixture(params=["llama-biased", "qwen3"])
@@ -279,72 +268,6 @@ def test_gradients_dtypes_sizes_and_long_blocks_are_left_to_pytorch() -> None:
     trained = fit.clone().requires_grad_()
     assert not kernels.fits(trained, fit)
     assert not kernels.fits(fit, trained)
-
-
-@pytest.mark.usefixtures("anew")
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_pytorch_does_it(
-    compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: ModelSpec
-) -> None:
-    monkeypatch.setenv("PPSD_CACHE", str(tmp_path))
-    monkeypatch.setenv("CC", compiler)
-    with warnings.catch_warnings(record=True) as said:
-        assert kernels.loaded() is None
-    assert len(said) <= (compiler == "false"), "a broken compiler is worth a word, none is not"
-    assert run_layer(spec, scaled_layer(spec), rand(3, 96, dtype=BF16), [3])[0].isfinite().all()
-    assert list(tmp_path.iterdir()) == []
-
-
-@compiled
-@pytest.mark.usefixtures("anew")
-def test_they_are_built_once_and_can_be_turned_off(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PPSD_CACHE", str(tmp_path / "new"))
-    assert kernels.loaded() is not None
-    assert len(list((tmp_path / "new").rglob(kernels.BUILT))) == 1
-    kernels.loaded.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr("subprocess.run", None)
-        assert kernels.loaded() is not None
-    kernels.loaded.cache_clear()
-    monkeypatch.setenv("PPSD_KERNELS", "torch")
-    assert kernels.loaded() is None
-
-
-def plant_library(place: Path) -> None:
-    """Put a library without the kernels in their place, in an entry that is whole."""
-    entry, source = place.parent, place.with_suffix(".c")
-    source.write_text("int foreign;")
-    subprocess.run(["cc", "-shared", source, "-o", place], check=True)
-    source.unlink()
-    place.chmod(0o600)
-    digest = sidecar._digest(entry, {place.name: place.read_bytes()})
-    (entry / sidecar.DIGEST).write_text(digest)
-
-
-@compiled
-@pytest.mark.usefixtures("anew")
-@pytest.mark.parametrize("damage", ["torn", "anybody's", "foreign", "nowhere"])
-def test_a_damaged_file_is_built_anew(
-    damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PPSD_CACHE", "/dev/null/nowhere" if damage == "nowhere" else str(tmp_path))
-    assert kernels.loaded() is not None
-    for built in tmp_path.rglob(kernels.BUILT):
-        if damage == "torn":
-            built.write_bytes(built.read_bytes()[:1000])
-        elif damage == "foreign":
-            plant_library(built)
-        else:
-            built.chmod(0o777)
-    built_again = []
-    monkeypatch.setattr(
-        kernels, "_build", lambda c, build=kernels._build: built_again.append(c) or build(c)
-    )
-    kernels.loaded.cache_clear()
-    assert kernels.loaded() is not None
-    assert built_again
 
 
 @compiled

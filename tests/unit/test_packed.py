@@ -16,7 +16,7 @@ from gguf.constants import GGMLQuantizationType as Quant
 from gguf.quants import dequantize, quantize
 from transformers import LlamaConfig, Qwen3Config
 
-from ppsd.model import kernels
+from ppsd.model import kernel_build, kernels
 from ppsd.model.gguf_codes import KINDS, codes_of
 from ppsd.model.kernels import Kind
 from ppsd.model.layers import LayerWeights, linear
@@ -43,10 +43,10 @@ def _packing() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         compiler = os.environ.get("CC", "cc")
         patch.setenv("CC", f"{compiler} -I{shlex.quote(str(EMULATION))} -D__AVX512BF16__")
-        kernels.loaded.cache_clear()
+        patch.setattr(kernels, "_in_use", None)
+        patch.setattr(kernel_build, "shipped", lambda machine: None)
         assert kernels.packs()
         yield
-    kernels.loaded.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -132,6 +132,7 @@ def _record(llm: LLM, params: SamplingParams, completion: Completion) -> dict[st
         "block": config.schedule.block,
         "in_flight": config.schedule.in_flight,
         "stages": [stage.layers for stage in completion.stats.stages],
+        "kernels": llm.layout.kernels,
         "pace": config.pace or None,
         "exit_layer": llm.layout.bounds[1] if config.schedule.drafts else None,
         **completion.stats.to_json(),

@@ -14,7 +14,7 @@ from ppsd.cli.session import open_llm
 
 if TYPE_CHECKING:
     from ppsd.bench.verify import Comparison, Verification
-    from ppsd.config import EngineConfig
+    from ppsd.engine.llm import LLM
 
 
 def verify(
@@ -49,7 +49,7 @@ def verify(
     if as_json:
         print(json.dumps(result.to_json() | {"provenance": provenance(llm.config)}, indent=1))
     else:
-        _conclude(console, result, llm.config, sampled=not params.greedy)
+        _conclude(console, result, llm, sampled=not params.greedy)
     if not result.passed:
         raise typer.Exit(1)
 
@@ -63,14 +63,13 @@ def _line(c: Comparison) -> str:
     return f"{c.id}: DIFFERS at token {c.divergence}{gap}, {rate}"
 
 
-def _conclude(
-    console: Console, result: Verification, config: EngineConfig, *, sampled: bool
-) -> None:
-    count = len(result.comparisons)
+def _conclude(console: Console, result: Verification, llm: LLM, *, sampled: bool) -> None:
+    config, count = llm.config, len(result.comparisons)
     furthest = max(c.max_logit_difference for c in result.comparisons)
     console.print(
         f"\n{result.exact} of {count} prompts exactly equal, {result.bitwise} with bitwise equal "
-        f"logits; largest logit difference {furthest:.3g}"
+        f"logits; largest logit difference {furthest:.3g}; "
+        f"kernels {', '.join(dict.fromkeys(llm.layout.kernels))}"
     )
     if not result.passed and sampled and config.acceptance == "rejection":
         console.print("rejection keeps the distribution of samples, not the samples themselves")

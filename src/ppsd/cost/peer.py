@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ppsd.errors import ConfigError, PipelineTimeoutError, StageFailedError
+from ppsd.model import kernels
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan
 from ppsd.model.weights import TensorSource
@@ -168,7 +169,7 @@ def _connect(
 
 
 def _config(subject: Subject, rank: int, geometry: Geometry, **join: Any) -> WorkerConfig:
-    plan = subject.plan
+    plan, dtype = subject.plan, str(subject.dtype).removeprefix("torch.")
     return WorkerConfig(
         rank=rank,
         model_path=str(subject.path),
@@ -177,7 +178,7 @@ def _config(subject: Subject, rank: int, geometry: Geometry, **join: Any) -> Wor
         first=plan.first,
         last=plan.last,
         max_context=plan.max_context,
-        dtype=str(subject.dtype).removeprefix("torch."),
+        dtype=dtype,
         device="cpu",
         threads=subject.threads,
         cores=subject.cores[rank],
@@ -185,5 +186,6 @@ def _config(subject: Subject, rank: int, geometry: Geometry, **join: Any) -> Wor
         init_timeout=WAIT_S,
         trace=True,
         geometry=asdict(geometry),
+        kernels=kernels.name(dtype),
         **join,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, thre
 from ppsd.engine.drafter import Drafter, HeadDrafter, LookupDrafter, PacedDrafter
 from ppsd.engine.memory import default_context, stage_bytes
 from ppsd.engine.pipeline import Pipeline, raise_if_lost
-from ppsd.errors import ConfigError, InsufficientMemoryError
+from ppsd.errors import ConfigError, InsufficientMemoryError, KernelError
+from ppsd.model import kernels
 from ppsd.model.exit_head import (
     ExitHead,
     HeadConfig,
@@ -39,7 +40,7 @@ from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
 from ppsd.worker.judge import Judge
 from ppsd.worker.loop import Worker
-from ppsd.worker.messages import frame_bytes
+from ppsd.worker.messages import Status, frame_bytes
 from ppsd.worker.pace import paced
 from ppsd.worker.process import (
     Supervisor,
@@ -60,6 +61,7 @@ class Layout:
     """What was decided before loading: the model, its split, and how each stage is held.
 
     ``cores`` are the CPUs that each stage stays on, empty when there are not enough for all.
+    ``kernels`` names what computes in each stage (Kernels of model/kernels.py).
     ``reason`` says in a line what was planned, nothing with ``plan`` off.
     """
 
@@ -72,6 +74,7 @@ class Layout:
     max_context: int
     threads: int
     cores: tuple[tuple[int, ...], ...]
+    kernels: tuple[str, ...]
     reason: str = ""
 
     @property
@@ -119,6 +122,9 @@ def plan_layout(
         max_context=_context(config, spec),
         threads=threads,
         cores=_cores(config, threads),
+        kernels=tuple(  # compiled here if need be, before there are workers
+            kernels.name(dtype_name(config), config.device(rank)) for rank in range(config.stages)
+        ),
         reason=choice.reason,
     )
     return config, layout, source
@@ -247,9 +253,17 @@ class RunningPipeline:
         self._cleanup.callback(pipeline.close)
         if not workers:
             ready = pipeline.wait_ready(config.init_timeout, progress)
+            self._check_kernels(ready)
             self._loaded = [memory_used(), *(s.fields["memory"] for s in ready)]
         del self._source  # unmaps the model's file
         return pipeline
+
+    def _check_kernels(self, ready: Sequence[Status]) -> None:
+        """Raise KernelError unless all stages use what they were told to."""
+        for status in ready:
+            own, told = status.fields["kernels"], self.layout.kernels[status.source]
+            if own != told:
+                raise KernelError(f"stage {status.source} uses the kernels {own}, not {told}")
 
     def _drafter(self, stage: Stage, plan: StagePlan) -> Drafter | None:
         layout, pace = self.layout, self._config.pace_of(0)
@@ -385,6 +399,7 @@ class RunningPipeline:
             init_timeout=config.init_timeout,
             trace=config.trace,
             geometry=asdict(geometry),
+            kernels=layout.kernels[rank],
             segment=segment,
             master=master,
             own_gpus=_own_gpus(config),

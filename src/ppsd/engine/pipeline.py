@@ -17,6 +17,7 @@ import torch
 from ppsd.engine.drafter import Drafter, Given, single_rows
 from ppsd.errors import (
     InsufficientMemoryError,
+    KernelError,
     ModelError,
     NonFiniteError,
     PipelineTimeoutError,
@@ -44,6 +45,7 @@ NAMED_ERRORS = {  # a worker's sentence says it all; other exceptions come with 
     kind.__name__: kind
     for kind in (
         InsufficientMemoryError,
+        KernelError,
         ModelError,
         NonFiniteError,
         PipelineTimeoutError,

@@ -1,8 +1,8 @@
 """A decoder layer for a few bfloat16 rows on CPUs: kernels.c and products.h.
 
-The machine's C compiler builds it when a stage is loaded, for this very CPU; the result is kept in
-ppsd's cache directory. Without a compiler, or with ``PPSD_KERNELS=torch``, PyTorch's operations are
-used instead.
+A library of them comes with the package, or this machine's C compiler makes one (kernel_build.py).
+Without either, or with ``PPSD_KERNELS=torch``, PyTorch's operations are used instead. A process
+decides that once, rank 0 for all stages: what they use decides the bits of a result.
 
 A row has the same bits whatever rows come with it. Shapes are as in layers.py; arguments have to
 satisfy ``fits``.
@@ -10,37 +10,33 @@ satisfy ``fits``.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
-import json
+import logging
 import operator
 import os
 import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from ppsd.model.sidecar import cached
+from ppsd.errors import ConfigError, KernelError
+from ppsd.model import kernel_build
 
-SOURCE, PRODUCTS = (Path(__file__).with_name(name) for name in ("kernels.c", "products.h"))
-BUILT = "kernels.so"
-FLAGS = (
-    *("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp"),
-    *("-shared", "-fPIC", "-fno-semantic-interposition"),
-)
-COMPILE_S = 20.0
 MAX_ROWS = 16  # above, widening all weights once costs no more than doing it for every 4 rows
 STEP = 32  # sizes are multiples of it
+PYTORCH = "PyTorch"
+STANDARD_STREAMS = 3  # descriptors below it are not for files
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+
+LOG = logging.getLogger(__name__)
 
 
 SIGNATURES = {
@@ -221,73 +217,125 @@ def pointers(
     return (POINTER * (len(places) + len(kinds)))(*places, *kinds)
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """What computes bfloat16 in a process: a compiled library, or PyTorch where there is none.
+
+    Equal names are equal bits: ``name`` is PyTorch, or the kind of the library and the start of its
+    digest. ``file`` is a descriptor of the library.
+    """
+
+    name: str = PYTORCH
+    library: ctypes.CDLL | None = None
+    file: int | None = None
+
+
+_in_use: Kernels | None = None
+
+
+def in_use() -> Kernels:
+    """Return this process's kernels; the first call decides which, and may compile them.
+
+    Raises KernelError when that fails in a way that may not repeat.
+    """
+    global _in_use
+    if _in_use is None:
+        _in_use = _decide()
+    return _in_use
+
+
+def use(name: str, file: int | None) -> None:
+    """Take rank 0's kernels ``name``: from ``file``, which it handed down, or else made here.
+
+    Raises KernelError if they cannot be had.
+    """
+    global _in_use
+    if name == PYTORCH:
+        _in_use = Kernels()
+        return
+    try:
+        here = in_use() if file is None else _load(Path(f"/proc/self/fd/{file}").read_bytes())
+    except (ConfigError, KernelError, OSError, RuntimeError) as error:
+        raise KernelError(f"this stage has not the kernels {name} of rank 0: {error}") from error
+    if file is not None:
+        os.close(file)
+    if here.name != name:
+        raise KernelError(
+            f"this stage has the kernels {here.name}, and rank 0 has {name}: install the same "
+            f"ppsd on every host, or {kernel_build.REMEDY}"
+        )
+    _in_use = here
+
+
+def descriptor(name: str) -> int | None:
+    """Return a file descriptor of this process's kernels ``name``, to hand down to a child."""
+    return None if name == PYTORCH else in_use().file
+
+
+def name(dtype: str, device: str = "cpu") -> str:
+    """Return what computes a stage's few rows in ``dtype`` on ``device``; see Kernels."""
+    on_cpu = device.partition(":")[0] == "cpu"
+    return in_use().name if dtype == "bfloat16" and on_cpu else PYTORCH
+
+
 def kind(dtype: str) -> str:
-    """What decodes in ``dtype``, a name, on this CPU: ``compiled``, ``packed`` or ``PyTorch``.
+    """Return what computes in ``dtype`` on this CPU: ``compiled``, ``packed`` or ``PyTorch``.
 
     ``packed`` is compiled as well, and reads weights in the codes of their file.
     """
-    if dtype != "bfloat16" or loaded() is None:
-        return "PyTorch"
-    return "packed" if packs() else "compiled"
+    return name(dtype).partition("-")[0]
 
 
-@functools.cache
 def loaded() -> ctypes.CDLL | None:
-    """The compiled kernels; None where PyTorch's operations are to be used."""
-    unasked = os.environ.get("PPSD_KERNELS") == "torch" or platform.system() != "Linux"
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    if unasked or not shutil.which(compiler[0]):
-        return None
+    """Return the compiled kernels; None where PyTorch's operations are to be used."""
+    return (_in_use or in_use()).library
+
+
+def _decide() -> Kernels:
+    setting = os.environ.get("PPSD_KERNELS", "")
+    if setting not in ("", "torch"):
+        raise ConfigError("PPSD_KERNELS", setting, "torch, or not set")
+    if setting or platform.system() != "Linux":
+        return Kernels()
+    target = kernel_build.target()
+    with contextlib.suppress(OSError, RuntimeError):  # not for this machine: it makes its own
+        if library := kernel_build.shipped(target):
+            return _load(library)
     try:
-        build = functools.partial(_build, compiler)
-        return _load(cached(SOURCE, _kind(compiler), build, _write, _read))
-    except subprocess.CalledProcessError as error:
-        reason = error.stderr.strip().rpartition("\n")[2] or str(error)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = str(error)
-    warnings.warn(f"bfloat16 will be slow, as kernels.c cannot be built: {reason}", stacklevel=2)
-    return None
+        if isinstance(found := kernel_build.built(target, _load), bytes):
+            return _load(found)
+    except (OSError, RuntimeError) as error:
+        found = str(error)
+    LOG.warning("bfloat16 is left to PyTorch, which is slower than kernels.c: %s", found)
+    return Kernels()
 
 
-def _kind(compiler: list[str]) -> str:
-    """A name for what this compiler makes for this CPU."""
-    status = Path(shutil.which(compiler[0]) or "").stat()
-    cpu = Path("/proc/cpuinfo").read_text().splitlines()
-    features = next((line for line in cpu if line.startswith(("flags", "Features"))), "")
-    parts = (*compiler, status.st_size, status.st_mtime_ns, *FLAGS, platform.machine(), features)
-    identity = SOURCE.read_bytes() + PRODUCTS.read_bytes() + json.dumps(parts).encode()
-    return f"kernels-{hashlib.sha256(identity).hexdigest()[:16]}"
-
-
-def _build(compiler: list[str]) -> bytes:
-    with tempfile.TemporaryDirectory() as work:
-        built = Path(work) / BUILT
-        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_S)
-        return built.read_bytes()
-
-
-def _write(built: bytes, directory: Path) -> None:
-    (directory / BUILT).write_bytes(built)
-
-
-def _read(files: Mapping[str, bytes]) -> bytes:
-    """Return a cached library; one that cannot be used is built anew (see ``cached``)."""
-    _load(files[BUILT])
-    return files[BUILT]
-
-
-def _load(built: bytes) -> ctypes.CDLL:
-    """Open the compiled file. Raises OSError or RuntimeError for one that is not fit for use."""
-    memory = os.memfd_create(BUILT)  # stays open: the linker knows a library by this path
-    with open(memory, "wb", closefd=False) as file:
-        file.write(built)
-    kernels = ctypes.CDLL(f"/proc/self/fd/{memory}")
-    for name, (arguments, result) in SIGNATURES.items():
-        function = getattr(kernels, name)
+@functools.lru_cache(maxsize=2)  # a new library is checked first, and then used
+def _load(content: bytes) -> Kernels:
+    """Open a library. Raises OSError or RuntimeError for one that is not fit for use."""
+    file = _in_memory(content)
+    library = ctypes.CDLL(f"/proc/self/fd/{file}")
+    for symbol, (arguments, result) in SIGNATURES.items():
+        if not hasattr(library, symbol):
+            raise RuntimeError(f"a library without {symbol} is not that of kernels.c")
+        function = getattr(library, symbol)
         function.argtypes, function.restype = arguments, result
-    _check(kernels)
-    return kernels
+    _check(library)
+    kind = "packed" if library.packs() else "compiled"
+    return Kernels(f"{kind}-{hashlib.sha256(content).hexdigest()[:12]}", library, file)
+
+
+def _in_memory(content: bytes) -> int:
+    """Return a descriptor of ``content``, never to be closed: the linker knows a library by it."""
+    file = os.memfd_create(kernel_build.BUILT)
+    with open(file, "wb", closefd=False) as memory:
+        memory.write(content)
+    if file >= STANDARD_STREAMS:
+        return file
+    try:  # a standard stream was closed; workers have streams of their own in its place
+        return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, STANDARD_STREAMS)
+    finally:
+        os.close(file)
 
 
 def _check(kernels: ctypes.CDLL) -> None:

@@ -200,6 +200,7 @@ class Stage:
     ) -> None:
         self.spec = spec
         self.plan = plan
+        kernels.name(str(plan.dtype).removeprefix("torch."), str(plan.device))  # decided now
         self._names = tensor_names(spec, plan.first, plan.last)
         self._loaded: set[str] = set()
         self._progress = progress
@@ -215,7 +216,6 @@ class Stage:
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
         self.cache = new_cache(spec, len(self.layers), plan)
         self._stack = LayerStack(self.layers, spec, self.rope, self.cache)
-        kernels.loaded()  # built now, not within the first token
 
     @property
     def is_last(self) -> bool:

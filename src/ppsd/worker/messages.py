@@ -21,7 +21,7 @@ from ppsd.transport.base import Part
 from ppsd.types import SamplingParams
 
 MAGIC = 0x50505344  # "PPSD"
-VERSION = 2
+VERSION = 3
 # magic, version, kind, dtype, flags, slot, source, epoch,
 # position, parent, rows, judge, width, bytes of body
 HEADER = struct.Struct("<IBBBBHHQiiiiIQ16x")

@@ -24,6 +24,7 @@ import psutil
 import torch
 
 from ppsd.errors import ModelError, PpsdError, ProtocolError, StageLostError
+from ppsd.model import kernels
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.weights import open_source
@@ -45,8 +46,10 @@ class WorkerConfig:
 
     ``segment`` is the shared-memory file descriptor, ``master`` (host, port) the torch.distributed
     rendezvous; neither is set under torchrun. ``cores`` are the CPUs to stay on, empty for any.
-    ``own_gpus``: every stage has a GPU of its own, so rows travel from GPU to GPU. Times are those
-    of EngineConfig; ``block`` is the most rows of a block that is no piece of a prompt.
+    ``kernels`` names what has to compute here (Kernels of model/kernels.py); ``library`` is a file
+    descriptor of it, which children of rank 0's host inherit. ``own_gpus``: every stage has a GPU
+    of its own, so rows travel from GPU to GPU. Times are those of EngineConfig; ``block`` is the
+    most rows of a block that is no piece of a prompt.
     """
 
     rank: int
@@ -64,6 +67,8 @@ class WorkerConfig:
     init_timeout: float
     trace: bool
     geometry: dict[str, int]
+    kernels: str
+    library: int | None = None
     segment: int | None = None
     master: tuple[str, int] | None = None
     own_gpus: bool = False
@@ -73,8 +78,10 @@ class WorkerConfig:
 
     @classmethod
     def from_json(cls, text: str) -> WorkerConfig:
-        """Read what ``json.dumps(asdict(config))`` wrote."""
+        """Read what ``json.dumps(asdict(config))`` wrote; ProtocolError for another version's."""
         record = json.loads(text)
+        if record["protocol"] != VERSION:
+            raise ProtocolError(f"rank 0 speaks protocol {record['protocol']}, this rank {VERSION}")
         master = record["master"] and (str(record["master"][0]), int(record["master"][1]))
         return cls(**record | {"cores": tuple(record["cores"]), "master": master})
 
@@ -129,8 +136,6 @@ def serve_rank(model: str | None, timeout: float) -> None:
 
     init_group_from_environment(timeout)
     config = WorkerConfig.from_json(receive_text(0))
-    if config.protocol != VERSION:
-        raise ProtocolError(f"rank 0 speaks protocol {config.protocol}, this rank {VERSION}")
     files = resolve_model(model)
     mark = fingerprint(describe(files), open_source(files.path))
     if mark != config.fingerprint:
@@ -154,6 +159,7 @@ def serve(config: WorkerConfig) -> None:
         endpoint.send(0, encode(status), config.timeout)
 
     try:
+        kernels.use(config.kernels, config.library)
         worker = _load(config, endpoint, say)
         while not worker.stopped:
             worker.step(IDLE_WAIT_S)
@@ -183,7 +189,12 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
     recorder = Recorder(config.trace)
     stage = paced(loaded, config.pace, config.block, recorder)
     judge = Judge(stage, config.rank, config.max_context) if stage.is_last else None
-    say(Status(config.rank, "ready", {"pid": os.getpid(), "memory": memory_used()}))
+    about = {
+        "pid": os.getpid(),
+        "memory": memory_used(),
+        "kernels": kernels.name(config.dtype, config.device),
+    }
+    say(Status(config.rank, "ready", about))
     return Worker(config.rank, stage, endpoint, judge, timeout=config.timeout, recorder=recorder)
 
 
@@ -195,6 +206,8 @@ class Supervisor:
 
     def start(self, config: WorkerConfig) -> None:
         """Start the worker of ``config.rank``; raises StageLostError when the system cannot."""
+        config = replace(config, library=kernels.descriptor(config.kernels))
+        shared = [file for file in (config.segment, config.library) if file is not None]
         try:
             output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (see close)
             child = subprocess.Popen(
@@ -208,7 +221,7 @@ class Supervisor:
                 stdout=output,  # standard output is for answers
                 stderr=output,
                 text=True,
-                pass_fds=() if config.segment is None else (config.segment,),
+                pass_fds=shared,
                 env=os.environ | {"OMP_NUM_THREADS": str(config.threads)},
                 process_group=0,  # Ctrl-C is rank 0's to handle
             )
