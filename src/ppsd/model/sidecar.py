@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-FORMAT = 1
+FORMAT = 2
 DIGEST = "sha256"
 
 T = TypeVar("T")

@@ -165,25 +165,12 @@ def _from_directory(path: Path) -> Any:
 def _from_gguf(path: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
+    from ppsd.model.gguf_tokenizer import convert
+
     return cached(
         path,
         "tokenizer",
-        build=lambda: _convert_gguf(path),
+        build=lambda: convert(path),
         write=lambda inner, place: inner.save_pretrained(place),
         read=PreTrainedTokenizerFast.from_pretrained,
     )
-
-
-def _convert_gguf(path: Path) -> Any:
-    from tokenizers import pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from ppsd.model.gguf_file import read_header
-
-    splitting = read_header(path).metadata.get("tokenizer.ggml.pre")
-    inner = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    if splitting == "smollm":  # transformers' conversion leaves out that digits stand alone
-        backend = inner.backend_tokenizer
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
-    return inner
