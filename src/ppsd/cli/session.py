@@ -64,7 +64,7 @@ def _notices(options: PipelineOptions, llm: LLM) -> list[str]:
         notices.append(UNTRAINED_NOTICE)
     if options.head == "auto" and options.stages > 1 and head is None:
         notices.append(_no_head_notice(options, llm))
-    return notices + list(llm.notices)
+    return notices + list(llm.layout.spec.notices)
 
 
 def _stages(options: PipelineOptions) -> int:

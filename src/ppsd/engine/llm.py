@@ -118,6 +118,7 @@ class LLM:
         self._check_head(self.config)
         check_memory(self.config, self.layout, source)
         self.tokenizer = Tokenizer.load(files.path)
+        self.layout = replace(self.layout, spec=self.tokenizer.fit(self.layout.spec))
         self.trace = TraceLog()
         self._running = RunningPipeline(self.config, self.layout, source)
         self._finalizer = weakref.finalize(self, self._running.close)
@@ -263,7 +264,7 @@ class LLM:
         return ids
 
     def _checked_id(self, token: object) -> int:
-        size = self.tokenizer.vocab_size
+        size = self.layout.spec.num_tokens
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
             raise ConfigError("prompt token id", token, f"an integer in [0, {size - 1}]")
         return token
@@ -335,7 +336,8 @@ class LLM:
         params = replace(
             params, max_tokens=limited, min_tokens=min(params.min_tokens, limited), n=1
         )
-        eos = () if params.ignore_eos else (*self.layout.spec.eos_ids, *self.tokenizer.eos_ids)
+        spec = self.layout.spec
+        eos = () if params.ignore_eos else spec.eos_ids
         cached = min(_common_prefix(self._rows, ids), len(ids) - 1)
         if not reuse:
             chunk = self.config.prefill_chunk
@@ -346,7 +348,7 @@ class LLM:
             prompt=tuple(ids),
             params=params,
             stop_ids=frozenset((*eos, *params.stop_token_ids)),
-            vocab_size=min(self.tokenizer.vocab_size, self.layout.spec.vocab_size),
+            vocab_size=spec.num_tokens,
             cached=cached,
             logits=logits,
         )

@@ -49,7 +49,8 @@ class ModelSpec:
 
     ``inv_freq`` are the head_dim/2 rotary inverse frequencies, exact float32 values, and
     ``rope_scale`` the factor on cos and sin (yarn; else 1). ``max_context`` is in positions.
-    ``unused_ids`` have rows in the vocabulary but no token, so they are never sampled.
+    Of ``vocab_size`` rows the first ``num_tokens`` have tokens, but for ``unused_ids``; a row
+    without a token is never sampled.
     ``notices`` say where the model's files are not followed to the letter.
     """
 
@@ -62,6 +63,7 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    num_tokens: int
     max_context: int
     rms_norm_eps: float
     inv_freq: tuple[float, ...]
@@ -191,7 +193,9 @@ def spec_from_config(
     kind = config.model_type
     inv_freq, rope_scale = _rope(config, name)
     max_context, note = _context(config)
-    eos_ids, dropped = speakable({*token_ids(config.eos_token_id, name), *more_eos}, config)
+    eos_ids, dropped = speakable(
+        {*token_ids(config.eos_token_id, name), *more_eos}, config.vocab_size
+    )
     attention_bias = kind in ("llama", "qwen3") and bool(config.attention_bias)
     return ModelSpec(
         name=name,
@@ -203,6 +207,7 @@ def spec_from_config(
         num_kv_heads=config.num_key_value_heads,
         head_dim=_head_dim(config),
         vocab_size=config.vocab_size,
+        num_tokens=config.vocab_size,
         max_context=max_context,
         rms_norm_eps=config.rms_norm_eps,
         inv_freq=inv_freq,
@@ -213,21 +218,18 @@ def spec_from_config(
         qk_norm=kind == "qwen3",
         tie_embeddings=bool(config.tie_word_embeddings),
         eos_ids=eos_ids,
-        notices=tuple(notice for notice in (note, dropped) if notice),
+        notices=((note,) if note else ()) + dropped,
     )
 
 
-def speakable(
-    ends: Iterable[int], config: PretrainedConfig | ModelSpec
-) -> tuple[tuple[int, ...], str]:
-    """Return the end tokens that the model has logits for, and a notice about the others."""
-    size = config.vocab_size
+def speakable(ends: Iterable[int], size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return those of the end tokens that lie in [0, size), and a notice about the others."""
     inside = tuple(sorted(token for token in set(ends) if 0 <= token < size))
     outside = sorted(set(ends).difference(inside))
     if not outside:
-        return inside, ""
+        return inside, ()
     told = shortened(", ".join(map(str, outside)))
-    return inside, f"end token {told} is ignored: the model's vocabulary is [0, {size - 1}]"
+    return inside, (f"end token {told} is ignored: the model's tokens are [0, {size - 1}]",)
 
 
 def _refuse_unsupported(config: PretrainedConfig, name: str) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ppsd.errors import ConfigError, ModelError
 from ppsd.model.sidecar import cached
+from ppsd.model.spec import ModelSpec, speakable
 
 REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -28,6 +30,7 @@ class Tokenizer:
         self._name = name
         # what transformers itself asks in the end, without the much that it looks after before
         self._backend = getattr(inner, "backend_tokenizer", None)
+        self._rows: int | None = None  # of the model's embedding, once ``fit`` was asked
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -44,9 +47,51 @@ class Tokenizer:
             raise ModelError(f"{path}: has no tokenizer that can be read ({text})") from error
         return cls(inner, str(path))
 
+    def fit(self, spec: ModelSpec) -> ModelSpec:
+        """Return the spec with this tokenizer's end tokens and with the rows that have no token.
+
+        An end token that the model cannot say is dropped with a notice. From now on, text with a
+        token that the model has no row for is refused.
+        """
+        self._rows = spec.vocab_size
+        unused = self._unused_ids(spec.vocab_size)
+        count = spec.vocab_size
+        while count and unused and unused[-1] == count - 1:
+            unused, count = unused[:-1], count - 1
+        eos_ids, dropped = speakable((*spec.eos_ids, *self.eos_ids), count)
+        return replace(
+            spec,
+            num_tokens=count,
+            unused_ids=tuple(unused),
+            eos_ids=eos_ids,
+            notices=spec.notices + dropped,
+        )
+
+    def _unused_ids(self, rows: int) -> Sequence[int]:
+        """Return the ids below ``rows`` without a token, ascending: padding at the end, and gaps.
+
+        Converters to GGUF give padding a token that is named after its id.
+        """
+        count = min(self.vocab_size, rows)
+        while count and self._is_padding(count - 1):
+            count -= 1
+        # Asking for every id takes a third of a second with large vocabularies. Ids that number
+        # as many as the highest one says have no gaps.
+        if count and all(self._is_padding(i) for i in range(count, rows)):
+            return range(count, rows)
+        return [i for i in range(rows) if self._is_padding(i)]
+
+    def _is_padding(self, token: int) -> bool:
+        return self.spelling(token) in (None, f"[PAD{token}]")
+
+    def spelling(self, token: int) -> str | None:
+        """Return a token as the vocabulary spells it, or None for an id without a token."""
+        spelling: str | None = self._inner.convert_ids_to_tokens(token)
+        return spelling
+
     @property
     def vocab_size(self) -> int:
-        """Number of ids the tokenizer knows; a model's logits may be padded beyond it."""
+        """Number of tokens; a model may have fewer rows or more."""
         return len(self._inner)
 
     @property
@@ -64,7 +109,13 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ConfigError("prompt", text, "valid Unicode, without lone surrogates") from error
-        ids: list[int] = self._inner.encode(text)
+        return self._within_rows(self._inner.encode(text))
+
+    def _within_rows(self, ids: list[int]) -> list[int]:
+        if self._rows is not None and ids and max(ids) >= self._rows:
+            token = max(ids)
+            told = f"token {self.spelling(token)!r} with id {token}"
+            raise ConfigError("prompt", told, f"of the {self._rows} tokens that the model knows")
         return ids
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
@@ -84,8 +135,7 @@ class Tokenizer:
         except (TemplateError, TypeError) as error:
             allowed = f"what the model's chat template accepts ({error})"
             raise ConfigError("messages", messages, allowed) from error
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False)
-        return ids
+        return self._within_rows(self._inner.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids without special tokens; U+FFFD stands for broken UTF-8."""
@@ -102,8 +152,7 @@ class Tokenizer:
         """Return a token as the vocabulary spells it, or None when ``decode`` leaves it out."""
         if token in self._special:
             return None
-        spelling: str | None = self._inner.convert_ids_to_tokens(token)
-        return spelling
+        return self.spelling(token)
 
     @cached_property
     def _special(self) -> frozenset[int]:
