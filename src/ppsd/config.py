@@ -29,8 +29,9 @@ class EngineConfig:
     directory, ``auto`` (the best one found), ``lookup`` (no head: repeat earlier text),
     ``untrained`` or ``none``. ``devices`` names one device for all stages or one each.
     ``threads_per_stage`` 0 shares the cores evenly. ``lookup`` mixes into a head's drafts what
-    followed the same tokens before. ``gate`` lets speculation pause while it does not pay. Times
-    are seconds; ``pace`` is what a stage takes for one block (LM head included, an exit head's
+    followed the same tokens before. ``gate`` lets speculation pause while it does not pay.
+    ``chat_template``, a file, Jinja text or the name of one that the model has, takes the place of
+    the model's default. Times are seconds; ``pace`` is what a stage takes for one block (LM head included, an exit head's
     draft comes on top) on the emulated device, one for all stages or one each, nothing for real
     time. Raises ConfigError for values that no model could make right.
     """
@@ -57,6 +58,7 @@ class EngineConfig:
     init_timeout: float = 300.0
     trace: bool = False
     pace: tuple[float, ...] = ()
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         if self.split is not None:

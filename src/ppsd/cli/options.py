@@ -65,6 +65,11 @@ class PipelineOptions:
         _pipeline("Directory, .gguf file or hub id; the embedded SmolLM2-135M if left out.", "-m",
                   "--model"),
     ] = None  # fmt: skip
+    chat_template: Annotated[
+        str | None,
+        _pipeline("Chat template in place of the model's: a file, Jinja text, or the name of one "
+                  "that the model has.", metavar="FILE|TEXT"),
+    ] = None  # fmt: skip
     stages: Annotated[int, _pipeline("Number of stages.")] = 2
     split: Annotated[
         str | None, _pipeline("Layers at which later stages begin, such as 8,16.", metavar="L,…")

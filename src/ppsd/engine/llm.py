@@ -117,7 +117,7 @@ class LLM:
         self.drafts = own or drafter is not None
         self._check_head(self.config)
         check_memory(self.config, self.layout, source)
-        self.tokenizer = Tokenizer.load(files.path)
+        self.tokenizer = Tokenizer.load(files.path, self.config.chat_template)
         self.layout = replace(self.layout, spec=self.tokenizer.fit(self.layout.spec))
         self.trace = TraceLog()
         self._running = RunningPipeline(self.config, self.layout, source)
@@ -336,8 +336,7 @@ class LLM:
         params = replace(
             params, max_tokens=limited, min_tokens=min(params.min_tokens, limited), n=1
         )
-        spec = self.layout.spec
-        eos = () if params.ignore_eos else spec.eos_ids
+        eos = () if params.ignore_eos else self.layout.spec.eos_ids
         cached = min(_common_prefix(self._rows, ids), len(ids) - 1)
         if not reuse:
             chunk = self.config.prefill_chunk
@@ -348,7 +347,7 @@ class LLM:
             prompt=tuple(ids),
             params=params,
             stop_ids=frozenset((*eos, *params.stop_token_ids)),
-            vocab_size=spec.num_tokens,
+            vocab_size=self.layout.spec.num_tokens,
             cached=cached,
             logits=logits,
         )
@@ -376,9 +375,8 @@ class LLM:
     def _remember(self, request: Request, tokens: Sequence[int]) -> None:
         """Note which rows all stages hold now: every committed token but the last was fed."""
         if self._chunked == request.cached:
-            self._chunked = (
-                len(request.prompt) // self.config.prefill_chunk * (self.config.prefill_chunk)
-            )
+            chunk = self.config.prefill_chunk
+            self._chunked = len(request.prompt) // chunk * chunk
         self._rows = (*request.prompt, *tokens)[: len(request.prompt) + len(tokens) - 1]
 
     def write_trace(self, path: Path) -> None:

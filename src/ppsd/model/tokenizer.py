@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ppsd.errors import ConfigError, ModelError
+from ppsd.model.chat_template import choose_template, render
 from ppsd.model.sidecar import cached
 from ppsd.model.spec import ModelSpec, speakable
 
@@ -25,18 +26,23 @@ MOST = 3 * CONTEXT  # a window is cut back before it is so long
 class Tokenizer:
     """A model's tokenizer and chat template."""
 
-    def __init__(self, inner: Any, name: str) -> None:
+    def __init__(self, inner: Any, name: str, chat_template: str | None = None) -> None:
         self._inner = inner
         self._name = name
+        self._wanted = chat_template
+        if chat_template is not None:
+            self._template()  # refuses what is no template now
         # what transformers itself asks in the end, without the much that it looks after before
         self._backend = getattr(inner, "backend_tokenizer", None)
         self._rows: int | None = None  # of the model's embedding, once ``fit`` was asked
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
+    def load(cls, path: Path, chat_template: str | None = None) -> Tokenizer:
         """Load the tokenizer of a directory in Hugging Face layout or of a GGUF file.
 
-        Raises ModelError naming the path when there is none or it would need remote code.
+        ``chat_template``, a file, Jinja text or the name of one that the model has, takes the
+        place of the model's default. Raises ConfigError when it is none of these, and ModelError
+        naming the path when there is no tokenizer or it would need remote code.
         """
         try:
             inner = _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
@@ -45,7 +51,7 @@ class Tokenizer:
         except Exception as error:  # transformers and tokenizers raise many unrelated types
             text = " ".join(str(error).split())[:300]
             raise ModelError(f"{path}: has no tokenizer that can be read ({text})") from error
-        return cls(inner, str(path))
+        return cls(inner, str(path), chat_template)
 
     def fit(self, spec: ModelSpec) -> ModelSpec:
         """Return the spec with this tokenizer's end tokens and with the rows that have no token.
@@ -105,11 +111,14 @@ class Tokenizer:
 
         Raises ConfigError for text that is not valid Unicode (lone surrogates).
         """
+        return self._encode(text, special=True)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ConfigError("prompt", text, "valid Unicode, without lone surrogates") from error
-        return self._within_rows(self._inner.encode(text))
+        return self._within_rows(self._inner.encode(text, add_special_tokens=special))
 
     def _within_rows(self, ids: list[int]) -> list[int]:
         if self._rows is not None and ids and max(ids) >= self._rows:
@@ -121,21 +130,14 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Return the ids of a conversation, ready for the assistant's next message.
 
-        Raises ModelError when the model has no chat template, and ConfigError when the template
-        refuses the messages.
+        Raises ModelError when no chat template applies, and ConfigError when the template cannot
+        render the messages.
         """
-        if not self._inner.chat_template:
-            raise ModelError(f"{self._name} does not define a chat template; use --raw")
-        from jinja2 import TemplateError
+        text = render(self._inner, self._template(), messages)
+        return self._encode(text, special=False)
 
-        try:
-            text: str = self._inner.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-        except (TemplateError, TypeError) as error:
-            allowed = f"what the model's chat template accepts ({error})"
-            raise ConfigError("messages", messages, allowed) from error
-        return self._within_rows(self._inner.encode(text, add_special_tokens=False))
+    def _template(self) -> str:
+        return choose_template(self._inner.chat_template, self._wanted, self._name)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids without special tokens; U+FFFD stands for broken UTF-8."""

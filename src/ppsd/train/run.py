@@ -69,7 +69,8 @@ def load_teacher(
     place = open_device(device)
     dtype = compute_dtype(config.dtype, place)
     plan = StagePlan(0, spec.num_layers, config.max_length, dtype, place)
-    ends = [*tokenizer.eos_ids, *spec.eos_ids]
+    spec = tokenizer.fit(spec)
+    ends = [end for end in (*tokenizer.eos_ids, *spec.eos_ids) if end in spec.eos_ids]
     encoding = Encoding(
         tokenizer,
         config.max_length,

@@ -61,12 +61,12 @@ def write_targets(
     total, tokens = len(prompts) - skipped, 0
     answered = total - len(fitting)
     report(GenerateReport(answered, total, tokens))
-    eos_ids = {*model.spec.eos_ids, *encoding.tokenizer.eos_ids}
+    eos_ids = set(model.spec.eos_ids)
     generator = BatchGenerator(
         model,
         config,
         eos_ids=eos_ids,
-        vocab_size=min(model.spec.vocab_size, encoding.tokenizer.vocab_size),
+        vocab_size=model.spec.num_tokens,
         max_length=encoding.max_length,
         noise=noise,
         keep=features.layers if features else (),
