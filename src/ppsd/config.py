@@ -31,9 +31,10 @@ class EngineConfig:
     ``threads_per_stage`` 0 shares the cores evenly. ``lookup`` mixes into a head's drafts what
     followed the same tokens before. ``gate`` lets speculation pause while it does not pay.
     ``chat_template``, a file, Jinja text or the name of one that the model has, takes the place of
-    the model's default. Times are seconds; ``pace`` is what a stage takes for one block (LM head included, an exit head's
-    draft comes on top) on the emulated device, one for all stages or one each, nothing for real
-    time. Raises ConfigError for values that no model could make right.
+    the model's default. Times are seconds;
+    ``pace`` is what a stage takes for one block (LM head included, an exit head's draft comes on
+    top) on the emulated device, one for all stages or one each, nothing for real time. Raises
+    ConfigError for values that no model could make right.
     """
 
     model: str | None = None
