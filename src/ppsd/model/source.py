@@ -100,13 +100,35 @@ def _embedded_file() -> Path | None:
 
 def _directory(path: Path) -> ModelFiles:
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path}: this directory has no config.json")
+        raise ModelError(f"{path}: this directory has no config.json{_hint(path)}")
     return ModelFiles(path.resolve().name, path, is_gguf=False)
+
+
+def _hint(path: Path) -> str:
+    """Say what a directory without config.json is, and what to give instead."""
+    if (path / "adapter_config.json").is_file():
+        return "; it is an adapter: merge it into its model and give the result"
+    if files := sorted(path.glob("*.gguf")):
+        return f"; it holds {len(files)} GGUF file{'s' * (len(files) > 1)}: give {files[0]}"
+    # a model's entry in the hub's cache, that cache itself, or a directory of models
+    for pattern in (
+        "snapshots/*/config.json",
+        "models--*/snapshots/*/config.json",
+        "*/config.json",
+    ):
+        if inside := sorted(path.glob(pattern)):
+            return f"; give {inside[0].parent}, which has one"
+    for above in (path.resolve().parent, *path.resolve().parent.glob("snapshots/*")):
+        if (above / "config.json").is_file():
+            return f"; give {above}, which has one"
+    return ""
 
 
 def _single_file(path: Path) -> ModelFiles:
     if path.suffix != ".gguf":
-        raise ModelError(f"{path}: a model must be a directory or a file that ends in .gguf")
+        beside = (path.parent / "config.json").is_file()
+        hint = f"; give its directory, {path.parent}" if beside else ""
+        raise ModelError(f"{path}: a model must be a directory or a file that ends in .gguf{hint}")
     from ppsd.model.gguf_header import whole_name
 
     return ModelFiles(whole_name(path), path, is_gguf=True)

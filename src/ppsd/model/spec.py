@@ -143,7 +143,8 @@ def config_from_dict(record: Mapping[str, Any], where: str) -> PretrainedConfig:
     model_type = record.get("model_type")
     if model_type not in SUPPORTED:
         raise UnsupportedModelError(
-            f"{where}: architecture {model_type!r} is not supported; supported are {SUPPORTED_TEXT}"
+            f"{where}: architecture {shortened(repr(model_type))} is not supported; "
+            f"supported are {SUPPORTED_TEXT}"
         )
     _check_sizes(record, where)
     from transformers import CONFIG_MAPPING
@@ -240,7 +241,8 @@ def _refuse_unsupported(config: PretrainedConfig, name: str) -> None:
         )
     if config.hidden_act != "silu":
         raise UnsupportedModelError(
-            f"{name}: hidden_act {config.hidden_act!r} is not supported; supported is 'silu'"
+            f"{name}: hidden_act {shortened(repr(config.hidden_act))} is not supported; "
+            "supported is 'silu'"
         )
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if groups < 1 or heads % groups:
@@ -305,9 +307,10 @@ def _rope(config: PretrainedConfig, name: str) -> tuple[tuple[float, ...], float
 
 def _check_rope(rope: Mapping[str, Any], name: str) -> None:
     kind = rope.get("rope_type")
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise UnsupportedModelError(
-            f"{name}: rope_type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+            f"{name}: rope_type {shortened(repr(kind))} is not supported; "
+            f"supported are {', '.join(ROPE_TYPES)}"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError(

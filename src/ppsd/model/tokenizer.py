@@ -5,6 +5,7 @@ Imported by engine/ and cli/; transformers is imported only when a tokenizer is 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -208,6 +209,13 @@ class StreamDecoder:
 
 
 def _from_directory(path: Path) -> Any:
+    sentencepiece = path / "tokenizer.model"
+    alone = sentencepiece.is_file() and not (path / "tokenizer.json").is_file()
+    if alone and importlib.util.find_spec("sentencepiece") is None:
+        raise ModelError(
+            f"{sentencepiece}: reading it needs the package sentencepiece; "
+            "pip install 'ppsd-llm[sentencepiece]'"
+        )
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)

@@ -229,6 +229,10 @@ class SafetensorsSource:
                 f"{self._directory}: holds only pickle weights (*.bin), which can run code when "
                 "read; convert them to safetensors"
             )
+        if (self._directory / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{self._directory}: is an adapter; merge it into its model and give the result"
+            )
         raise ModelError(f"{self._directory}: has neither {single} nor {index.name}")
 
 
