@@ -21,6 +21,7 @@ ROPE_KEYS = {
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",  # a remark
 }
+ROPE_KINDS = ("none", "linear", "yarn")
 YARN_KEYS = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 # These change what is computed unless they have one of these values.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -60,7 +61,7 @@ class _Keys:
 
     def __init__(self, header: Header, where: str) -> None:
         self._header = header
-        self._where = where
+        self.where = where
         self.architecture = header.metadata.get("general.architecture")
         self._prefix = f"{self.architecture}."
 
@@ -103,18 +104,18 @@ class _Keys:
             if unknown or (key in NEUTRAL and value not in NEUTRAL[key]):
                 told = "as an array" if value is None else repr(value)
                 raise UnsupportedModelError(
-                    f"{self._where}: metadata {name} {told} is not supported"
+                    f"{self.where}: metadata {name} {told} is not supported"
                 )
 
     def _get(self, key: str, default: Sequence[Any]) -> Any:
         name = self._prefix + key
         if name in self._header.arrays or (name not in self._header.metadata and not default):
-            raise ModelError(f"{self._where}: metadata {name} is missing or not a single value")
+            raise ModelError(f"{self.where}: metadata {name} is missing or not a single value")
         return self._header.metadata.get(name, *default)
 
     def _refused(self, key: str, value: object, allowed: str) -> ModelError:
         return ModelError(
-            f"{self._where}: metadata {self._prefix}{key} must be {allowed}, got {value!r}"
+            f"{self.where}: metadata {self._prefix}{key} must be {allowed}, got {value!r}"
         )
 
 
@@ -166,6 +167,11 @@ def _rope_record(keys: _Keys) -> dict[str, Any]:
     old = keys.number("rope.scale_linear", 0.0)
     factor = keys.number("rope.scaling.factor", old)
     kind = keys.text("rope.scaling.type", "linear")  # llama.cpp's default where a factor is given
+    if kind not in ROPE_KINDS:
+        raise UnsupportedModelError(
+            f"{keys.where}: metadata rope.scaling.type {kind!r} is not supported; "
+            f"supported are {', '.join(ROPE_KINDS)}"
+        )
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return base | {"rope_type": "default"}
     scaled = base | {"rope_type": kind, "factor": factor or 1.0}
