@@ -16,7 +16,7 @@ from ppsd.errors import ModelError, UnsupportedModelError
 from ppsd.model.gguf_file import GGUFSource
 from ppsd.model.gguf_header import read_header
 from ppsd.model.sidecar import cache_root
-from ppsd.model.source import describe
+from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import spec_from_config
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.model.weights import check_shapes, fingerprint, open_source

@@ -41,6 +41,12 @@ LIMITS = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": (1 << 31) - 1,
 }
+READ = {
+    *("model_type", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "eos_token_id"),
+    *("attention_bias", "mlp_bias", "quantization_config", "partial_rotary_factor"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    *("rope_theta", "rope_scaling", "rope_parameters", ORIGINAL),
+}
 
 
 @dataclass(frozen=True)
@@ -149,8 +155,10 @@ def config_from_dict(record: Mapping[str, Any], where: str) -> PretrainedConfig:
     _check_sizes(record, where)
     from transformers import CONFIG_MAPPING
 
+    # Only what is read here: others can fill the memory, as num_labels does.
+    known = {key: value for key, value in record.items() if key in READ or key in LIMITS}
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(record))
+        return CONFIG_MAPPING[model_type].from_dict(known)
     except Exception as error:  # the classes validate with several unrelated exception types
         raise ModelError(
             f"{where}: not a valid {model_type} configuration: {shortened(str(error))}"
@@ -312,9 +320,10 @@ def _check_rope(rope: Mapping[str, Any], name: str) -> None:
             f"{name}: rope_type {shortened(repr(kind))} is not supported; "
             f"supported are {', '.join(ROPE_TYPES)}"
         )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if partial != 1.0:
         raise UnsupportedModelError(
-            f"{name}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported; "
+            f"{name}: partial_rotary_factor {shortened(str(partial))} is not supported; "
             "supported is 1.0"
         )
     for key in sorted(rope.keys() - ROPE_TYPES[kind] - ROPE_COMMON):
