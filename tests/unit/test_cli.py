@@ -27,7 +27,7 @@ SGR = re.compile(r"\x1b\[(\d+)m([^\x1b]*)")
 PIPELINE = (
     "--model -m --stages --split --exit-layer --head --mode --block --in-flight --plan "
     "--acceptance --dtype --devices --threads-per-stage --transport --max-context --prefill-chunk "
-    "--pace --lookup --gate --timeout --init-timeout"
+    "--pace --lookup --gate --timeout --init-timeout --chat-template"
 )
 SAMPLING = (
     "--temperature -t --top-k --top-p --min-p --repetition-penalty --presence-penalty "
