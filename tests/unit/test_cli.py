@@ -47,6 +47,7 @@ FLAGS = {
 OWN_FLAGS = {
     "acceptance": (
         "--head --data --out --model -m --limit --max-tokens -n --temperature -t --seed --raw "
+        "--chat-template "
         "--lookup --decode --stages --max-length --dtype --device --threads --generate-batch "
         "--batch-tokens --by --record --json"
     ),
@@ -154,6 +155,7 @@ def test_usage_errors_exit_with_2_and_a_hint(ppsd, arguments, hint) -> None:
         (["generate", "x", "--logit-bias", "5"], "logit_bias must be id:bias pairs separated by"),
         (["generate", "x", "--samples", "2"], "samples must be 1 at temperature 0"),
         (["generate", "x", "--raw", "--system", "y"], "system must be left out with --raw"),
+        (["generate", "x", "--raw", "--chat-template", "{{"], "chat_template must be left out wi"),
         (["generate", "x", "--trace", "/no/where/t"], "trace must be a file in a directory that"),
         (["generate", "x", "-m", "/no/where"], "model '/no/where' does not exist; allowed are"),
         (["generate", "x", "-m", "src"], "src: this directory has no config.json"),

@@ -52,6 +52,10 @@ def check_memory(memory: str) -> None:
         raise ConfigError("memory", memory, "one of " + ", ".join(MEMORIES))
 
 
+TEMPLATE_HELP = (
+    "Chat template in place of the model's: a file, Jinja text, or the name of one that it has."
+)
+
 _pipeline = functools.partial(flag, panel=PIPELINE)
 _sampling = functools.partial(flag, panel=SAMPLING)
 
@@ -67,9 +71,8 @@ class PipelineOptions:
     ] = None  # fmt: skip
     chat_template: Annotated[
         str | None,
-        _pipeline("Chat template in place of the model's: a file, Jinja text, or the name of one "
-                  "that the model has.", metavar="FILE|TEXT"),
-    ] = None  # fmt: skip
+        _pipeline(TEMPLATE_HELP, metavar="FILE|TEXT"),
+    ] = None
     stages: Annotated[int, _pipeline("Number of stages.")] = 2
     split: Annotated[
         str | None, _pipeline("Layers at which later stages begin, such as 8,16.", metavar="L,…")

@@ -92,12 +92,13 @@ def convert(path: Path) -> Any:
     Raises ModelError naming the key when the vocabulary is damaged, and UnsupportedModelError when
     its kind or its way of splitting text is not known.
     """
-    from transformers import PreTrainedTokenizerFast
+    import transformers
 
     metadata = read_header(path, ARRAYS).metadata
     vocabulary = _Vocabulary(metadata, str(path))
     backend = vocabulary.backend()
-    return PreTrainedTokenizerFast(
+    build: Any = transformers.PreTrainedTokenizerFast  # not typed
+    return build(
         tokenizer_object=backend,
         chat_template=_templates(metadata),
         clean_up_tokenization_spaces=False,

@@ -65,7 +65,7 @@ def load_teacher(
     source = open_source(files.path)
     check_shapes(source, spec)
     mark = fingerprint(spec, source)
-    tokenizer = Tokenizer.load(files.path)
+    tokenizer = Tokenizer.load(files.path, config.chat_template)
     place = open_device(device)
     dtype = compute_dtype(config.dtype, place)
     plan = StagePlan(0, spec.num_layers, config.max_length, dtype, place)
