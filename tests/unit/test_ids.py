@@ -170,7 +170,7 @@ def test_end_tokens_of_another_type_get_the_same_sentence_in_both_files(
         (model / file).write_text("{}")
     edit(model / file, lambda record: record.update(eos_token_id=end))
     with pytest.raises(
-        Exception, match=rf"{file}: eos_token_id must be a token id or a list of th"
+        ModelError, match=rf"{file}: eos_token_id must be a token id or a list of th"
     ):
         describe(resolve_model(str(model)))
 

@@ -196,3 +196,46 @@ def test_config_dictionary_becomes_the_builtin_class_and_never_remote_code():
         config_from_dict({**record, "hidden_size": "wide"}, "here")
     with pytest.raises(ModelError, match=r"here: not a valid llama configuration.*hidden_act"):
         config_from_dict({**record, "hidden_act": 3}, "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer in [1, 1024], got 10"),
+        ({"head_dim": 10**12}, "head_dim must be an integer in [1, 16384], got 1000000000000"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be an integer in [1, 16384], got 0"),
+        ({"vocab_size": True}, "vocab_size must be an integer in [1, 16777216], got True"),
+        ({"max_position_embeddings": "512"}, "max_position_embeddings must be an integer in [1, "),
+        ({"head_dim": 7}, "head_dim 7 is not supported; supported are even numbers"),
+        ({"num_attention_heads": 32, "num_key_value_heads": 32}, "head_dim 1 is not supported"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be finite, got inf"),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            "rope setting factor 4.0 is not supported with rope_ty",
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope settings cannot be used"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": -4.0}},
+            "give frequencies out of range",
+        ),
+        ({"rope_scaling": {"rope_type": [1]}}, "rope_type [1] is not supported"),
+        ({"rope_theta": 0.0}, "rope settings give frequencies out of range"),
+        ({"rope_theta": "big"}, "rope settings cannot be used (TypeError"),
+        ({"rope_scaling": [1]}, "not a valid llama configuration"),
+        ({"hidden_act": "x" * 10_000}, "hidden_act 'xxx"),
+    ],
+    ids=str,
+)
+def test_sizes_and_rope_settings_out_of_range_are_one_sentence(
+    changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        spec_from_config(config_from_dict({**TINY, "model_type": "llama", **changes}, "x"), "x")
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_settings_that_are_not_read_cost_nothing() -> None:
+    record = {**TINY, "model_type": "llama", "num_labels": 10**9, "id2label": 5}
+    assert spec_from_config(config_from_dict(record, "x"), "x").num_layers == 3

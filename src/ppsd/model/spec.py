@@ -152,7 +152,7 @@ def config_from_dict(record: Mapping[str, Any], where: str) -> PretrainedConfig:
             f"{where}: architecture {shortened(repr(model_type))} is not supported; "
             f"supported are {SUPPORTED_TEXT}"
         )
-    _check_sizes(record, where)
+    check_sizes(record, where)
     from transformers import CONFIG_MAPPING
 
     # Only what is read here: others can fill the memory, as num_labels does.
@@ -165,7 +165,7 @@ def config_from_dict(record: Mapping[str, Any], where: str) -> PretrainedConfig:
         ) from error
 
 
-def _check_sizes(record: Mapping[str, Any], where: str) -> None:
+def check_sizes(record: Mapping[str, Any], where: str) -> None:
     """Raise ModelError for a size of another type or out of range; transformers checks neither."""
     for name, limit in LIMITS.items():
         value = record.get(name)
