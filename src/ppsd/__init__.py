@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ppsd.types import SamplingParams
-
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM, Chunk, Completion
+    from ppsd.types import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Chunk", "Completion", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs PyTorch only when it is asked for."""
+    """Import only what is asked for: PyTorch takes seconds, and `python -m ppsd` has not yet
+    taken the working directory off the path.
+    """
+    if name == "SamplingParams":
+        from ppsd.types import SamplingParams
+
+        return SamplingParams
     if name in ("LLM", "Chunk", "Completion"):
         from ppsd.engine import llm
 

@@ -29,12 +29,12 @@ class EngineConfig:
     directory, ``auto`` (the best one found), ``lookup`` (no head: repeat earlier text),
     ``untrained`` or ``none``. ``devices`` names one device for all stages or one each.
     ``threads_per_stage`` 0 shares the cores evenly. ``lookup`` mixes into a head's drafts what
-    followed the same tokens before. ``gate`` lets speculation pause while it does not pay.
+    followed the same tokens before. ``gate`` lets speculation pause while it does not pay. Times
+    are seconds; ``pace`` is what a stage takes for one block (LM head included, an exit head's
+    draft comes on top) on the emulated device, one for all stages or one each, nothing for real
+    time. ``escape_special`` takes control tokens in prompts and messages for plain text.
     ``chat_template``, a file, Jinja text or the name of one that the model has, takes the place of
-    the model's default. Times are seconds;
-    ``pace`` is what a stage takes for one block (LM head included, an exit head's draft comes on
-    top) on the emulated device, one for all stages or one each, nothing for real time. Raises
-    ConfigError for values that no model could make right.
+    the model's default. Raises ConfigError for values that no model could make right.
     """
 
     model: str | None = None
@@ -58,6 +58,7 @@ class EngineConfig:
     timeout: float = 60.0
     init_timeout: float = 300.0
     trace: bool = False
+    escape_special: bool = False
     pace: tuple[float, ...] = ()
     chat_template: str | None = None
 

@@ -222,7 +222,8 @@ def test_two_ranks_under_torchrun(tmp_path: object) -> None:
     program = os.path.join(str(tmp_path), "program.py")
     with open(program, "w") as file:
         file.write(TORCHRUN_PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, program], env=environment, capture_output=True, text=True, timeout=120

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, Qwen3Config
 
-from ppsd.model import kernels, layers
+from ppsd.model import kernels, layers, sidecar
 from ppsd.model.layers import FIELDS, LayerWeights
 from ppsd.model.passes import Watch
 from ppsd.model.spec import ModelSpec, spec_from_config
@@ -311,9 +312,20 @@ def test_they_are_built_once_and_can_be_turned_off(
     assert kernels.loaded() is None
 
 
+def plant_library(place: Path) -> None:
+    """Put a library without the kernels in their place, in an entry that is whole."""
+    entry, source = place.parent, place.with_suffix(".c")
+    source.write_text("int foreign;")
+    subprocess.run(["cc", "-shared", source, "-o", place], check=True)
+    source.unlink()
+    place.chmod(0o600)
+    digest = sidecar._digest(entry, {place.name: place.read_bytes()})
+    (entry / sidecar.DIGEST).write_text(digest)
+
+
 @compiled
 @pytest.mark.usefixtures("anew")
-@pytest.mark.parametrize("damage", ["torn", "anybody's", "nowhere"])
+@pytest.mark.parametrize("damage", ["torn", "anybody's", "foreign", "nowhere"])
 def test_a_damaged_file_is_built_anew(
     damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -322,6 +334,8 @@ def test_a_damaged_file_is_built_anew(
     for built in tmp_path.rglob(kernels.BUILT):
         if damage == "torn":
             built.write_bytes(built.read_bytes()[:1000])
+        elif damage == "foreign":
+            plant_library(built)
         else:
             built.chmod(0o777)
     built_again = []

@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--model", help="directory, .gguf file or hub id; the default model's")
-    parser.add_argument("--only", choices=("rows", "decoding", "reference"))
+    parser.add_argument("--only", action="append", choices=("rows", "decoding", "reference"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
@@ -173,7 +173,7 @@ def main() -> None:
     if args.device.startswith("cuda"):
         result["gpu"] = torch.cuda.get_device_name()
     for name, part in parts.items():
-        if args.only in (None, name):
+        if args.only is None or name in args.only:
             try:
                 result[name] = part()
             except Exception as error:  # the other parts are worth having all the same

@@ -50,7 +50,7 @@ def config_of(exits: tuple[int, ...], layers: int, minutes: float, tiny: bool) -
     return DistillConfig(
         exits, head_layers=layers, minutes=minutes, epochs=6, warmup=0.02,
         learning_rate=2e-3 if layers == 1 else 1.5e-3,
-        batch_tokens=8192, max_length=1024, validation=256, all_positions=True,
+        batch_tokens=32768, max_length=1024, validation=256, all_positions=True,
     )  # fmt: skip
 
 
@@ -97,6 +97,11 @@ def train(args: argparse.Namespace) -> None:
     digests = prompt_digests(records)
     origin = Origin(teacher.stage.spec.name, teacher.fingerprint, files, digests, summary.lost_mass)
     saved = time.monotonic()
+    print(
+        f"{args.name}: {summary.tokens:,} tokens of {summary.examples:,} answers were ready "
+        f"after {saved + 60 * args.minutes - deadline:.0f} s; {minutes:.1f} minutes follow",
+        flush=True,
+    )
 
     def report(now: StepReport) -> None:
         nonlocal saved

@@ -55,29 +55,35 @@ def pack(prompts: list[Path], limit: int) -> None:
             tar.add(short, f"prompts-{path.name}")
         for wheel in sorted((PARTS / "all").glob("*.whl")):
             tar.add(wheel, f"wheels/{wheel.name}")
-    content = archive.read_bytes()
     checkout = checkout_bytes()
     room = limit * MIB - checkout - MIB
     if room < MIB:
         sys.exit(f"the checkout alone has {checkout / MIB:.0f} MiB; the limit is {limit} MiB")
-    pieces = [content[first : first + room] for first in range(0, len(content), room)]
-    for i, piece in enumerate(pieces):
-        (PARTS / f"part-{i}").mkdir()
-        (PARTS / f"part-{i}" / "data").write_bytes(piece)
-        manifest = {"parts": len(pieces), "sha256": hashlib.sha256(content).hexdigest()}
-        (PARTS / f"part-{i}" / MANIFEST).write_text(json.dumps(manifest))
+    size, count = archive.stat().st_size, split(archive, PARTS, room)
     shutil.rmtree(PARTS / "all")
     archive.unlink()
-    print(f"checkout {checkout / MIB:.1f} MiB with each call; {len(content) / MIB:.1f} MiB in "
-          f"{len(pieces)} parts of at most {room / MIB:.1f} MiB")  # fmt: skip
-    for i in range(len(pieces)):
+    print(f"checkout {checkout / MIB:.1f} MiB with each call; {size / MIB:.1f} MiB in "
+          f"{count} parts of at most {room / MIB:.1f} MiB")  # fmt: skip
+    for i in range(count):
         print(f"call {i + 1}: carry {PARTS}/part-{i}, run tools/gpu/kit.sh receive {i}")
 
 
-def receive(kept: Path, number: int) -> None:
+def split(archive: Path, parts: Path, size: int) -> int:
+    """Cut ``archive`` into folders of at most ``size`` bytes; return how many there are."""
+    content = archive.read_bytes()
+    pieces = [content[first : first + size] for first in range(0, len(content), size)]
+    manifest = {"parts": len(pieces), "sha256": hashlib.sha256(content).hexdigest()}
+    for i, piece in enumerate(pieces):
+        (parts / f"part-{i}").mkdir(parents=True)
+        (parts / f"part-{i}" / "data").write_bytes(piece)
+        (parts / f"part-{i}" / MANIFEST).write_text(json.dumps(manifest))
+    return len(pieces)
+
+
+def receive(parts: Path, kept: Path, number: int) -> None:
     """Keep a part; with the last one unpack everything, once its digest is right."""
     kept.mkdir(parents=True, exist_ok=True)
-    source = PARTS / f"part-{number}"
+    source = parts / f"part-{number}"
     shutil.copy(source / "data", kept / f"data-{number}")
     manifest = json.loads((source / MANIFEST).read_text())
     have = [kept / f"data-{i}" for i in range(manifest["parts"])]
@@ -111,7 +117,7 @@ def main() -> None:
     if args.command == "pack":
         pack(args.prompts, args.limit)
     else:
-        receive(args.kept, args.number)
+        receive(PARTS, args.kept, args.number)
 
 
 if __name__ == "__main__":

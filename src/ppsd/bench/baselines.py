@@ -78,7 +78,7 @@ class OutsiderProcess:
         self.name = outsider.name
         self._output: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (see close)
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "ppsd.bench.outsider"],
+            [sys.executable, "-P", "-m", "ppsd.bench.outsider"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._output,

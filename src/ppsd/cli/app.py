@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -22,6 +23,7 @@ from ppsd.cli import (
     plan,
     profile,
     simulate,
+    streams,
     verify,
 )
 from ppsd.cli.options import grouped
@@ -71,11 +73,27 @@ app.command("paper")(grouped(paper.paper))
 
 
 def main() -> int:
-    """Run a verb; exits with 0 success, 1 failure or mismatch, 2 usage, 130 interrupted."""
+    """Run a verb; return 0 for success, 1 failure or mismatch, 2 usage, 130 interrupted."""
+    streams.prepare()
+    # When a rank leaves, also at a good end, PyTorch prints C++ frames beside what it raises.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    return streams.finish(_run())
+
+
+def _run() -> int:
     try:
         app()
+    except SystemExit as end:  # how typer leaves when all went well, too
+        return end.code if isinstance(end.code, int) else 0
     except PpsdError as error:
-        print(f"ppsd: {error}", file=sys.stderr)
+        _say(f"ppsd: {error}")
         if isinstance(error, StageFailedError) and error.remote_traceback:
-            print(error.remote_traceback, file=sys.stderr)
-    return EXIT_FAILURE  # typer leaves by SystemExit when all went well
+            _say(error.remote_traceback)
+    except OSError as error:  # such as a full disk
+        _say(f"ppsd: {error}")
+    return EXIT_FAILURE
+
+
+def _say(text: str) -> None:
+    """Print an error, which may quote what a stranger wrote, to standard error."""
+    print(streams.visible(text), file=sys.stderr)

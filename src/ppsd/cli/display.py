@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ppsd.cli.streams import visible
+
 if TYPE_CHECKING:
     from ppsd.config import EngineConfig
     from ppsd.engine.llm import LLM, Chunk, Completion
@@ -25,11 +27,18 @@ def log_console() -> Console:
 
 
 def painter(highlight: bool) -> Callable[[Piece], str]:
-    """How a piece of text is shown: as it is, or coloured on a terminal unless NO_COLOR is set."""
+    """Return how to print a piece of text: as it is, unless standard output is a terminal.
+
+    There control characters are spelled out, as a model may write any, and with ``highlight``
+    pieces are coloured unless NO_COLOR is set.
+    """
     screen = Console()
-    if not highlight or not screen.is_terminal or screen.no_color:
+    if not screen.is_terminal:
         return lambda piece: piece.text
-    return lambda piece: typer.style(piece.text, fg=ACCEPTED if piece.accepted else CORRECTED)
+    if not highlight or screen.no_color:
+        return lambda piece: visible(piece.text)
+    colours = (CORRECTED, ACCEPTED)
+    return lambda piece: typer.style(visible(piece.text), fg=colours[piece.accepted])
 
 
 def show(chunk: Chunk, paint: Callable[[Piece], str]) -> None:

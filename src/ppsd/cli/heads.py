@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from ppsd.cli.streams import visible
+
 if TYPE_CHECKING:
     from ppsd.model.head_library import FoundHead
 
@@ -57,11 +59,11 @@ def _table(heads: list[FoundHead]) -> Table:
     for head in heads:
         size = f"{head.size / 2**20:.1f}"
         if head.config is None:
-            table.add_row("damaged", *[""] * 5, size, head.problem)
+            table.add_row("damaged", *[""] * 5, size, visible(head.problem))
             continue
         c, alpha = head.config, "–" if head.alpha is None else f"{head.alpha:.3f}"
         scored = "all" if c.draft_vocab is None else str(c.draft_vocab)
         place = f"{head.path} (shipped)" if head.shipped else str(head.path)
         cells = (c.base_model, str(c.exit_layer), c.kind, str(c.layers), scored, alpha, size, place)
-        table.add_row(*cells)
+        table.add_row(*map(visible, cells))
     return table

@@ -131,6 +131,11 @@ class PipelineOptions:
     gate: Annotated[
         bool, _pipeline("Pause speculation while it does not pay.", "--gate/--no-gate")
     ] = True
+    escape_special: Annotated[
+        bool,
+        _pipeline("Take control tokens in prompts and messages for plain text.",
+                  "--escape-special"),
+    ] = False  # fmt: skip
     timeout: Annotated[float, _pipeline("Seconds to wait for a stage.")] = 60.0
     init_timeout: Annotated[float, _pipeline("Seconds to wait for loading and joining.")] = 300.0
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppsd.cli.options import flag, integers, pairs
+from ppsd.cli.streams import visible
 from ppsd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -295,7 +296,7 @@ def _show(plans: Sequence[Plan], profile: Profile, verdict: str) -> None:
     console = Console(highlight=False, soft_wrap=True, width=width)
     console.print(table)
     console.print(verdict, style="bold")
-    console.print(f"Predicted, not measured; times: {profile.source}")
+    console.print(f"Predicted, not measured; times: {visible(profile.source)}")
 
 
 def _absolute(profile: Profile) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ppsd.cli.display import log_console
 from ppsd.cli.options import PipelineOptions
+from ppsd.cli.streams import visible
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
@@ -51,9 +53,9 @@ def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
         llm = LLM(progress=progress, **options.settings(), **more)
     with llm:
         if llm.layout.reason:
-            console.print(llm.layout.reason, style="dim")
+            console.print(visible(llm.layout.reason), style="dim")
         for notice in _notices(options, llm):
-            console.print(notice, style="yellow")
+            console.print(visible(notice), style="yellow")
         yield llm
 
 
@@ -74,12 +76,14 @@ def _stages(options: PipelineOptions) -> int:
 def _no_head_notice(options: PipelineOptions, llm: LLM) -> str:
     from ppsd.model.head_library import local_root
 
-    name = llm.layout.spec.name
+    name, place = llm.layout.spec.name, Path("DIR")
+    with suppress(OSError):  # there is no home
+        place = local_root() / name
     wanted = llm.layout.bounds[1]
     return NO_HEAD_NOTICE.format(
         model=name,
         exit="" if options.exit_layer is None else f" at exit layer {wanted}",
         option="" if options.model is None else f" --model {options.model}",
         layer=wanted,
-        place=local_root() / name,
+        place=place,
     )

@@ -21,7 +21,7 @@ import numpy as np
 from ppsd.cost.model import Link
 from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
-from ppsd.model.sidecar import cache_root
+from ppsd.model.sidecar import cache_root, own_bytes
 
 FORMAT = "ppsd-profile-3"
 COUNTS = "parameter counts"  # the source of times that are only good for ratios
@@ -205,10 +205,14 @@ def _timed(kind: type[Measured], records: Sequence[Mapping[str, Any]]) -> tuple[
     return tuple(kind(**dict(record) | {"time": Timing(**record["time"])}) for record in records)
 
 
-def load_profile(path: Path) -> Profile:
-    """Read a profile; ConfigError names the file and what is wrong with it."""
+def load_profile(path: Path, *, own: bool = False) -> Profile:
+    """Read a profile; ConfigError names the file and what is wrong with it.
+
+    With ``own`` one that another user can have written is wrong, too.
+    """
     try:
-        return Profile.from_json(json.loads(path.read_text(encoding="utf-8")))
+        data = own_bytes(path) if own else path.read_bytes()
+        return Profile.from_json(json.loads(data))
     except OSError as error:
         reason = error.strerror or str(error)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -218,7 +222,7 @@ def load_profile(path: Path) -> Profile:
 
 
 def profile_path(fingerprint: str, dtype: str, threads: int) -> Path:
-    """Where the profile of a model on this machine is kept."""
+    """Return where the profile of a model on this machine is kept (see ``cache_root``)."""
     return cache_root() / "profiles" / f"{fingerprint[:16]}-{dtype}-{threads}-threads.json"
 
 

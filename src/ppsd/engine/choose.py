@@ -142,12 +142,16 @@ def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> tuple[P
     counts = estimate(
         Sizes.of(spec), ITEMSIZE[dtype], model=spec.name, fingerprint=fingerprint, dtype=dtype
     )
-    place = profile_path(fingerprint, dtype, threads)
     on_cpu = all(device == "cpu" for device in config.devices)
-    if config.plan == "off" or not on_cpu or not place.is_file():
+    if config.plan == "off" or not on_cpu:
         return counts, counts.source
     try:
-        profile = load_profile(place)
+        place = profile_path(fingerprint, dtype, threads)
+        place.lstat()
+    except OSError:  # there is none, or no home for one
+        return counts, counts.source
+    try:
+        profile = load_profile(place, own=True)
         check_profile(profile, str(place), fingerprint, dtype, threads)
     except ConfigError as error:
         return counts, f"{counts.source}; {error}"

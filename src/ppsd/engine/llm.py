@@ -81,9 +81,8 @@ class _Answer:
             taken += 1
             if self.transcript.stopped:
                 break
-        chunk = Chunk(
-            tuple(pieces), emit.tokens[:taken], tuple(i < emit.accepted for i in range(taken))
-        )
+        accepted = tuple(i < emit.accepted for i in range(taken))
+        chunk = Chunk(tuple(pieces), emit.tokens[:taken], accepted)
         self.token_ids += chunk.token_ids
         self.accepted += chunk.accepted
         return chunk
@@ -117,7 +116,9 @@ class LLM:
         self.drafts = own or drafter is not None
         self._check_head(self.config)
         check_memory(self.config, self.layout, source)
-        self.tokenizer = Tokenizer.load(files.path, self.config.chat_template)
+        self.tokenizer = Tokenizer.load(
+            files.path, self.config.chat_template, escape_special=self.config.escape_special
+        )
         self.layout = replace(self.layout, spec=self.tokenizer.fit(self.layout.spec))
         self.trace = TraceLog()
         self._running = RunningPipeline(self.config, self.layout, source)
@@ -333,9 +334,8 @@ class LLM:
         """Shape a request, with rows of the last one that may be taken over."""
         room = self.layout.max_context - len(ids)
         limited = min(params.max_tokens, room)
-        params = replace(
-            params, max_tokens=limited, min_tokens=min(params.min_tokens, limited), n=1
-        )
+        least = min(params.min_tokens, limited)
+        params = replace(params, max_tokens=limited, min_tokens=least, n=1)
         eos = () if params.ignore_eos else self.layout.spec.eos_ids
         cached = min(_common_prefix(self._rows, ids), len(ids) - 1)
         if not reuse:

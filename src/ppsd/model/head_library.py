@@ -51,14 +51,17 @@ def measured_alpha(config: HeadConfig, *, lookup: bool = True) -> float | None:
 
 
 def local_root() -> Path:
-    """Return $PPSD_HEADS, else ``heads`` in ppsd's cache directory."""
+    """Return $PPSD_HEADS, else ``heads`` in ppsd's cache directory (see ``cache_root``)."""
     own = os.environ.get("PPSD_HEADS")
     return Path(own) if own else cache_root() / "heads"
 
 
 def find_heads() -> list[FoundHead]:
     """All head directories: shipped ones first, each group by path."""
-    return [*_below(SHIPPED, shipped=True), *_below(local_root(), shipped=False)]
+    found = _below(SHIPPED, shipped=True)
+    with suppress(OSError):  # there is no home, or it is not ours to look into
+        found += _below(local_root(), shipped=False)
+    return found
 
 
 def _below(root: Path, *, shipped: bool) -> list[FoundHead]:
@@ -69,12 +72,21 @@ def _below(root: Path, *, shipped: bool) -> list[FoundHead]:
 
 def _describe(path: Path, shipped: bool) -> FoundHead:
     try:
+        if not shipped:
+            _check_owner(path)
         config = read_head_config(path)
         if not (path / WEIGHTS_FILE).is_file():
             raise HeadError(f"{path} has no {WEIGHTS_FILE}")
     except HeadError as error:
         return FoundHead(path, shipped, None, str(error))
     return FoundHead(path, shipped, config)
+
+
+def _check_owner(path: Path) -> None:
+    """Raise HeadError for a head of another user: it is found, not named, so not trusted."""
+    for file in (path, path / CONFIG_FILE, path / WEIGHTS_FILE):
+        if file.exists() and not {file.stat().st_uid, file.lstat().st_uid} <= {0, os.geteuid()}:
+            raise HeadError(f"{file} is another user's; --head {path} uses it all the same")
 
 
 def suitable(

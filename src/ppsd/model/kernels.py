@@ -19,11 +19,10 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
@@ -272,12 +271,10 @@ def _write(built: bytes, directory: Path) -> None:
     (directory / BUILT).write_bytes(built)
 
 
-def _read(directory: Path) -> bytes:
-    file = directory / BUILT
-    status = file.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{file} is somebody else's, or theirs to write")
-    return file.read_bytes()
+def _read(files: Mapping[str, bytes]) -> bytes:
+    """Return a cached library; one that cannot be used is built anew (see ``cached``)."""
+    _load(files[BUILT])
+    return files[BUILT]
 
 
 def _load(built: bytes) -> ctypes.CDLL:

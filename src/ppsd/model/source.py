@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ def resolve_model(name: str | None) -> ModelFiles:
     """
     if name is None:
         return _default_model()
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path's own raises where there is no home
     if path.is_dir():
         return _directory(path)
     if path.exists():
@@ -187,5 +188,5 @@ def _write_spec(spec: ModelSpec, place: Path) -> None:
     (place / SPEC_FILE).write_text(json.dumps(spec.to_json()), encoding="utf-8")
 
 
-def _read_spec(place: Path) -> ModelSpec:
-    return ModelSpec.from_json(_read_json(place / SPEC_FILE))
+def _read_spec(files: Mapping[str, bytes]) -> ModelSpec:
+    return ModelSpec.from_json(json.loads(files[SPEC_FILE]))

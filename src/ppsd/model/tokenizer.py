@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from ppsd.errors import ConfigError, ModelError
 from ppsd.model.chat_template import choose_template, render
+from ppsd.model.escape import Escape
 from ppsd.model.sidecar import cached
 from ppsd.model.spec import ModelSpec, speakable
 
@@ -25,9 +27,20 @@ MOST = 3 * CONTEXT  # a window is cut back before it is so long
 
 
 class Tokenizer:
-    """A model's tokenizer and chat template."""
+    """A model's tokenizer and chat template.
 
-    def __init__(self, inner: Any, name: str, chat_template: str | None = None) -> None:
+    With ``escape_special`` control tokens in prompts and messages are text; those that the chat
+    template writes are not touched.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        name: str,
+        chat_template: str | None = None,
+        *,
+        escape_special: bool = False,
+    ) -> None:
         self._inner = inner
         self._name = name
         self._wanted = chat_template
@@ -36,9 +49,16 @@ class Tokenizer:
         # what transformers itself asks in the end, without the much that it looks after before
         self._backend = getattr(inner, "backend_tokenizer", None)
         self._rows: int | None = None  # of the model's embedding, once ``fit`` was asked
+        self._escape: Escape | None = None
+        if escape_special:
+            if self._backend is None:
+                raise ModelError(f"{name}: a tokenizer of its kind cannot escape special tokens")
+            self._escape = Escape(self._backend, inner.added_tokens_decoder)
 
     @classmethod
-    def load(cls, path: Path, chat_template: str | None = None) -> Tokenizer:
+    def load(
+        cls, path: Path, chat_template: str | None = None, *, escape_special: bool = False
+    ) -> Tokenizer:
         """Load the tokenizer of a directory in Hugging Face layout or of a GGUF file.
 
         ``chat_template``, a file, Jinja text or the name of one that the model has, takes the
@@ -52,7 +72,7 @@ class Tokenizer:
         except Exception as error:  # transformers and tokenizers raise many unrelated types
             text = " ".join(str(error).split())[:300]
             raise ModelError(f"{path}: has no tokenizer that can be read ({text})") from error
-        return cls(inner, str(path), chat_template)
+        return cls(inner, str(path), chat_template, escape_special=escape_special)
 
     def fit(self, spec: ModelSpec) -> ModelSpec:
         """Return the spec with this tokenizer's end tokens and with the rows that have no token.
@@ -112,13 +132,20 @@ class Tokenizer:
 
         Raises ConfigError for text that is not valid Unicode (lone surrogates).
         """
-        return self._encode(text, special=True)
+        escape = self._escaping([text])
+        return self._encode(escape.hide(text) if escape else text, escape, special=True)
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def _escaping(self, texts: Sequence[str]) -> Escape | None:
+        """Return what escapes control tokens, if there are any in the texts and it is asked for."""
+        return self._escape if self._escape and self._escape.found_in(texts) else None
+
+    def _encode(self, text: str, escape: Escape | None, special: bool) -> list[int]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ConfigError("prompt", text, "valid Unicode, without lone surrogates") from error
+        if escape:
+            return self._within_rows(escape.encode(text, special=special))
         return self._within_rows(self._inner.encode(text, add_special_tokens=special))
 
     def _within_rows(self, ids: list[int]) -> list[int]:
@@ -134,8 +161,10 @@ class Tokenizer:
         Raises ModelError when no chat template applies, and ConfigError when the template cannot
         render the messages.
         """
-        text = render(self._inner, self._template(), messages)
-        return self._encode(text, special=False)
+        escape = self._escaping([text for m in messages for text in m.values()])
+        if escape:
+            messages = [{key: escape.hide(text) for key, text in m.items()} for m in messages]
+        return self._encode(render(self._inner, self._template(), messages), escape, special=False)
 
     def _template(self) -> str:
         return choose_template(self._inner.chat_template, self._wanted, self._name)
@@ -222,8 +251,6 @@ def _from_directory(path: Path) -> Any:
 
 
 def _from_gguf(path: Path) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
     from ppsd.model.gguf_tokenizer import convert
 
     return cached(
@@ -231,5 +258,15 @@ def _from_gguf(path: Path) -> Any:
         "tokenizer",
         build=lambda: convert(path),
         write=lambda inner, place: inner.save_pretrained(place),
-        read=PreTrainedTokenizerFast.from_pretrained,
+        read=_restore,
     )
+
+
+def _restore(files: Mapping[str, bytes]) -> Any:
+    """Load a saved tokenizer; transformers reads directories alone."""
+    from transformers import PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory() as place:
+        for name, data in files.items():
+            Path(place, name).write_bytes(data)
+        return PreTrainedTokenizerFast.from_pretrained(place)

@@ -7,8 +7,7 @@ sequence whose next token is written at its own length, so no padding is ever at
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,6 +161,29 @@ class BatchCache:
         return attention
 
 
+class Waiting:
+    """Requests not begun yet; the first of them can be looked at."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._rest = iter(requests)
+        self._first = next(self._rest, None)
+
+    def __bool__(self) -> bool:
+        return self._first is not None
+
+    @property
+    def first(self) -> Request:
+        """The next request; there must be one."""
+        assert self._first is not None
+        return self._first
+
+    def take(self) -> Request:
+        """Return the next request, which waits no longer."""
+        request = self.first
+        self._first = next(self._rest, None)
+        return request
+
+
 class BatchGenerator:
     """Answers requests in whatever order they finish.
 
@@ -195,31 +217,30 @@ class BatchGenerator:
         self._rows: list[_Row] = []
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        """Yield answers as they finish; every prompt must be shorter than ``max_length``."""
-        if not requests:
-            return
-        waiting = deque(requests)
-        longest = max(len(r.prompt) for r in requests) + self._config.max_new
-        capacity = min(longest, self._max_length)
-        self._cache = BatchCache(self._model, self._config.batch, capacity, self._keep)
+    def run(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """Yield answers as they finish; every prompt must be shorter than ``max_length``.
+
+        ``requests`` are taken as there is room for them.
+        """
+        waiting = Waiting(requests)
+        self._cache = BatchCache(self._model, self._config.batch, self._max_length, self._keep)
         while waiting or self._rows:
             if time.monotonic() > self._deadline:
-                waiting.clear()
+                waiting = Waiting(())
             self._refill(waiting)
             yield from self._finished()
             if self._rows:
                 self._step()
                 yield from self._finished()
 
-    def _refill(self, waiting: deque[Request]) -> None:
+    def _refill(self, waiting: Waiting) -> None:
         free = self._config.batch - len(self._rows)
         if self._rows and free * REFILL_SHARE < self._config.batch:
             return
         while waiting and free:
             chosen: list[Request] = []
-            while waiting and len(chosen) < free and self._fits([*chosen, waiting[0]]):
-                chosen.append(waiting.popleft())
+            while waiting and len(chosen) < free and self._fits([*chosen, waiting.first]):
+                chosen.append(waiting.take())
             self._prefill(chosen)
             free -= len(chosen)
 

@@ -5,7 +5,7 @@ Imported by cli/ and bench/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ppsd.train.features import FeatureStore
 from ppsd.train.records import Record
 from ppsd.train.selfgen import BatchGenerator, GenerateConfig, Noise, Request
 
-POOL = 1024  # prompts of like length are answered together, within pools of so many
+POOL = 1024  # prompts are encoded, and those of like length answered together, so many at a time
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,18 @@ def write_targets(
         raise PpsdError("self-generation needs prompts, and the data has none (only plain text)")
     stamp = {"model": encoding.model, **_stamp(config)}
     done = _answered(path, stamp)
-    waiting = [Request(k, encoding.prompt(r)) for k, r in prompts.items() if k not in done]
-    fitting = [r for r in waiting if len(r.prompt) < encoding.max_length]
-    skipped = len(waiting) - len(fitting)
-    total, tokens = len(prompts) - skipped, 0
-    answered = total - len(fitting)
-    report(GenerateReport(answered, total, tokens))
+    waiting = [key for key in prompts if key not in done]
+    skipped: list[str] = []
+
+    def requests(keys: Sequence[str]) -> Iterator[Request]:
+        """Give requests whose prompts leave room, the longest of these ``keys`` first."""
+        encoded = [Request(key, encoding.prompt(prompts[key])) for key in keys]
+        skipped.extend(r.key for r in encoded if len(r.prompt) >= encoding.max_length)
+        fitting = (r for r in encoded if len(r.prompt) < encoding.max_length)
+        yield from sorted(fitting, key=lambda r: -len(r.prompt))
+
+    answered, tokens = len(prompts) - len(waiting), 0
+    report(GenerateReport(answered, len(prompts), tokens))
     eos_ids = set(model.spec.eos_ids)
     generator = BatchGenerator(
         model,
@@ -72,7 +78,8 @@ def write_targets(
         keep=features.layers if features else (),
         deadline=deadline,
     )
-    for answer in generator.run(_order(fitting, config.seed)):
+    pools = _pools(waiting, config.seed)
+    for answer in generator.run(r for pool in pools for r in requests(pool)):
         request, ids = answer.request, answer.ids
         record = prompts[request.key]
         if features:
@@ -82,8 +89,9 @@ def write_targets(
         ending = {"finish_reason": "stop" if ids[-1] in eos_ids else "length"}
         append_line(path, about | target | ending | stamp)
         answered, tokens = answered + 1, tokens + len(ids)
-        report(GenerateReport(answered, total, tokens))
-    return skipped
+        report(GenerateReport(answered, len(prompts) - len(skipped), tokens))
+    report(GenerateReport(answered, len(prompts) - len(skipped), tokens))
+    return len(skipped)
 
 
 def _stamp(config: GenerateConfig) -> dict[str, Any]:
@@ -106,11 +114,9 @@ def _answered(path: Path, stamp: dict[str, Any]) -> set[str]:
         raise PpsdError(f"{path} does not hold self-generated targets: {error!r}") from error
 
 
-def _order(requests: Iterable[Request], seed: int) -> list[Request]:
-    """Shuffled, so that a part of the file is a fair sample, and alike in length within a pool."""
-    requests = sorted(requests, key=lambda r: r.key)
-    order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(seed)).tolist()
-    pools = (order[first : first + POOL] for first in range(0, len(order), POOL))
-    return [
-        requests[i] for pool in pools for i in sorted(pool, key=lambda i: -len(requests[i].prompt))
-    ]
+def _pools(keys: Iterable[str], seed: int) -> Iterator[list[str]]:
+    """Give the keys shuffled, POOL at a time, so that a part of the file is a fair sample."""
+    keys = sorted(keys)
+    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed)).tolist()
+    for first in range(0, len(order), POOL):
+        yield [keys[i] for i in order[first : first + POOL]]

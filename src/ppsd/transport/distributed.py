@@ -33,6 +33,7 @@ import torch.distributed as dist
 
 from ppsd.errors import PipelineError, PipelineTimeoutError, ProtocolError, StageLostError
 from ppsd.transport.base import Geometry, Part, frame_bytes, gather, part_bytes
+from ppsd.transport.rendezvous import open_group
 
 MAGIC = int.from_bytes(b"ppsd-msg", "little")
 HEADER_BYTES = 32  # magic, payload length, bytes that travel apart, 0: int64 each
@@ -58,28 +59,36 @@ FOREVER = timedelta(days=365)
 HEARTBEAT_SECONDS = 1.0
 GOODBYE_SECONDS = 1.0  # how long close() waits for sent frames to arrive
 JOIN_SECONDS = 5.0
+CONNECT_SECONDS = 60.0
 
 
 class DistributedEndpoint:
     """One rank's end over an initialised default process group of ``geometry.size`` ranks.
 
-    Making one is collective: every rank has to. ``timeout`` (seconds) bounds that, and is how long
-    a worker goes without a sign of life from rank 0 before it takes rank 0 for lost. ``apart``
-    is the device on which the rows of frames travel apart; None keeps them in the frames.
+    Making one is collective: every rank has to, within ``join_timeout`` seconds. A worker goes
+    ``timeout`` seconds without a sign of life from rank 0 before it takes rank 0 for lost.
+    ``apart`` is the device on which the rows of frames travel apart; None keeps them in the frames.
     """
 
     words: tuple[int, ...] = ()
 
     def __init__(
-        self, geometry: Geometry, rank: int, timeout: float, apart: torch.device | None = None
+        self,
+        geometry: Geometry,
+        rank: int,
+        timeout: float,
+        apart: torch.device | None = None,
+        *,
+        join_timeout: float = CONNECT_SECONDS,
     ) -> None:
         self.rank = rank
         self.size = geometry.size
         self.rows: torch.Tensor | None = None
         self._apart = apart
         self._timeout = timeout
-        self._group = _new_group("gloo", timeout)
-        self._rows_group = None if apart is None else _new_group(ROWS_BACKEND[apart.type], timeout)
+        self._group = open_group("gloo", join_timeout)
+        rows = None if apart is None else open_group(ROWS_BACKEND[apart.type], join_timeout)
+        self._rows_group = rows
         self._outgoing = geometry.outgoing(rank)
         self._epoch = 0
         self._closed = False
@@ -384,12 +393,6 @@ def _header(buffer: torch.Tensor) -> torch.Tensor:
 # The link, its buffer, and what travelled apart; for sends also the works to wait for.
 _Arrival = tuple[_Link, torch.Tensor, torch.Tensor | None]
 _Departure = tuple[list[dist.Work], torch.Tensor, torch.Tensor]
-
-
-def _new_group(backend: str, timeout: float) -> dist.ProcessGroup:
-    group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
-    assert isinstance(group, dist.ProcessGroup)  # it is an int for ranks outside the group
-    return group
 
 
 def _lost(peer: int) -> StageLostError:

@@ -6,12 +6,16 @@ itself in a store kept by rank 0; rank 0 alone decides who is missing, and tells
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in its stubs
@@ -26,6 +30,7 @@ from ppsd.errors import (
 )
 
 POLL_SECONDS = 0.02
+INTERFACE = "GLOO_SOCKET_IFNAME"
 MAX_TEXT_BYTES = 1 << 24
 
 
@@ -68,6 +73,19 @@ def init_group_from_environment(timeout: float) -> tuple[int, int]:
     return rank, size
 
 
+def open_group(backend: str, timeout: float) -> dist.ProcessGroup:
+    """Return a group of all ranks; PipelineTimeoutError when one of them does not come."""
+    try:
+        group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        cause = str(error).partition("\n")[0]
+        raise PipelineTimeoutError(
+            f"a rank that had joined did not connect within {timeout:g} s ({cause})"
+        ) from error
+    assert isinstance(group, dist.ProcessGroup)  # it is an int for ranks outside the group
+    return group
+
+
 def leave_group() -> None:
     """Undo ``init_group``, so that this process can form another group; no endpoint may be open."""
     if dist.is_initialized():
@@ -84,6 +102,7 @@ def _number(name: str) -> int:
 def _open_store(rank: int, host: str, port: int, timeout: float) -> Store:
     agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     listens = rank == 0 and not agent_keeps_store
+    listener = _listener(host, port) if listens and _is_loopback(host) else None
     try:
         store = TCPStore(
             host,
@@ -91,6 +110,7 @@ def _open_store(rank: int, host: str, port: int, timeout: float) -> Store:
             is_master=listens,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
+            master_listen_fd=None if listener is None else listener.detach(),
         )
     except dist.DistError as error:
         if not listens:
@@ -103,6 +123,44 @@ def _open_store(rank: int, host: str, port: int, timeout: float) -> Store:
     # torchrun keeps one store over restarts; names of a former attempt must not count.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"ppsd/{attempt}", store)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Return a socket of this host alone; TCPStore's own would listen on all its interfaces."""
+    try:
+        return socket.create_server((host, port), backlog=socket.SOMAXCONN)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PipelineError(f"address already in use: {host}:{port}") from error
+        raise PipelineError(f"cannot listen at {host}:{port}: {error.strerror}") from error
+
+
+@contextmanager
+def listening_with(host: str) -> Iterator[None]:
+    """Let groups made meanwhile listen on the loopback interface alone if rank 0's ``host`` is.
+
+    Gloo takes the interface from the environment, and otherwise that of the host's name.
+    """
+    if not _is_loopback(host):
+        yield
+        return
+    before = os.environ.get(INTERFACE)
+    addresses = psutil.net_if_addrs().items()
+    loopback = [name for name, of in addresses if any(a.address == "127.0.0.1" for a in of)]
+    os.environ[INTERFACE] = loopback[0]
+    try:
+        yield
+    finally:
+        del os.environ[INTERFACE]
+        if before is not None:
+            os.environ[INTERFACE] = before
 
 
 def _meet(store: Store, rank: int, size: int, timeout: float, check: Callable[[], None]) -> None:

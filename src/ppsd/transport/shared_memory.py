@@ -26,12 +26,14 @@ A peer's death cannot be seen in memory. Whoever started the processes has to wa
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import IO
 
 import torch
 
@@ -265,10 +267,15 @@ def _pause_of_long_wait(waited: float) -> float:
 
 
 def _anonymous_file() -> int:
+    """Return a descriptor above 2: a worker's own standard files would replace a lower one."""
+    with _nameless() as file:
+        return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 3)
+
+
+def _nameless() -> IO[bytes]:
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("ppsd")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+        return open(os.memfd_create("ppsd"), "r+b", buffering=0)
+    return tempfile.TemporaryFile()
 
 
 def _attach(fd: int, geometry: Geometry) -> mmap.mmap:

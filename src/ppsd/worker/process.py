@@ -100,13 +100,14 @@ def open_endpoint(config: WorkerConfig, check: Callable[[], None] = lambda: None
 
         return SharedMemoryEndpoint(config.segment, geometry, config.rank, bool(config.cores))
     from ppsd.transport.distributed import DistributedEndpoint
-    from ppsd.transport.rendezvous import init_group
+    from ppsd.transport.rendezvous import init_group, listening_with
 
-    if config.master is not None:
-        init_group(config.rank, geometry.size, *config.master, config.init_timeout, check)
-    apart = torch.device(config.device) if config.own_gpus else None
-    patience = max(config.timeout, SIGNS_OF_LIFE_S)
-    return DistributedEndpoint(geometry, config.rank, patience, apart)
+    join, patience = config.init_timeout, max(config.timeout, SIGNS_OF_LIFE_S)
+    with listening_with(config.master[0] if config.master else os.environ["MASTER_ADDR"]):
+        if config.master is not None:
+            init_group(config.rank, geometry.size, *config.master, join, check)
+        apart = torch.device(config.device) if config.own_gpus else None
+        return DistributedEndpoint(geometry, config.rank, patience, apart, join_timeout=join)
 
 
 def serve_rank(model: str | None, timeout: float) -> None:
@@ -190,7 +191,12 @@ class Supervisor:
         try:
             output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (see close)
             child = subprocess.Popen(
-                [sys.executable, "-m", "ppsd.worker"],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "ppsd.worker",
+                ],  # -P: nothing from the caller's directory
                 stdin=subprocess.PIPE,
                 stdout=output,  # standard output is for answers
                 stderr=output,
