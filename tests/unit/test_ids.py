@@ -151,10 +151,8 @@ def test_a_chat_goes_on_after_such_a_line_and_after_a_template_that_failed(
         return encode(self, messages)
 
     monkeypatch.setattr(Tokenizer, "encode_chat", spy)
-    with pytest.raises(SystemExit) as ended:
-        main()
+    assert main() == 0
     err = capsys.readouterr().err
-    assert ended.value.code in (0, None)
     assert BEYOND in err
     assert "template can render (ZeroDivisionError: integer" in err
     assert seen[-1] == ["hello", "hello"]
