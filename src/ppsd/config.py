@@ -34,8 +34,9 @@ class EngineConfig:
     followed the same tokens before. ``gate`` lets speculation pause while it does not pay. Times
     are seconds; ``pace`` is what a stage takes for one block (LM head included, an exit head's
     draft comes on top) on the emulated device, one for all stages or one each, nothing for real
-    time. ``escape_special`` takes control tokens in prompts and messages for plain text. Raises
-    ConfigError for values that no model could make right.
+    time. ``escape_special`` takes control tokens in prompts and messages for plain text.
+    ``chat_template``, a file, Jinja text or the name of one that the model has, takes the place of
+    the model's default. Raises ConfigError for values that no model could make right.
     """
 
     model: str | None = None
@@ -62,6 +63,7 @@ class EngineConfig:
     trace: bool = False
     escape_special: bool = False
     pace: tuple[float, ...] = ()
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         if self.split is not None:

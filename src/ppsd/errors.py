@@ -17,6 +17,14 @@ PpsdError
 
 from __future__ import annotations
 
+MAX_TOLD = 300
+
+
+def shortened(text: str) -> str:
+    """Return a text in one line, cut where a sentence about it would become unreadable."""
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_TOLD else line[:MAX_TOLD] + "…"
+
 
 class PpsdError(Exception):
     """Base of all errors below; the command line prints its text and exits with 1."""
@@ -26,7 +34,7 @@ class ConfigError(PpsdError, ValueError):
     """A setting is out of range. The text names the field, its value and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"{field} must be {allowed}, got {value!r}")
+        super().__init__(f"{field} must be {allowed}, got {shortened(repr(value))}")
         self.field = field
         self.value = value
         self.allowed = allowed

@@ -22,7 +22,8 @@ SGR = re.compile(r"\x1b\[(\d+)m([^\x1b]*)")
 PIPELINE = (
     "--model -m --stages --split --exit-layer --head --force-head --mode --block --in-flight "
     "--plan --acceptance --dtype --devices --threads-per-stage --transport --max-context "
-    "--prefill-chunk --pace --lookup --gate --escape-special --timeout --init-timeout"
+    "--prefill-chunk --pace --lookup --gate --escape-special --timeout --init-timeout "
+    "--chat-template"
 )
 SAMPLING = (
     "--temperature -t --top-k --top-p --min-p --repetition-penalty --presence-penalty "
@@ -43,6 +44,7 @@ FLAGS = {
 OWN_FLAGS = {
     "acceptance": (
         "--head --data --out --model -m --limit --max-tokens -n --temperature -t --seed --raw "
+        "--chat-template "
         "--lookup --decode --stages --max-length --dtype --device --threads --generate-batch "
         "--batch-tokens --by --record --json"
     ),
@@ -93,6 +95,7 @@ def test_usage_errors_exit_with_2_and_a_hint(ppsd, arguments, hint) -> None:
         (["generate", "x", "--logit-bias", "5"], "logit_bias must be id:bias pairs separated by"),
         (["generate", "x", "--samples", "2", "-t", "0"], "samples must be 1 at temperature 0"),
         (["generate", "x", "--raw", "--system", "y"], "system must be left out with --raw"),
+        (["generate", "x", "--raw", "--chat-template", "{{"], "chat_template must be left out wi"),
         (["generate", "x", "--trace", "/no/where/t"], "trace must be a file in a directory that"),
         (["generate", "x", "-m", "/no/where"], "model '/no/where' does not exist; allowed are"),
         (["generate", "x", "-m", "src"], "src: this directory has no config.json"),

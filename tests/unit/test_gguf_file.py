@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
-from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf.quants import dequantize, quantize
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from ppsd.errors import ModelError, UnsupportedModelError
-from ppsd.model.gguf_file import GLOBAL_NAMES, LAYER_NAMES, GGUFSource, read_header
+from ppsd.model.gguf_file import GGUFSource
+from ppsd.model.gguf_header import read_header
 from ppsd.model.identity import Identity
 from ppsd.model.sidecar import cache_root
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import spec_from_config
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.model.weights import check_shapes, fingerprint, open_source
+from tests.support.gguf_files import as_stored, random_model, write_model
 
 HEADS, KV_HEADS, LAYERS = 4, 2, 2
 SIZES = {
@@ -34,76 +34,6 @@ SIZES = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
 }
-TO_GGUF = {hf: own for own, hf in LAYER_NAMES.items()}
-GLOBAL_TO_GGUF = {hf: own for own, hf in GLOBAL_NAMES.items()}
-
-
-def _gguf_name(name: str) -> str:
-    if name in GLOBAL_TO_GGUF:
-        return GLOBAL_TO_GGUF[name]
-    _, _, layer, rest = name.split(".", 3)
-    stem, suffix = rest.rsplit(".", 1)
-    return f"blk.{layer}.{TO_GGUF[stem]}.{suffix}"
-
-
-def _permute(weights: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to query and key rows."""
-    split = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
-    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(weights.shape))
-
-
-def _as_stored(name: str, weights: np.ndarray, architecture: str) -> np.ndarray:
-    if architecture == "llama" and ".q_proj." in name:
-        return _permute(weights, HEADS)
-    if architecture == "llama" and ".k_proj." in name:
-        return _permute(weights, KV_HEADS)
-    return weights
-
-
-def _model(config, seed: int = 0):
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    return model
-
-
-def _metadata(writer: gguf.GGUFWriter, config) -> None:
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if config.model_type == "qwen3":
-        writer.add_key_length(config.head_dim)
-    writer.add_eos_token_id(5)
-    writer.add_eot_token_id(3)
-    writer.add_array("tokenizer.ggml.scores", [0.5, 1.5])
-    writer.add_array("general.languages", ["en", "de"])
-
-
-def _write(path: Path, model, kind: Kind = Kind.F32, extend=lambda writer: None) -> dict:
-    """Write a model as the converter does; return what each tensor is, as stored and rounded."""
-    architecture, values = model.config.model_type, {}
-    writer = gguf.GGUFWriter(path, architecture)
-    _metadata(writer, model.config)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        stored = _as_stored(name, tensor.numpy(), architecture)
-        tensor_kind = kind if stored.ndim == 2 else Kind.F32
-        data = quantize(stored, tensor_kind)
-        writer.add_tensor(_gguf_name(name), data, raw_dtype=tensor_kind)
-        values[name] = dequantize(data, tensor_kind)
-    extend(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return values
 
 
 CONFIGS = [
@@ -121,8 +51,8 @@ def _private_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
 def test_tensors_and_spec_equal_the_original(tmp_path, config):
-    model, path = _model(config), tmp_path / "m.gguf"
-    _write(path, model)
+    model, path = random_model(config), tmp_path / "m.gguf"
+    write_model(path, model)
     source = open_source(path)
     spec = source.spec("m")
     original = spec_from_config(config, "m", {5, 3})
@@ -138,30 +68,30 @@ def test_tensors_and_spec_equal_the_original(tmp_path, config):
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_1])
 def test_quantised_tensors_are_dequantised_and_unpermuted(tmp_path, kind, monkeypatch):
     monkeypatch.setattr("ppsd.model.gguf_file.CHUNK", 64 * 7)  # several chunks, the last shorter
-    model, path = _model(LlamaConfig(**SIZES)), tmp_path / "m.gguf"
-    values = _write(path, model, kind)
+    model, path = random_model(LlamaConfig(**SIZES)), tmp_path / "m.gguf"
+    values = write_model(path, model, kind)
     source = GGUFSource(path)
     for name, expected in values.items():
         loaded = source.load(name, torch.float32)
-        assert np.array_equal(_as_stored(name, loaded.numpy(), "llama"), expected), name
+        assert np.array_equal(as_stored(name, loaded.numpy(), model.config), expected), name
         assert loaded.is_contiguous()
 
 
 def test_loaded_tensors_own_their_memory(tmp_path):
-    model = _model(LlamaConfig(**SIZES))
-    _write(tmp_path / "m.gguf", model)
+    model = random_model(LlamaConfig(**SIZES))
+    write_model(tmp_path / "m.gguf", model)
     source = GGUFSource(tmp_path / "m.gguf")
     source.load("model.norm.weight", torch.float32).zero_()
     assert torch.equal(source.load("model.norm.weight", torch.float32), model.model.norm.weight)
 
 
 def test_fingerprint_is_that_of_the_safetensors(tmp_path):
-    model = _model(LlamaConfig(**SIZES)).half()
+    model = random_model(LlamaConfig(**SIZES)).half()
     model.save_pretrained(tmp_path / "original")
     original = resolve_model(str(tmp_path / "original"))
     expected = fingerprint(describe(original), open_source(original.path))
-    _write(tmp_path / "q.gguf", model.float(), Kind.Q4_0)
-    _write(tmp_path / "other.gguf", _model(LlamaConfig(**SIZES), seed=1), Kind.Q4_0)
+    write_model(tmp_path / "q.gguf", model.float(), Kind.Q4_0)
+    write_model(tmp_path / "other.gguf", random_model(LlamaConfig(**SIZES), seed=1), Kind.Q4_0)
     prints = [
         fingerprint(GGUFSource(path).spec("x"), GGUFSource(path))
         for path in (tmp_path / "q.gguf", tmp_path / "other.gguf")
@@ -172,8 +102,10 @@ def test_fingerprint_is_that_of_the_safetensors(tmp_path):
 
 def test_rope_factors_divide_the_inverse_frequencies(tmp_path):
     factors = np.linspace(1, 8, 8, dtype=np.float32)
-    model = _model(LlamaConfig(**SIZES))
-    _write(tmp_path / "m.gguf", model, extend=lambda w: w.add_tensor("rope_freqs.weight", factors))
+    model = random_model(LlamaConfig(**SIZES))
+    write_model(
+        tmp_path / "m.gguf", model, extend=lambda w: w.add_tensor("rope_freqs.weight", factors)
+    )
     source = GGUFSource(tmp_path / "m.gguf")
     spec = source.spec("m")
     check_shapes(source, spec)
@@ -188,8 +120,8 @@ def test_rope_scaling_goes_through_transformers(tmp_path, kind):
         writer.add_rope_scaling_factor(4.0)
         writer.add_rope_scaling_orig_ctx_len(64)
 
-    model = _model(LlamaConfig(**SIZES))
-    _write(tmp_path / "m.gguf", model, extend=extend)
+    model = random_model(LlamaConfig(**SIZES))
+    write_model(tmp_path / "m.gguf", model, extend=extend)
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = 64
@@ -201,7 +133,7 @@ def test_rope_scaling_goes_through_transformers(tmp_path, kind):
 @pytest.mark.parametrize(
     ("extend", "message"),
     [
-        (lambda w: w.add_expert_count(8), "mixtures of experts"),
+        (lambda w: w.add_expert_count(8), "metadata llama.expert_count 8 is not supported"),
         (lambda w: w.add_rope_dimension_count(8), "partial_rotary_factor 0.5"),
         (lambda w: w.add_rope_scaling_yarn_beta_fast(3.0), "yarn_beta_fast"),
     ],
@@ -211,16 +143,16 @@ def test_unsupported_metadata_is_named(tmp_path, extend, message):
         writer.add_key_length(16)
         extend(writer)
 
-    _write(tmp_path / "m.gguf", _model(LlamaConfig(**SIZES)), extend=with_head_size)
+    write_model(tmp_path / "m.gguf", random_model(LlamaConfig(**SIZES)), extend=with_head_size)
     with pytest.raises(UnsupportedModelError, match=message):
         GGUFSource(tmp_path / "m.gguf").spec("m")
 
 
 def test_tensors_without_a_meaning_are_refused(tmp_path):
     extra = np.zeros(4, dtype=np.float32)
-    _write(
+    write_model(
         tmp_path / "m.gguf",
-        _model(LlamaConfig(**SIZES)),
+        random_model(LlamaConfig(**SIZES)),
         extend=lambda w: w.add_tensor("blk.0.mystery.weight", extra),
     )
     source = GGUFSource(tmp_path / "m.gguf")
@@ -232,9 +164,9 @@ def test_tensors_without_a_meaning_are_refused(tmp_path):
 
 def test_unsupported_type_names_tensor_and_type(tmp_path):
     data = np.zeros((8, 64), dtype=np.float64)
-    _write(
+    write_model(
         tmp_path / "m.gguf",
-        _model(LlamaConfig(**SIZES)),
+        random_model(LlamaConfig(**SIZES)),
         extend=lambda w: w.add_tensor("blk.7.attn_v.weight", data),
     )
     with pytest.raises(UnsupportedModelError, match=r"m.gguf: tensor blk.7.attn_v.weight .* F64"):
@@ -243,10 +175,10 @@ def test_unsupported_type_names_tensor_and_type(tmp_path):
 
 def test_codes_whose_offsets_do_not_fit_are_refused(tmp_path):
     """Q4_0 means -8 scales, which a float16 holds for any weight there is, but not for all."""
-    model, name = _model(LlamaConfig(**SIZES)), "model.layers.0.mlp.up_proj.weight"
+    model, name = random_model(LlamaConfig(**SIZES)), "model.layers.0.mlp.up_proj.weight"
     for parameter in model.parameters():
         parameter.data *= 5e4
-    _write(tmp_path / "m.gguf", model, Kind.Q4_0)
+    write_model(tmp_path / "m.gguf", model, Kind.Q4_0)
     source = GGUFSource(tmp_path / "m.gguf")
     assert source.load(name, torch.float32).isfinite().all()
     with pytest.raises(ModelError, match=r"m.gguf: tensor blk.0.ffn_up.weight has scales beyond"):
@@ -268,7 +200,7 @@ def test_codes_whose_offsets_do_not_fit_are_refused(tmp_path):
 )
 def test_corrupt_files_are_named(tmp_path, damage, message):
     path = tmp_path / "m.gguf"
-    _write(path, _model(LlamaConfig(**SIZES)))
+    write_model(path, random_model(LlamaConfig(**SIZES)))
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ModelError, match=f"{path}: .*({message})"):
         read_header(path)
@@ -290,14 +222,14 @@ def _byte_tokenizer(writer: gguf.GGUFWriter) -> None:
 
 def test_tokenizer_and_spec_come_from_the_sidecar_the_second_time(tmp_path, monkeypatch):
     path = tmp_path / "m.gguf"
-    _write(path, _model(LlamaConfig(**SIZES)), extend=_byte_tokenizer)
+    write_model(path, random_model(LlamaConfig(**SIZES)), extend=_byte_tokenizer)
     files, prompt = resolve_model(str(path)), [{"role": "user", "content": "é\n\n12"}]
     spec, tokenizer = describe(files), Tokenizer.load(path)
     ids = tokenizer.encode_chat(prompt)
     assert ids[-4] == 256, "digits stand alone, so the two newlines before them merge"
     assert ids[-1] == 257
     monkeypatch.setattr(GGUFSource, "spec", None)
-    monkeypatch.setattr("ppsd.model.tokenizer._convert_gguf", None)
+    monkeypatch.setattr("ppsd.model.gguf_tokenizer.convert", None)
     assert describe(files) == spec
     assert Tokenizer.load(path).encode_chat(prompt) == ids
 
@@ -305,7 +237,7 @@ def test_tokenizer_and_spec_come_from_the_sidecar_the_second_time(tmp_path, monk
 @pytest.mark.parametrize("damage", ["content", "extra", "absent", "unwritable"])
 def test_damaged_or_unwritable_sidecars_are_rebuilt(tmp_path, monkeypatch, damage):
     path = tmp_path / "m.gguf"
-    _write(path, _model(LlamaConfig(**SIZES)))
+    write_model(path, random_model(LlamaConfig(**SIZES)))
     files = resolve_model(str(path))
     if damage == "unwritable":
         monkeypatch.setenv("PPSD_CACHE", "/dev/null/nowhere")
@@ -327,17 +259,17 @@ def test_damaged_or_unwritable_sidecars_are_rebuilt(tmp_path, monkeypatch, damag
 
 def test_a_changed_file_is_not_described_by_its_old_sidecar(tmp_path):
     path = tmp_path / "m.gguf"
-    _write(path, _model(LlamaConfig(**SIZES)))
+    write_model(path, random_model(LlamaConfig(**SIZES)))
     files = resolve_model(str(path))
     assert describe(files).num_layers == LAYERS
-    _write(path, _model(LlamaConfig(**{**SIZES, "num_hidden_layers": 3})))
+    write_model(path, random_model(LlamaConfig(**{**SIZES, "num_hidden_layers": 3})))
     assert describe(files).num_layers == 3
 
 
 def test_a_quantised_file_is_the_model_of_its_bfloat16_copy(tmp_path):
     """Its norms carry a quantiser's scales in float32, and the epsilon is a float32 too."""
-    model = _model(LlamaConfig(**SIZES | {"rms_norm_eps": 1e-6}))
-    _write(tmp_path / "q.gguf", model, Kind.Q4_0)
+    model = random_model(LlamaConfig(**SIZES | {"rms_norm_eps": 1e-6}))
+    write_model(tmp_path / "q.gguf", model, Kind.Q4_0)
     model.config.rms_norm_eps = float(np.float32(1e-6))
     model.bfloat16().save_pretrained(tmp_path / "copy")
     files = resolve_model(str(tmp_path / "copy"))
@@ -366,4 +298,7 @@ def test_the_default_model_is_the_one_we_know():
     assert tokenizer.decode(tokenizer.encode(text)) == text
     chat = tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
     assert chat[0] == 1
-    assert tokenizer.eos_ids == spec.eos_ids == (2,)
+    assert tokenizer.eos_ids == (2,)
+    assert [tokenizer.spelling(end) for end in spec.eos_ids] == (
+        ["<|endoftext|>", "<|im_end|>", "<reponame>"]
+    )

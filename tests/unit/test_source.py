@@ -117,9 +117,44 @@ def test_directory_is_described_with_both_eos_sources_and_no_remote_code(tmp_pat
     assert (spec.name, spec.hidden_size, spec.head_dim, spec.eos_ids) == ("m", 64, 32, (2, 7))
 
 
+def test_a_directory_that_is_no_model_says_what_it_is(tmp_path):
+    def told(path: Path) -> str:
+        with pytest.raises(ModelError, match=r"no config\.json") as caught:
+            resolve_model(str(path))
+        return str(caught.value)
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "it is an adapter: merge it into its model" in told(adapter)
+    quantised = tmp_path / "quantised"
+    quantised.mkdir()
+    (quantised / "b.gguf").write_bytes(b"")
+    assert f"holds 1 GGUF file: give {quantised / 'b.gguf'}" in told(quantised)
+    (quantised / "a.gguf").write_bytes(b"")
+    assert f"holds 2 GGUF files: give {quantised / 'a.gguf'}" in told(quantised)
+    cache = tmp_path / "hub" / "models--owner--name"
+    snapshot = cache / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    _directory(snapshot)
+    (snapshot / "onnx").mkdir()
+    for off in (cache, snapshot.parent, cache / "blobs", cache.parent, snapshot / "onnx"):
+        assert f"; give {snapshot}, which has one" in told(off)
+    with pytest.raises(ModelError, match=f"ends in .gguf; give its directory, {snapshot}"):
+        resolve_model(str(snapshot / "config.json"))
+
+
+NESTED = "[" * 100_000 + "]" * 100_000
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "config.json: not readable as JSON"), ("[1]", "must hold a JSON object, got list")],
+    [
+        ('{"a": ' + NESTED + "}", "not readable as JSON"),
+        ("{", "config.json: not readable as JSON"),
+        ("[1]", "must hold a JSON object, got list"),
+    ],
 )
 def test_damaged_config_is_named(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)

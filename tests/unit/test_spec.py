@@ -20,7 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from ppsd.errors import ModelError, UnsupportedModelError
-from ppsd.model.spec import ModelSpec, config_from_dict, spec_from_config
+from ppsd.model.spec import ModelSpec, config_from_dict, spec_from_config, token_ids
 
 TINY: dict[str, Any] = {
     "vocab_size": 40,
@@ -103,7 +103,7 @@ def test_kv_bytes_are_keys_and_values_of_one_layer():
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
 def test_json_round_trip_is_exact(config):
-    spec = spec_from_config(config, "tiny", generation_eos=[7, 9])
+    spec = spec_from_config(config, "tiny", more_eos=[7, 9])
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
@@ -119,7 +119,8 @@ def test_json_round_trip_is_exact(config):
 )
 def test_eos_ids_are_the_union(own, generation, expected):
     config = LlamaConfig(**TINY, eos_token_id=own)
-    assert spec_from_config(config, "tiny", generation).eos_ids == expected
+    more = token_ids(generation, "generation_config.json")
+    assert spec_from_config(config, "tiny", more).eos_ids == expected
 
 
 @pytest.mark.parametrize(
@@ -145,8 +146,8 @@ def test_eos_ids_are_the_union(own, generation, expected):
 def test_context_stops_where_full_attention_stops_being_exact(config, limit, note):
     spec = spec_from_config(config, "tiny")
     assert spec.max_context == limit
-    assert note in spec.context_note
-    assert bool(note) == bool(spec.context_note)
+    assert note in " ".join(spec.notices)
+    assert bool(note) == bool(spec.notices)
 
 
 @pytest.mark.parametrize(
@@ -191,5 +192,50 @@ def test_config_dictionary_becomes_the_builtin_class_and_never_remote_code():
     assert type(config_from_dict(record, "here")) is LlamaConfig
     with pytest.raises(UnsupportedModelError, match="here: architecture 'evil'"):
         config_from_dict({**record, "model_type": "evil"}, "here")
-    with pytest.raises(ModelError, match=r"here: not a valid llama configuration.*hidden_size"):
+    with pytest.raises(ModelError, match="here: hidden_size must be an integer in"):
         config_from_dict({**record, "hidden_size": "wide"}, "here")
+    with pytest.raises(ModelError, match=r"here: not a valid llama configuration.*hidden_act"):
+        config_from_dict({**record, "hidden_act": 3}, "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer in [1, 1024], got 10"),
+        ({"head_dim": 10**12}, "head_dim must be an integer in [1, 16384], got 1000000000000"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be an integer in [1, 16384], got 0"),
+        ({"vocab_size": True}, "vocab_size must be an integer in [1, 16777216], got True"),
+        ({"max_position_embeddings": "512"}, "max_position_embeddings must be an integer in [1, "),
+        ({"head_dim": 7}, "not a valid llama configuration: Class validation error"),
+        ({"num_attention_heads": 32, "num_key_value_heads": 32}, "head_dim 1 is not supported"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be finite, got inf"),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            "rope setting factor 4.0 is not supported with rope_ty",
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "give frequencies out of range"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": -4.0}},
+            "give frequencies out of range",
+        ),
+        ({"rope_scaling": {"rope_type": [1]}}, "rope_type [1] is not supported"),
+        ({"rope_theta": 0.0}, "rope settings give frequencies out of range"),
+        ({"rope_theta": "big"}, "rope settings cannot be used (TypeError"),
+        ({"rope_scaling": [1]}, "not a valid llama configuration"),
+        ({"hidden_act": "x" * 10_000}, "hidden_act 'xxx"),
+    ],
+    ids=str,
+)
+def test_sizes_and_rope_settings_out_of_range_are_one_sentence(
+    changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        spec_from_config(config_from_dict({**TINY, "model_type": "llama", **changes}, "x"), "x")
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_settings_that_are_not_read_cost_nothing() -> None:
+    record = {**TINY, "model_type": "llama", "num_labels": 10**9, "id2label": 5}
+    assert spec_from_config(config_from_dict(record, "x"), "x").num_layers == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from ppsd.errors import ModelError
+from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec, spec_from_config
 from ppsd.model.weights import SafetensorsSource, check_shapes, fingerprint, open_source
 
@@ -137,12 +139,56 @@ def test_damaged_index_is_named(tmp_path, text):
 
 def test_index_naming_a_tensor_the_shard_lacks(tiny):
     directory, _, _ = tiny
-    index = {"weight_map": {"model.ghost.weight": "model.safetensors"}}
+    index = {"weight_map": {"model.ghost.weight": "other.safetensors"}}
+    (directory / "model.safetensors").rename(directory / "other.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
-        ModelError, match=r"model.safetensors: tensor model.ghost.weight is missing"
+        ModelError, match=r"other.safetensors: tensor model.ghost.weight is missing"
     ):
         SafetensorsSource(directory).shapes()
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {Q_PROJ: "model.safetensors"},  # lacks all other tensors of the file
+        {Q_PROJ: "model-00001-of-00001.safetensors"},
+    ],
+)
+def test_a_single_file_and_an_index_that_disagree_are_refused(tiny, weight_map):
+    directory, _, _ = tiny
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelError, match=r"model.safetensors and model.safetensors.index.json dis"):
+        SafetensorsSource(directory)
+    stored = dict.fromkeys(load_file(directory / "model.safetensors"), "model.safetensors")
+    index.write_text(json.dumps({"weight_map": stored}))
+    assert SafetensorsSource(directory).shapes().keys() == stored.keys()
+
+
+def test_named_pipes_in_place_of_weights_are_refused_and_not_waited_for(tiny):
+    directory, _, _ = tiny
+    (directory / "model.safetensors").unlink()
+    os.mkfifo(directory / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model.safetensors: .*not a regular file"):
+        SafetensorsSource(directory)
+
+
+def test_a_tied_model_uses_another_lm_head_that_its_file_holds(tmp_path):
+    _save(tmp_path, tie_word_embeddings=True)
+    files = resolve_model(str(tmp_path))
+    assert describe(files).tie_embeddings
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    _rewrite(tmp_path, lambda t: t.update({"lm_head.weight": embedding.clone()}))
+    assert describe(files).tie_embeddings
+    assert describe(files).notices == ()
+    _rewrite(tmp_path, lambda t: t["lm_head.weight"][3].add_(1))
+    spec = describe(files)
+    assert not spec.tie_embeddings
+    assert spec.notices == (
+        "tie_word_embeddings is ignored: the file's LM head differs from its embedding",
+    )
+    check_shapes(SafetensorsSource(tmp_path), spec)
 
 
 def test_pickle_and_empty_directories_are_refused(tmp_path):

@@ -263,7 +263,7 @@ def judge_batch(
     feedback = any(c.head.config.feedback for c in candidates)
     depth = model.spec.num_layers if feedback else max(exits)
     features = teacher_forward(model, tokens.to(model.plan.device), exits, depth)
-    vocab = min(model.spec.vocab_size, teacher.encoding.tokenizer.vocab_size)
+    vocab = model.spec.num_tokens
     for c in candidates:
         rows = head_forward(c.head, features.exits[c.head.config.exit_layer], len(answers))
         for i, a in enumerate(answers):

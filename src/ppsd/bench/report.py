@@ -25,7 +25,7 @@ def read_result(path: Path) -> Record:
     try:
         record: Record = json.loads(path.read_text(encoding="utf-8"))
         kind(record)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise PpsdError(f"{path} is not the --json output of a benchmark ({error!r})") from error
     return record | {"name": path.stem}
 

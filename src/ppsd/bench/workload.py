@@ -65,7 +65,7 @@ def _task(path: Path, number: int, line: str) -> Task:
     try:
         record = json.loads(line)
         messages = _messages(record)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise PpsdError(
             f"{path}, line {number}: needs a JSON object with one of {', '.join(FIELDS)} ({error})"
         ) from error

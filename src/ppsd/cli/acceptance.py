@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ppsd.cli import progress
 from ppsd.cli.display import log_console
-from ppsd.cli.options import flag
+from ppsd.cli.options import TEMPLATE_HELP, flag
 from ppsd.config import DEFAULT_CONTEXT
 from ppsd.errors import ConfigError
 from ppsd.train.settings import DistillConfig
@@ -55,6 +55,7 @@ class SubjectOptions:
     ] = 0.0
     seed: Annotated[int, _measured("Noise is a function of seed and position.")] = 0
     raw: Annotated[bool, _measured("No chat template.", "--raw")] = False
+    chat_template: Annotated[str | None, _measured(TEMPLATE_HELP, metavar="FILE|TEXT")] = None
     lookup: Annotated[
         str, _measured("Prompt lookup beside the heads: on, off or both.", metavar="on|off|both")
     ] = "on"
@@ -152,7 +153,13 @@ def _settings(subject: SubjectOptions, work: WorkOptions, paths: Sequence[Path])
     length = work.max_length
     if length is None:
         length = min(DEFAULT_CONTEXT, describe(resolve_model(subject.model)).max_context)
-    return DistillConfig(exit_layers(paths), max_length=length, dtype=work.dtype, raw=subject.raw)
+    return DistillConfig(
+        exit_layers(paths),
+        max_length=length,
+        dtype=work.dtype,
+        raw=subject.raw,
+        chat_template=subject.chat_template,
+    )
 
 
 def _answers(
@@ -265,6 +272,7 @@ def _decode(
         log_console().print(f"decoding {count} prompts with {c.label}")
         with LLM(
             subject.model,
+            chat_template=subject.chat_template,
             stages=subject.stages,
             exit_layer=c.head.config.exit_layer,
             head=str(c.path),

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ppsd.cli import progress
 from ppsd.cli.display import log_console
-from ppsd.cli.options import flag, integers
+from ppsd.cli.options import TEMPLATE_HELP, flag, integers
 from ppsd.train.settings import DistillConfig
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ class TrainingOptions:
         bool, flag("Prompts count too, not answers only.", "--all-positions", panel=DATA)
     ] = False
     raw: Annotated[bool, flag("No chat template.", "--raw", panel=DATA)] = False
+    chat_template: Annotated[str | None, flag(TEMPLATE_HELP, panel=DATA, metavar="FILE|TEXT")] = (
+        None
+    )
     validation: Annotated[int, flag("Examples held out, at most a tenth.", panel=DATA)] = 64
     kl_weight: Annotated[float, flag("Weight of KL(model ‖ head).", panel=TRAINING)] = 1.0
     ce_weight: Annotated[float, flag("Weight of cross-entropy.", panel=TRAINING)] = 0.1

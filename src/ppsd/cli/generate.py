@@ -50,7 +50,7 @@ def generate(
 ) -> None:
     """Complete a prompt and stream the answer."""
     text = _read(prompt)
-    _check(raw, system, trace)
+    _check(raw, system, pipeline.chat_template, trace)
     _params(sampling, samples)
     with open_llm(pipeline, trace=trace is not None) as llm:
         params = _params(sampling, samples, llm.defaults.values)
@@ -78,10 +78,11 @@ def _read(prompt: str | None) -> str:
     return text
 
 
-def _check(raw: bool, system: str | None, trace: Path | None) -> None:
+def _check(raw: bool, system: str | None, template: str | None, trace: Path | None) -> None:
     """Refuse now what would only fail, or be ignored, once the model is loaded."""
-    if raw and system is not None:
-        raise ConfigError("system", system, "left out with --raw, which uses no chat template")
+    for name, value in (("system", system), ("chat_template", template)):
+        if raw and value is not None:
+            raise ConfigError(name, value, "left out with --raw, which uses no chat template")
     if trace is not None and (trace.is_dir() or not trace.absolute().parent.is_dir()):
         raise ConfigError("trace", str(trace), "a file in a directory that exists")
 

@@ -52,6 +52,10 @@ def check_memory(memory: str) -> None:
         raise ConfigError("memory", memory, "one of " + ", ".join(MEMORIES))
 
 
+TEMPLATE_HELP = (
+    "Chat template in place of the model's: a file, Jinja text, or the name of one that it has."
+)
+
 _pipeline = functools.partial(flag, panel=PIPELINE)
 _sampling = functools.partial(flag, panel=SAMPLING)
 
@@ -65,6 +69,10 @@ class PipelineOptions:
         _pipeline("Directory, .gguf file or hub id; the embedded SmolLM2-135M if left out.", "-m",
                   "--model"),
     ] = None  # fmt: skip
+    chat_template: Annotated[
+        str | None,
+        _pipeline(TEMPLATE_HELP, metavar="FILE|TEXT"),
+    ] = None
     stages: Annotated[int, _pipeline("Number of stages.")] = 2
     split: Annotated[
         str | None, _pipeline("Layers at which later stages begin, such as 8,16.", metavar="L,…")

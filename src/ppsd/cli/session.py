@@ -88,7 +88,7 @@ def _notices(llm: LLM) -> list[str]:
         notices.append(UNTRAINED_NOTICE)
     if head is not None and llm.config.schedule.drafts and _held_out(head):
         notices.append(HELD_OUT_NOTICE.format(head=llm.config.head))
-    return notices + [note for note in (llm.layout.spec.context_note,) if note]
+    return notices + list(llm.layout.spec.notices)
 
 
 def _held_out(head: HeadConfig) -> bool:

@@ -166,7 +166,7 @@ def _alphas(text: str) -> tuple[tuple[int, float], ...]:
 def _recorded(path: Path) -> tuple[float, ...]:
     try:
         return tuple(float(hit) for hit in json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise ConfigError("trace", str(path), "a file with a JSON list of 0 and 1") from None
 
 

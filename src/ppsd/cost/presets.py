@@ -15,6 +15,7 @@ from typing import Any
 from ppsd.cost.model import CostModel, Link, uniform
 from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
+from ppsd.model.spec import check_sizes
 
 BYTES_PER_WEIGHT = 2  # bfloat16 or float16
 DRAFT_VOCABULARY = 8192  # tokens an exit head scores
@@ -66,7 +67,10 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str) -> Shape:
-        """Read the contents of a config.json; ConfigError names a missing field."""
+        """Read the contents of a config.json; raises an error that names a field and its value."""
+        if not isinstance(config, Mapping):
+            raise ConfigError("model", name, "a config.json that holds a JSON object")
+        check_sizes(config, name)
         try:
             heads = config["num_attention_heads"]
             return cls(
@@ -160,7 +164,7 @@ def find_shape(model: str) -> Shape:
         raise ConfigError("model", model, f"a config.json, or one of {names}")
     try:
         return Shape.from_config(json.loads(path.read_text()), str(path))
-    except json.JSONDecodeError:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise ConfigError("model", model, "a config.json that holds JSON") from None
 
 

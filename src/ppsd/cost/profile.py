@@ -226,7 +226,7 @@ def load_profile(path: Path, *, own: bool = False) -> Profile:
         return Profile.from_json(json.loads(data))
     except OSError as error:
         reason = error.strerror or str(error)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
     allowed = f"a file that `ppsd profile` wrote ({reason})"
     raise ConfigError("profile", str(path), allowed)

@@ -117,7 +117,10 @@ class LLM:
         self.drafts = own or drafter is not None
         self._check_head(self.config)
         self.memory_needed = check_memory(self.config, self.layout, source)
-        self.tokenizer = Tokenizer.load(files.path, escape_special=self.config.escape_special)
+        self.tokenizer = Tokenizer.load(
+            files.path, self.config.chat_template, escape_special=self.config.escape_special
+        )
+        self.layout = replace(self.layout, spec=self.tokenizer.fit(self.layout.spec))
         self.defaults = sampling_defaults(files)
         self.trace = TraceLog()
         self._running = RunningPipeline(self.config, self.layout, source)
@@ -264,7 +267,7 @@ class LLM:
         return ids
 
     def _checked_id(self, token: object) -> int:
-        size = self.tokenizer.vocab_size
+        size = self.layout.spec.num_tokens
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
             raise ConfigError("prompt token id", token, f"an integer in [0, {size - 1}]")
         return token
@@ -333,10 +336,9 @@ class LLM:
         """Shape a request, with rows of the last one that may be taken over."""
         room = self.layout.max_context - len(ids)
         limited = min(params.max_tokens, room)
-        params = replace(
-            params, max_tokens=limited, min_tokens=min(params.min_tokens, limited), n=1
-        )
-        eos = () if params.ignore_eos else (*self.layout.spec.eos_ids, *self.tokenizer.eos_ids)
+        least = min(params.min_tokens, limited)
+        params = replace(params, max_tokens=limited, min_tokens=least, n=1)
+        eos = () if params.ignore_eos else self.layout.spec.eos_ids
         cached = min(_common_prefix(self._rows, ids), len(ids) - 1)
         if not reuse:
             chunk = self.config.prefill_chunk
@@ -347,7 +349,7 @@ class LLM:
             prompt=tuple(ids),
             params=params,
             stop_ids=frozenset((*eos, *params.stop_token_ids)),
-            vocab_size=min(self.tokenizer.vocab_size, self.layout.spec.vocab_size),
+            vocab_size=self.layout.spec.num_tokens,
             cached=cached,
             logits=logits,
         )

@@ -42,7 +42,7 @@ class SamplingDefaults:
 def sampling_defaults(files: ModelFiles) -> SamplingDefaults:
     """Return what the model's file says; a value that cannot be is ignored by name."""
     if files.is_gguf:
-        from ppsd.model.gguf_file import read_header
+        from ppsd.model.gguf_header import read_header
 
         metadata = read_header(files.path).metadata
         given = {name: metadata.get(key) for name, key in GGUF_KEYS.items()}

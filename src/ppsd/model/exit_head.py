@@ -108,7 +108,7 @@ def read_head_config(directory: Path) -> HeadConfig:
         config = HeadConfig(**record)
     except FileNotFoundError as error:
         raise HeadError(f"no exit head at {directory}: {CONFIG_FILE} is missing") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise HeadError(f"{path} is not a head configuration: {error}") from error
     _check_config(config, path)
     return config

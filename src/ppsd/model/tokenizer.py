@@ -5,16 +5,20 @@ Imported by engine/ and cli/; transformers is imported only when a tokenizer is 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ppsd.errors import ConfigError, ModelError
+from ppsd.model.chat_template import choose_template, render
 from ppsd.model.escape import Escape
 from ppsd.model.sidecar import cached
+from ppsd.model.spec import ModelSpec, speakable
 
 REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -29,11 +33,22 @@ class Tokenizer:
     template writes are not touched.
     """
 
-    def __init__(self, inner: Any, name: str, *, escape_special: bool = False) -> None:
+    def __init__(
+        self,
+        inner: Any,
+        name: str,
+        chat_template: str | None = None,
+        *,
+        escape_special: bool = False,
+    ) -> None:
         self._inner = inner
         self._name = name
+        self._wanted = chat_template
+        if chat_template is not None:
+            self._template()  # refuses what is no template now
         # what transformers itself asks in the end, without the much that it looks after before
         self._backend = getattr(inner, "backend_tokenizer", None)
+        self._rows: int | None = None  # of the model's embedding, once ``fit`` was asked
         self._escape: Escape | None = None
         if escape_special:
             if self._backend is None:
@@ -41,10 +56,14 @@ class Tokenizer:
             self._escape = Escape(self._backend, inner.added_tokens_decoder)
 
     @classmethod
-    def load(cls, path: Path, *, escape_special: bool = False) -> Tokenizer:
+    def load(
+        cls, path: Path, chat_template: str | None = None, *, escape_special: bool = False
+    ) -> Tokenizer:
         """Load the tokenizer of a directory in Hugging Face layout or of a GGUF file.
 
-        Raises ModelError naming the path when there is none or it would need remote code.
+        ``chat_template``, a file, Jinja text or the name of one that the model has, takes the
+        place of the model's default. Raises ConfigError when it is none of these, and ModelError
+        naming the path when there is no tokenizer or it would need remote code.
         """
         try:
             inner = _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
@@ -53,11 +72,53 @@ class Tokenizer:
         except Exception as error:  # transformers and tokenizers raise many unrelated types
             text = " ".join(str(error).split())[:300]
             raise ModelError(f"{path}: has no tokenizer that can be read ({text})") from error
-        return cls(inner, str(path), escape_special=escape_special)
+        return cls(inner, str(path), chat_template, escape_special=escape_special)
+
+    def fit(self, spec: ModelSpec) -> ModelSpec:
+        """Return the spec with this tokenizer's end tokens and with the rows that have no token.
+
+        An end token that the model cannot say is dropped with a notice. From now on, text with a
+        token that the model has no row for is refused.
+        """
+        self._rows = spec.vocab_size
+        unused = self._unused_ids(spec.vocab_size)
+        count = spec.vocab_size
+        while count and unused and unused[-1] == count - 1:
+            unused, count = unused[:-1], count - 1
+        eos_ids, dropped = speakable((*spec.eos_ids, *self.eos_ids), count)
+        return replace(
+            spec,
+            num_tokens=count,
+            unused_ids=tuple(unused),
+            eos_ids=eos_ids,
+            notices=spec.notices + dropped,
+        )
+
+    def _unused_ids(self, rows: int) -> Sequence[int]:
+        """Return the ids below ``rows`` without a token, ascending: padding at the end, and gaps.
+
+        Converters to GGUF give padding a token that is named after its id.
+        """
+        count = min(self.vocab_size, rows)
+        while count and self._is_padding(count - 1):
+            count -= 1
+        # Asking for every id takes a third of a second with large vocabularies. Ids that number
+        # as many as the highest one says have no gaps.
+        if count and all(self._is_padding(i) for i in range(count, rows)):
+            return range(count, rows)
+        return [i for i in range(rows) if self._is_padding(i)]
+
+    def _is_padding(self, token: int) -> bool:
+        return self.spelling(token) in (None, f"[PAD{token}]")
+
+    def spelling(self, token: int) -> str | None:
+        """Return a token as the vocabulary spells it, or None for an id without a token."""
+        spelling: str | None = self._inner.convert_ids_to_tokens(token)
+        return spelling
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids the tokenizer knows; a model's logits may be padded beyond it."""
+        """Number of tokens; a model may have fewer rows or more."""
         return len(self._inner)
 
     @property
@@ -71,41 +132,42 @@ class Tokenizer:
 
         Raises ConfigError for text that is not valid Unicode (lone surrogates).
         """
+        escape = self._escaping([text])
+        return self._encode(escape.hide(text) if escape else text, escape, special=True)
+
+    def _escaping(self, texts: Sequence[str]) -> Escape | None:
+        """Return what escapes control tokens, if there are any in the texts and it is asked for."""
+        return self._escape if self._escape and self._escape.found_in(texts) else None
+
+    def _encode(self, text: str, escape: Escape | None, special: bool) -> list[int]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ConfigError("prompt", text, "valid Unicode, without lone surrogates") from error
-        if self._escape and self._escape.found_in([text]):
-            return self._escape.encode(self._escape.hide(text), special=True)
-        ids: list[int] = self._inner.encode(text)
+        if escape:
+            return self._within_rows(escape.encode(text, special=special))
+        return self._within_rows(self._inner.encode(text, add_special_tokens=special))
+
+    def _within_rows(self, ids: list[int]) -> list[int]:
+        if self._rows is not None and ids and max(ids) >= self._rows:
+            token = max(ids)
+            told = f"token {self.spelling(token)!r} with id {token}"
+            raise ConfigError("prompt", told, f"of the {self._rows} tokens that the model knows")
         return ids
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Return the ids of a conversation, ready for the assistant's next message.
 
-        Raises ModelError when the model has no chat template, and ConfigError when the template
-        refuses the messages.
+        Raises ModelError when no chat template applies, and ConfigError when the template cannot
+        render the messages.
         """
-        if not self._inner.chat_template:
-            raise ModelError(f"{self._name} does not define a chat template; use --raw")
-        from jinja2 import TemplateError
-
-        escape = self._escape
-        if escape and not escape.found_in([text for m in messages for text in m.values()]):
-            escape = None
+        escape = self._escaping([text for m in messages for text in m.values()])
         if escape:
             messages = [{key: escape.hide(text) for key, text in m.items()} for m in messages]
-        try:
-            text: str = self._inner.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-        except (TemplateError, TypeError) as error:
-            allowed = f"what the model's chat template accepts ({error})"
-            raise ConfigError("messages", messages, allowed) from error
-        if escape:
-            return escape.encode(text, special=False)
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False)
-        return ids
+        return self._encode(render(self._inner, self._template(), messages), escape, special=False)
+
+    def _template(self) -> str:
+        return choose_template(self._inner.chat_template, self._wanted, self._name)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids without special tokens; U+FFFD stands for broken UTF-8."""
@@ -122,8 +184,7 @@ class Tokenizer:
         """Return a token as the vocabulary spells it, or None when ``decode`` leaves it out."""
         if token in self._special:
             return None
-        spelling: str | None = self._inner.convert_ids_to_tokens(token)
-        return spelling
+        return self.spelling(token)
 
     @cached_property
     def _special(self) -> frozenset[int]:
@@ -177,16 +238,25 @@ class StreamDecoder:
 
 
 def _from_directory(path: Path) -> Any:
+    sentencepiece = path / "tokenizer.model"
+    alone = sentencepiece.is_file() and not (path / "tokenizer.json").is_file()
+    if alone and importlib.util.find_spec("sentencepiece") is None:
+        raise ModelError(
+            f"{sentencepiece}: reading it needs the package sentencepiece; "
+            "pip install 'ppsd-llm[sentencepiece]'"
+        )
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
 
 
 def _from_gguf(path: Path) -> Any:
+    from ppsd.model.gguf_tokenizer import convert
+
     return cached(
         path,
         "tokenizer",
-        build=lambda: _convert_gguf(path),
+        build=lambda: convert(path),
         write=lambda inner, place: inner.save_pretrained(place),
         read=_restore,
     )
@@ -200,18 +270,3 @@ def _restore(files: Mapping[str, bytes]) -> Any:
         for name, data in files.items():
             Path(place, name).write_bytes(data)
         return PreTrainedTokenizerFast.from_pretrained(place)
-
-
-def _convert_gguf(path: Path) -> Any:
-    from tokenizers import pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from ppsd.model.gguf_file import read_header
-
-    splitting = read_header(path).metadata.get("tokenizer.ggml.pre")
-    inner = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    if splitting == "smollm":  # transformers' conversion leaves out that digits stand alone
-        backend = inner.backend_tokenizer
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
-    return inner

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ppsd.errors import ModelError
+from ppsd.errors import ModelError, shortened
 from ppsd.model.kernels import Kind
 from ppsd.model.packed import Codes
 from ppsd.model.spec import ModelSpec
@@ -47,6 +47,9 @@ class TensorSource(Protocol):
 
         Raises ModelError naming file and tensor when it is missing or unreadable.
         """
+
+    def name_in_file(self, name: str) -> str:
+        """Return what the file calls a tensor, whether it is there or not."""
 
     def kind(self, name: str) -> Kind | None:
         """What the codes are that a weight is stored in; None when ``codes`` cannot give them."""
@@ -80,10 +83,10 @@ def check_shapes(source: TensorSource, spec: ModelSpec) -> None:
     actual, expected = source.shapes(), expected_shapes(spec)
     for name, shape in expected.items():
         if name not in actual:
-            raise ModelError(f"{spec.name}: tensor {name} is missing")
+            raise ModelError(f"{spec.name}: tensor {source.name_in_file(name)} is missing")
         if tuple(actual[name]) != shape:
             raise ModelError(
-                f"{spec.name}: tensor {name} has shape {list(actual[name])}, "
+                f"{spec.name}: tensor {source.name_in_file(name)} has shape {list(actual[name])}, "
                 f"but the configuration asks for {list(shape)}"
             )
     extras = [name for name in actual if name not in expected and not _known_extra(name, spec)]
@@ -115,6 +118,24 @@ def fingerprint(spec: ModelSpec, source: TensorSource) -> str:
             digest.update(name.encode())
             digest.update(source.load(name, torch.float32).numpy().astype("<f4").tobytes())
     return digest.hexdigest()
+
+
+def own_head_notice(directory: Path) -> str:
+    """Return a notice when a model that ties its LM head stores another one, else nothing.
+
+    As in transformers, the stored LM head is used then. A directory whose weights cannot be read
+    gives no notice: loading says what is wrong with it.
+    """
+    try:
+        source = SafetensorsSource(directory)
+        shapes = source.shapes()
+        if not {EMBEDDING, LM_HEAD} <= shapes.keys() or shapes[EMBEDDING] != shapes[LM_HEAD]:
+            return ""
+        if torch.equal(source.view(EMBEDDING), source.view(LM_HEAD)):
+            return ""
+    except ModelError:
+        return ""
+    return "tie_word_embeddings is ignored: the file's LM head differs from its embedding"
 
 
 def open_source(path: Path) -> TensorSource:
@@ -150,8 +171,16 @@ class SafetensorsSource:
                 f"{self._directory / self._index[name]}: tensor {name} has dtype {stored}; "
                 f"supported are {', '.join(FLOAT_TYPES)}"
             )
+        return self.view(name).to(dtype, copy=True).contiguous()
+
+    def view(self, name: str) -> torch.Tensor:
+        """Return one tensor as the file holds it, in the file's own mapped memory."""
         mapped: torch.Tensor = self._open(self._index[name]).get_tensor(name)
-        return mapped.to(dtype, copy=True).contiguous()
+        return mapped
+
+    def name_in_file(self, name: str) -> str:
+        """See TensorSource: safetensors hold canonical names."""
+        return name
 
     def kind(self, name: str) -> Kind | None:
         """See TensorSource: safetensors hold numbers."""
@@ -173,6 +202,8 @@ class SafetensorsSource:
     def _open(self, filename: str) -> Any:
         if filename not in self._files:
             file = self._directory / filename
+            if file.exists() and not file.is_file():  # opening a named pipe would wait for ever
+                raise ModelError(f"{file}: not a readable safetensors file (not a regular file)")
             try:
                 self._files[filename] = safe_open(file, framework="pt")
             except FileNotFoundError as error:
@@ -184,15 +215,27 @@ class SafetensorsSource:
     def _read_index(self) -> dict[str, str]:
         """Return the file name of every tensor."""
         index = self._directory / "model.safetensors.index.json"
-        if index.is_file():
-            return _weight_map(index)
         single = "model.safetensors"
-        if (self._directory / single).is_file():
-            return dict.fromkeys(self._open(single).keys(), single)
+        shards = _weight_map(index) if index.is_file() else None
+        if not (self._directory / single).exists():
+            if shards is not None:
+                return shards
+        else:
+            stored = dict.fromkeys(self._open(single).keys(), single)
+            if shards not in (None, stored):  # transformers reads one of them without a word
+                raise ModelError(
+                    f"{self._directory}: {single} and {index.name} disagree about where the "
+                    "tensors are; remove the one that is out of date"
+                )
+            return stored
         if any(self._directory.glob("*.bin")):
             raise ModelError(
                 f"{self._directory}: holds only pickle weights (*.bin), which can run code when "
                 "read; convert them to safetensors"
+            )
+        if (self._directory / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{self._directory}: is an adapter; merge it into its model and give the result"
             )
         raise ModelError(f"{self._directory}: has neither {single} nor {index.name}")
 
@@ -202,8 +245,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: not a safetensors index ({error!r})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        told = shortened(repr(error))
+        raise ModelError(f"{index}: not a safetensors index ({told})") from error
     for name, file in shards.items():
         if "/" in file or "\\" in file or not file.endswith(".safetensors"):
             raise ModelError(

@@ -107,7 +107,7 @@ def _parse_lines(name: str, lines: Iterable[str]) -> Iterator[Record]:
         where = f"{name}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PpsdError(f"{where}: not JSON ({error})") from error
         yield from parse_row(row, where)
 

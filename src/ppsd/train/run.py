@@ -71,11 +71,12 @@ def load_teacher(
     source = open_source(files.path)
     check_shapes(source, spec)
     identity = Identity.of(spec, source)
-    tokenizer = Tokenizer.load(files.path)
+    tokenizer = Tokenizer.load(files.path, config.chat_template)
     place = open_device(device)
     dtype = compute_dtype(config.dtype, place)
     plan = StagePlan(0, spec.num_layers, config.max_length, dtype, place)
-    ends = [*tokenizer.eos_ids, *spec.eos_ids]
+    spec = tokenizer.fit(spec)
+    ends = [end for end in (*tokenizer.eos_ids, *spec.eos_ids) if end in spec.eos_ids]
     encoding = Encoding(
         tokenizer,
         config.max_length,

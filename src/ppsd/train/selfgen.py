@@ -194,7 +194,7 @@ class BatchGenerator:
     """Answers requests in whatever order they finish.
 
     Memory: weights, and 2·layers·batch·K·D numbers for each position of the longest sequence.
-    ``vocab_size`` is the tokenizer's: padded ids beyond it are never chosen. A sampled token is a
+    Padded ids from ``vocab_size`` on are never chosen. A sampled token is a
     function of the seed, the prompt and its place in the answer; ``noise``, where given, takes the
     place of the seed. Rows that leave the layers ``keep`` come with the answers, for 2·C bytes a
     token and layer. No prompt is begun after ``deadline`` (of time.monotonic). ``stepped`` is
@@ -333,6 +333,7 @@ class BatchGenerator:
         assert model.lm_head is not None
         normed = rms_norm(hidden, model.norm, model.spec.rms_norm_eps)
         scores = linear(normed, whole(model.lm_head)[: self._vocab_size]).float()
+        scores[:, list(model.spec.unused_ids)] = float("-inf")
         for row, token in zip(rows, self._drawn(rows, scores).tolist(), strict=True):
             row.output.append(token)
         self.written += len(rows)

@@ -29,7 +29,8 @@ class DistillConfig:
     last layers (``init`` last) or of those after the exit (exit), with ``head_mlp`` neurons in
     their MLPs (0 for as many as the model's), and which read verified rows with ``feedback``
     and weigh copies with ``copy_gate``; ``norm`` heads never do. ``draft_vocab`` 0 scores all
-    tokens. ``learning_rate`` None lets the run decide (``peak_rate``). ``warmup`` is a share of all
+    tokens. ``chat_template`` takes the place of the model's own. ``learning_rate`` None lets the
+    run decide (``peak_rate``). ``warmup`` is a share of all
     steps. ``batch_tokens`` counts padding. ``validation`` examples are held out, at most a tenth.
     With ``minutes`` training ends after that time, however many ``epochs`` it did not get to, and
     the learning rate has come down by then. Raises ConfigError.
@@ -55,6 +56,7 @@ class DistillConfig:
     max_length: int = 1024
     all_positions: bool = False
     raw: bool = False
+    chat_template: str | None = None
     validation: int = 64
     seed: int = 0
     dtype: str = "auto"
@@ -73,6 +75,8 @@ class DistillConfig:
         _real("clip", self.clip, positive=True)
         if self.learning_rate is not None:
             _real("learning_rate", self.learning_rate, positive=True)
+        if self.raw and self.chat_template is not None:
+            raise ConfigError("chat_template", self.chat_template, "left out with raw texts")
         if self.kind == "norm":
             object.__setattr__(self, "feedback", False)
             object.__setattr__(self, "copy_gate", False)

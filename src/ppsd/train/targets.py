@@ -77,12 +77,12 @@ def write_targets(
         tell()
         draft.save(generator.under_way)
 
-    eos_ids = {*model.spec.eos_ids, *encoding.tokenizer.eos_ids}
+    eos_ids = set(model.spec.eos_ids)
     generator = BatchGenerator(
         model,
         config,
         eos_ids=eos_ids,
-        vocab_size=min(model.spec.vocab_size, encoding.tokenizer.vocab_size),
+        vocab_size=model.spec.num_tokens,
         max_length=encoding.max_length,
         noise=noise,
         keep=features.layers if features else (),

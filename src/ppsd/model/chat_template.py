@@ -1,0 +1,138 @@
+"""Chat templates: which one applies, and its rendering within bounds.
+
+A template is a program that comes with a model. transformers runs it in a sandbox, which keeps it
+from the machine but not from running or growing without end.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import psutil
+
+from ppsd.errors import ConfigError, ModelError, shortened
+
+MAX_TEMPLATE = 1 << 18  # characters; the longest known have 30,000
+MAX_TEXT = 1 << 22  # characters of a rendered conversation
+MAX_SECONDS = 5.0  # of computing; a conversation takes milliseconds
+MAX_BYTES = 1 << 29
+JINJA = ("{{", "{%", "{#")
+COMPILED = "<template>"  # what Jinja calls the file of a template's code
+
+T = TypeVar("T")
+
+
+def choose_template(own: str | Mapping[str, str] | None, wanted: str | None, where: str) -> str:
+    """Return the template to use: ``wanted``, or else the model's own default.
+
+    ``wanted`` is the name of one of the model's own templates, a file, or Jinja text. Raises
+    ConfigError when it is none of these, and ModelError when the model ``where`` has no default.
+    """
+    named = own if isinstance(own, Mapping) else {"default": own} if own else {}
+    names = ", ".join(sorted(named))
+    if wanted is not None:
+        return named.get(wanted) or _given(wanted, names)
+    if "default" in named:
+        return named["default"]
+    if named:
+        raise ModelError(
+            f"{where} defines several chat templates ({names}) and no default; choose one with "
+            "--chat-template"
+        )
+    raise ModelError(f"{where} does not define a chat template; use --raw or --chat-template")
+
+
+def _given(wanted: str, names: str) -> str:
+    if any(mark in wanted for mark in JINJA):
+        return wanted
+    try:
+        with Path(wanted).expanduser().open(encoding="utf-8") as file:
+            return file.read(MAX_TEMPLATE + 1)
+    except (OSError, ValueError) as error:
+        among = f" or one of the model's own ({names})" if names else ""
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        allowed = f"Jinja text, a readable file{among}"
+        raise ConfigError("chat_template", wanted, f"{allowed} ({reason})") from error
+
+
+def render(inner: Any, template: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the conversation as text, ready for the assistant's next message.
+
+    ``inner`` is transformers' tokenizer. Raises ConfigError when the template refuses the
+    conversation, fails, renders nothing, or takes more time or memory than any template needs.
+    """
+    try:
+        if len(template) > MAX_TEMPLATE:
+            raise ValueError(f"the template is longer than {MAX_TEMPLATE} characters")
+        if "**" in template:
+            _refuse_powers(template)
+        text: str = _bounded(
+            lambda: inner.apply_chat_template(
+                list(messages),
+                chat_template=template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        )
+        if not text:
+            raise ValueError("it renders an empty prompt")
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"it renders more than {MAX_TEXT} characters")
+    except Exception as error:  # a template can raise whatever Python can
+        told = shortened(str(error)) or type(error).__name__
+        if not isinstance(error, ValueError) and not type(error).__module__.startswith("jinja2"):
+            told = f"{type(error).__name__}: {told}"
+        count = f"{len(messages)} message" + "s" * (len(messages) != 1)
+        allowed = f"what the model's chat template can render ({told})"
+        raise ConfigError("messages", count, allowed) from error
+    return text
+
+
+def _refuse_powers(template: str) -> None:
+    """Raise ValueError for ``a ** b``, which can take hours that nothing could interrupt."""
+    from jinja2 import Environment
+
+    before = ""
+    for _, kind, value in Environment().lex(template):
+        if value == "**" and kind == "operator" and before not in ("(", ","):  # f(**arguments)
+            raise ValueError("powers are not supported")
+        if kind != "whitespace":
+            before = value
+
+
+def _bounded(call: Callable[[], T]) -> T:
+    """Call a function that ends with TimeoutError or MemoryError once it exceeds its bounds."""
+    end = time.thread_time() + MAX_SECONDS
+
+    def watch(frame: FrameType, event: str, argument: object) -> Any:
+        if time.thread_time() > end:
+            raise TimeoutError(f"it takes more than {MAX_SECONDS:g} seconds")
+        return watch if frame.f_code.co_filename == COMPILED else None  # else calls are enough
+
+    before, release = sys.gettrace(), _hold_memory()
+    sys.settrace(watch)
+    try:
+        return call()
+    finally:
+        sys.settrace(before)
+        release()
+
+
+def _hold_memory() -> Callable[[], object]:
+    """Let this process grow by MAX_BYTES at most, where the system can; return what ends it."""
+    try:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = psutil.Process().memory_info().vms + MAX_BYTES
+        if soft != resource.RLIM_INFINITY:
+            limit = min(limit, soft)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    except (ImportError, OSError, ValueError):  # not on every system
+        return lambda: None
+    return lambda: resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

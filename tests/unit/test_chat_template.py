@@ -1,0 +1,136 @@
+"""Chat templates: every failure is one sentence, and none runs or grows without end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
+
+from ppsd.errors import ConfigError, ModelError
+from ppsd.model import chat_template
+from ppsd.model.tokenizer import Tokenizer
+
+MESSAGES = [{"role": "user", "content": "secret words"}, {"role": "assistant", "content": "b"}]
+
+
+def tokenizer(templates: Any, wanted: str | None = None) -> Tokenizer:
+    backend = Backend(models.BPE({chr(code): code for code in range(128)}, []))
+    inner = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=templates)
+    return Tokenizer(inner, "the-model", wanted)
+
+
+def rendered(templates: Any, wanted: str | None = None) -> str:
+    return "".join(map(chr, tokenizer(templates, wanted).encode_chat(MESSAGES)))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ messages[0]['content'].index('[') }}", "substring not found"),
+        ("{{ 1 // (messages|length - 2) }}", "ZeroDivisionError: integer division or modulo"),
+        ("{% for i in range(200000) %}{% endfor %}x", "OverflowError: Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ raise_exception('roles must\n alternate') }}", "(roles must alternate)"),
+        ("{{ messages[0].content.nothing.more }}", "has no attribute 'nothing'"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ 'a' + 1 }}", "TypeError: can only concatenate str"),
+        ("{{ ''.join(messages) }}", "TypeError: sequence item 0"),
+        ("{% if false %}x{% endif %}", "it renders an empty prompt"),
+        ("{{ 10 ** 10 ** 10 }}", "powers are not supported"),
+        ("x" * (chat_template.MAX_TEMPLATE + 1), "longer than 262144 characters"),
+        ("{{ '\ud800' }}", "lone surrogates"),
+    ],
+    ids=range(13),
+)
+def test_every_failure_is_one_sentence_without_the_messages(template: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rendered(template)
+    told = str(caught.value)
+    assert reason in told
+    assert "\n" not in told
+    assert "secret words" not in told
+    assert len(told) < 500
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}x",
+        "{% macro f(n) %}{% for i in range(9999) %}{% if n %}{{ f(n - 1) }}{% endif %}{% endfor %}"
+        "{% endmacro %}{{ f(9) }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_stopped(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
+    before = sys.gettrace()
+    with pytest.raises(ConfigError, match=r"messages must be .* takes more than 0.2 seconds"):
+        rendered(template)
+    assert sys.gettrace() is before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 10000000000 }}",
+        "{{ '%999999999999d' % 1 }}",
+        "{{ 'x'|center(10000000000) }}",
+        "{% set s = namespace(t='xx') %}{% for i in range(60) %}{% set s.t = s.t ~ s.t %}"
+        "{% endfor %}{{ s.t }}",
+    ],
+)
+def test_a_template_cannot_fill_the_memory(template: str) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(
+        ConfigError, match=r"messages must be .*(MemoryError|too large|renders more)"
+    ):
+        rendered(template)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_long_renderings_are_named() -> None:
+    with pytest.raises(ConfigError, match="it renders more than 4194304 characters"):
+        rendered("{{ 'x' * 5000000 }}")
+
+
+def test_keyword_arguments_and_bold_text_are_no_powers() -> None:
+    template = "**{% macro f(a) %}{{ a }}{% endmacro %}{{ f(**{'a': '**'}) }}{{ dict(a=1, **{}) }}"
+    assert rendered(template) == "****{'a': 1}"
+
+
+SEVERAL = {"rag": "R{{ messages|length }}", "tool_use": "T"}
+
+
+def test_several_templates_need_a_default_or_a_choice() -> None:
+    with pytest.raises(ModelError, match=r"the-model defines several chat templates \(rag, tool_u"):
+        rendered(SEVERAL)
+    assert rendered(SEVERAL | {"default": "D"}) == "D"
+    assert rendered(SEVERAL, "rag") == "R2"
+    assert rendered(SEVERAL, "{{ messages[1].content }}") == "b"
+
+
+def test_a_given_template_may_be_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text("{{ messages|length }}é", encoding="utf-8")
+    assert rendered(None, str(file)) == "2"  # the tiny vocabulary has no é
+    file.write_bytes(b"\xff{{")
+    with pytest.raises(ConfigError, match="chat_template must be Jinja text, a readable file"):
+        tokenizer(None, str(file))
+
+
+@pytest.mark.parametrize("wanted", ["no-such-name", "", "/", "x\0y", "n" * 5000])
+def test_what_is_no_template_is_refused_at_once(wanted: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"chat_template must be .* one of the model's own \(rag, "
+    ):
+        tokenizer(SEVERAL, wanted)
