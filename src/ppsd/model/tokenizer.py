@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ppsd import checks
 from ppsd.errors import ConfigError, ModelError
 from ppsd.model.escape import Escape
 from ppsd.model.sidecar import cached
@@ -71,10 +72,7 @@ class Tokenizer:
 
         Raises ConfigError for text that is not valid Unicode (lone surrogates).
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ConfigError("prompt", text, "valid Unicode, without lone surrogates") from error
+        checks.unicode("prompt", text)
         if self._escape and self._escape.found_in([text]):
             return self._escape.encode(self._escape.hide(text), special=True)
         ids: list[int] = self._inner.encode(text)
@@ -84,8 +82,12 @@ class Tokenizer:
         """Return the ids of a conversation, ready for the assistant's next message.
 
         Raises ModelError when the model has no chat template, and ConfigError when the template
-        refuses the messages.
+        refuses the messages or a text is not valid Unicode.
         """
+        for message in messages:
+            for key, value in message.items():
+                if isinstance(value, str):
+                    checks.unicode(f"message {key}", value)
         if not self._inner.chat_template:
             raise ModelError(f"{self._name} does not define a chat template; use --raw")
         from jinja2 import TemplateError
