@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
+from ppsd import checks
 from ppsd.errors import ConfigError
-from ppsd.speculation.policy import MODES, Schedule, schedule_for
+from ppsd.speculation.policy import MAX_IN_SCHEDULE, MODES, Schedule, schedule_for
 
 TRANSPORTS = ("auto", "shared-memory", "distributed", "inprocess")
 ACCEPTANCES = ("coupled", "rejection")
@@ -16,6 +19,7 @@ HEADS = ("auto", "lookup", "untrained", "none")  # what ``head`` may be beside a
 DEFAULT_CONTEXT = 8192
 MAX_STAGES = 64
 MAX_LAYERS = 1024
+SECONDS = "a number of seconds in (0, 1e6]"
 
 
 @dataclass(frozen=True)
@@ -66,36 +70,51 @@ class EngineConfig:
     chat_template: str | None = None
 
     def __post_init__(self) -> None:
-        if self.split is not None:
-            object.__setattr__(self, "split", tuple(self.split))
-            object.__setattr__(self, "stages", len(self.split) + 1)
         _one_of("mode", self.mode, ("auto", *MODES))
         _one_of("transport", self.transport, TRANSPORTS)
         _one_of("acceptance", self.acceptance, ACCEPTANCES)
         _one_of("dtype", self.dtype, DTYPES)
-        _integer("stages", self.stages, 1, MAX_STAGES)
-        for layer in self.split or ():
-            _integer("split", layer, 1, MAX_LAYERS)
-        _integer("threads_per_stage", self.threads_per_stage, 0, 1024)
-        _integer("prefill_chunk", self.prefill_chunk, 1, 8192)
-        for name, value in (("timeout", self.timeout), ("init_timeout", self.init_timeout)):
-            if not isinstance(value, int | float) or not 0 < value < 1e6:
-                raise ConfigError(name, value, "a number of seconds in (0, 1e6)")
-        if len(self.devices) not in (1, self.stages):
-            raise ConfigError("devices", self.devices, f"one device or {self.stages}, one a stage")
+        if self.split is not None:
+            layers = checks.items("split", self.split, "the layers at which later stages begin")
+            self._set("split", tuple(checks.integer("split", n, 1, MAX_LAYERS) for n in layers))
+            self._set("stages", len(layers) + 1)
+        self._set_integer("stages", 1, MAX_STAGES)
+        self._set_integer("threads_per_stage", 0, 1024)
+        self._set_integer("prefill_chunk", 1, 8192)
+        for name in ("block", "in_flight"):
+            if getattr(self, name) is not None:
+                self._set_integer(name, 1, MAX_IN_SCHEDULE)
+        for name in ("lookup", "gate", "trace", "force_head", "escape_special"):
+            self._set(name, checks.truth(name, getattr(self, name)))
+        for name in ("timeout", "init_timeout"):
+            self._set(name, _seconds(name, getattr(self, name), 1e6, SECONDS))
+        one = self.devices  # a text alone is one device, not one for each of its letters
+        devices = (one,) if isinstance(one, str) else checks.items("devices", one, "device names")
+        for device in devices:
+            if not isinstance(device, str):
+                raise ConfigError("devices", device, "names such as cpu or cuda:0")
+        self._set("devices", devices)
+        if len(devices) not in (1, self.stages):
+            raise ConfigError("devices", devices, f"one device or {self.stages}, one a stage")
         if self.force_head and self.head in HEADS:
             raise ConfigError("force_head", self.force_head, "used with head as a directory only")
         self._check_pace()
         self._check_schedule()
 
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _set_integer(self, name: str, low: int, high: int) -> None:
+        self._set(name, checks.integer(name, getattr(self, name), low, high))
+
     def _check_pace(self) -> None:
-        object.__setattr__(self, "pace", tuple(self.pace))
-        if len(self.pace) not in (0, 1, self.stages):
-            raise ConfigError("pace", self.pace, f"one time or {self.stages}, one a stage")
-        for seconds in self.pace:
-            if not isinstance(seconds, int | float) or not 0 < seconds < self.timeout:
-                allowed = f"seconds above 0 and below the timeout of {self.timeout:g}"
-                raise ConfigError("pace", seconds, allowed)
+        allowed = f"seconds above 0 and below the timeout of {self.timeout:g}"
+        one = isinstance(self.pace, Real)
+        times = (self.pace,) if one else checks.items("pace", self.pace, allowed)
+        if len(times) not in (0, 1, self.stages):
+            raise ConfigError("pace", times, f"one time or {self.stages}, one a stage")
+        end = math.nextafter(self.timeout, 0.0)
+        self._set("pace", tuple(_seconds("pace", s, end, allowed) for s in times))
 
     def _check_schedule(self) -> None:
         if self.schedule.drafts and self.stages == 1:
@@ -154,6 +173,5 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ConfigError(name, value, "one of " + ", ".join(allowed))
 
 
-def _integer(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(name, value, f"an integer in [{low}, {high}]")
+def _seconds(name: str, value: object, most: float, allowed: str) -> float:
+    return checks.number(name, value, 0.0, most, low_open=True, allowed=allowed)

@@ -7,6 +7,7 @@ PpsdError
 │   └── HeadError               an exit head does not fit the model, split or exit layer
 ├── KernelError            the compiled kernels cannot be had, or other stages have others
 ├── InsufficientMemoryError     the estimate made before loading does not fit
+├── RequestError           one request cannot go on; the pipeline takes the next
 └── PipelineError          the running pipeline broke
     ├── StageLostError          a stage's process or host is gone
     ├── StageFailedError        a stage raised; carries its traceback
@@ -58,6 +59,10 @@ class KernelError(PpsdError):
 
 class InsufficientMemoryError(PpsdError):
     """The memory estimate made before loading exceeds what is free."""
+
+
+class RequestError(PpsdError):
+    """A request's own settings leave it nothing to go on with; other requests are untouched."""
 
 
 class PipelineError(PpsdError):

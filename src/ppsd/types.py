@@ -1,17 +1,20 @@
-"""Plain records shared by several layers. Imported by all; imports only errors."""
+"""Plain records shared by several layers. Imported by all; imports errors and checks."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+import secrets
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
+from ppsd import checks
 from ppsd.errors import ConfigError
 
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
+MOST_TOKENS = 2**31 - 1
+STOP_TEXTS = "a text or several texts"
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class SamplingParams:
     ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. The penalties
     follow the usual definitions (repetition: Keskar et al. 2019; presence and frequency: OpenAI)
     and count accepted tokens only. ``seed`` and the position alone decide the noise of a token.
-    Raises ConfigError for a value out of range.
+    None is as if left out, but for ``seed``, where it draws one, and ``max_tokens``, where it
+    means as many as the context has room for. Raises ConfigError for a value out of range.
     """
 
     temperature: float = 0.0
@@ -41,22 +45,33 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        _check_real("temperature", self.temperature, 0.0, 100.0)
-        _check_int("top_k", self.top_k, 0, 2**31 - 1)
-        _check_real("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _check_real("min_p", self.min_p, 0.0, 1.0)
-        _check_real("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
-        _check_real("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_int("seed", self.seed, 0, 2**63 - 1)
-        _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _check_int("n", self.n, 1, 1024)
-        _check_bias(self.logit_bias)
-        object.__setattr__(self, "stop", _check_stop(self.stop))
-        for token in self.stop_token_ids:
-            _check_int("stop_token_ids", token, 0, 2**31 - 1)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        unset = {"seed": secrets.randbits(63), "max_tokens": MOST_TOKENS}
+        for f in fields(self):  # None: as if left out, or what only None can say
+            if getattr(self, f.name) is None:
+                self._set(f.name, unset.get(f.name, _default(f)))
+        for name, low, high in _INTEGERS:
+            self._set(name, checks.integer(name, getattr(self, name), low, high))
+        low, high = 0, self.max_tokens
+        self._set("min_tokens", checks.integer("min_tokens", self.min_tokens, low, high))
+        for name, least, most in _NUMBERS:
+            open_below = name == "top_p"
+            value = getattr(self, name)
+            self._set(name, checks.number(name, value, least, most, low_open=open_below))
+        self._set("ignore_eos", checks.truth("ignore_eos", self.ignore_eos))
+        self._set("logit_bias", _bias(self.logit_bias))
+        self._set("stop", _stop(self.stop))
+        ids = checks.items("stop_token_ids", self.stop_token_ids, "several token ids")
+        self._set(
+            "stop_token_ids",
+            tuple(checks.integer("stop_token_ids", token, 0, 2**31 - 1) for token in ids),
+        )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def sample(self, index: int) -> SamplingParams:
+        """Return the parameters of the completion ``index`` of ``n``, whose seed is its own."""
+        return replace(self, n=1, seed=(self.seed + index) % 2**63)
 
     @property
     def greedy(self) -> bool:
@@ -76,42 +91,46 @@ class SamplingParams:
         return cls(**{**record, **lists, "logit_bias": bias})
 
 
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(name, value, f"an integer in [{low}, {high}]")
+_INTEGERS = (
+    ("top_k", 0, 2**31 - 1),
+    ("seed", 0, 2**63 - 1),
+    ("max_tokens", 1, MOST_TOKENS),
+    ("n", 1, 1024),
+)
+_NUMBERS = (
+    ("temperature", 0.0, 100.0),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    # Logits are divided by it: a denormal number would make any of them infinite.
+    ("repetition_penalty", 0.01, 100.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+)
 
 
-def _check_real(
-    name: str, value: object, low: float, high: float, *, low_open: bool = False
-) -> None:
-    inside = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and (low < value if low_open else low <= value)
-        and value <= high
-    )
-    if not inside:
-        raise ConfigError(name, value, f"a number in {'(' if low_open else '['}{low:g}, {high:g}]")
+def _default(of: Field[Any]) -> object:
+    return of.default if of.default_factory is MISSING else of.default_factory()
 
 
-def _check_bias(bias: object) -> None:
+def _bias(bias: object) -> dict[int, float]:
     if not isinstance(bias, Mapping):
         raise ConfigError("logit_bias", bias, "a mapping of token ids to numbers")
     if len(bias) > MAX_LOGIT_BIAS:
         raise ConfigError("logit_bias", f"{len(bias)} entries", f"at most {MAX_LOGIT_BIAS} entries")
-    for token, value in bias.items():
-        _check_int("logit_bias token id", token, 0, 2**31 - 1)
-        if not isinstance(value, int | float) or not math.isfinite(value) or abs(value) > 100:
-            raise ConfigError("logit_bias", value, "finite numbers in [-100, 100]")
+    return {
+        checks.integer("logit_bias token id", token, 0, 2**31 - 1): checks.number(
+            "logit_bias", value, -100.0, 100.0
+        )
+        for token, value in bias.items()
+    }
 
 
-def _check_stop(stop: object) -> tuple[str, ...]:
-    if not isinstance(stop, Iterable):
-        raise ConfigError("stop", stop, "a text or several texts")
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+def _stop(stop: object) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else checks.items("stop", stop, STOP_TEXTS)
     if len(strings) > MAX_STOP_STRINGS:
         raise ConfigError("stop", f"{len(strings)} strings", f"at most {MAX_STOP_STRINGS} strings")
     for text in strings:
         if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
             raise ConfigError("stop", text, f"non-empty strings of at most {MAX_STOP_LENGTH} chars")
+        checks.unicode("stop", text)
     return strings

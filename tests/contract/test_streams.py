@@ -75,7 +75,8 @@ def test_rows_of_a_stream_left_early_are_kept(llm, plain) -> None:
     stream.close()
     turn = [*PROMPT, *tokens, 50]
     completion = llm.run(turn, PARAMS, reuse=True)
-    assert completion.stats.cached_tokens == len(turn) - 2  # the newest token was not fed yet
+    fewest = len(turn) - 2  # the newest token was not fed yet, unless the engine is ahead
+    assert completion.stats.cached_tokens in (fewest, fewest + 1)
     assert completion.token_ids == plain.run(turn, PARAMS).token_ids
 
 

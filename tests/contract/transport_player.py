@@ -27,7 +27,7 @@ from ppsd import errors
 from ppsd.transport import distributed
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.distributed import DistributedEndpoint
-from ppsd.transport.rendezvous import free_port, init_group
+from ppsd.transport.rendezvous import free_port, meet
 from ppsd.transport.shared_memory import SharedMemoryEndpoint
 
 ROOT = Path(__file__).parents[2]
@@ -242,9 +242,9 @@ def _endpoint(setup: dict[str, Any], *fds: int) -> Endpoint:
     geometry, rank = Geometry(**setup["geometry"]), setup["rank"]
     if fds:
         return SharedMemoryEndpoint(fds[0], geometry, rank, spin=False)
-    init_group(rank, geometry.size, "127.0.0.1", setup["port"], PATIENCE)
+    meeting = meet(rank, geometry.size, "127.0.0.1", setup["port"], PATIENCE)
     apart = torch.device("cpu") if setup["apart"] else None
-    return DistributedEndpoint(geometry, rank, setup["timeout"], apart)
+    return DistributedEndpoint(geometry, meeting, setup["timeout"], apart)
 
 
 if __name__ == "__main__":

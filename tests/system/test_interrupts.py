@@ -110,6 +110,16 @@ def test_ctrl_c_while_loading(command: Command) -> None:
     interrupted(command)
 
 
+def test_sigterm_while_loading(command: Command) -> None:
+    command.start(4, "load", "slow")
+    command.wait_until(lambda: len(command.workers()) == 2)
+    workers = command.workers()
+    command.signal(signal.SIGTERM)
+    assert command.child.wait(START_UP) == -signal.SIGTERM
+    assert "Traceback" not in command.words()
+    assert gone(workers)
+
+
 @pytest.mark.usefixtures("cheap_workers")
 @pytest.mark.parametrize("transport", ["shared-memory", "distributed"])
 def test_ctrl_c_while_decoding(command: Command, transport: str) -> None:

@@ -22,7 +22,7 @@ from ppsd.errors import (
 )
 from ppsd.transport.base import Geometry
 from ppsd.transport.distributed import HEADER_BYTES, MAGIC, _Link
-from ppsd.transport.rendezvous import init_group, init_group_from_environment
+from ppsd.transport.rendezvous import meet, meet_from_environment
 from tests.contract.transport_player import ROOT, RemoteRank, described, free_port, gloo_ranks
 
 SILENCE = 3  # seconds; heartbeats come every second
@@ -141,7 +141,7 @@ def test_a_port_in_use_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(PipelineError, match=f"^address already in use: 127.0.0.1:{port}$"):
-            init_group(0, 2, "127.0.0.1", port, 5)
+            meet(0, 2, "127.0.0.1", port, 5)
 
 
 def failures(*starts: Callable[[], None]) -> list[str]:
@@ -155,22 +155,22 @@ def test_ranks_that_never_join_are_named_by_all_who_did() -> None:
     port = free_port()
     text = "PipelineTimeoutError: did not join within 2 s: rank 1, 3"
     assert failures(
-        lambda: init_group(0, 4, "127.0.0.1", port, 2),
-        lambda: init_group(2, 4, "127.0.0.1", port, 2),
+        lambda: meet(0, 4, "127.0.0.1", port, 2),
+        lambda: meet(2, 4, "127.0.0.1", port, 2),
     ) == [text, text]
 
 
 def test_a_missing_rank_0_is_named() -> None:
     port = free_port()
     with pytest.raises(PipelineTimeoutError, match=f"rank 0 did not answer at 127.0.0.1:{port}"):
-        init_group(1, 2, "127.0.0.1", port, 1)
+        meet(1, 2, "127.0.0.1", port, 1)
 
 
 def test_ranks_that_disagree_on_the_size_are_refused() -> None:
     port = free_port()
     assert failures(
-        lambda: init_group(0, 2, "127.0.0.1", port, 2),
-        lambda: init_group(1, 3, "127.0.0.1", port, 2),
+        lambda: meet(0, 2, "127.0.0.1", port, 2),
+        lambda: meet(1, 3, "127.0.0.1", port, 2),
     ) == [
         "PipelineTimeoutError: did not join within 2 s: rank 1",
         "PipelineError: rank 1 was started as one of 3, rank 0 as one of 2",
@@ -180,9 +180,9 @@ def test_ranks_that_disagree_on_the_size_are_refused() -> None:
 def test_a_rank_started_twice_is_refused() -> None:
     port = free_port()
     texts = failures(
-        lambda: init_group(0, 3, "127.0.0.1", port, 2),
-        lambda: init_group(1, 3, "127.0.0.1", port, 2),
-        lambda: init_group(1, 3, "127.0.0.1", port, 2),
+        lambda: meet(0, 3, "127.0.0.1", port, 2),
+        lambda: meet(1, 3, "127.0.0.1", port, 2),
+        lambda: meet(1, 3, "127.0.0.1", port, 2),
     )
     assert sorted(texts[1:]) == [
         "PipelineError: rank 1 was started twice",
@@ -190,23 +190,32 @@ def test_a_rank_started_twice_is_refused() -> None:
     ]
 
 
-@pytest.mark.parametrize(("name", "value"), [("RANK", "one"), ("MASTER_ADDR", "")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("RANK", text) for text in ("one", "", "-1", "2", "1.5", "²", "9" * 50)),
+        *(("WORLD_SIZE", text) for text in ("", "0", "two")),
+        *(("MASTER_PORT", text) for text in ("", "0", "65536", "http")),
+        ("MASTER_ADDR", ""),
+    ],
+)
 def test_a_bad_torchrun_variable_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     good = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for key, text in (good | {name: value}).items():
         monkeypatch.setenv(key, text)
-    with pytest.raises(ConfigError, match=f"{name} must be .* as torchrun sets it, got '{value}'"):
-        init_group_from_environment(1)
+    with pytest.raises(ConfigError, match=f"{name} must be .* as torchrun sets it, got '?{value}"):
+        meet_from_environment(1)
 
 
 TORCHRUN_PROGRAM = """
 from ppsd.transport.base import Geometry
 from ppsd.transport.distributed import DistributedEndpoint
-from ppsd.transport.rendezvous import init_group_from_environment
-rank, size = init_group_from_environment(60)
-end = DistributedEndpoint(Geometry(size, 100, 100, 2), rank, 60)
+from ppsd.transport.rendezvous import meet_from_environment
+meeting = meet_from_environment(60)
+rank = meeting.rank
+end = DistributedEndpoint(Geometry(meeting.size, 100, 100, 2), meeting, 60)
 if rank == 0:
     end.send(1, [bytes([1, 2, 3])], 60)
 source, frame = end.receive(60)

@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ppsd.errors import ConfigError, NonFiniteError
+from ppsd.errors import ConfigError, NonFiniteError, RequestError
 from ppsd.speculation.sampling import Sampler, Stream, _generator, gumbel, uniform
 from ppsd.types import SamplingParams
 from tests.statistics import g_test, holm_rejections
@@ -344,7 +344,7 @@ def test_nan_hidden_behind_infinity_or_in_company_of_minus_infinity_is_refused()
 
 def test_banning_every_token_is_refused():
     sampler = make_sampler(3, frozenset({1}), min_tokens=1)
-    with pytest.raises(NonFiniteError, match="after bias, ban and penalties"):
+    with pytest.raises(RequestError, match="ban and penalties must leave a finite largest logit"):
         sampler.choose(torch.tensor([-math.inf, 0.0, -math.inf]), tokens())
 
 

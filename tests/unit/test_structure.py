@@ -11,9 +11,10 @@ from statistics import median
 
 SRC = Path(__file__).parents[2] / "src"
 MAX_FUNCTION, MAX_FILE, MEDIAN_FUNCTION = 60, 400, 10
-ANYONE = {"errors", "types", "provenance"}
+ANYONE = {"errors", "checks", "types", "provenance"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "checks": {"errors"},
     "types": {"errors"},
     "config": {"speculation"},
     "provenance": {"config", "model"},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppsd import checks
 from ppsd.errors import ConfigError, PpsdError
 
 FIELDS = ("prompt", "question", "turns", "messages")
@@ -89,4 +90,4 @@ def _messages(record: dict[str, Any]) -> tuple[dict[str, str], ...]:
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise TypeError(f"{value!r} is not a non-empty text")
-    return value
+    return checks.unicode("text", value)

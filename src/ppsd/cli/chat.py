@@ -191,7 +191,7 @@ def _ask(prompt: str) -> str:
 
 @contextmanager
 def _stoppable() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C only ask to stop, so that no message is cut in half; a second is hard.
+    """Let the first Ctrl-C only ask to stop, so that what was said is kept; a second is hard.
 
     Yields whether a stop was asked for.
     """

@@ -108,8 +108,7 @@ def _show(
 ) -> Completion:
     if sample:
         print(f"\n--- sample {sample}")
-    one = replace(params, n=1, seed=params.seed + sample)
-    with closing(llm.stream(prompt, one)) as stream:
+    with closing(llm.stream(prompt, params.sample(sample))) as stream:
         while True:
             try:
                 show(next(stream), paint)

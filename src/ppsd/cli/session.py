@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ppsd.cli.display import log_console
@@ -34,15 +32,7 @@ NO_HEAD_NOTICE = (
 
 @contextmanager
 def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
-    """Load the model with a progress bar; closed at the end, whatever happens.
-
-    A rank above 0 that torchrun started serves its stage here instead, and then leaves.
-    """
-    if options.transport == "distributed" and int(os.environ.get("RANK", "0")) > 0:
-        from ppsd.worker.process import serve_rank
-
-        serve_rank(options.model, options.init_timeout)
-        raise typer.Exit(0)
+    """Load the model with a progress bar; closed at the end, whatever happens."""
     console = log_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     hidden = not console.is_terminal

@@ -142,7 +142,7 @@ def worker(subject: Subject) -> Iterator[Peer]:
     """Start a worker that measures with; it is gone afterwards."""
     rows = frame_bytes(BULK_ROWS, subject.spec.hidden_size, subject.dtype)
     geometry = Geometry(2, rows, frame_bytes(1, subject.spec.vocab_size, subject.dtype), 8)
-    supervisor = Supervisor()
+    supervisor = Supervisor(WAIT_S)
     with ExitStack() as cleanup:
         cleanup.callback(supervisor.close, 1.0)
         endpoint = _connect(subject, geometry, supervisor, cleanup)
@@ -160,9 +160,8 @@ def _connect(
         cleanup.callback(os.close, segment)
         supervisor.start(_config(subject, 1, geometry, segment=segment))
         return open_endpoint(_config(subject, 0, geometry, segment=segment))
-    from ppsd.transport.rendezvous import free_port, leave_group
+    from ppsd.transport.rendezvous import free_port
 
-    cleanup.callback(leave_group)
     master = ("127.0.0.1", free_port())
     supervisor.start(_config(subject, 1, geometry, master=master))
     return open_endpoint(_config(subject, 0, geometry, master=master), supervisor.check)

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ppsd import checks
 from ppsd.config import EngineConfig, core_shares
 from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, threads_of
@@ -45,9 +46,11 @@ from ppsd.worker.pace import paced
 from ppsd.worker.process import (
     Supervisor,
     WorkerConfig,
+    endpoint_over,
     memory_used,
     open_endpoint,
     pin,
+    set_own_threads,
 )
 from ppsd.worker.recorder import Recorder
 
@@ -131,14 +134,14 @@ def plan_layout(
 
 
 def _cores(config: EngineConfig, threads: int) -> tuple[tuple[int, ...], ...]:
-    if on_torchrun():  # nothing is known of other hosts
+    if on_torchrun(config):  # nothing is known of other hosts
         return ((),) * config.stages
     return core_shares(config.stages, threads)
 
 
 def _check_devices(config: EngineConfig) -> None:
     """Raise ConfigError for a device that is not here; torchrun's ranks look for themselves."""
-    for rank in range(1 if on_torchrun() else config.stages):
+    for rank in range(1 if on_torchrun(config) else config.stages):
         try:
             torch.empty(0, device=config.device(rank))
         except (RuntimeError, AssertionError) as error:  # each backend refuses in its own way
@@ -157,11 +160,8 @@ def _head_config(config: EngineConfig, spec: ModelSpec, identity: Identity) -> H
 def _context(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_context is None:
         return default_context(spec)
-    wanted = config.max_context
-    if not isinstance(wanted, int) or not 2 <= wanted <= spec.max_context:
-        allowed = f"an integer in [2, {spec.max_context}], what {spec.name} was made for"
-        raise ConfigError("max_context", wanted, allowed)
-    return wanted
+    allowed = f"an integer in [2, {spec.max_context}], what {spec.name} was made for"
+    return checks.integer("max_context", config.max_context, 2, spec.max_context, allowed)
 
 
 def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> list[int]:
@@ -173,7 +173,7 @@ def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> 
     head = head_sizes(Sizes.of(layout.spec), layout.head)
     apart = config.transport != "inprocess"
     every = stage_bytes(layout.spec, source, plans, head, apart=apart)
-    needed = every[:1] if on_torchrun() else every
+    needed = every[:1] if on_torchrun(config) else every
     free = psutil.virtual_memory().available
     if sum(needed) > free:
         each = ", ".join(f"stage {r} {n / 2**30:.2f}" for r, n in enumerate(needed))
@@ -192,21 +192,33 @@ def _own_gpus(config: EngineConfig) -> bool:
 
 
 class RunningPipeline:
-    """A loaded pipeline and all it holds: processes, transport, pinning. ``close`` frees them."""
+    """A loaded pipeline and all it holds, processes and transport. ``close`` frees them.
+
+    ``open`` pins the thread it runs on, and sets the thread count that PyTorch uses there.
+    """
 
     def __init__(self, config: EngineConfig, layout: Layout, source: TensorSource) -> None:
         self.layout = layout
         self._loaded: list[int] = []  # memory in use after loading
-        self._supervisor = Supervisor()
+        self._supervisor = Supervisor(config.timeout)
         self._config = config
         self._source = source
         self._cleanup = ExitStack()
 
-    def open(self, progress: Progress) -> Pipeline:
-        """Start workers, load all stages, and return the pipeline ready for work."""
+    def open(self, progress: Progress, check: Callable[[], None]) -> Pipeline:
+        """Start workers, load all stages, and return the pipeline ready for work.
+
+        From now on every wait calls ``check``, which raises to end it.
+        """
+
+        def alive() -> None:
+            check()
+            self._supervisor.check()
+
+        self._alive = alive
         try:
             return self._open(progress)
-        except BaseException:  # Ctrl-C while loading, too: workers must not stay behind
+        except BaseException:
             self.close()
             raise
 
@@ -226,15 +238,16 @@ class RunningPipeline:
 
     def _open(self, progress: Progress) -> Pipeline:
         config, layout = self._config, self.layout
-        self._hold_threads()
         supervisor = self._supervisor
+        pin(layout.cores[0])
+        set_own_threads(layout.threads)
         self._cleanup.callback(lambda: supervisor.close(CLOSE_GRACE_S))
         endpoint, workers = self._connect(supervisor)
         self._cleanup.callback(endpoint.close)
         plan = layout.plan(0, config.device(0))
 
         def loaded(done: int, total: int) -> None:
-            raise_if_lost(endpoint, supervisor.check)
+            raise_if_lost(endpoint, self._alive)
             progress(0, done, total)
 
         own = Stage(layout.spec, plan, self._source, loaded)
@@ -247,7 +260,7 @@ class RunningPipeline:
             max_context=layout.max_context,
             timeout=config.timeout,
             judge=Judge(stage, 0, layout.max_context) if layout.stages == 1 else None,
-            check=supervisor.check,
+            check=self._alive,
             recorder=recorder,
         )
         self._cleanup.callback(pipeline.close)
@@ -292,14 +305,6 @@ class RunningPipeline:
             force=self._config.force_head,
         )
 
-    def _hold_threads(self) -> None:
-        """Pin this thread and set PyTorch's thread count; both are put back by ``close``."""
-        self._cleanup.callback(torch.set_num_threads, torch.get_num_threads())
-        if hasattr(os, "sched_getaffinity"):
-            self._cleanup.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
-        torch.set_num_threads(self.layout.threads)
-        pin(self.layout.cores[0])
-
     def _geometry(self) -> Geometry:
         config, spec, dtype = self._config, self.layout.spec, self.layout.dtype
         rows = max(config.prefill_chunk, config.schedule.block)
@@ -319,7 +324,7 @@ class RunningPipeline:
         kind = self._config.transport
         if self.layout.stages == 1 or kind == "inprocess":
             return self._connect_inprocess(geometry)
-        if kind == "distributed":
+        if kind == "distributed" or on_torchrun(self._config):
             return self._connect_distributed(geometry, supervisor), []
         return self._connect_shared_memory(geometry, supervisor), []
 
@@ -352,27 +357,18 @@ class RunningPipeline:
         return SharedMemoryEndpoint(segment, geometry, 0, bool(self.layout.cores[0]))
 
     def _connect_distributed(self, geometry: Geometry, supervisor: Supervisor) -> Endpoint:
-        from ppsd.transport.rendezvous import (
-            free_port,
-            init_group_from_environment,
-            leave_group,
-            send_text,
-        )
+        from ppsd.transport.rendezvous import free_port, meet_from_environment, send_text
 
-        self._cleanup.callback(leave_group)
         ranks = range(1, geometry.size)
-        if on_torchrun():
-            timeout = self._config.init_timeout
-            _, size = init_group_from_environment(timeout)
-            if size != geometry.size:
-                raise ConfigError("stages", geometry.size, f"the world size {size} of torchrun")
+        if on_torchrun(self._config):
+            meeting = meet_from_environment(self._config.init_timeout)
             for rank in ranks:
-                send_text(rank, json.dumps(asdict(self._worker_config(rank, geometry))))
-            return open_endpoint(self._worker_config(0, geometry))
+                send_text(meeting, rank, json.dumps(asdict(self._worker_config(rank, geometry))))
+            return endpoint_over(self._worker_config(0, geometry), meeting)
         master = ("127.0.0.1", free_port())
         for rank in ranks:
             supervisor.start(self._worker_config(rank, geometry, master=master))
-        return open_endpoint(self._worker_config(0, geometry, master=master), supervisor.check)
+        return open_endpoint(self._worker_config(0, geometry, master=master), self._alive)
 
     def _worker_config(
         self,

@@ -39,6 +39,7 @@ from ppsd.model.stage import StagePlan
 from ppsd.model.weights import TensorSource, open_source
 from ppsd.provenance import machine
 from ppsd.speculation.policy import schedule_for
+from ppsd.transport.rendezvous import rank_from_environment
 
 AUTO_DTYPE = "bfloat16"
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes
@@ -53,9 +54,22 @@ class Choice:
     reason: str
 
 
-def on_torchrun() -> bool:
-    """Whether torchrun started this process, and so the other ranks, maybe on other hosts."""
-    return "RANK" in os.environ
+def on_torchrun(config: EngineConfig) -> bool:
+    """True if torchrun started a process for each stage, maybe on other hosts."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    meant = config.transport == "distributed" or (config.transport == "auto" and size != "1")
+    return meant and "RANK" in os.environ
+
+
+def serves_as(config: EngineConfig) -> int:
+    """Return the rank that this process has to serve; 0 is the caller's own, with the engine."""
+    if not on_torchrun(config):
+        return 0
+    rank, size = rank_from_environment()
+    if size != config.stages:
+        allowed = f"the {size} processes that torchrun started (WORLD_SIZE), one for each stage"
+        raise ConfigError("stages", config.stages, allowed)
+    return rank
 
 
 def dtype_name(config: EngineConfig) -> str:
@@ -320,7 +334,7 @@ def _at_once(config: EngineConfig) -> int | None:
     """How many stages can compute at the same time; None: all, or nothing is known."""
     if config.transport == "inprocess":
         return 1
-    if config.pace or on_torchrun() or any(device != "cpu" for device in config.devices):
+    if config.pace or on_torchrun(config) or any(device != "cpu" for device in config.devices):
         return None
     return max(1, len(available_cores()) // threads_of(config))
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ppsd.errors import RequestError
 from ppsd.model.exit_head import ExitHead
 from ppsd.speculation.lookup import ODDS, find, mixed
 from ppsd.speculation.sampling import Sampler, Stream, uniform
@@ -113,10 +114,15 @@ class HeadDrafter(_Drawn):
         logits = self.head.spread(scores)[0]
         if match:
             logits = mixed(logits, match, odds)
-        if stream is Stream.TARGET:
-            return sampler.choose(logits, history)
-        self._keep(history.numel(), sampler.probabilities(logits, history))
-        return sampler.draw(logits, history, stream)
+        try:
+            if stream is Stream.TARGET:
+                return sampler.choose(logits, history)
+            self._keep(history.numel(), sampler.probabilities(logits, history))
+            return sampler.draw(logits, history, stream)
+        except RequestError:  # all that the head can say is banned; the target may say more
+            token = int(history[-1])
+            self._keep(history.numel(), _certain(token, sampler.vocab_size))
+            return token
 
 
 class LookupDrafter(_Drawn):

@@ -66,14 +66,17 @@ class Engine:
         self.gate = gate
         self._commands: deque[Command] = deque()
 
-    def decode(self, request: Request) -> Generator[Emit, None, None]:
+    def decode(
+        self, request: Request, cancelled: Callable[[], bool] = lambda: False
+    ) -> Generator[Emit, None, None]:
         """Yield committed tokens as they become final; ``policy`` tells the rest afterwards.
 
-        Closing the iterator early, or ``stop``, ends the request and frees the pipeline.
+        Closing the iterator early, ``stop``, or ``cancelled`` once it says so, ends the request
+        and frees the pipeline.
         """
         self._start(request)
         try:
-            while not (self.policy.finished and not self._commands):
+            while not (self.policy.finished and not self._commands) and not cancelled():
                 emit = self.step()
                 if emit is not None:
                     yield emit

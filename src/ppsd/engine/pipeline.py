@@ -23,6 +23,7 @@ from ppsd.errors import (
     PipelineTimeoutError,
     PpsdError,
     ProtocolError,
+    RequestError,
     StageFailedError,
     StageLostError,
     UnsupportedModelError,
@@ -247,6 +248,10 @@ class Pipeline:
         except StageLostError:
             self._await_ending()
             raise
+        if isinstance(message, Status) and message.kind == "refused":
+            if message.fields["epoch"] == self.epoch:
+                raise RequestError(message.fields["message"])
+            return None  # of work that is over
         return message
 
     def _await_ending(self) -> None:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ppsd import checks
 from ppsd.errors import ConfigError, ModelError
 from ppsd.model.chat_template import choose_template, render
 from ppsd.model.escape import Escape
@@ -132,6 +133,7 @@ class Tokenizer:
 
         Raises ConfigError for text that is not valid Unicode (lone surrogates).
         """
+        checks.unicode("prompt", text)
         escape = self._escaping([text])
         return self._encode(escape.hide(text) if escape else text, escape, special=True)
 
@@ -140,10 +142,6 @@ class Tokenizer:
         return self._escape if self._escape and self._escape.found_in(texts) else None
 
     def _encode(self, text: str, escape: Escape | None, special: bool) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ConfigError("prompt", text, "valid Unicode, without lone surrogates") from error
         if escape:
             return self._within_rows(escape.encode(text, special=special))
         return self._within_rows(self._inner.encode(text, add_special_tokens=special))
@@ -159,8 +157,12 @@ class Tokenizer:
         """Return the ids of a conversation, ready for the assistant's next message.
 
         Raises ModelError when no chat template applies, and ConfigError when the template cannot
-        render the messages.
+        render the messages or a text is not valid Unicode.
         """
+        for message in messages:
+            for key, value in message.items():
+                if isinstance(value, str):
+                    checks.unicode(f"message {key}", value)
         escape = self._escaping([text for m in messages for text in m.values()])
         if escape:
             messages = [{key: escape.hide(text) for key, text in m.items()} for m in messages]

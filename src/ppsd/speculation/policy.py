@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ppsd import checks
 from ppsd.errors import ConfigError, ProtocolError
 from ppsd.speculation.accept import accept
 
 MODES = ("autoregressive", "draft-then-verify", "ppsd")
 DEFAULT_BLOCK = 4
+MAX_IN_SCHEDULE = 64  # rows of a block, blocks in flight
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name, value in (("block", self.block), ("in_flight", self.in_flight)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
-                raise ConfigError(name, value, "an integer in [1, 64]")
+            object.__setattr__(self, name, checks.integer(name, value, 1, MAX_IN_SCHEDULE))
 
     @property
     def drafts(self) -> bool:

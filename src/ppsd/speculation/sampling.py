@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppsd.errors import ConfigError, NonFiniteError
+from ppsd.errors import ConfigError, NonFiniteError, RequestError
 from ppsd.types import SamplingParams
 
 
@@ -72,8 +72,8 @@ class Sampler:
     All methods take the logits [V] of one position, V >= vocab_size, of any float type and device,
     and ``history``, int64 [L] on the CPU: the prompt and output tokens before that position, so L
     is the position itself. A logit of -inf bans its token (a draft vocabulary). They raise
-    NonFiniteError if a real token's logit is NaN or +inf or if no token is left, ValueError for
-    another shape, and never change their arguments.
+    NonFiniteError if a real token's logit is NaN or +inf or if all are -inf, RequestError if
+    ``params`` leave no token, ValueError for another shape, and never change their arguments.
     """
 
     def __init__(
@@ -143,7 +143,10 @@ class Sampler:
         values = logits[: self.vocab_size].detach().cpu()
         if values.dtype != torch.float64:
             values = values.to(torch.float32)
-        return _checked(values, "logits of real tokens")
+        top = float(values.numpy().max())  # one look suffices, as NaN and +inf win it
+        if not math.isfinite(top):
+            raise NonFiniteError(f"logits of real tokens must have a finite maximum, got {top}")
+        return values
 
     def _adjust(self, values: Tensor, history: Tensor) -> Tensor:
         num_outputs = len(history) - self._prompt_length
@@ -154,7 +157,12 @@ class Sampler:
         if num_outputs < self._params.min_tokens:
             values[self._stop_ids] = -math.inf
         _penalise(values, history, self._prompt_length, self._params)
-        return _checked(values, "logits after bias, ban and penalties")
+        if not math.isfinite(top := float(values.numpy().max())):
+            raise RequestError(
+                "logit_bias, min_tokens' ban and penalties must leave a finite largest logit at "
+                f"position {len(history)}, got {top}"
+            )
+        return values
 
     def _adjusts(self, num_outputs: int) -> bool:
         p = self._params
@@ -199,14 +207,6 @@ def _keep_top_p(values: Tensor, top_p: float) -> Tensor:
 def _argmax(values: Tensor) -> int:
     # NumPy promises the first of equal maxima, as torch does, and is 14 times faster on a CPU.
     return int(values.numpy().argmax())
-
-
-def _checked(values: Tensor, name: str) -> Tensor:
-    """``values``, or NonFiniteError; one look at the maximum suffices, as NaN and +inf win it."""
-    top = float(values.numpy().max())
-    if not math.isfinite(top):
-        raise NonFiniteError(f"{name} must have a finite maximum, got {top}")
-    return values
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ppsd import checks
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.model.source import HUB_ID
 
@@ -124,7 +125,7 @@ def parse_row(row: Any, where: str) -> Iterator[Record]:
             yield Record(where, (user,), target, about=about)
         else:
             yield Record(where, text=_text(row["text"]), about=about)
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
+    except (TypeError, KeyError, IndexError, AttributeError, ConfigError) as error:
         raise PpsdError(f"{where}: needs an object with {FIELDS} ({error!r})") from error
 
 
@@ -149,7 +150,7 @@ def _parse_chat(
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise TypeError(f"{value!r} is not a non-empty text")
-    return value
+    return checks.unicode("text", value)
 
 
 def _read_hub(name: str) -> tuple[list[Record], str]:

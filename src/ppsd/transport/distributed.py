@@ -12,14 +12,14 @@ What gloo (torch 2.13) is like, and what follows from it:
   call that wait may never end. So every message is answered, and every outgoing link has a thread
   that waits for the answers: posting a receive on a broken connection does raise.
 - A wait that times out closes every connection of the group. So waits for frames never time out,
-  the endpoint makes a group of its own, and ``close`` lets one wait time out on purpose: nothing
-  else (destroying or aborting the group) wakes the other threads, and a thread left inside gloo
-  aborts the interpreter at exit.
+  and ``close`` lets one wait time out on purpose: nothing else wakes the other threads, and a
+  thread left inside gloo aborts the interpreter at exit.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 from collections import deque
@@ -33,24 +33,16 @@ import torch.distributed as dist
 
 from ppsd.errors import PipelineError, PipelineTimeoutError, ProtocolError, StageLostError
 from ppsd.transport.base import Geometry, Part, frame_bytes, gather, part_bytes
-from ppsd.transport.rendezvous import open_group
+from ppsd.transport.rendezvous import Group, Meeting, open_group
 
 MAGIC = int.from_bytes(b"ppsd-msg", "little")
 HEADER_BYTES = 32  # magic, payload length, bytes that travel apart, 0: int64 each
-# Every message is at least this long, or as long as its link allows. It holds the hidden state of
-# one token up to 8192 wide in bfloat16, so decoding needs one message per hop, not two; the
-# padding of smaller models costs 0.13 ms at 1 Gbit/s.
+# Every message is at least this long, or as long as its link allows: one token's hidden state up to
+# 8192 wide in bfloat16 needs one message a hop. The padding costs 0.13 ms at 1 Gbit/s.
 INLINE_BYTES = 16 * 1024 + 256
 
-(
-    FRAME_TAG,
-    REST_TAG,
-    ROWS_TAG,
-    FRAME_ANSWER_TAG,
-    CONTROL_TAG,
-    CONTROL_ANSWER_TAG,
-    HANG_UP_TAG,
-) = range(1, 8)
+FRAME_TAG, REST_TAG, ROWS_TAG, HANG_UP_TAG = range(1, 5)
+FRAME_ANSWER_TAG, CONTROL_TAG, CONTROL_ANSWER_TAG = range(5, 8)
 GOODBYE = -1  # in place of a frame's length: nothing more comes on this link
 ROWS_BACKEND = {"cuda": "nccl", "cpu": "gloo"}  # CPU rows travel apart in tests only
 ROWS_PART = 1  # a frame's parts are what describes it, and then rows of numbers
@@ -58,16 +50,15 @@ NO_ROWS = torch.empty(0, dtype=torch.uint8)
 FOREVER = timedelta(days=365)
 HEARTBEAT_SECONDS = 1.0
 GOODBYE_SECONDS = 1.0  # how long close() waits for sent frames to arrive
-JOIN_SECONDS = 5.0
-CONNECT_SECONDS = 60.0
+LEAVING_SECONDS, JOIN_SECONDS = 5.0, 60.0  # waits for a thread's end; for other ranks
 
 
 class DistributedEndpoint:
-    """One rank's end over an initialised default process group of ``geometry.size`` ranks.
+    """One rank's end of the links between ``geometry.size`` ranks that have met.
 
-    Making one is collective: every rank has to, within ``join_timeout`` seconds. A worker goes
-    ``timeout`` seconds without a sign of life from rank 0 before it takes rank 0 for lost.
-    ``apart`` is the device on which the rows of frames travel apart; None keeps them in the frames.
+    Making one is collective, within ``join_timeout`` seconds. Rank 0 and a worker take each other
+    for lost after ``timeout`` seconds without a sign of life. ``apart`` is the device on which the
+    rows of frames travel apart; None keeps them in the frames.
     """
 
     words: tuple[int, ...] = ()
@@ -75,20 +66,22 @@ class DistributedEndpoint:
     def __init__(
         self,
         geometry: Geometry,
-        rank: int,
+        meeting: Meeting,
         timeout: float,
         apart: torch.device | None = None,
         *,
-        join_timeout: float = CONNECT_SECONDS,
+        join_timeout: float = JOIN_SECONDS,
     ) -> None:
-        self.rank = rank
+        self.rank = rank = meeting.rank
         self.size = geometry.size
         self.rows: torch.Tensor | None = None
         self._apart = apart
         self._timeout = timeout
-        self._group = open_group("gloo", join_timeout)
-        rows = None if apart is None else open_group(ROWS_BACKEND[apart.type], join_timeout)
-        self._rows_group = rows
+        self._process, self._meeting = os.getpid(), meeting  # rank 0 keeps the store for all
+        self._group = open_group("gloo", "frames", meeting, join_timeout)
+        self._rows_group: Group | None = None
+        if apart is not None:
+            self._rows_group = open_group(ROWS_BACKEND[apart.type], "rows", meeting, join_timeout)
         self._outgoing = geometry.outgoing(rank)
         self._epoch = 0
         self._closed = False
@@ -100,6 +93,7 @@ class DistributedEndpoint:
         self._senders = {to: _Link(to, n, geometry.slots) for to, n in self._outgoing.items()}
         self._receivers = [_Link(k, n, geometry.slots) for k, n in geometry.incoming(rank).items()]
         self._listeners = {to: threading.Event() for to in range(1, self.size)} if rank == 0 else {}
+        self._answered = dict.fromkeys(self._listeners, time.monotonic())
         self._threads = self._start_threads()
         atexit.register(self.close)  # for a main thread that dies of an error
 
@@ -115,12 +109,12 @@ class DistributedEndpoint:
     def receive(self, timeout: float) -> tuple[int, memoryview] | None:
         """Return the next frame in order of arrival; see ``Endpoint.receive``."""
         if self._lent is not None:
-            link, buffer = self._lent
-            link.free.put(buffer)
+            self._lent[0].free.put(self._lent[1])
             self._lent = None
         try:
             arrived = self._arrived.get(timeout=timeout)
         except Empty:
+            self._check_answers()
             return None
         if arrived is None:
             self._arrived.put(None)
@@ -145,7 +139,7 @@ class DistributedEndpoint:
         Workers take rank 0's end for the end of the pipeline and raise StageLostError; that a
         worker has ended is an error only to who sends to it.
         """
-        if self._closed:
+        if self._closed or os.getpid() != self._process:  # a forked child may say nothing
             return
         self._say_goodbye()
         self._closed = True
@@ -158,9 +152,9 @@ class DistributedEndpoint:
             link.free.put(None)
         self._hang_up()
         for thread in self._threads:
-            thread.join(JOIN_SECONDS)
-        for group in filter(None, (self._rows_group, self._group)):
-            dist.destroy_process_group(group)
+            thread.join(LEAVING_SECONDS)
+        if self._rows_group is not None:
+            self._rows_group.abort()
 
     def _start_threads(self) -> list[threading.Thread]:
         jobs: list[tuple[Callable[..., None], tuple[object, ...], int]] = []
@@ -228,8 +222,16 @@ class DistributedEndpoint:
             word = torch.tensor([self._epoch])
             work = self._start_send(word, worker, CONTROL_TAG)
             self._await_answer(worker, CONTROL_ANSWER_TAG, [work])
+            self._answered[worker] = time.monotonic()
             news.wait(HEARTBEAT_SECONDS)
             news.clear()
+
+    def _check_answers(self) -> None:
+        """Raise if a worker has left the epoch unanswered for too long: it is stopped, or hangs."""
+        now = time.monotonic()
+        for worker, last in self._answered.items():
+            if now - last > self._timeout and worker not in self._left:
+                raise StageLostError(f"rank {worker} gave no sign of life for {self._timeout:g} s")
 
     def _listen(self) -> None:
         word = torch.empty(1, dtype=torch.int64)
@@ -254,11 +256,9 @@ class DistributedEndpoint:
             work.wait(FOREVER)
 
     def _start_send(
-        self, piece: torch.Tensor, to: int, tag: int, group: dist.ProcessGroup | None = None
+        self, piece: torch.Tensor, to: int, tag: int, group: Group | None = None
     ) -> dist.Work:
-        work = dist.isend(piece, to, group=group or self._group, tag=tag)
-        assert work is not None  # None is for ranks outside the group
-        return work
+        return (group or self._group).send([piece], to, tag)
 
     def _receive_piece(
         self,
@@ -266,11 +266,9 @@ class DistributedEndpoint:
         peer: int,
         tag: int,
         wait: timedelta = FOREVER,
-        group: dist.ProcessGroup | None = None,
+        group: Group | None = None,
     ) -> None:
-        work = dist.irecv(piece, peer, group=group or self._group, tag=tag)
-        assert work is not None
-        work.wait(wait)
+        (group or self._group).recv([piece], peer, tag).wait(wait)
 
     def _send(
         self,

@@ -1,102 +1,170 @@
-"""How ranks on several hosts find each other and form torch.distributed's default group.
+"""How ranks on several hosts find each other and open groups of their own for messages.
 
 Imported by engine/ and worker/ before they make a DistributedEndpoint. Every rank announces
 itself in a store kept by rank 0; rank 0 alone decides who is missing, and tells the others.
+torch.distributed's default group is left alone: a process may have one, for something else, and
+may be a rank of several pipelines.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import ipaddress
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, Protocol
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in its stubs
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from ppsd import checks
 from ppsd.errors import (
     ConfigError,
     PipelineError,
     PipelineTimeoutError,
-    ProtocolError,
     StageLostError,
 )
 
 POLL_SECONDS = 0.02
-INTERFACE = "GLOO_SOCKET_IFNAME"
-MAX_TEXT_BYTES = 1 << 24
+MAX_RANKS = 1 << 16
+INTERFACES = "GLOO_SOCKET_IFNAME"
+LOOPBACK = "127.0.0.1"
 
 
-def init_group(
+class Group(Protocol):
+    """What is used of torch.distributed's process groups."""
+
+    def send(self, tensors: list[torch.Tensor], to: int, tag: int, /) -> dist.Work:
+        """Start sending to a rank."""
+
+    def recv(self, tensors: list[torch.Tensor], source: int, tag: int, /) -> dist.Work:
+        """Start receiving from a rank."""
+
+    def abort(self) -> None:
+        """End whatever is under way."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A rank among ``size`` that have met, and the store they share; ``local``: on one host."""
+
+    rank: int
+    size: int
+    store: Store
+    local: bool
+
+
+_native: weakref.WeakSet[object] = weakref.WeakSet()  # they have threads of their own
+
+
+def _leak_in_child() -> None:
+    """Keep what a fork has copied from ever being destroyed: that waits for threads not copied."""
+    for thing in _native:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leak_in_child)
+
+
+def meet(
     rank: int,
     size: int,
     host: str,
     port: int,
     timeout: float,
     check: Callable[[], None] = lambda: None,
-) -> None:
-    """Form the default group of ``size`` ranks that meet at rank 0's ``host:port``.
+) -> Meeting:
+    """Return when all ``size`` ranks have come to rank 0's ``host:port``.
 
     Rank 0 calls ``check`` while it waits; it raises when a rank is known not to come any more.
-    Raises PipelineError when the address is in use or the ranks disagree on who they are, and
-    PipelineTimeoutError naming the ranks that did not join within ``timeout`` seconds.
+    Raises ConfigError for a network interface that is not here, PipelineError when the address is
+    in use or the ranks disagree on who they are, and PipelineTimeoutError naming the ranks that did
+    not join within ``timeout`` seconds.
     """
+    _check_interfaces()
     try:
         store = _open_store(rank, host, port, timeout)
         _meet(store, rank, size, timeout, check)
-        limit = timedelta(seconds=timeout)
-        group_store = PrefixStore("group", store)
-        dist.init_process_group(
-            "gloo", store=group_store, rank=rank, world_size=size, timeout=limit
-        )
     except dist.DistError as error:
         raise StageLostError(f"rank 0 at {host}:{port} went away during start-up") from error
+    return Meeting(rank, size, store, _is_loopback(host))
 
 
-def init_group_from_environment(timeout: float) -> tuple[int, int]:
-    """Form the default group under torchrun and return (rank, size).
+def rank_from_environment() -> tuple[int, int]:
+    """Return (rank, size) as torchrun sets them; raises ConfigError naming the variable."""
+    size = _variable("WORLD_SIZE", 1, MAX_RANKS)
+    return _variable("RANK", 0, size - 1), size
 
-    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; errors are those of ``init_group``.
+
+def meet_from_environment(timeout: float) -> Meeting:
+    """Meet the ranks that torchrun started; errors are those of ``meet``.
+
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     """
-    rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    rank, size = rank_from_environment()
+    port = _variable("MASTER_PORT", 1, 65535)
     host = os.environ.get("MASTER_ADDR", "")
     if not host:
         raise ConfigError("MASTER_ADDR", host, "rank 0's host name, as torchrun sets it")
-    init_group(rank, size, host, port, timeout)
-    return rank, size
+    return meet(rank, size, host, port, timeout)
 
 
-def open_group(backend: str, timeout: float) -> dist.ProcessGroup:
-    """Return a group of all ranks; PipelineTimeoutError when one of them does not come."""
+def open_group(kind: str, name: str, meeting: Meeting, timeout: float) -> Group:
+    """Return a group of ``kind`` gloo or nccl of all ranks; every rank has to call this.
+
+    PipelineTimeoutError when some did not within ``timeout`` seconds.
+    """
+    rank, limit = meeting.rank, timedelta(seconds=timeout)
+    store = PrefixStore(name, meeting.store)
+    make: Any = {"gloo": "ProcessGroupGloo", "nccl": "ProcessGroupNCCL"}[kind]
+    make = getattr(dist, make)  # not all of it is in torch's stubs
+    how: Any = limit
     try:
-        group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
+        if kind == "nccl" or meeting.local:
+            how = make.Options() if kind == "nccl" else make._Options()
+            how._timeout = limit
+        if kind == "gloo" and meeting.local:  # or it listens where this host's name leads
+            how._devices = [make.create_device(hostname=LOOPBACK)]
+        group: Group = make(store, rank, meeting.size, how)
     except RuntimeError as error:
         cause = str(error).partition("\n")[0]
         raise PipelineTimeoutError(
-            f"a rank that had joined did not connect within {timeout:g} s ({cause})"
+            f"rank {rank} could not connect to all others within {timeout:g} s ({cause})"
         ) from error
-    assert isinstance(group, dist.ProcessGroup)  # it is an int for ranks outside the group
+    _native.add(group)
     return group
 
 
-def leave_group() -> None:
-    """Undo ``init_group``, so that this process can form another group; no endpoint may be open."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def send_text(meeting: Meeting, to: int, text: str) -> None:
+    """Leave a text for a rank."""
+    meeting.store.set(f"text {to}", text)
 
 
-def _number(name: str) -> int:
+def receive_text(meeting: Meeting, timeout: float) -> str:
+    """Return the text left for this rank."""
+    return _get(meeting.store, f"text {meeting.rank}", timeout)
+
+
+def _variable(name: str, low: int, high: int) -> int:
     text = os.environ.get(name, "")
-    if not text.isdecimal():
-        raise ConfigError(name, text, "a number, as torchrun sets it")
-    return int(text)
+    value = int(text) if text.isdecimal() and text.isascii() and len(text) < 10 else text
+    return checks.integer(name, value, low, high, f"in [{low}, {high}], as torchrun sets it")
+
+
+def _check_interfaces() -> None:
+    here = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, os.environ.get(INTERFACES, "").split(",")):
+        if name not in here:
+            raise ConfigError(INTERFACES, name, f"among this host's {', '.join(here)}")
 
 
 def _open_store(rank: int, host: str, port: int, timeout: float) -> Store:
@@ -119,10 +187,13 @@ def _open_store(rank: int, host: str, port: int, timeout: float) -> Store:
             ) from error
         if "EADDRINUSE" in str(error):
             raise PipelineError(f"address already in use: {host}:{port}") from error
-        raise PipelineError(f"cannot listen at {host}:{port}: {error}") from error
+        cause = str(error).partition("\n")[0]
+        raise PipelineError(f"cannot listen at {host}:{port}: {cause}") from error
     # torchrun keeps one store over restarts; names of a former attempt must not count.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"ppsd/{attempt}", store)
+    shared = PrefixStore(f"ppsd/{attempt}", store)
+    _native.add(shared)
+    return shared
 
 
 def _is_loopback(host: str) -> bool:
@@ -140,27 +211,6 @@ def _listener(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise PipelineError(f"address already in use: {host}:{port}") from error
         raise PipelineError(f"cannot listen at {host}:{port}: {error.strerror}") from error
-
-
-@contextmanager
-def listening_with(host: str) -> Iterator[None]:
-    """Let groups made meanwhile listen on the loopback interface alone if rank 0's ``host`` is.
-
-    Gloo takes the interface from the environment, and otherwise that of the host's name.
-    """
-    if not _is_loopback(host):
-        yield
-        return
-    before = os.environ.get(INTERFACE)
-    addresses = psutil.net_if_addrs().items()
-    loopback = [name for name, of in addresses if any(a.address == "127.0.0.1" for a in of)]
-    os.environ[INTERFACE] = loopback[0]
-    try:
-        yield
-    finally:
-        del os.environ[INTERFACE]
-        if before is not None:
-            os.environ[INTERFACE] = before
 
 
 def _meet(store: Store, rank: int, size: int, timeout: float, check: Callable[[], None]) -> None:
@@ -202,21 +252,3 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def send_text(to: int, text: str) -> None:
-    """Send text to a rank of the group, before any endpoint exists."""
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    dist.send(torch.tensor([data.numel()]), to)
-    dist.send(data, to)
-
-
-def receive_text(source: int) -> str:
-    """Receive what ``send_text`` sent; ProtocolError when its length makes no sense."""
-    length = torch.zeros(1, dtype=torch.int64)
-    dist.recv(length, source)
-    if not 0 < int(length) <= MAX_TEXT_BYTES:
-        raise ProtocolError(f"rank {source} announces a text of {int(length)} bytes")
-    data = torch.empty(int(length), dtype=torch.uint8)
-    dist.recv(data, source)
-    return data.numpy().tobytes().decode()

@@ -167,8 +167,8 @@ class SharedMemoryEndpoint:
         start = time.monotonic()
         waited = 0.0
         while waited < timeout:
-            if (pause := self._pause(before + waited)) > 0.0:
-                time.sleep(min(pause, timeout - waited))
+            pause = self._pause(before + waited)
+            time.sleep(min(pause, timeout - waited))  # if 0, other threads of Python get a turn
             if done():
                 return True
             waited = time.monotonic() - start

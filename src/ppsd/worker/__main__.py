@@ -6,14 +6,21 @@ leave at once. PyTorch takes seconds to import, so the watch begins before that.
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import sys
 import threading
 
+ORPHAN_S = 0.5  # how often a worker looks whose child it is
 
-def _die_with_parent() -> None:
-    while os.read(0, 1):  # not sys.stdin: its lock would be held when the interpreter ends
-        pass
+
+def _die_with_parent(parent: int) -> None:
+    """Leave with the pipe's other end, or with the parent: a fork of it may hold that end, too."""
+    while os.getppid() == parent:
+        readable, _, _ = select.select([0], [], [], ORPHAN_S)
+        if readable and not os.read(0, 1):  # not sys.stdin: its lock would outlive this thread
+            break
     os._exit(1)
 
 
@@ -23,7 +30,8 @@ def main() -> int:
     What is raised goes to rank 0 by message; standard error is for when that cannot get through.
     """
     line = sys.stdin.readline()
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    parent = json.loads(line)["parent"]
+    threading.Thread(target=_die_with_parent, args=(parent,), daemon=True).start()
     from ppsd.errors import PpsdError
     from ppsd.worker.process import WorkerConfig, serve
 

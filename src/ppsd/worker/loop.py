@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ppsd.errors import PipelineError, ProtocolError
+from ppsd.errors import PipelineError, ProtocolError, RequestError
 from ppsd.model.passes import Watch
 from ppsd.model.stage import StageModel
 from ppsd.transport.base import Endpoint
@@ -90,7 +90,10 @@ class Worker:
             return
         start = time.monotonic_ns()
         hidden = self._stage.forward(block.hidden, block.position, self._stale)
-        answer = None if hidden is None else self._answer(block, hidden)
+        try:
+            answer = None if hidden is None else self._answer(block, hidden)
+        except RequestError as error:  # rank 0 ends the request; this stage takes the next
+            answer = Status(self.rank, "refused", {"epoch": block.epoch, "message": str(error)})
         kind = "cancelled" if answer is None else "verify" if block.judge else "prefill"
         self._recorder.add(start, kind, block.epoch, block.position, len(block.tokens))
         if answer is not None:

@@ -94,7 +94,10 @@ class Control:
 
 @dataclass(frozen=True)
 class Status:
-    """A stage speaks of itself: ``progress``, ``ready``, ``report`` or ``failed``."""
+    """A stage speaks of itself: ``progress``, ``ready``, ``report`` or ``failed``.
+
+    Or, of the request whose epoch it names, ``refused``: it cannot go on.
+    """
 
     source: int
     kind: str

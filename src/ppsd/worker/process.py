@@ -14,16 +14,24 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from ppsd.errors import ModelError, PpsdError, ProtocolError, StageLostError
+from ppsd.errors import (
+    ModelError,
+    PipelineTimeoutError,
+    PpsdError,
+    ProtocolError,
+    StageLostError,
+)
 from ppsd.model import kernels
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage, StagePlan
@@ -34,6 +42,9 @@ from ppsd.worker.loop import Worker, failure_status
 from ppsd.worker.messages import VERSION, Status, encode
 from ppsd.worker.pace import paced
 from ppsd.worker.recorder import Recorder
+
+if TYPE_CHECKING:
+    from ppsd.transport.rendezvous import Meeting
 
 IDLE_WAIT_S = 1.0  # how long one wait for work lasts; a longer pause just waits again
 SIGNS_OF_LIFE_S = 5.0  # rank 0 gives one a second, however short the wait for a stage may be
@@ -49,7 +60,8 @@ class WorkerConfig:
     ``kernels`` names what has to compute here (Kernels of model/kernels.py); ``library`` is a file
     descriptor of it, which children of rank 0's host inherit. ``own_gpus``: every stage has a GPU
     of its own, so rows travel from GPU to GPU. Times are those of EngineConfig; ``block`` is the
-    most rows of a block that is no piece of a prompt.
+    most rows of a block that is no piece of a prompt. ``parent`` is the process that a worker
+    started by rank 0 must not outlive.
     """
 
     rank: int
@@ -74,6 +86,7 @@ class WorkerConfig:
     own_gpus: bool = False
     pace: float = 0.0
     block: int = 1
+    parent: int = field(default_factory=os.getpid)
     protocol: int = VERSION
 
     @classmethod
@@ -106,6 +119,23 @@ def pin(cores: Sequence[int]) -> None:
         os.sched_setaffinity(0, cores)
 
 
+_setting_threads = threading.Lock()
+
+
+def set_own_threads(count: int) -> None:
+    """Let PyTorch use ``count`` CPU threads for what this thread computes, and for nothing else.
+
+    Setting the count also sets what threads to come begin with. A thread that ends at once puts
+    that back.
+    """
+    with _setting_threads:
+        before = torch.get_num_threads()  # the process's, unless this thread has set its own
+        torch.set_num_threads(count)
+        other = threading.Thread(target=torch.set_num_threads, args=(before,))
+        other.start()
+        other.join()
+
+
 def open_endpoint(config: WorkerConfig, check: Callable[[], None] = lambda: None) -> Endpoint:
     """Join the transport the configuration names; ``check`` is called while others are awaited."""
     geometry = Geometry(**config.geometry)
@@ -113,15 +143,24 @@ def open_endpoint(config: WorkerConfig, check: Callable[[], None] = lambda: None
         from ppsd.transport.shared_memory import SharedMemoryEndpoint
 
         return SharedMemoryEndpoint(config.segment, geometry, config.rank, bool(config.cores))
-    from ppsd.transport.distributed import DistributedEndpoint
-    from ppsd.transport.rendezvous import init_group, listening_with
+    from ppsd.transport.rendezvous import meet
 
-    join, patience = config.init_timeout, max(config.timeout, SIGNS_OF_LIFE_S)
-    with listening_with(config.master[0] if config.master else os.environ["MASTER_ADDR"]):
-        if config.master is not None:
-            init_group(config.rank, geometry.size, *config.master, join, check)
-        apart = torch.device(config.device) if config.own_gpus else None
-        return DistributedEndpoint(geometry, config.rank, patience, apart, join_timeout=join)
+    assert config.master is not None
+    meeting = meet(config.rank, geometry.size, *config.master, config.init_timeout, check)
+    return endpoint_over(config, meeting)
+
+
+def endpoint_over(config: WorkerConfig, meeting: Meeting) -> Endpoint:
+    """Join the ranks that have met."""
+    from ppsd.transport.distributed import DistributedEndpoint
+
+    return DistributedEndpoint(
+        Geometry(**config.geometry),
+        meeting,
+        max(config.timeout, SIGNS_OF_LIFE_S),
+        torch.device(config.device) if config.own_gpus else None,
+        join_timeout=config.init_timeout,
+    )
 
 
 def serve_rank(model: str | None, timeout: float) -> None:
@@ -132,10 +171,10 @@ def serve_rank(model: str | None, timeout: float) -> None:
     """
     from ppsd.model.source import describe, resolve_model
     from ppsd.model.weights import fingerprint
-    from ppsd.transport.rendezvous import init_group_from_environment, receive_text
+    from ppsd.transport.rendezvous import meet_from_environment, receive_text
 
-    init_group_from_environment(timeout)
-    config = WorkerConfig.from_json(receive_text(0))
+    meeting = meet_from_environment(timeout)
+    config = WorkerConfig.from_json(receive_text(meeting, timeout))
     files = resolve_model(model)
     mark = fingerprint(describe(files), open_source(files.path))
     if mark != config.fingerprint:
@@ -143,17 +182,17 @@ def serve_rank(model: str | None, timeout: float) -> None:
             f"rank {config.rank} has {files.name} ({mark[:12]}), rank 0 has "
             f"{config.spec['name']} ({config.fingerprint[:12]}); all ranks need the same model"
         )
-    serve(replace(config, model_path=str(files.path)))
+    serve(replace(config, model_path=str(files.path)), lambda: endpoint_over(config, meeting))
 
 
-def serve(config: WorkerConfig) -> None:
+def serve(config: WorkerConfig, join: Callable[[], Endpoint] | None = None) -> None:
     """Load the stage, say ``ready``, and work until told to stop.
 
     An exception is reported to rank 0 before it is raised here.
     """
     pin(config.cores)
     torch.set_num_threads(config.threads)
-    endpoint = open_endpoint(config)
+    endpoint = join() if join else open_endpoint(config)
 
     def say(status: Status) -> None:
         endpoint.send(0, encode(status), config.timeout)
@@ -199,10 +238,16 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
 
 
 class Supervisor:
-    """The worker processes of rank 0: started together, watched, and never left behind."""
+    """The worker processes of rank 0: started together, watched, and never left behind.
 
-    def __init__(self) -> None:
+    One that is stopped (SIGSTOP) for ``timeout`` seconds counts as lost.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
         self._children: dict[int, tuple[subprocess.Popen[str], IO[str]]] = {}
+        self._stopped: dict[int, float] = {}  # since when a worker was seen stopped
+        _supervisors.add(self)
 
     def start(self, config: WorkerConfig) -> None:
         """Start the worker of ``config.rank``; raises StageLostError when the system cannot."""
@@ -211,12 +256,8 @@ class Supervisor:
         try:
             output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (see close)
             child = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "ppsd.worker",
-                ],  # -P: nothing from the caller's directory
+                # -P: nothing from the caller's directory
+                [sys.executable, "-P", "-m", "ppsd.worker"],
                 stdin=subprocess.PIPE,
                 stdout=output,  # standard output is for answers
                 stderr=output,
@@ -248,10 +289,31 @@ class Supervisor:
                 f"stage {rank} (pid {child.pid}) {_ending(ended[rank])}"
                 f"{_quote(output.read()[-STDERR_TAIL:])}"
             )
+        self._check_stopped()
+
+    def _check_stopped(self) -> None:
+        """Raise PipelineTimeoutError naming a worker that has been stopped for too long."""
+        now = time.monotonic()
+        for rank, (child, _) in self._children.items():
+            if not _is_stopped(child.pid):
+                self._stopped.pop(rank, None)
+            elif now - self._stopped.setdefault(rank, now) > self._timeout:
+                raise PipelineTimeoutError(
+                    f"stage {rank} (pid {child.pid}) has been stopped for {self._timeout:g} s; "
+                    f"stage {rank} does not answer"
+                )
 
     def pids(self) -> dict[int, int]:
         """Process ids by rank."""
         return {rank: child.pid for rank, (child, _) in self._children.items()}
+
+    def forget(self) -> None:
+        """Let go of the workers without a word, as a forked child has to: they are its parent's."""
+        for child, _ in self._children.values():
+            with contextlib.suppress(OSError):
+                assert child.stdin is not None
+                child.stdin.close()  # while a copy is open, they would not notice the parent's end
+        self._children.clear()
 
     def close(self, grace: float) -> None:
         """End the workers' standard input, so that they leave; kill those left after ``grace`` s.
@@ -271,6 +333,25 @@ class Supervisor:
                 child.wait()
             output.close()
         self._children.clear()
+
+
+_supervisors: weakref.WeakSet[Supervisor] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for supervisor in _supervisors:
+        supervisor.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.Error:  # it has just ended
+        return False
 
 
 def _ending(code: int) -> str:

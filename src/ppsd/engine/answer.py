@@ -1,0 +1,68 @@
+"""What a request gives back, piece by piece and as a whole. Used by llm.py, exported by ppsd."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from ppsd.engine.sequence import Piece, Transcript
+from ppsd.engine.stats import RequestStats
+from ppsd.speculation.policy import Emit
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A step of a streamed completion: tokens now final, and the text they release.
+
+    ``accepted[i]`` says whether token i was an accepted draft. ``pieces`` is the text cut by the
+    tokens it comes from, which may be earlier ones: text lags behind the tokens while a character
+    or a stop string is incomplete.
+    """
+
+    pieces: tuple[Piece, ...]
+    token_ids: tuple[int, ...] = ()
+    accepted: tuple[bool, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The released text."""
+        return "".join(piece.text for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished completion; ``finish_reason`` is ``stop`` or ``length``."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    accepted: tuple[bool, ...]
+    finish_reason: str
+    stats: RequestStats
+
+
+@dataclass
+class Answer:
+    """A completion while it grows; times in seconds of the monotonic clock."""
+
+    transcript: Transcript
+    token_ids: list[int] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
+    first: float | None = None
+
+    def take(self, emit: Emit) -> Chunk:
+        """Add tokens until a stop string is complete; what comes after it is dropped."""
+        self.first = self.first or time.monotonic()
+        pieces: list[Piece] = []
+        taken = 0
+        for token in emit.tokens:
+            pieces += self.transcript.push(token, taken < emit.accepted)
+            taken += 1
+            if self.transcript.stopped:
+                break
+        chunk = Chunk(
+            tuple(pieces), emit.tokens[:taken], tuple(i < emit.accepted for i in range(taken))
+        )
+        self.token_ids += chunk.token_ids
+        self.accepted += chunk.accepted
+        return chunk

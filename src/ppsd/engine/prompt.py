@@ -1,0 +1,44 @@
+"""From what a caller passes as a prompt to checked token ids. Used by llm.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ppsd import checks
+from ppsd.errors import ConfigError
+from ppsd.model.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+KINDS = "a text, token ids or chat messages"
+MESSAGE = "a mapping of texts with role and content, such as {'role': 'user', 'content': 'Hi'}"
+
+
+def encode(prompt: Prompt, tokenizer: Tokenizer, num_tokens: int, max_context: int) -> list[int]:
+    """Return the token ids of text as it is, of ids, or of messages by the chat template.
+
+    Raises ConfigError for what is no prompt, ids beyond ``num_tokens`` and prompts without room.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+    else:
+        if hasattr(prompt, "tolist") and not isinstance(prompt, memoryview):
+            prompt = prompt.tolist()  # an array of NumPy or PyTorch
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
+            raise ConfigError("prompt", prompt, KINDS)
+        if prompt and isinstance(prompt[0], Mapping):
+            ids = tokenizer.encode_chat([_message(message) for message in prompt])
+        else:
+            most = num_tokens - 1
+            ids = [checks.integer("prompt token id", token, 0, most) for token in prompt]
+    if not 0 < len(ids) < max_context:
+        allowed = f"of 1 to {max_context - 1} tokens (the context holds {max_context})"
+        raise ConfigError("prompt", f"{len(ids)} tokens", allowed)
+    return ids
+
+
+def _message(message: object) -> dict[str, str]:
+    texts = isinstance(message, Mapping) and all(isinstance(v, str) for v in message.values())
+    if not isinstance(message, Mapping) or not texts or not {"role", "content"} <= message.keys():
+        raise ConfigError("message", message, MESSAGE)
+    return dict(message)
