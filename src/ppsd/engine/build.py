@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from ppsd import checks
@@ -20,9 +19,9 @@ from ppsd.config import EngineConfig, core_shares
 from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, threads_of
 from ppsd.engine.drafter import Drafter, HeadDrafter, LookupDrafter, PacedDrafter
-from ppsd.engine.memory import default_context, stage_bytes
+from ppsd.engine.memory import check_free, default_context, stage_bytes
 from ppsd.engine.pipeline import Pipeline, raise_if_lost
-from ppsd.errors import ConfigError, InsufficientMemoryError, KernelError
+from ppsd.errors import ConfigError, KernelError
 from ppsd.model import kernels
 from ppsd.model.exit_head import (
     ExitHead,
@@ -173,15 +172,8 @@ def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> 
     head = head_sizes(Sizes.of(layout.spec), layout.head)
     apart = config.transport != "inprocess"
     every = stage_bytes(layout.spec, source, plans, head, apart=apart)
-    needed = every[:1] if on_torchrun(config) else every
-    free = psutil.virtual_memory().available
-    if sum(needed) > free:
-        each = ", ".join(f"stage {r} {n / 2**30:.2f}" for r, n in enumerate(needed))
-        raise InsufficientMemoryError(
-            f"{layout.spec.name} in {layout.dtype} needs about {sum(needed) / 2**30:.2f} GiB here "
-            f"({each}), but {free / 2**30:.2f} GiB are free; use a narrower dtype, a smaller "
-            f"max_context ({layout.max_context} now) or more hosts"
-        )
+    here = every[:1] if on_torchrun(config) else every
+    check_free(here, f"{layout.spec.name} in {layout.dtype}", layout.max_context)
     return every
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import psutil
+
 from ppsd.config import DEFAULT_CONTEXT
 from ppsd.cost.sizes import WORKER_BYTES, Sizes
+from ppsd.errors import InsufficientMemoryError
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan, weight_bytes
 from ppsd.model.weights import TensorSource
@@ -45,3 +48,15 @@ def stage_bytes(
         for rank, plan in enumerate(plans)
     ]
     return each if apart else [sum(each) - (len(each) - 1) * WORKER_BYTES]
+
+
+def check_free(needed: Sequence[int], what: str, max_context: int) -> None:
+    """Raise InsufficientMemoryError if this host has less free than the bytes of all stages."""
+    free = psutil.virtual_memory().available
+    if sum(needed) > free:
+        each = ", ".join(f"stage {r} {n / 2**30:.2f}" for r, n in enumerate(needed))
+        raise InsufficientMemoryError(
+            f"{what} needs about {sum(needed) / 2**30:.2f} GiB here ({each}), but "
+            f"{free / 2**30:.2f} GiB are free; use a narrower dtype, a smaller max_context "
+            f"({max_context} now) or more hosts"
+        )
