@@ -14,7 +14,7 @@ import torch
 
 from ppsd import LLM, SamplingParams
 from ppsd.cli import app
-from ppsd.engine import build
+from ppsd.engine import memory
 from ppsd.errors import (
     ConfigError,
     HeadError,
@@ -218,7 +218,7 @@ def test_memory_is_estimated_before_loading(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = SimpleNamespace(available=600 << 20)
-    monkeypatch.setattr(build.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: free)
     numbers = r"about 0\.68 GiB here \(stage 0 0\.39, stage 1 0\.29\), but 0\.59 GiB are free"
     with pytest.raises(InsufficientMemoryError, match=numbers):
         open_llm(tiny_model("llama"), transport="shared-memory")
