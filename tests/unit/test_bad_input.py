@@ -14,7 +14,7 @@ import torch
 
 from ppsd import LLM, SamplingParams
 from ppsd.cli import app
-from ppsd.engine import memory
+from ppsd.engine import build, memory
 from ppsd.errors import (
     ConfigError,
     HeadError,
