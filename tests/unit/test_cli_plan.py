@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ppsd.cost.profile import estimate
+from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
 from tests.unit.test_cli_cost import ppsd
 
@@ -87,3 +89,14 @@ def test_profile_then_plan(tiny_model, tmp_path: Path, monkeypatch) -> None:
     assert "exit head (norm), 300 tokens" in table
     shown = ppsd("plan", *model, "--profile", elsewhere, "--alpha", "2:0.7").stdout
     assert "times: measured profile" in shown
+
+
+def test_a_profile_of_a_model_that_is_not_here_is_planned_with(tmp_path: Path) -> None:
+    sizes = Sizes(32, 4096, 14336, 128_256, 218_112_000, 2048, 525_336_576, False)
+    file = tmp_path / "far.json"
+    estimate(sizes, 2, 3e12, model="far away", fingerprint="0" * 64, source="elsewhere").save(file)
+    flags = ("--profile", file, "--workers", 4, "--alpha", "8:0.7")
+    record = json.loads(ppsd("plan", *flags, "--json").stdout)
+    assert record["source"] == "elsewhere"
+    assert record["plans"][0]["split"][0] == 8
+    assert len(record["plans"][0]["stage_ms"]) == 4

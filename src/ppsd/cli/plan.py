@@ -112,19 +112,31 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
 
 
 def _outlook(workers: WorkerOptions, decided: DecidedOptions) -> Outlook:
-    """What to plan with: heads are those of --alpha, or those found for the model.
+    """Return what to plan with: heads are those of --alpha, or those found for the model.
 
-    On this machine as many workers compute at once as it has cores for, elsewhere all of them.
+    On this machine as many workers compute at once as it has cores for, elsewhere all of them. A
+    profile without a model may be of any model, such as one measured on another machine.
     """
-    from ppsd.config import EngineConfig
-    from ppsd.engine.choose import Outlook, outlook
+    from ppsd.cost.profile import load_profile
+    from ppsd.engine.choose import Outlook
 
     if workers.hardware is not None:
         if workers.profile is not None:
             raise ConfigError("profile", str(workers.profile), "left out with --hardware")
         profile = _predicted(workers, workers.hardware)
-        exits = _imagined(decided.alpha or "", profile)
-        return Outlook(profile, exits, None, functools.partial(_memory, profile))
+    elif workers.profile is not None and workers.model is None and decided.alpha is not None:
+        profile = load_profile(workers.profile)  # of whatever model it says, here or not
+    else:
+        return _here(workers, decided)
+    exits = _imagined(decided.alpha or "", profile)
+    return Outlook(profile, exits, None, functools.partial(_memory, profile))
+
+
+def _here(workers: WorkerOptions, decided: DecidedOptions) -> Outlook:
+    """Return what to plan with for a model that is here."""
+    from ppsd.config import EngineConfig
+    from ppsd.engine.choose import outlook
+
     config = EngineConfig(
         workers.model,
         stages=workers.workers,
