@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ppsd.cost.model import Link
 from ppsd.cost.profile import estimate
 from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
@@ -94,7 +95,8 @@ def test_profile_then_plan(tiny_model, tmp_path: Path, monkeypatch) -> None:
 def test_a_profile_of_a_model_that_is_not_here_is_planned_with(tmp_path: Path) -> None:
     sizes = Sizes(32, 4096, 14336, 128_256, 218_112_000, 2048, 525_336_576, False)
     file = tmp_path / "far.json"
-    estimate(sizes, 2, 3e12, model="far away", fingerprint="0" * 64, source="elsewhere").save(file)
+    about = {"model": "far away", "fingerprint": "0" * 64, "source": "elsewhere"}
+    estimate(sizes, 2, 3e12, Link(1e-5, 1e10), **about).save(file)
     flags = ("--profile", file, "--workers", 4, "--alpha", "8:0.7")
     record = json.loads(ppsd("plan", *flags, "--json").stdout)
     assert record["source"] == "elsewhere"
