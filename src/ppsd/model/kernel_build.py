@@ -150,10 +150,10 @@ def _alone() -> Iterator[None]:
     """Hold a lock of this user's processes, if there is one: it saves work, nothing rests on it."""
     try:
         place = cache_root()
-        place.mkdir(parents=True, exist_ok=True)
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = os.open(place / "kernels.lock", flags, 0o600)
-    except (OSError, RuntimeError):  # a cache that cannot be written, or no home for one
+    except OSError:  # a cache that cannot be written, or no home for one
         yield
         return
     try:
