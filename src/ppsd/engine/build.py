@@ -328,11 +328,9 @@ class RunningPipeline:
         config, layout = self._config, self.layout
         own = Stage(layout.spec, layout.plan(rank, config.device(rank)), self._source)
         recorder = Recorder(config.trace)
-        stage = self._paced(own, rank, recorder)
+        stage, end = self._paced(own, rank, recorder), hub.endpoint(rank)
         judge = Judge(stage, rank, layout.max_context) if stage.is_last else None
-        return Worker(
-            rank, stage, hub.endpoint(rank), judge, timeout=config.timeout, recorder=recorder
-        )
+        return Worker(rank, stage, end, judge, timeout=config.timeout, recorder=recorder)
 
     def _paced(self, stage: Stage, rank: int, recorder: Recorder) -> StageModel:
         return paced(stage, self._config.pace_of(rank), self._config.schedule.block, recorder)
