@@ -202,12 +202,7 @@ class RunningPipeline:
 
         From now on every wait calls ``check``, which raises to end it.
         """
-
-        def alive() -> None:
-            check()
-            self._supervisor.check()
-
-        self._alive = alive
+        self._check = check
         try:
             return self._open(progress)
         except BaseException:
@@ -230,11 +225,10 @@ class RunningPipeline:
 
     def _open(self, progress: Progress) -> Pipeline:
         config, layout = self._config, self.layout
-        supervisor = self._supervisor
         pin(layout.cores[0])
         set_own_threads(layout.threads)
-        self._cleanup.callback(lambda: supervisor.close(CLOSE_GRACE_S))
-        endpoint, workers = self._connect(supervisor)
+        self._cleanup.callback(self._supervisor.close, CLOSE_GRACE_S)
+        endpoint, workers = self._connect()
         self._cleanup.callback(endpoint.close)
         plan = layout.plan(0, config.device(0))
 
@@ -262,6 +256,10 @@ class RunningPipeline:
             self._loaded = [memory_used(), *(s.fields["memory"] for s in ready)]
         del self._source  # unmaps the model's file
         return pipeline
+
+    def _alive(self) -> None:
+        self._check()
+        self._supervisor.check()
 
     def _check_kernels(self, ready: Sequence[Status]) -> None:
         """Raise KernelError unless all stages use what they were told to."""
@@ -310,15 +308,15 @@ class RunningPipeline:
             slots=2 * window + 4,  # a window of stale work, one of new work, and control
         )
 
-    def _connect(self, supervisor: Supervisor) -> tuple[Endpoint, list[Worker]]:
+    def _connect(self) -> tuple[Endpoint, list[Worker]]:
         """Join the transport and start what is behind it; workers only when in-process."""
         geometry = self._geometry()
         kind = self._config.transport
         if self.layout.stages == 1 or kind == "inprocess":
             return self._connect_inprocess(geometry)
         if kind == "distributed" or on_torchrun(self._config):
-            return self._connect_distributed(geometry, supervisor), []
-        return self._connect_shared_memory(geometry, supervisor), []
+            return self._connect_distributed(geometry), []
+        return self._connect_shared_memory(geometry), []
 
     def _connect_inprocess(self, geometry: Geometry) -> tuple[Endpoint, list[Worker]]:
         hub = InProcessHub(geometry)
@@ -330,25 +328,23 @@ class RunningPipeline:
         config, layout = self._config, self.layout
         own = Stage(layout.spec, layout.plan(rank, config.device(rank)), self._source)
         recorder = Recorder(config.trace)
-        stage = self._paced(own, rank, recorder)
+        stage, end = self._paced(own, rank, recorder), hub.endpoint(rank)
         judge = Judge(stage, rank, layout.max_context) if stage.is_last else None
-        return Worker(
-            rank, stage, hub.endpoint(rank), judge, timeout=config.timeout, recorder=recorder
-        )
+        return Worker(rank, stage, end, judge, timeout=config.timeout, recorder=recorder)
 
     def _paced(self, stage: Stage, rank: int, recorder: Recorder) -> StageModel:
         return paced(stage, self._config.pace_of(rank), self._config.schedule.block, recorder)
 
-    def _connect_shared_memory(self, geometry: Geometry, supervisor: Supervisor) -> Endpoint:
+    def _connect_shared_memory(self, geometry: Geometry) -> Endpoint:
         from ppsd.transport.shared_memory import SharedMemoryEndpoint, create_segment
 
         segment = create_segment(geometry)
         self._cleanup.callback(os.close, segment)
         for rank in range(1, geometry.size):
-            supervisor.start(self._worker_config(rank, geometry, segment=segment))
+            self._supervisor.start(self._worker_config(rank, geometry, segment=segment))
         return SharedMemoryEndpoint(segment, geometry, 0, bool(self.layout.cores[0]))
 
-    def _connect_distributed(self, geometry: Geometry, supervisor: Supervisor) -> Endpoint:
+    def _connect_distributed(self, geometry: Geometry) -> Endpoint:
         from ppsd.transport.rendezvous import free_port, meet_from_environment, send_text
 
         ranks = range(1, geometry.size)
@@ -359,7 +355,7 @@ class RunningPipeline:
             return endpoint_over(self._worker_config(0, geometry), meeting)
         master = ("127.0.0.1", free_port())
         for rank in ranks:
-            supervisor.start(self._worker_config(rank, geometry, master=master))
+            self._supervisor.start(self._worker_config(rank, geometry, master=master))
         return open_endpoint(self._worker_config(0, geometry, master=master), self._alive)
 
     def _worker_config(

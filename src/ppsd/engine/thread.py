@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from copy import copy
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -33,8 +34,8 @@ class Job(Generic[T]):
     def __init__(self, work: Callable[[Job[T]], T]) -> None:
         self.cancelled = False
         self._work: Callable[[Job[T]], T] | None = work
-        self._outbox: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-        self._outcome: tuple[str, Any] = ("error", None)
+        self._outbox: SimpleQueue[Any] = SimpleQueue()
+        self._outcome: tuple[str, Any] | None = None
 
     def put(self, chunk: object) -> None:
         """Hand a chunk to the reader; wait while too many are unread."""
@@ -44,7 +45,8 @@ class Job(Generic[T]):
 
     def take(self) -> tuple[str, Any]:
         """Wait for what comes next: ``chunk``, ``result`` or ``error``, with its value."""
-        return self._outbox.get()
+        item: tuple[str, Any] = self._outbox.get()
+        return item
 
     def execute(self) -> PipelineError | None:
         """Do the work; return the error if it broke the pipeline."""
@@ -60,9 +62,12 @@ class Job(Generic[T]):
 
     def finish(self, ended: PipelineError | None) -> None:
         """Let the reader have the outcome, or else the reason why there is none."""
-        outcome, self._outcome = self._outcome, ("error", ended)  # nor may the outcome, an error's
-        if not self.cancelled or ended is not None:  # frames, hold the LLM if nobody reads it
-            self._outbox.put(outcome if ended is None else ("error", ended))
+        outcome, self._outcome = self._outcome, None  # nor may an error's frames keep it alive
+        broken = outcome is not None and isinstance(outcome[1], PipelineError)
+        if ended is not None and not broken:
+            outcome = "error", copy(ended)
+        if not self.cancelled or ended is not None:
+            self._outbox.put(outcome)
 
 
 class EngineThread:
@@ -114,7 +119,7 @@ class EngineThread:
     def check(self) -> None:
         """Raise if the thread is to end."""
         if self.ended is not None:
-            raise self.ended
+            raise copy(self.ended)  # what is raised gathers frames, and with them the LLM
 
     def close(self) -> None:
         """Cancel the job at work, then end the thread; may be called twice, and from any thread.
@@ -155,7 +160,8 @@ class EngineThread:
         job = None
         try:
             while (job := self._inbox.get()) is not None and self.ended is None:
-                self.ended = job.execute() or self.ended
+                if (error := job.execute()) is not None:
+                    self.ended = copy(error)
                 if self.ended is not None:
                     break  # with this job still to be answered
                 job.finish(None)
