@@ -14,7 +14,7 @@ from ppsd import LLM, __version__
 from ppsd.cli import display
 from ppsd.cli.app import load
 from ppsd.cli.streams import visible
-from ppsd.engine.llm import Chunk
+from ppsd.engine.answer import Answer, Chunk
 from ppsd.engine.sequence import Piece
 from tests.support.command import user
 
@@ -34,7 +34,7 @@ RECORD = (
     "text token_ids finish_reason mode block in_flight stages exit_layer prompt_tokens "
     "cached_tokens new_tokens counts acceptance_rate prefill_seconds decode_seconds "
     "tokens_per_second speedup_bounds stage_busy_share gate memory_bytes memory_needed_bytes pace "
-    "overruns sampling"
+    "overruns sampling kernels"
 )
 FLAGS = {
     "generate": "prompt --raw --system --samples --highlight --stats --json --trace",
@@ -223,24 +223,26 @@ def test_model_output_is_printed_unchanged(monkeypatch, capsys) -> None:
     assert capsys.readouterr().out == text
 
 
-def test_every_commit_is_shown_before_the_next_is_made(ppsd, tiny, monkeypatch) -> None:
+def test_what_is_shown_was_committed_before(ppsd, tiny, monkeypatch) -> None:
     """Streaming; and what is on the screen only ever grows, so no rejected draft was on it."""
-    log: list[str] = []
-    take, stdout_write = LLM._chunks, display.show
+    committed: list[Chunk] = []
+    shown: list[Chunk] = []
+    take, stdout_write = Answer.take, display.show
 
-    def chunks(self, request, answer):
-        for chunk in take(self, request, answer):
-            log.append("commit")
-            yield chunk
+    def taken(self, emit):
+        committed.append(take(self, emit))
+        return committed[-1]
 
     def show(chunk, paint):
-        log.append("show")
+        shown.append(chunk)
+        assert shown[:12] == committed[: len(shown)][:12]
         stdout_write(chunk, paint)
 
-    monkeypatch.setattr(LLM, "_chunks", chunks)
+    monkeypatch.setattr(Answer, "take", taken)
     monkeypatch.setattr("ppsd.cli.generate.show", show)
     ppsd("generate", "the quick", "-n", 12, *tiny(-1.0))
-    assert log[:24] == ["commit", "show"] * 12
+    assert len(committed) == 12
+    assert shown[:12] == committed
 
 
 def test_trace_file(ppsd, tiny, tmp_path) -> None:

@@ -133,7 +133,6 @@ class Tokenizer:
 
         Raises ConfigError for text that is not valid Unicode (lone surrogates).
         """
-        checks.unicode("prompt", text)
         escape = self._escaping([text])
         return self._encode(escape.hide(text) if escape else text, escape, special=True)
 
@@ -142,6 +141,7 @@ class Tokenizer:
         return self._escape if self._escape and self._escape.found_in(texts) else None
 
     def _encode(self, text: str, escape: Escape | None, special: bool) -> list[int]:
+        checks.unicode("prompt", text)
         if escape:
             return self._within_rows(escape.encode(text, special=special))
         return self._within_rows(self._inner.encode(text, add_special_tokens=special))
