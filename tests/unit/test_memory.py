@@ -17,11 +17,15 @@ from tests.unit.test_cli_cost import ppsd
 MIB = 1 << 20
 
 
-def shares() -> list[int]:
-    """Proportional sets of this process and the workers, as the kernel counts them."""
-    me = psutil.Process()
+def children() -> set[psutil.Process]:
+    return set(psutil.Process().children())
+
+
+def shares(before: set[psutil.Process]) -> list[int]:
+    """Return proportional sets of this process and the workers that were not there ``before``."""
+    workers = sorted(children() - before, key=lambda child: child.pid)
     found = []
-    for process in (me, *sorted(me.children(), key=lambda child: child.pid)):
+    for process in (psutil.Process(), *workers):
         for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 found.append(int(line.split()[1]) << 10)
@@ -35,9 +39,10 @@ needs_linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), r
 def test_told_used_and_planned_agree(tiny_model: Callable[[str], Path]) -> None:
     model = str(tiny_model("llama"))
     settings = {"dtype": "float32", "head": "untrained", "mode": "ppsd", "threads_per_stage": 1}
+    before = children()
     with LLM(model, stages=3, split=(2, 4), **settings) as llm:
         llm.run([5, 7], SamplingParams(max_tokens=4, ignore_eos=True))
-        told, counted = llm.memory, shares()
+        told, counted = llm.memory, shares(before)
         assert len(told) == len(counted) == len(llm.memory_needed) == 3
         assert told == pytest.approx(counted, rel=0.05)
         # this process holds the tests as well; the workers nothing but their stages
@@ -56,9 +61,10 @@ def test_the_default_models_memory_is_what_was_estimated() -> None:
     """The estimate counts a full cache; what the request has not touched is not used yet."""
     if not resolve_model(None).is_gguf:
         pytest.skip("the embedded default model is not installed")
+    before = children()
     with LLM(None, stages=2, threads_per_stage=1) as llm:
         llm.generate("Why is the sky blue?", SamplingParams(max_tokens=8))
-        told, counted = llm.memory, shares()
+        told, counted = llm.memory, shares(before)
         assert told == pytest.approx(counted, rel=0.05)
         spec, first = llm.layout.spec, llm.layout.bounds[1]
         row = spec.kv_bytes_per_position(llm.layout.dtype) * llm.layout.max_context
