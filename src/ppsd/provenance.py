@@ -26,7 +26,7 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
     """Everything needed to run the same again; JSON-ready."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["ppsd", *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -35,6 +35,12 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "config": None if config is None else portable(config),
     }
+
+
+def _program() -> str:
+    """Return which of the two commands runs; ``ppsd`` for ``python -m ppsd`` and for a script."""
+    name = Path(sys.argv[0]).name
+    return name if name == "ppsd-lab" else "ppsd"
 
 
 def machine() -> dict[str, Any]:

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from ppsd import LLM, SamplingParams
-from ppsd.bench.verify import Verification, verify
-from ppsd.bench.workload import Task
 from ppsd.engine import llm as engine_llm
-from ppsd.engine.drafter import OracleDrafter
+from ppsd.lab.oracle import OracleDrafter
+from ppsd.measure.verify import Verification, verify
+from ppsd.measure.workload import Task
 from ppsd.model.kernels import loaded
 from ppsd.model.source import embedded_file
 from tests.support.hurried_gate import Hurried

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ppsd.engine.drafter import Drafter, Given, OracleDrafter
+from ppsd.engine.drafter import Drafter, Given
 from ppsd.engine.engine import Engine, Request
 from ppsd.engine.pipeline import Pipeline
+from ppsd.lab.oracle import OracleDrafter
 from ppsd.speculation.gate import Gate
 from ppsd.speculation.policy import Schedule
 from ppsd.transport.base import Geometry

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer import Typer
 from typer.testing import CliRunner, Result
 
 from ppsd.cli.app import app
 from ppsd.errors import PpsdError
+from ppsd.lab.cli.app import app as lab
 from ppsd.model.exit_head import read_head_config
 from ppsd.model.head_library import known_rate
 from tests.support.tiny_models import save_perfect_head
@@ -18,8 +20,8 @@ from tests.support.tiny_models import save_perfect_head
 Models = Callable[[str], Path]
 
 
-def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "120"})
+def run(*arguments: object, command: Typer = app) -> Result:
+    result = CliRunner().invoke(command, [str(a) for a in arguments], env={"COLUMNS": "120"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
@@ -109,7 +111,7 @@ def test_the_trace_can_be_simulated(command, tmp_path: Path) -> None:
     run(*command("right,wrong"))
     for label, speedup in (("right", 4.0), ("wrong", 1.0)):
         trace = tmp_path / "out" / f"trace-{label}.json"
-        simulated = run("simulate", "--json", "--trace", trace, "--tokens", 1001)
+        simulated = run("simulate", "--json", "--trace", trace, "--tokens", 1001, command=lab)
         rows = {row["mode"]: row for row in json.loads(simulated.stdout)["rows"]}
         assert rows["ppsd"]["speedup"] == speedup
 

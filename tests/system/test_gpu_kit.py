@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ppsd.cost.profile import load_profile
+from ppsd.plan.profile import load_profile
 
 ROOT = Path(__file__).parents[2]
 KIT = str(ROOT / "tools" / "gpu" / "kit.sh")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ppsd import LLM, SamplingParams
-from ppsd.bench.acceptance import (
+from ppsd.errors import ConfigError, HeadError, PpsdError
+from ppsd.measure.acceptance import (
     OUTSIDE,
     WORST_RANK,
     Answer,
@@ -24,15 +25,14 @@ from ppsd.bench.acceptance import (
     rank,
     write_answers,
 )
-from ppsd.bench.acceptance_summary import (
+from ppsd.measure.acceptance_summary import (
     decode,
     expected_speed,
     first_right,
     rate,
     summarize,
 )
-from ppsd.bench.workload import Task
-from ppsd.errors import ConfigError, HeadError, PpsdError
+from ppsd.measure.workload import Task
 from ppsd.model.exit_head import HeadConfig, read_head_config, save_head
 from ppsd.model.source import describe, resolve_model
 from ppsd.speculation.lookup import ODDS
@@ -229,7 +229,7 @@ def test_a_stopped_measurement_goes_on(
     assert found == expected
     assert sorted(cut.read_text().splitlines()) == sorted(line.strip() for line in lines)
 
-    monkeypatch.setattr("ppsd.bench.acceptance.teacher_forward", None)  # nothing is left to do
+    monkeypatch.setattr("ppsd.measure.acceptance.teacher_forward", None)  # nothing is left to do
     assert run(cut, candidates) == (expected, [len(answers)])
     assert run(cut, candidates[1:])[0]["four"] == expected["four"]
 

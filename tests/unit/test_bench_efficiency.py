@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from ppsd.bench import efficiency, predict
-from ppsd.bench.efficiency import budget, ideal_speedup
-from ppsd.bench.oracle import Variant
-from ppsd.bench.runner import PLAIN, Measurement, Results
-from ppsd.cost.model import Link
-from ppsd.cost.profile import LayerTime, RowsTime, Timing, estimate
-from ppsd.cost.sizes import Sizes
-from ppsd.cost.theory import paper_speedup
 from ppsd.errors import PpsdError
+from ppsd.lab import efficiency, predict
+from ppsd.lab.efficiency import budget, ideal_speedup
+from ppsd.lab.oracle import Variant
+from ppsd.lab.runner import PLAIN, Measurement, Results
+from ppsd.plan.model import Link
+from ppsd.plan.profile import LayerTime, RowsTime, Timing, estimate
+from ppsd.plan.sizes import Sizes
+from ppsd.plan.theory import paper_speedup
 from ppsd.speculation.policy import Schedule
 
 WAITS = {"drafting": 0.1, "messages": 0.2, "handover": 0.3, "cancel": 0.4, "other": 0.0}

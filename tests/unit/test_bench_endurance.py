@@ -9,17 +9,17 @@ from dataclasses import replace
 import pytest
 
 from ppsd import LLM
-from ppsd.bench import endurance
-from ppsd.bench.oracle import WINDOW, end_times
-from ppsd.bench.runner import PLAIN, Measurement, Results
-from ppsd.cost.model import Link
-from ppsd.cost.profile import LayerTime, RowsTime, Timing, estimate
-from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
+from ppsd.lab import endurance
+from ppsd.lab.oracle import WINDOW, end_times
+from ppsd.lab.runner import PLAIN, Measurement, Results
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.weights import fingerprint, open_source
+from ppsd.plan.model import Link
+from ppsd.plan.profile import LayerTime, RowsTime, Timing, estimate
+from ppsd.plan.sizes import Sizes
 from ppsd.speculation.policy import Schedule
-from tests.unit.test_cli_bench import bench
+from tests.support.command import lab
 
 SIZES = Sizes(layers=6, hidden=8, inner=2, vocabulary=9, layer=50, cached=8, lm_head=72, tied=True)
 FLAT = 2 * 2**20  # bytes a process may gain by chance: an arena, a thread's stack
@@ -91,17 +91,17 @@ def test_a_run(tiny_model, tmp_path) -> None:
     )
     replace(profile, dtype="float64", measured=True, kernels="PyTorch").save(tmp_path / "p.json")
     short = ["--tokens", 140, "--repeats", 1, "--requests", 12, "--plan", tmp_path / "p.json"]
-    found = bench("endurance", *pipeline, *short, "--json")
+    found = lab("endurance", *pipeline, *short, "--json")
     assert found.exit_code == 0, found.output
     record = json.loads(found.stdout)
     assert [row["variant"] for row in record["drift"]] == [PLAIN, "ppsd α=1"]
     assert [len(record["memory"]["resident"]), len(record["memory"]["growth"])] == [12, 2]
     (tmp_path / "long.json").write_text(found.stdout)
-    assert bench("report", tmp_path / "long.json", "--out", tmp_path).exit_code == 0
+    assert lab("report", tmp_path / "long.json", "--out", tmp_path).exit_code == 0
     page = (tmp_path / "report.md").read_text()
     assert f"| {record['drift'][1]['beyond']:+.1%} |" in page
     assert "Memory over 12 requests" in page
-    assert "memory over 12 requests: stage 0" in bench("endurance", *pipeline, *short).stdout
+    assert "memory over 12 requests: stage 0" in lab("endurance", *pipeline, *short).stdout
 
 
 def test_bad_input(tiny_model) -> None:
@@ -111,6 +111,6 @@ def test_bad_input(tiny_model) -> None:
         (["--mode", "ppsd"], "mode"),
         (["--repeats", "1"], "plan"),  # no profile
     ):
-        error = bench("endurance", *pipeline, *more).exception
+        error = lab("endurance", *pipeline, *more).exception
         assert isinstance(error, ConfigError)
         assert error.field == field

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from ppsd.bench import memory
-from ppsd.bench.memory import label, memory_of, noted, probe_of, with_memory
-from ppsd.bench.runner import Cell, Measurement, Results
 from ppsd.errors import PpsdError
+from ppsd.lab import memory
+from ppsd.lab.memory import label, memory_of, noted, probe_of, with_memory
+from ppsd.lab.runner import Cell, Measurement, Results
 
 SHARES = [(1.0, 0.95), (0.89, 1.0), (0.6, 0.7), (None, None)]
 

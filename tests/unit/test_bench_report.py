@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ppsd.bench.report_plots import _trained
-from tests.unit.test_cli_bench import bench
+from ppsd.lab.report_plots import _trained
+from tests.support.command import lab
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def results(tiny_model, tmp_path: Path) -> dict[str, Path]:
     }
     found = {}
     for verb, flags in commands.items():
-        result = bench(verb, *flags, "--json")
+        result = lab(verb, *flags, "--json")
         assert result.exit_code == 0, result.output
         found[verb] = tmp_path / f"{verb}.json"
         found[verb].write_text(result.stdout)
@@ -34,7 +34,7 @@ def results(tiny_model, tmp_path: Path) -> dict[str, Path]:
 
 def test_every_result_has_its_section_plot_and_origin(results, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = bench("report", *results.values(), "--out", out)
+    result = lab("report", *results.values(), "--out", out)
     assert result.exit_code == 0, result.output
     page = (out / "report.md").read_text()
     for title in ("Pipeline efficiency", "Simulator against engine", "Tasks, with trained heads"):
@@ -59,7 +59,7 @@ def test_a_page_says_what_predictions_come_from(results, tmp_path: Path) -> None
     record["settings"]["verb"] += " by profile"
     profiled = tmp_path / "profiled.json"
     profiled.write_text(json.dumps(record))
-    assert bench("report", results["predict"], profiled, "--out", tmp_path).exit_code == 0
+    assert lab("report", results["predict"], profiled, "--out", tmp_path).exit_code == 0
     page = (tmp_path / "report.md").read_text()
     assert page.count("## Simulator against engine") == 1
     assert page.index("stages, by its stage times") < page.index("stages, by profiles")
@@ -73,7 +73,7 @@ def test_exits_are_compared_where_nothing_else_differs(results, tmp_path: Path) 
         record["settings"] |= changes
         other = tmp_path / f"other-{len(pages)}.json"
         other.write_text(json.dumps(record))
-        assert bench("report", results["tasks"], other, "--out", tmp_path).exit_code == 0
+        assert lab("report", results["tasks"], other, "--out", tmp_path).exit_code == 0
         pages.append((tmp_path / "report.md").read_text())
     assert ["-exits.png" in page for page in pages] == [True, False]
     exits = [line.split(" | ")[0] for line in pages[0].splitlines() if "| untrained | ppsd" in line]
@@ -84,11 +84,11 @@ def test_results_are_named_when_they_are_none(results, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.json"
     for content in ("[]", "{", '{"settings": {"verb": "dance"}}'):
         wrong.write_text(content)
-        result = bench("report", wrong, "--out", tmp_path / "out")
+        result = lab("report", wrong, "--out", tmp_path / "out")
         assert "wrong.json is not the --json output of a benchmark" in str(result.exception)
     trace = tmp_path / "trace.json"
     trace.write_text("{}")
-    result = bench("report", results["tasks"], "--out", tmp_path / "out", "--trace", trace)
+    result = lab("report", results["tasks"], "--out", tmp_path / "out", "--trace", trace)
     assert "trace.json is not a trace" in str(result.exception)
 
 
@@ -111,7 +111,7 @@ def test_heads_are_listed_with_what_they_were_trained_on(tmp_path: Path) -> None
     }
     result = tmp_path / "acceptance.json"
     result.write_text(json.dumps(record))
-    assert bench("report", result, "--out", tmp_path).exit_code == 0
+    assert lab("report", result, "--out", tmp_path).exit_code == 0
     page = (tmp_path / "report.md").read_text()
     assert "| more | 8 | 4,000 | 0.600 |" in page
     assert "| none | 9 | – | 0.100 |" in page

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ppsd.bench import runner
-from ppsd.bench.runner import Cell, Measurement, Results, interleaved, pairs, spread
 from ppsd.errors import ConfigError, PpsdError
+from ppsd.lab import runner
+from ppsd.lab.runner import Cell, Measurement, Results, interleaved, pairs, spread
 
 SETTINGS = {"verb": "test", "bounds": (0, 2)}
 

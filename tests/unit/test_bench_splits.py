@@ -1,4 +1,4 @@
-"""``ppsd bench splits``: what is tried, what is compared, and a run over a tiny model."""
+"""``ppsd-lab splits``: what is tried, what is compared, and a run over a tiny model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import json
 import math
 
 import pytest
-from typer.testing import CliRunner
 
-from ppsd.bench import splits
-from ppsd.bench.runner import Measurement, Results
-from ppsd.cli.app import app
-from ppsd.cost.planner import Problem, alternatives
-from ppsd.cost.profile import estimate
-from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
+from ppsd.lab import splits
+from ppsd.lab.runner import Measurement, Results
+from ppsd.plan.planner import Problem, alternatives
+from ppsd.plan.profile import estimate
+from ppsd.plan.sizes import Sizes
 from ppsd.speculation.policy import Schedule
+from tests.support.command import lab
 
 SIZES = Sizes(layers=6, hidden=64, inner=96, vocabulary=1000, layer=50_000, cached=64,
               lm_head=150_000, tied=True)  # fmt: skip
@@ -84,22 +83,18 @@ def test_a_curve_through_all_runs_sees_through_noise() -> None:
     assert splits.behind_curve(results, splits.trials(problem(3))) is None
 
 
-def bench(*arguments: object):
-    return CliRunner().invoke(app, ["bench", "splits", *map(str, arguments)])
-
-
 def test_a_run_is_continued_and_shown_both_ways(tiny_model, tmp_path) -> None:
     pipeline = f"--model {tiny_model()} --stages 2 --dtype float64 --transport inprocess"
     flags = [*pipeline.split(), "--alpha", "1:0.2,5:0.8", "--tokens", 6, "--repeats", 2]
     flags += ["--out", tmp_path / "m.jsonl"]
-    found = bench(*flags, "--json")
+    found = lab("splits", *flags, "--json")
     assert found.exit_code == 0, found.output
     record = json.loads(found.stdout)
     assert sorted(row["bounds"][1] for row in record["rows"]) == [1, 2, 3, 4, 5]
     assert record["behind_best"] >= 0
     assert record["behind_curve"]["median"] >= 0
     assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 1 + 5 * 2
-    shown = bench(*flags).stdout
+    shown = lab("splits", *flags).stdout
     assert f"the planned split takes {record['behind_best']:.1%} longer" in shown
     assert shown.startswith("ORACLE drafts")
 
@@ -116,6 +111,6 @@ def test_a_run_is_continued_and_shown_both_ways(tiny_model, tmp_path) -> None:
 )
 def test_what_it_refuses(tiny_model, arguments, field) -> None:
     stages = [] if "--stages" in arguments else ["--stages", "2"]
-    error = bench("--model", tiny_model(), *stages, *arguments).exception
+    error = lab("splits", "--model", tiny_model(), *stages, *arguments).exception
     assert isinstance(error, ConfigError)
     assert error.field == field

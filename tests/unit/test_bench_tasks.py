@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from ppsd.bench.baselines import GREEDY, BaselineBench, Outsider, OutsiderProcess, outsiders
-from ppsd.bench.runner import PLAIN, Cell, Measurement, Results, interleaved, run
-from ppsd.bench.tasks import PPSD, TaskBench, digest, summarize, variants
-from ppsd.bench.workload import Task
 from ppsd.engine.llm import LLM
 from ppsd.errors import ConfigError, PpsdError
+from ppsd.lab.baselines import GREEDY, BaselineBench, Outsider, OutsiderProcess, outsiders
+from ppsd.lab.runner import PLAIN, Cell, Measurement, Results, interleaved, run
+from ppsd.lab.tasks import PPSD, TaskBench, digest, summarize, variants
+from ppsd.measure.workload import Task
 from ppsd.types import SamplingParams
 
 Models = Callable[[str], Path]
@@ -129,5 +129,5 @@ def test_digests_tell_outputs_apart() -> None:
 def test_gguf_files_need_accelerate_for_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert len(outsiders(1, gguf=False)) == 6
-    with pytest.raises(PpsdError, match=r"accelerate; install it by .*\[baselines\]"):
+    with pytest.raises(PpsdError, match=r"accelerate; install it by .*\[lab\]"):
         outsiders(1, gguf=True)

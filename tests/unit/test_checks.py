@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from ppsd import LLM, SamplingParams
-from ppsd.bench.workload import load_tasks
 from ppsd.cli import app
 from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError, PpsdError, RequestError
+from ppsd.measure.workload import load_tasks
 from ppsd.train.records import read_data
 from tests.support.tiny_models import VOCAB
 

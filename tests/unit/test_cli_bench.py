@@ -1,15 +1,14 @@
-"""``ppsd bench`` on a tiny model: flags, labels, files, tables, and what it refuses."""
+"""``ppsd-lab`` on a tiny model: flags, labels, files, tables, and what it refuses."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
-from ppsd.cli.app import app, load
 from ppsd.errors import ConfigError, PpsdError
+from ppsd.lab.cli.app import load
+from tests.support.command import lab
 from tests.unit.test_cli import PIPELINE
 
 OWN = {
@@ -20,7 +19,6 @@ OWN = {
     "tasks": "-n --max-tokens --gammas --sampled --memory",
     "baselines": "-n --max-tokens --memory",
 }
-GROUP = load("bench")
 
 
 @pytest.fixture
@@ -30,13 +28,9 @@ def small(tiny_model) -> list[str]:
     return f"{pipeline} --tokens 9 --repeats 2 --alphas 1,0.5".split()
 
 
-def bench(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
-
-
 @pytest.mark.parametrize("verb", OWN)
 def test_flags_are_frozen_and_explained(verb) -> None:
-    parameters = [p for p in GROUP.commands[verb].params if p.name != "help"]
+    parameters = [p for p in load(verb).params if p.name != "help"]
     flags = f"{PIPELINE} --prompts --limit --repeats --out --json {OWN[verb]}"
     assert sorted(n for p in parameters for n in p.opts) == sorted(flags.split())
     assert all(p.help.endswith((".", "…")) for p in parameters)
@@ -46,7 +40,7 @@ def test_flags_are_frozen_and_explained(verb) -> None:
 def test_efficiency_as_json(small, tmp_path, transport) -> None:
     out = tmp_path / "m.jsonl"
     flags = ["--json", "--out", out, "--pace", "0.003", "--transport", transport]
-    result = bench("efficiency", *small, *flags)
+    result = lab("efficiency", *small, *flags)
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     assert record["label"].startswith("ORACLE drafts")
@@ -67,17 +61,17 @@ def test_efficiency_as_json(small, tmp_path, transport) -> None:
 
 def test_a_finished_file_is_shown_again_and_more_repeats_are_added(small, tmp_path) -> None:
     flags = [*small, "--json", "--out", tmp_path / "m.jsonl"]
-    first = json.loads(bench("efficiency", *flags).stdout)
-    again = json.loads(bench("efficiency", *flags).stdout)
+    first = json.loads(lab("efficiency", *flags).stdout)
+    again = json.loads(lab("efficiency", *flags).stdout)
     assert (again["rows"], again["plain"]) == (first["rows"], first["plain"])
-    more = json.loads(bench("efficiency", *flags, "--repeats", 3).stdout)
+    more = json.loads(lab("efficiency", *flags, "--repeats", 3).stdout)
     assert (more["repeats"], more["rows"][0]["speedup"]["count"]) == (3, 3)
-    other = bench("efficiency", *flags, "--tokens", 8)
+    other = lab("efficiency", *flags, "--tokens", 8)
     assert "holds measurements of other settings" in str(other.exception)
 
 
 def test_predict_runs_all_modes(small) -> None:
-    result = bench("predict", *small, "--block", 3, "--json")
+    result = lab("predict", *small, "--block", 3, "--json")
     assert result.exit_code == 0, result.output
     rows = {row["variant"]: row for row in json.loads(result.stdout)["rows"]}
     assert list(rows) == [
@@ -96,7 +90,7 @@ def test_predict_runs_all_modes(small) -> None:
 def test_tables_carry_their_label(small, verb, tmp_path) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_text("the quick\nbrown fox\n")
-    result = bench(verb, *small, "--repeats", 1, "--prompts", prompts)
+    result = lab(verb, *small, "--repeats", 1, "--prompts", prompts)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0] == ("ORACLE drafts: acceptance is chosen, not a head's · 3 stages at 0,2,4,6")
@@ -126,16 +120,14 @@ def test_tables_carry_their_label(small, verb, tmp_path) -> None:
 )
 def test_what_makes_no_sense_is_refused(tiny_model, arguments, cause) -> None:
     flags = ["--model", str(tiny_model()), "--dtype", "float64", "--transport", "inprocess"]
-    error = bench("efficiency", *flags, *arguments).exception
+    error = lab("efficiency", *flags, *arguments).exception
     assert isinstance(error, PpsdError)
     assert str(error).startswith(cause)
 
 
 def test_the_gate_is_off_but_where_it_is_measured(small, tmp_path) -> None:
     out = tmp_path / "m.jsonl"
-    record = json.loads(
-        bench("efficiency", *small, "--alphas", "1,0", "--json", "--out", out).stdout
-    )
+    record = json.loads(lab("efficiency", *small, "--alphas", "1,0", "--json", "--out", out).stdout)
     assert [row["variant"] for row in record["rows"]] == ["ppsd α=1", "ppsd α=0"]
     assert list(record["gated"]) == ["ppsd gated α=0"]
     measured = [json.loads(line) for line in out.read_text().splitlines()[1:]]
@@ -148,13 +140,13 @@ def test_all_modes_run_where_ppsd_would_be_cut(tiny_model, tmp_path) -> None:
     flags = ["--model", tiny_model(), "--dtype", "float64", "--stages", 3, "--transport"]
     short = ["inprocess", "--tokens", 4, "--repeats", 1, "--alphas", 1, "--json"]
     verbs = ("efficiency", "predict")
-    one, two = [json.loads(bench(verb, *flags, *short).stdout)["bounds"] for verb in verbs]
+    one, two = [json.loads(lab(verb, *flags, *short).stdout)["bounds"] for verb in verbs]
     assert one == two
     assert one[1] > 1
 
 
 def test_predict_sets_its_own_window(tiny_model) -> None:
-    error = bench("predict", "--model", tiny_model(), "--in-flight", 3).exception
+    error = lab("predict", "--model", tiny_model(), "--in-flight", 3).exception
     assert isinstance(error, ConfigError)
     assert error.field == "in_flight"
 
@@ -163,7 +155,7 @@ def test_predict_takes_a_profile_between_any_two_requests(tiny_model, tmp_path) 
     pipeline = ["--model", tiny_model(), "--dtype", "float64", "--stages", 2]
     short = ["--tokens", 8, "--repeats", 2, "--alphas", 1, "--json", "--profile"]
     out = tmp_path / "runs.jsonl"
-    made = bench("predict", *pipeline, *short, "--out", out)
+    made = lab("predict", *pipeline, *short, "--out", out)
     assert made.exit_code == 0, repr(made.exception)
     found = json.loads(made.stdout)
     assert found["source"] == "profiles taken in between"
@@ -182,6 +174,6 @@ def test_predict_takes_a_profile_between_any_two_requests(tiny_model, tmp_path) 
     ],
 )
 def test_a_profile_says_nothing_of_other_pipelines(flags, field) -> None:
-    error = bench("predict", *flags, "--profile").exception
+    error = lab("predict", *flags, "--profile").exception
     assert isinstance(error, ConfigError)
     assert error.field == field

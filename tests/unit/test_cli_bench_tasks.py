@@ -1,4 +1,4 @@
-"""``ppsd bench tasks`` and ``ppsd bench baselines`` on a tiny model."""
+"""``ppsd-lab tasks`` and ``ppsd-lab baselines`` on a tiny model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ppsd.errors import ConfigError
-from tests.unit.test_cli_bench import bench
+from tests.support.command import lab
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def small(tiny_model, tmp_path) -> list[str]:
 
 def test_tasks_as_json_and_continued(small, tmp_path: Path) -> None:
     flags = [*small, "--gammas", "1,2", "--sampled", "--out", tmp_path / "m.jsonl", "--json"]
-    result = bench("tasks", *flags)
+    result = lab("tasks", *flags)
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     assert {row["group"] for row in record["rows"]} == {
@@ -40,12 +40,12 @@ def test_tasks_as_json_and_continued(small, tmp_path: Path) -> None:
     assert [r["tasks"] for r in record["rows"] if r["variant"] == "ppsd"] == [3, 2, 1] * 2
     assert all(row["differing"] == 0 for row in record["rows"])
     assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 1 + 2 * 3 * 4
-    again = json.loads(bench("tasks", *flags).stdout)
+    again = json.loads(lab("tasks", *flags).stdout)
     assert again["rows"] == record["rows"]
 
 
 def test_a_table_without_json(small) -> None:
-    result = bench("tasks", *small, "--gammas", "")
+    result = lab("tasks", *small, "--gammas", "")
     assert result.exit_code == 0, result.output
     assert "ppsd" in result.stdout
     assert "×" in result.stdout
@@ -61,7 +61,7 @@ def test_a_table_without_json(small) -> None:
     ],
 )
 def test_what_it_refuses(small, flags, words) -> None:
-    result = bench("tasks", *small, *flags)
+    result = lab("tasks", *small, *flags)
     assert result.exit_code != 0
     assert isinstance(result.exception, ConfigError)
     assert words in str(result.exception)

@@ -7,20 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
-from ppsd.cli.app import app
-from ppsd.cost.presets import find_hardware, find_shape, predict
 from ppsd.errors import ConfigError
-
-
-def ppsd(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+from ppsd.plan.presets import find_hardware, find_shape, predict
+from tests.support.command import lab
 
 
 def rows(*arguments: object) -> list[dict]:
-    result = ppsd("simulate", "--json", *arguments)
+    result = lab("simulate", "--json", *arguments)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)["rows"]
 
@@ -41,7 +35,7 @@ def test_a_recorded_trace_takes_the_place_of_alpha(tmp_path: Path) -> None:
     assert ppsd_row["ms_per_token"] == 14.0  # (3 · 8 + 32) / 4
     trace.write_text("{}}")
     with pytest.raises(ConfigError, match="JSON list"):
-        raise ppsd("simulate", "--trace", trace).exception
+        raise lab("simulate", "--trace", trace).exception
 
 
 def test_alpha_is_interpolated_between_exits() -> None:
@@ -59,7 +53,7 @@ def test_sweeps_become_csv_and_plots(
     tmp_path: Path, axis: str, column: str, first: str, last: str
 ) -> None:
     table, picture = tmp_path / "rows.csv", tmp_path / "plot.png"
-    result = ppsd("simulate", "--tokens", 30, "--sweep", axis, "--csv", table, "--plot", picture)
+    result = lab("simulate", "--tokens", 30, "--sweep", axis, "--csv", table, "--plot", picture)
     assert result.exit_code == 0, result.output
     written = list(csv.DictReader(table.open()))
     assert (written[0][column], written[-1][column]) == (first, last)
@@ -69,7 +63,7 @@ def test_sweeps_become_csv_and_plots(
 
 def test_gantt_charts_are_traces_of_the_same_tokens(tmp_path: Path) -> None:
     options = ("--gantt", tmp_path, "--tokens", 12, "--stages", 3, "--head-ms", 0.5)
-    assert ppsd("simulate", *options).exit_code == 0
+    assert lab("simulate", *options).exit_code == 0
     for mode in ("autoregressive", "draft-then-verify", "ppsd"):
         events = json.loads((tmp_path / f"{mode}.json").read_text())["traceEvents"]
         pieces = [e for e in events if e["ph"] == "X"]
@@ -97,7 +91,7 @@ def test_gantt_charts_are_traces_of_the_same_tokens(tmp_path: Path) -> None:
     ],
 )
 def test_bad_options_are_refused_by_name(arguments: list[str], message: str) -> None:
-    result = ppsd("simulate", *arguments)
+    result = lab("simulate", *arguments)
     assert isinstance(result.exception, ConfigError)
     with pytest.raises(ConfigError, match=message):
         raise result.exception
@@ -128,10 +122,10 @@ def test_a_config_json_is_a_shape_and_predictions_say_so(tmp_path: Path) -> None
 
 
 def test_the_paper_on_paper_answers_its_questions(tmp_path: Path) -> None:
-    result = ppsd("paper", "--out", tmp_path, "--tokens", 200)
+    result = lab("paper", "--out", tmp_path, "--tokens", 200)
     assert result.exit_code == 0, result.output
     text = (tmp_path / "report.md").read_text()
-    assert "ppsd paper --tokens 200 --seed 0" in text
+    assert "ppsd-lab paper --tokens 200 --seed 0" in text
     assert "commit" in text
     claims = list(csv.DictReader((tmp_path / "claims.csv").open()))
     needed = {(c["speedup"], c["N"], c["E"]): c["α needed"] for c in claims}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ppsd.cost.model import Link
-from ppsd.cost.profile import estimate
-from ppsd.cost.sizes import Sizes
 from ppsd.errors import ConfigError
-from tests.unit.test_cli_cost import ppsd
+from ppsd.plan.model import Link
+from ppsd.plan.profile import estimate
+from ppsd.plan.sizes import Sizes
+from tests.support.command import ppsd
 
 
 def test_plan_lists_alternatives_for_named_shapes() -> None:
@@ -75,8 +75,8 @@ def test_bad_plans_are_refused_by_name(arguments: list[str], message: str) -> No
 
 def test_profile_then_plan(tiny_model, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PPSD_CACHE", str(tmp_path))
-    monkeypatch.setattr("ppsd.cost.measure.REPEATS", 2)
-    monkeypatch.setattr("ppsd.cost.measure.PINGS", 2)
+    monkeypatch.setattr("ppsd.measure.profiler.REPEATS", 2)
+    monkeypatch.setattr("ppsd.measure.profiler.PINGS", 2)
     model = ("--model", tiny_model(), "--dtype", "float32", "--threads-per-stage", 1)
     printed = json.loads(ppsd("profile", *model, "--json").stdout)
     [written] = (tmp_path / "profiles").iterdir()

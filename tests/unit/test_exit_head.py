@@ -11,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import head_layers
 from ppsd.engine.drafter import MAX_LAG_ROWS, Given, HeadDrafter
 from ppsd.errors import HeadError
@@ -31,6 +30,7 @@ from ppsd.model.source import ModelFiles, describe
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.transformer import reference_logits
 from ppsd.model.weights import EMBEDDING, FINAL_NORM, open_source
+from ppsd.plan.sizes import Sizes
 from ppsd.speculation.lookup import ODDS
 from ppsd.speculation.sampling import Sampler, Stream
 from ppsd.types import SamplingParams

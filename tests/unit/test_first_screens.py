@@ -13,6 +13,7 @@ import pytest
 
 from ppsd.cli.app import VERBS, load
 from ppsd.cli.display import size
+from ppsd.lab.cli import app as lab
 from ppsd.model.head_library import SHIPPED, find_heads, head_directory
 from tests.support.tiny_models import save_perfect_head, save_tiny
 
@@ -59,10 +60,27 @@ def test_help_lists_every_verb(narrow) -> None:
     assert result.out.count("\n") < ROWS
 
 
+def test_the_laboratory_has_first_screens_of_its_own(monkeypatch, capsys) -> None:
+    for arguments, verbs in (([], ["efficiency", "simulate"]), (["--help"], lab.COMMAND.verbs)):
+        monkeypatch.setattr(sys, "argv", ["ppsd-lab", *arguments])
+        assert lab.main() == 0
+        out = capsys.readouterr().out
+        assert re.findall(r"^  (?:ppsd-lab )?(\w+) +\S", out, re.MULTILINE) == verbs
+        assert max(map(len, out.splitlines())) <= COLUMNS
+    assert [lab.load(verb).name for verb in verbs] == verbs
+
+
+def test_errors_begin_with_the_name_of_the_command(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["ppsd-lab", "efficiency", "--stages", "1"])
+    assert lab.main() == 1
+    assert capsys.readouterr().err == "ppsd-lab: stages must be at least 2, got 1\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_the_first_screens_import_nothing_slow(arguments) -> None:
+@pytest.mark.parametrize("package", ["ppsd", "ppsd.lab"])
+def test_the_first_screens_import_nothing_slow(package, arguments) -> None:
     code = (
-        "import sys; from ppsd.cli.app import main; sys.argv[0] = 'ppsd'\n"
+        f"import sys; from {package}.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "slow = {'torch', 'numpy', 'transformers', 'rich', 'pydantic'} & set(sys.modules)\n"

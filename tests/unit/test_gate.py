@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from ppsd.cost.model import CostModel, Link, even_split, uniform
-from ppsd.cost.simulator import Simulated, acceptance, simulate
+from ppsd.lab.simulator import Simulated, acceptance, simulate
+from ppsd.plan.model import CostModel, Link, even_split, uniform
 from ppsd.speculation.gate import PROBE, SURE, Gate, Switches
 from ppsd.speculation.policy import Schedule
 

@@ -13,7 +13,7 @@ import torch
 from ppsd import LLM, SamplingParams
 from ppsd.config import EngineConfig
 from ppsd.engine.choose import choose
-from ppsd.engine.drafter import OracleDrafter
+from ppsd.lab.oracle import OracleDrafter
 from ppsd.model import head_library
 from ppsd.model.exit_head import CONFIG_FILE, HeadConfig, record_metrics, save_head
 from ppsd.model.head_library import Rate, find_heads, known_rate, suitable
@@ -22,8 +22,8 @@ from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
 from ppsd.model.weights import open_source
 from ppsd.speculation.policy import Schedule
+from tests.support.command import ppsd
 from tests.support.tiny_models import save_perfect_head
-from tests.unit.test_cli_cost import ppsd
 
 
 @pytest.fixture

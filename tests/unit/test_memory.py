@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from ppsd import LLM, SamplingParams
-from ppsd.cost.sizes import WORKER_BYTES
 from ppsd.model.source import resolve_model
-from tests.unit.test_cli_cost import ppsd
+from ppsd.plan.sizes import WORKER_BYTES
+from tests.support.command import ppsd
 
 MIB = 1 << 20
 

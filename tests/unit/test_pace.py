@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ppsd import LLM, SamplingParams
-from ppsd.engine.drafter import OracleDrafter
 from ppsd.errors import ConfigError
+from ppsd.lab.oracle import OracleDrafter
 from ppsd.worker.pace import PacedStage
 from ppsd.worker.recorder import OVERRUN, Recorder
 from tests.support.tiny_models import VOCAB, save_perfect_head

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppsd.cost import theory
-from ppsd.cost.model import Link
-from ppsd.cost.planner import (
+from ppsd.errors import ConfigError
+from ppsd.plan import theory
+from ppsd.plan.model import Link
+from ppsd.plan.planner import (
     Exit,
     Plan,
     Problem,
@@ -21,9 +22,8 @@ from ppsd.cost.planner import (
     choose,
     cost_model,
 )
-from ppsd.cost.profile import LayerTime, RowsTime, Timing, estimate
-from ppsd.cost.sizes import Sizes
-from ppsd.errors import ConfigError
+from ppsd.plan.profile import LayerTime, RowsTime, Timing, estimate
+from ppsd.plan.sizes import Sizes
 from ppsd.speculation.policy import Schedule
 
 SIZES = Sizes(layers=9, hidden=64, inner=96, vocabulary=1000, layer=50_000, cached=64,
@@ -76,7 +76,7 @@ def test_no_split_is_better_than_the_chosen_one(
 
 
 def _candidates(problem: Problem) -> list[Plan]:
-    from ppsd.cost import planner
+    from ppsd.plan import planner
 
     exit_, schedule = problem.exits[0], Schedule(1, problem.in_flight or 2)
     bounds = planner._front(problem, exit_)

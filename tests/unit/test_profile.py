@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from ppsd.config import EngineConfig, core_shares
-from ppsd.cost import measure as measuring
-from ppsd.cost.measure import profiler
-from ppsd.cost.peer import Subject
-from ppsd.cost.profile import Profile, Timing, estimate, load_profile, profile_path
-from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import choose
 from ppsd.errors import ConfigError
+from ppsd.measure import profiler as measuring
+from ppsd.measure.peer import Subject
+from ppsd.measure.profiler import profiler
 from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.weights import fingerprint, open_source
+from ppsd.plan.profile import Profile, Timing, estimate, load_profile, profile_path
+from ppsd.plan.sizes import Sizes
 from ppsd.provenance import provenance
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from ppsd import LLM, SamplingParams
-from ppsd.cost.profile import load_profile, profile_path
 from ppsd.errors import ConfigError, ModelError
 from ppsd.model import head_library
 from ppsd.model.sidecar import KEPT_DAYS, cache_root, cached, own_bytes
 from ppsd.model.source import resolve_model
+from ppsd.plan.profile import load_profile, profile_path
 
 STRANGER = 12345
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppsd.cost import theory
-from ppsd.cost.model import CostModel, Link, StageCost, even_split, paper_split, uniform
-from ppsd.cost.replay import replay
-from ppsd.cost.simulator import Simulator, acceptance, simulate
 from ppsd.errors import ConfigError
+from ppsd.lab.replay import replay
+from ppsd.lab.simulator import Simulator, acceptance, simulate
+from ppsd.plan import theory
+from ppsd.plan.model import CostModel, Link, StageCost, even_split, paper_split, uniform
 from ppsd.speculation.policy import Drafted, Feed, Judged, Policy, Schedule
 
 MS = 1e-3
@@ -186,7 +186,7 @@ def test_a_long_run_is_replayed_and_may_give_up_on_repetition(monkeypatch) -> No
     hits = acceptance(0.7, 12_000, 1)
     run = Simulator(cost, Schedule(1, 3), hits).run()
     assert simulate(cost, Schedule(1, 3), hits) == run
-    monkeypatch.setattr("ppsd.cost.replay.MAX_STATES", 5)
+    monkeypatch.setattr("ppsd.lab.replay.MAX_STATES", 5)
     assert replay(cost, Schedule(1, 3), hits) == run
 
 

@@ -16,17 +16,50 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "checks": {"errors"},
     "types": {"errors"},
+    "plots": {"errors"},
     "config": {"speculation"},
     "provenance": {"config", "model"},
     "model": {"speculation"},
     "speculation": set(),
     "transport": set(),
     "worker": {"transport", "model", "speculation"},
-    "engine": {"config", "cost", "worker", "transport", "model", "speculation"},
-    "cost": {"config", "model", "speculation", "transport", "worker"},  # all but theory: measure
-    "bench": {"config", "engine", "worker", "cost", "model", "speculation", "train"},
-    "train": {"model", "speculation"},
-    "cli": {"config", "engine", "bench", "worker", "cost", "speculation", "model", "train"},
+    "engine": {"config", "plan", "worker", "transport", "model", "speculation"},
+    "plan": {"model", "speculation"},
+    "train": {"plots", "model", "speculation"},
+    "measure": {
+        "plots",
+        "config",
+        "engine",
+        "worker",
+        "transport",
+        "plan",
+        "model",
+        "speculation",
+        "train",
+    },
+    "cli": {
+        "plots",
+        "config",
+        "engine",
+        "measure",
+        "worker",
+        "plan",
+        "speculation",
+        "model",
+        "train",
+    },
+    "lab": {
+        "plots",
+        "config",
+        "cli",
+        "engine",
+        "measure",
+        "worker",
+        "plan",
+        "speculation",
+        "model",
+        "train",
+    },
     "__main__": {"cli"},
     "__init__": {"engine"},
 }
@@ -98,6 +131,7 @@ def test_no_pickle_anywhere() -> None:
 
 def test_the_policy_and_the_command_line_do_not_import_torch() -> None:
     """The simulator runs the policy alone, and --help has to be instant."""
-    for module in ("ppsd.speculation.policy", "ppsd.cli.app", "ppsd.config", "ppsd.cost.paper"):
+    pure = ("speculation.policy", "cli.app", "lab.cli.app", "config", "plan.planner", "lab.paper")
+    for module in (f"ppsd.{name}" for name in pure):
         code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, module

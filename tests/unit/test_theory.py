@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from ppsd.cost import theory
+from ppsd.plan import theory
 
 ALPHAS = (0.0, 0.3, 0.6, 0.95, 1.0)
 

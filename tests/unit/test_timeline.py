@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from ppsd import LLM, SamplingParams
-from ppsd.bench.timeline import Path, Timeline, block_times
-from ppsd.engine.drafter import OracleDrafter
 from ppsd.engine.trace import Piece
+from ppsd.lab.oracle import OracleDrafter
+from ppsd.lab.timeline import Path, Timeline, block_times
 from tests.support.tiny_models import VOCAB
 
 MS = 1_000_000

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ppsd.bench.workload import load_tasks
 from ppsd.errors import ConfigError, PpsdError
+from ppsd.measure.workload import load_tasks
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from ppsd import LLM, SamplingParams
-from ppsd.bench.verify import verify
-from ppsd.bench.workload import Task
+from ppsd.measure.verify import verify
+from ppsd.measure.workload import Task
 from ppsd.model.layers import attend, rms_norm
 from ppsd.provenance import provenance
 from tests.support.tiny_models import FAMILIES, reference_generate, save_tiny

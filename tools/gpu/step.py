@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from ppsd.cost.profile import HeadTime, LayerTime, Profile, RowsTime, Timing
-from ppsd.cost.sizes import Sizes
 from ppsd.model.layers import LayerWeights, Rope, rms_norm
 from ppsd.model.spec import ModelSpec, spec_from_config
 from ppsd.model.steps import CudaGraphs, Graphs, Step
+from ppsd.plan.profile import HeadTime, LayerTime, Profile, RowsTime, Timing
+from ppsd.plan.sizes import Sizes
 from ppsd.provenance import provenance
 
 STAGES = 4

@@ -22,8 +22,8 @@ from ppsd.errors import ConfigError
 from ppsd.train.settings import DistillConfig
 
 if TYPE_CHECKING:
-    from ppsd.bench.acceptance import Answer, Candidate, MeasureReport, Outcome
-    from ppsd.bench.workload import Task
+    from ppsd.measure.acceptance import Answer, Candidate, MeasureReport, Outcome
+    from ppsd.measure.workload import Task
     from ppsd.train.run import Teacher
     from ppsd.types import SamplingParams
 
@@ -84,7 +84,7 @@ class SubjectOptions:
 
     def tasks(self) -> list[Task]:
         """All prompts."""
-        from ppsd.bench.workload import load_tasks
+        from ppsd.measure.workload import load_tasks
 
         return [task for path in self.data for task in load_tasks(path, self.limit)]
 
@@ -118,8 +118,8 @@ def acceptance(
     if subject.lookup not in LOOKUPS:
         raise ConfigError("lookup", subject.lookup, "one of " + ", ".join(LOOKUPS))
     paths, params, tasks = subject.paths(), subject.params(), subject.tasks()
-    from ppsd.bench.acceptance import load_candidates
-    from ppsd.bench.acceptance_summary import expected_speed
+    from ppsd.measure.acceptance import load_candidates
+    from ppsd.measure.acceptance_summary import expected_speed
     from ppsd.train.checkpoint import RunDirectory
 
     config = _settings(subject, work, paths)
@@ -146,7 +146,7 @@ def acceptance(
 
 def _settings(subject: SubjectOptions, work: WorkOptions, paths: Sequence[Path]) -> DistillConfig:
     """How the frozen model is loaded; raises before any weights are."""
-    from ppsd.bench.acceptance import exit_layers, labels
+    from ppsd.measure.acceptance import exit_layers, labels
     from ppsd.model.source import describe, resolve_model
 
     labels(paths)
@@ -165,7 +165,7 @@ def _settings(subject: SubjectOptions, work: WorkOptions, paths: Sequence[Path])
 def _answers(
     teacher: Teacher, tasks: Sequence[Task], params: SamplingParams, work: WorkOptions, out: Path
 ) -> list[Answer]:
-    from ppsd.bench.acceptance import write_answers
+    from ppsd.measure.acceptance import write_answers
 
     path = out / f"generated-{_dtype(teacher)}.jsonl"  # another precision may say something else
     with progress.writing() as report:
@@ -180,7 +180,7 @@ def _measure(
     work: WorkOptions,
     out: Path,
 ) -> dict[str, list[Outcome]]:
-    from ppsd.bench.acceptance import measure
+    from ppsd.measure.acceptance import measure
 
     fields = "{task.completed:,} of {task.total:,} prompts"
     with progress.bar("judging drafts", len(answers), fields) as (bar, task):
@@ -208,7 +208,7 @@ def _result(
     candidates: Sequence[Candidate],
     outcomes: Mapping[str, Sequence[Outcome]],
 ) -> dict[str, Any]:
-    from ppsd.bench.acceptance_summary import expected_speed, first_right, summarize
+    from ppsd.measure.acceptance_summary import expected_speed, first_right, summarize
     from ppsd.provenance import provenance
 
     heads, spec = {}, teacher.stage.spec
@@ -263,8 +263,8 @@ def _decode(
     outcomes: Mapping[str, Sequence[Outcome]],
 ) -> None:
     """Add to each head what the engine judged, on prompts taken evenly."""
-    from ppsd.bench.acceptance_summary import decode
     from ppsd.engine.llm import LLM
+    from ppsd.measure.acceptance_summary import decode
 
     count = min(subject.decode, len(answers))
     chosen = [i * len(answers) // count for i in range(count)]
@@ -287,9 +287,9 @@ def _decode(
 
 
 def _write(out: Path, result: dict[str, Any], outcomes: Mapping[str, Sequence[Outcome]]) -> None:
-    from ppsd.bench.acceptance_plot import plot_acceptance
+    from ppsd.measure.acceptance_plot import plot_acceptance
+    from ppsd.plots import can_plot
     from ppsd.train.checkpoint import write_whole
-    from ppsd.train.plot import can_plot
 
     write_whole(out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
     for label, found in outcomes.items():

@@ -281,7 +281,8 @@ def _data_line(summary: DataSummary, config: DistillConfig) -> str:
 
 
 def _plot(trainer: Trainer) -> None:
-    from ppsd.train.plot import FILE, can_plot, plot_run
+    from ppsd.plots import can_plot
+    from ppsd.train.plot import FILE, plot_run
 
     if can_plot():
         plot_run(trainer.directory.metrics(), trainer.directory.path / FILE)

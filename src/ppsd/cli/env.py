@@ -70,10 +70,10 @@ def _accelerators() -> list[str]:
 
 def _places() -> dict[str, Any]:
     """The directories in use, and what is in them."""
-    from ppsd.cost.profile import profile_root
     from ppsd.model.catalog import find_models, hub_cache
     from ppsd.model.head_library import find_heads, local_root
     from ppsd.model.sidecar import cache_root
+    from ppsd.plan.profile import profile_root
 
     heads = find_heads()
     models = find_models(Path())

@@ -33,25 +33,6 @@ def flag(help_text: str, *names: str, panel: str, **limits: Any) -> Any:
     return typer.Option(*names, help=help_text, rich_help_panel=panel, **limits)
 
 
-Memory = Annotated[
-    str,
-    flag(
-        "Count requests whose stages, on cores of one machine, had a way to memory of their own, a "
-        "shared one, or any.",
-        panel="Benchmark",
-        metavar="KIND",
-    ),
-]
-
-
-def check_memory(memory: str) -> None:
-    """Refuse a kind of memory that there is not."""
-    from ppsd.bench.memory import MEMORIES
-
-    if memory not in MEMORIES:
-        raise ConfigError("memory", memory, "one of " + ", ".join(MEMORIES))
-
-
 TEMPLATE_HELP = (
     "Chat template in place of the model's: a file, Jinja text, or the name of one that it has."
 )

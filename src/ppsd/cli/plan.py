@@ -18,10 +18,10 @@ from ppsd.cli.streams import visible
 from ppsd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ppsd.cost.planner import Exit, Plan, Problem
-    from ppsd.cost.profile import Profile
-    from ppsd.cost.sizes import Sizes
     from ppsd.engine.choose import Outlook
+    from ppsd.plan.planner import Exit, Plan, Problem
+    from ppsd.plan.profile import Profile
+    from ppsd.plan.sizes import Sizes
 
 PIPE_WIDTH = 160
 IMAGINED_LAYERS, IMAGINED_VOCABULARY = 1, 8192  # of a head that --alpha speaks of
@@ -90,7 +90,7 @@ class PlanOutput:
 
 def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) -> None:
     """Find split, exit, mode and window for some workers, and predict what they bring."""
-    from ppsd.cost.planner import alternatives
+    from ppsd.plan.planner import alternatives
 
     try:
         subject = _outlook(workers, decided)
@@ -117,8 +117,8 @@ def _outlook(workers: WorkerOptions, decided: DecidedOptions) -> Outlook:
     On this machine as many workers compute at once as it has cores for, elsewhere all of them. A
     profile without a model may be of any model, such as one measured on another machine.
     """
-    from ppsd.cost.profile import load_profile
     from ppsd.engine.choose import Outlook
+    from ppsd.plan.profile import load_profile
 
     if workers.hardware is not None:
         if workers.profile is not None:
@@ -164,8 +164,8 @@ def _memory(profile: Profile, plan: Plan) -> list[int]:
 
 
 def _predicted(workers: WorkerOptions, name: str) -> Profile:
-    from ppsd.cost.presets import find_hardware
-    from ppsd.cost.profile import estimate
+    from ppsd.plan.presets import find_hardware
+    from ppsd.plan.profile import estimate
 
     hardware = find_hardware(name)
     model, sizes = _sizes(workers.model)
@@ -175,8 +175,8 @@ def _predicted(workers: WorkerOptions, name: str) -> Profile:
 
 def _sizes(model: str | None) -> tuple[str, Sizes]:
     """Of a named shape or a config.json; of a model on disk or the hub otherwise."""
-    from ppsd.cost.presets import find_shape
-    from ppsd.cost.sizes import Sizes
+    from ppsd.plan.presets import find_shape
+    from ppsd.plan.sizes import Sizes
 
     if model is not None:
         try:
@@ -194,7 +194,7 @@ def _sizes(model: str | None) -> tuple[str, Sizes]:
 
 def _imagined(text: str, profile: Profile) -> tuple[Exit, ...]:
     """Read ``8:0.5,15:0.6``: transformer heads of one layer with a draft vocabulary."""
-    from ppsd.cost.planner import Exit
+    from ppsd.plan.planner import Exit
 
     scored = min(IMAGINED_VOCABULARY, profile.sizes.vocabulary)
     depth = profile.sizes.head_layers(IMAGINED_LAYERS, feedback=True)
@@ -208,7 +208,7 @@ def _imagined(text: str, profile: Profile) -> tuple[Exit, ...]:
 
 
 def _problem(workers: WorkerOptions, decided: DecidedOptions, subject: Outlook) -> Problem:
-    from ppsd.cost.planner import Problem
+    from ppsd.plan.planner import Problem
     from ppsd.speculation.policy import MODES, schedule_for
 
     if decided.mode is not None and decided.mode not in MODES:
@@ -240,7 +240,7 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...]:
 
 
 def _links(workers: WorkerOptions, profile: Profile) -> tuple[Any, ...]:
-    from ppsd.cost.model import Link
+    from ppsd.plan.model import Link
 
     hops = _numbers("link_ms", workers.link_ms)
     hops = hops * workers.workers if len(hops) == 1 else hops
@@ -334,6 +334,6 @@ def _show(
 
 def _absolute(profile: Profile) -> bool:
     """Whether its seconds are seconds: those of parameter counts are only good for ratios."""
-    from ppsd.cost.profile import COUNTS
+    from ppsd.plan.profile import COUNTS
 
     return not profile.source.startswith(COUNTS)

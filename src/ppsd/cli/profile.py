@@ -16,8 +16,8 @@ from ppsd.cli.display import log_console
 from ppsd.cli.progress import TimeColumn
 
 if TYPE_CHECKING:
-    from ppsd.cost.peer import Subject
-    from ppsd.cost.profile import Profile, Timing
+    from ppsd.measure.peer import Subject
+    from ppsd.plan.profile import Profile, Timing
 
 BUSY_LOAD = 0.5  # the load average from which on a measurement disturbs nobody but is disturbed
 
@@ -43,7 +43,7 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
 ) -> None:
     """Time layers, heads and messages; plans made later on this machine use the result."""
-    from ppsd.cost.profile import profile_path
+    from ppsd.plan.profile import profile_path
 
     subject = subject_of(model, dtype, stages, threads_per_stage, transport)
     load = os.getloadavg()[0]
@@ -71,7 +71,7 @@ def subject_of(model: str | None, dtype: str, stages: int, threads: int, transpo
     config = EngineConfig(model, stages=stages, dtype=dtype, threads_per_stage=threads)
     import torch
 
-    from ppsd.cost.peer import Subject
+    from ppsd.measure.peer import Subject
     from ppsd.model.source import describe, resolve_model
     from ppsd.model.weights import check_shapes, fingerprint, open_source
 
@@ -92,7 +92,7 @@ def subject_of(model: str | None, dtype: str, stages: int, threads: int, transpo
 
 
 def _measure(subject: Subject) -> Profile:
-    from ppsd.cost.measure import profiler
+    from ppsd.measure.profiler import profiler
     from ppsd.provenance import provenance
 
     console = log_console()

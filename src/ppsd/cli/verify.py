@@ -13,8 +13,8 @@ from ppsd.cli.options import PipelineOptions, SamplingOptions
 from ppsd.cli.session import open_llm
 
 if TYPE_CHECKING:
-    from ppsd.bench.verify import Comparison, Verification
     from ppsd.engine.llm import LLM
+    from ppsd.measure.verify import Comparison, Verification
 
 
 def verify(
@@ -31,12 +31,12 @@ def verify(
     """Decode prompts plainly and in --mode, else ppsd; exit with 1 unless all tokens are equal."""
     if pipeline.mode == "auto":  # a plan of plain decoding would leave nothing to compare
         pipeline.mode = "ppsd"
-    from ppsd.bench.workload import load_tasks
+    from ppsd.measure.workload import load_tasks
     from ppsd.provenance import provenance
 
     tasks = load_tasks(prompts, limit)
     sampling.params()  # refuses now what would only fail once the model is loaded
-    from ppsd.bench import verify as measurement  # imports PyTorch: not before the file is read
+    from ppsd.measure import verify as measurement  # imports PyTorch: not before the file is read
 
     console = Console(highlight=False, markup=False, soft_wrap=True, stderr=as_json)
 

@@ -16,7 +16,6 @@ import torch
 
 from ppsd import checks
 from ppsd.config import EngineConfig, core_shares
-from ppsd.cost.sizes import Sizes
 from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, threads_of
 from ppsd.engine.drafter import Drafter, HeadDrafter, LookupDrafter, PacedDrafter
 from ppsd.engine.memory import check_free, default_context, stage_bytes
@@ -36,6 +35,7 @@ from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage, StageModel, StagePlan
 from ppsd.model.weights import TensorSource, check_shapes, open_source
+from ppsd.plan.sizes import Sizes
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
 from ppsd.worker.judge import Judge

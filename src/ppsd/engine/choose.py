@@ -14,19 +14,6 @@ from pathlib import Path
 import torch
 
 from ppsd.config import EngineConfig, available_cores
-from ppsd.cost.planner import (
-    ASSUMED_ALPHA,
-    LOOKUP_ALPHA,
-    UNKNOWN,
-    UNTRAINED_ALPHA,
-    Exit,
-    Plan,
-    Problem,
-    alternatives,
-    check_split,
-)
-from ppsd.cost.profile import Profile, estimate, load_profile, profile_path
-from ppsd.cost.sizes import Sizes
 from ppsd.engine.memory import default_context, stage_bytes
 from ppsd.errors import ConfigError
 from ppsd.model import kernels
@@ -37,6 +24,19 @@ from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan
 from ppsd.model.weights import TensorSource, open_source
+from ppsd.plan.planner import (
+    ASSUMED_ALPHA,
+    LOOKUP_ALPHA,
+    UNKNOWN,
+    UNTRAINED_ALPHA,
+    Exit,
+    Plan,
+    Problem,
+    alternatives,
+    check_split,
+)
+from ppsd.plan.profile import Profile, estimate, load_profile, profile_path
+from ppsd.plan.sizes import Sizes
 from ppsd.provenance import machine
 from ppsd.speculation.policy import schedule_for
 from ppsd.transport.rendezvous import rank_from_environment

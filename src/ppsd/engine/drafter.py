@@ -1,4 +1,4 @@
-"""Where drafts come from: an exit head, earlier text, or an oracle (tests and benchmarks)."""
+"""Where drafts come from: an exit head or earlier text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ppsd.errors import RequestError
 from ppsd.model.exit_head import ExitHead
 from ppsd.speculation.lookup import ODDS, find, mixed
-from ppsd.speculation.sampling import Sampler, Stream, uniform
+from ppsd.speculation.sampling import Sampler, Stream
 
 # A head lags behind until its next draft, when a few rows cost as much as one; prompts do not wait.
 MAX_LAG_ROWS = 8
@@ -172,37 +172,6 @@ class PacedDrafter:
     def probabilities(self, position: int) -> torch.Tensor:
         """See Drafter."""
         return self._drafter.probabilities(position)
-
-
-class OracleDrafter:
-    """Knows the plain output and is right with probability ``alpha``, decided by position.
-
-    For measuring the pipeline apart from the quality of a head; figures made with it say so.
-    ``plain`` is the whole plain sequence, prompt included.
-    """
-
-    feedback = False
-
-    def __init__(self, plain: Sequence[int], alpha: float, vocab_size: int, seed: int = 0) -> None:
-        self._vocab = vocab_size
-        self._guesses = [  # made beforehand, as they would delay the pipeline
-            token if uniform(seed, at, Stream.ACCEPT) < alpha else (token + 1) % vocab_size
-            for at, token in enumerate(plain)
-        ]
-
-    def observe(self, position: int, hidden: torch.Tensor) -> None:
-        """Need nothing."""
-
-    def draft(self, given: Given) -> int:
-        """See Drafter."""
-        return self._guess(given.history.numel())
-
-    def probabilities(self, position: int) -> torch.Tensor:
-        """See Drafter."""
-        return _certain(self._guess(position), self._vocab)
-
-    def _guess(self, position: int) -> int:
-        return self._guesses[position] if position < len(self._guesses) else 0
 
 
 def _certain(token: int, vocab_size: int) -> torch.Tensor:

@@ -11,11 +11,11 @@ from itertools import pairwise
 import psutil
 
 from ppsd.config import DEFAULT_CONTEXT
-from ppsd.cost.sizes import WORKER_BYTES, Sizes
 from ppsd.errors import InsufficientMemoryError
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan, weight_bytes
 from ppsd.model.weights import TensorSource
+from ppsd.plan.sizes import WORKER_BYTES, Sizes
 
 
 def default_context(spec: ModelSpec) -> int:

@@ -1,6 +1,6 @@
 """Which model a head was trained on, told in a way that survives conversion between formats.
 
-Imported by engine/, train/, cost/ and cli/.
+Imported by engine/, train/, plan/, measure/ and cli/.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prompt lookup: text repeats itself, so what followed these tokens before may follow again.
 
 The idea of prompt lookup decoding (Saxena 2023), here one token at a time and as a second opinion
-on an exit head's draft. Pure functions; used by model/, engine/, train/ and bench/.
+on an exit head's draft. Pure functions; used by model/, engine/, train/ and measure/.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The frozen model and its heads over batches of whole sequences, without a key/value cache.
 
-Imported by bench/.
+Imported by measure/.
 
 Rows of all sequences are flattened to n = B·T, so weights and row functions are those of
 inference; only attention sees the batch.

@@ -1,6 +1,6 @@
 """A run's directory: checkpoints and metrics that survive a kill, a full disk and a restart.
 
-Imported by cli/ and bench/ too. Nothing is ever overwritten in place: a file is whole, or is the
+Imported by cli/ and measure/ too. Nothing is ever overwritten in place: a file is whole, or is the
 one before.
 """
 

@@ -1,6 +1,6 @@
 """Which of the last layer's rows a head can read when it drafts: run time, imitated in training.
 
-Within train/ and bench/. Text is taken as decoded by PPSD: the draft after position p can rest on
+Within train/ and measure/. Text is taken as decoded by PPSD: the draft after position p can rest on
 the verdicts of all positions up to p - w, with w blocks in flight, and of those before the newest
 token that a verdict had to correct (speculation/policy.py, ``Feed.verified``).
 """

@@ -1,4 +1,4 @@
-"""How far a rate of accepted drafts may be off, judged from some prompts. Within train/, bench/."""
+"""How far a rate of accepted drafts may be off, judged from some prompts."""
 
 from __future__ import annotations
 

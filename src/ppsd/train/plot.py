@@ -1,11 +1,10 @@
 """A run's curves as a picture: loss of every head and its agreement with the model.
 
-Imported by cli/; matplotlib is imported only here.
+Imported by cli/.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,11 +14,6 @@ from ppsd.errors import PpsdError
 
 FILE = "curves.png"
 POINTS = 100  # of a loss curve: single steps hide it
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed (extra ``train``)."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def plot_run(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:

@@ -1,6 +1,6 @@
 """Putting a run together: the frozen teacher, the data, and the trainer in its directory.
 
-Imported by cli/ and bench/.
+Imported by cli/ and measure/.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Self-generated targets as a file that grows: written as answers finish, continued after a stop.
 
-Imported by cli/ and bench/.
+Imported by cli/ and measure/.
 """
 
 from __future__ import annotations

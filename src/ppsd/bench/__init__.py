@@ -1,1 +1,0 @@
-"""Measurements: workloads, verification, and later benchmarks."""

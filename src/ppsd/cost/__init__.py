@@ -1,1 +1,0 @@
-"""What decoding costs: theory, cost model, simulator, reports. Plain floats, no torch."""

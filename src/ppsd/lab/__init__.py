@@ -1,0 +1,1 @@
+"""The laboratory: benchmarks, the simulator and studies. The product never imports it."""

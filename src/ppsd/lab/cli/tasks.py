@@ -1,0 +1,42 @@
+"""``ppsd-lab tasks``: real prompts and trained heads."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from ppsd.cli.options import PipelineOptions, integers
+from ppsd.lab.cli.oracle import benchmark
+from ppsd.lab.cli.prompts import (
+    GREEDY,
+    SAMPLED,
+    WorkOptions,
+    groups_of,
+    measured,
+    planned_pipeline,
+    show,
+)
+
+
+def tasks(
+    pipeline: PipelineOptions,
+    work: WorkOptions,
+    gammas: Annotated[
+        str, benchmark("Draft lengths of draft-then-verify.", metavar="γ,…")
+    ] = "1,2,3,4,5,6,7,8",
+    sampled: Annotated[bool, benchmark("Also decode at temperature 1.", "--sampled")] = False,
+) -> None:
+    """Compare plain decoding, draft-then-verify and PPSD on real prompts with a trained head."""
+    lengths = integers("gammas", gammas)
+    tasks = work.tasks()
+    from ppsd.lab.tasks import TaskBench, variants
+    from ppsd.types import SamplingParams
+
+    chosen = variants(lengths)
+    params = {GREEDY: SamplingParams(max_tokens=work.max_tokens)}
+    if sampled:
+        params[SAMPLED] = SamplingParams(1.0, max_tokens=work.max_tokens)
+    with planned_pipeline(pipeline, chosen) as llm:
+        bench = TaskBench(llm, chosen, tasks, params)
+        names = [v.name for v in chosen]
+        results = measured("tasks", llm, work, names, tasks, list(params), bench.measure)
+        show(llm, work, results, groups_of(tasks, list(params)))

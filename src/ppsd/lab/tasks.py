@@ -1,0 +1,168 @@
+"""Real prompts, real heads: plain decoding, draft-then-verify and PPSD on the same workers.
+
+Variants take turns on every task (runner.py), so the machine's drift meets all alike. Used by
+``ppsd-lab tasks``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from ppsd.engine.llm import LLM, Completion
+from ppsd.errors import ConfigError, PpsdError
+from ppsd.lab.runner import PLAIN, Cell, Measurement, Results, Spread, spread
+from ppsd.measure.workload import Task
+from ppsd.types import SamplingParams
+
+PPSD = "ppsd"
+MAX_GAMMA = 63  # a block holds γ drafts and the token before them
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to decode: mode and block, as ``LLM.use`` takes them."""
+
+    name: str
+    mode: str
+    block: int | None = None
+
+
+def variants(gammas: Sequence[int]) -> list[Variant]:
+    """Plain decoding, PPSD, and draft-then-verify with each draft length."""
+    for gamma in gammas:
+        if not 1 <= gamma <= MAX_GAMMA:
+            raise ConfigError("gamma", gamma, f"draft lengths in [1, {MAX_GAMMA}]")
+    drafting = [Variant(f"draft-then-verify γ={g}", "draft-then-verify", g + 1) for g in gammas]
+    return [Variant(PLAIN, "autoregressive"), Variant(PPSD, "ppsd"), *drafting]
+
+
+class TaskBench:
+    """Measures variants on tasks; every task's prompt is checked before anything is timed."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        chosen: Sequence[Variant],
+        tasks: Sequence[Task],
+        params: Mapping[str, SamplingParams],
+    ) -> None:
+        self._llm = llm
+        self._variants = {variant.name: variant for variant in chosen}
+        self._prompts = {task.id: _encode(llm, task) for task in tasks}
+        self._params = params
+
+    def measure(self, cell: Cell) -> Measurement:
+        """Decode one task (``id @ setting``) in one variant."""
+        task, _, setting = cell.task.rpartition(" @ ")
+        variant = self._variants[cell.variant]
+        self._llm.use(variant.mode, variant.block)
+        completion = self._llm.run(self._prompts[task], self._params[setting])
+        return measurement(cell, completion)
+
+
+def measurement(cell: Cell, completion: Completion) -> Measurement:
+    """What a completion cost; its text is kept as a digest, to be compared between variants."""
+    stats = completion.stats
+    return Measurement(
+        *cell,
+        tokens=len(completion.token_ids) - 1,
+        seconds=stats.decode_seconds,
+        first_seconds=stats.prefill_seconds,
+        counts=asdict(stats.counts),
+        hits="".join("01"[accepted] for accepted in completion.accepted),
+        details={"output": digest(completion.token_ids)},
+    )
+
+
+def digest(tokens: Sequence[int]) -> str:
+    """Sixteen hexadecimal digits of a sequence of token ids."""
+    return hashlib.sha256(",".join(map(str, tokens)).encode()).hexdigest()[:16]
+
+
+def _encode(llm: LLM, task: Task) -> list[int]:
+    try:
+        return llm.encode(task.messages)
+    except PpsdError as error:
+        raise PpsdError(f"task {task.id}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One variant on one group of tasks; speeds in tokens a second, over all repeats.
+
+    ``ratio`` is the quotient of the mean speeds of variant and plain decoding (Spec-Bench's),
+    ``total_ratio`` that of all tokens over all time, ``paired`` the spread of the quotients task
+    by task. ``per_device`` is the total speed over the number of stages. ``differing`` counts
+    outputs that are not those of plain decoding (what has none differs in none), ``judged`` to
+    ``resyncs`` are sums.
+    """
+
+    variant: str
+    group: str
+    tasks: int
+    speed: float
+    ratio: float
+    total_ratio: float
+    paired: Spread
+    per_device: float
+    alpha: float | None
+    judged: int
+    discarded: int
+    resyncs: int
+    differing: int
+
+
+def summarize(results: Results, groups: Mapping[str, Sequence[str]], stages: int) -> list[Summary]:
+    """Every variant on every group of task names, as far as both it and plain were measured."""
+    names = list(dict.fromkeys(cell.variant for cell in results.measurements))
+    found = (
+        _summary(results, name, group, set(tasks), stages)
+        for group, tasks in groups.items()
+        for name in names
+    )
+    return [summary for summary in found if summary is not None]
+
+
+def _summary(
+    results: Results, variant: str, group: str, tasks: set[str], stages: int
+) -> Summary | None:
+    both = [
+        (m, results.get(cell._replace(variant=PLAIN)))
+        for cell, m in results.measurements.items()
+        if cell.variant == variant
+        and cell.task in tasks
+        and cell._replace(variant=PLAIN) in results
+        and m.tokens > 0
+    ]
+    if not both:
+        return None
+    own, plain = [m for m, _ in both], [p for _, p in both]
+    judged, accepted, discarded, resyncs = (
+        sum(m.counts[name] for m in own) for name in ("judged", "accepted", "discarded", "resyncs")
+    )
+    return Summary(
+        variant=variant,
+        group=group,
+        tasks=len({m.task for m in own}),
+        speed=_total_speed(own),
+        ratio=_mean_speed(own) / _mean_speed(plain),
+        total_ratio=_total_speed(own) / _total_speed(plain),
+        paired=spread([p.token_time / m.token_time for m, p in both]),
+        per_device=_total_speed(own) / stages,
+        alpha=accepted / judged if judged else None,
+        judged=judged,
+        discarded=discarded,
+        resyncs=resyncs,
+        differing=sum(m.details["output"] not in (None, p.details["output"]) for m, p in both),
+    )
+
+
+def _mean_speed(measurements: Sequence[Measurement]) -> float:
+    return statistics.fmean(m.tokens / m.seconds for m in measurements)
+
+
+def _total_speed(measurements: Sequence[Measurement]) -> float:
+    return sum(m.tokens for m in measurements) / sum(m.seconds for m in measurements)

@@ -1,0 +1,1 @@
+"""What a user measures: exactness, acceptance of heads, and times of this machine."""

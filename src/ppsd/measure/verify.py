@@ -1,0 +1,165 @@
+"""Does a mode say exactly what plain decoding says? The measurement behind ``ppsd verify``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ppsd.engine.llm import LLM, Completion, collect_logits
+from ppsd.errors import PpsdError
+from ppsd.measure.workload import Task
+from ppsd.types import SamplingParams
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt decoded plainly and in the mode under test.
+
+    ``divergence`` is the index of the first differing token, None when all are equal; ``bitwise``
+    whether all target logits up to there are equal bit for bit, ``max_logit_difference`` how far
+    apart they are. ``margin`` is the smallest gap between the two best plain logits: where it is
+    below the difference, rounding can turn a token. ``decided_by`` is the plain logits' gap
+    between the two tokens at the divergence.
+    """
+
+    id: str
+    tokens: int
+    divergence: int | None
+    bitwise: bool
+    max_logit_difference: float
+    margin: float
+    decided_by: float | None
+    accepted: int
+    judged: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All comparisons of one run."""
+
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def exact(self) -> int:
+        """Prompts whose tokens are all equal."""
+        return sum(c.divergence is None for c in self.comparisons)
+
+    @property
+    def bitwise(self) -> int:
+        """Prompts whose logits are all equal bit for bit."""
+        return sum(c.bitwise for c in self.comparisons)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every prompt came out exactly as in plain decoding."""
+        return self.exact == len(self.comparisons)
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``--json`` output."""
+        return {
+            "prompts": len(self.comparisons),
+            "exact": self.exact,
+            "bitwise_logits": self.bitwise,
+            "passed": self.passed,
+            "tokens": sum(c.tokens for c in self.comparisons),
+            "comparisons": [asdict(c) for c in self.comparisons],
+        }
+
+
+def verify(
+    llm: LLM,
+    tasks: Sequence[Task],
+    params: SamplingParams,
+    done: Callable[[Comparison], None] = lambda comparison: None,
+) -> Verification:
+    """Decode every task plainly and in the mode ``llm`` is set to, on the same workers.
+
+    Raises PpsdError naming the task, before any is decoded, when a prompt does not suit the model.
+    """
+    config = llm.config
+    prompts = [_encode(llm, task) for task in tasks]
+    comparisons = []
+    for task, ids in zip(tasks, prompts, strict=True):
+        llm.use("autoregressive")
+        plain, plain_logits = _decode(llm, ids, params)
+        llm.use(config.mode, config.block, config.in_flight)
+        fast, fast_logits = _decode(llm, ids, params)
+        comparison = _compare(task.id, len(ids), plain, plain_logits, fast, fast_logits)
+        comparisons.append(comparison)
+        done(comparison)
+    return Verification(tuple(comparisons))
+
+
+def _encode(llm: LLM, task: Task) -> list[int]:
+    try:
+        return llm.encode(task.messages)
+    except PpsdError as error:
+        raise PpsdError(f"task {task.id}: {error}") from error
+
+
+def _decode(
+    llm: LLM, ids: Sequence[int], params: SamplingParams
+) -> tuple[Completion, dict[int, torch.Tensor]]:
+    sink, rows = collect_logits()
+    return llm.run(ids, params, logits=sink), rows
+
+
+def _compare(
+    name: str,
+    prompt: int,
+    plain: Completion,
+    plain_logits: dict[int, torch.Tensor],
+    fast: Completion,
+    fast_logits: dict[int, torch.Tensor],
+) -> Comparison:
+    divergence = first_difference(plain.token_ids, fast.token_ids)
+    shared = len(plain.token_ids) if divergence is None else divergence + 1
+    positions = range(prompt, prompt + min(shared, len(plain.token_ids), len(fast.token_ids)))
+    differences = [_difference(plain_logits[p], fast_logits[p]) for p in positions]
+    tops = [plain_logits[p].double().topk(2).values for p in positions]
+    counts = fast.stats.counts
+    return Comparison(
+        id=name,
+        tokens=len(plain.token_ids),
+        divergence=divergence,
+        bitwise=divergence is None and all(_same_bits(plain_logits, fast_logits, positions)),
+        max_logit_difference=max(differences, default=0.0),
+        margin=min((float(top[0] - top[1]) for top in tops), default=0.0),
+        decided_by=_gap(divergence, prompt, plain, fast, plain_logits),
+        accepted=counts.accepted,
+        judged=counts.judged,
+    )
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first element in which two sequences differ, None when they are equal."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
+
+
+def _same_bits(
+    a: dict[int, torch.Tensor], b: dict[int, torch.Tensor], positions: range
+) -> list[bool]:
+    return [torch.equal(a[p].view(torch.uint8), b[p].view(torch.uint8)) for p in positions]
+
+
+def _gap(
+    divergence: int | None,
+    prompt: int,
+    plain: Completion,
+    fast: Completion,
+    logits: dict[int, torch.Tensor],
+) -> float | None:
+    if divergence is None or divergence >= min(len(plain.token_ids), len(fast.token_ids)):
+        return None
+    row = logits[prompt + divergence].double()
+    return float(row[plain.token_ids[divergence]] - row[fast.token_ids[divergence]])

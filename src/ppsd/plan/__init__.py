@@ -1,0 +1,1 @@
+"""What decoding costs: theory, cost model, profile, planner. Plain floats, no torch."""

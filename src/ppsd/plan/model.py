@@ -1,0 +1,207 @@
+"""The cost model: what stages, heads and links of one pipeline cost, as plain floats in seconds.
+
+Used by the simulator, reports and the planner. Where the numbers come from is in ``source``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ppsd.errors import ConfigError
+from ppsd.plan.theory import Array, token_time
+from ppsd.speculation.policy import Schedule
+
+MIN_LAYER = 1e-7  # seconds; the simulator counts nanoseconds and may shorten a layer by jitter
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Contiguous decoder layers of equal cost; ``layer`` is the seconds of one for one row."""
+
+    layers: int
+    layer: float
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise ConfigError("layers", self.layers, "at least 1 in every stage")
+        if not MIN_LAYER <= self.layer < math.inf:
+            raise ConfigError("layer", self.layer, f"finite and at least {MIN_LAYER:g} seconds")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One direction of a connection: seconds before the first byte, then bytes per second."""
+
+    latency: float = 0.0
+    bandwidth: float = math.inf
+
+    def __post_init__(self) -> None:
+        _check_times(latency=self.latency)
+        if not self.bandwidth > 0:
+            raise ConfigError("bandwidth", self.bandwidth, "above 0 bytes per second")
+
+    def delay(self, size: float) -> float:
+        """Seconds until ``size`` bytes are on the other side."""
+        return self.latency + size / self.bandwidth
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """One pipeline of P stages; all times in seconds.
+
+    ``links[k]`` leads from stage k to the next one, the last back to rank 0 (no links for P = 1).
+    ``head`` is one draft by the exit head, ``lm_head`` the last stage's for one row, ``row_cost``
+    what each further row of a block costs as a share of the first, ``overhead`` what a stage spends
+    between two blocks, ``cancel`` how long a new epoch takes to be seen (infinite: never).
+    """
+
+    stages: tuple[StageCost, ...]
+    links: tuple[Link, ...]
+    head: float = 0.0
+    lm_head: float = 0.0
+    row_cost: float = 0.0
+    row_bytes: int = 0
+    overhead: float = 0.0
+    cancel: float = 0.0
+    source: str = "assumed"
+
+    def __post_init__(self) -> None:
+        expected = len(self.stages) if len(self.stages) > 1 else 0
+        if not self.stages or len(self.links) != expected:
+            raise ConfigError("links", len(self.links), f"{expected} for {len(self.stages)} stages")
+        _check_times(
+            head=self.head, lm_head=self.lm_head, row_cost=self.row_cost, overhead=self.overhead
+        )
+        if not self.cancel >= 0:
+            raise ConfigError("cancel", self.cancel, "at least 0 seconds")
+
+    @property
+    def size(self) -> int:
+        """P, the number of stages."""
+        return len(self.stages)
+
+    @property
+    def layers(self) -> int:
+        """N, the number of decoder layers."""
+        return sum(stage.layers for stage in self.stages)
+
+    @property
+    def exit_layer(self) -> int:
+        """E, the layers of stage 0."""
+        return self.stages[0].layers
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """First layer of every stage, and N."""
+        return tuple(int(b) for b in np.cumsum([0, *(stage.layers for stage in self.stages)]))
+
+    def layer_time(self, stage: int, rows: int) -> float:
+        """Seconds of one layer of ``stage`` for ``rows`` rows together."""
+        return self.stages[stage].layer * self.growth(rows)
+
+    def growth(self, rows: int) -> float:
+        """How many times as long as one row ``rows`` rows take."""
+        return 1 + (rows - 1) * self.row_cost
+
+    def stage_time(self, stage: int, rows: int = 1) -> float:
+        """Seconds that ``stage`` is busy with a block, drafting apart; LM head where it is."""
+        entered_singly = stage == 0  # drafts enter stage 0 one by one
+        once = 1 if entered_singly else rows
+        layers = self.stages[stage].layers * self.layer_time(stage, once)
+        lm_head = self.lm_head * self.growth(rows) if stage == self.size - 1 else 0.0
+        return layers * (rows if entered_singly else 1) + lm_head + self._sending
+
+    @property
+    def _sending(self) -> float:
+        return self.overhead if self.size > 1 else 0.0
+
+    def latency(self, rows: int = 1) -> float:
+        """A block's time from entering stage 0 to its verdict at rank 0, with all queues empty."""
+        stages = sum(self.stage_time(k, rows) for k in range(self.size))
+        hops = sum(link.delay(rows * self.row_bytes) for link in self.links[:-1])
+        verdict = self.links[-1].delay(0) if self.links else 0.0
+        return stages + (rows - 1) * self.head + hops + verdict
+
+    def tick(self, rows: int = 1) -> float:
+        """τ: time from one block to the next when the pipeline is full."""
+        first = self.stage_time(0, rows) + rows * self.head
+        return max(first, *(self.stage_time(k, rows) for k in range(self.size)))
+
+    def reaction(self, schedule: Schedule) -> float:
+        """How long a resync waits for stage 0 to notice it: until a layer or a draft ends.
+
+        Exact for the first verdict after a resync; later ones may meet stage 0 in another phase.
+        """
+        layer = self.stages[0].layer
+        forward = layer * self.exit_layer
+        cycle = self.stage_time(0) + self.head
+        fed, phase = divmod(self.latency(schedule.block), cycle or math.inf)
+        if fed >= schedule.block * schedule.in_flight:
+            return 0.0
+        if phase > forward:
+            return cycle - phase
+        return math.ceil(round(phase / layer, 6)) * layer - phase
+
+    def token_time(self, alpha: ArrayLike, schedule: Schedule) -> Array:
+        """Mean seconds per token at acceptance ``alpha`` (see theory.token_time)."""
+        m, w = schedule.block, schedule.in_flight
+        if self.size == 1:  # nothing overlaps; w > 1 makes a draft more than can be used
+            return token_time(alpha, m, 1, 0.0, self.latency(m) + (w > 1) * self.head)
+        return token_time(alpha, m, w, self.tick(m), self.latency(m), self.reaction(schedule))
+
+    def speedup(self, alpha: ArrayLike, schedule: Schedule) -> Array:
+        """Plain token time over that of ``schedule``."""
+        return self.latency() / self.token_time(alpha, schedule)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary from which ``from_json`` restores an equal object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> CostModel:
+        """The inverse of ``to_json``."""
+        values = {f.name: record[f.name] for f in fields(cls)}
+        stages = tuple(StageCost(**stage) for stage in record["stages"])
+        links = tuple(Link(**link) for link in record["links"])
+        return cls(**values | {"stages": stages, "links": links})
+
+
+def even_split(layers: int, stages: int, exit_layer: int | None = None) -> tuple[int, ...]:
+    """Layers of each stage: the first ``exit_layer``, the others as even as can be."""
+    if not 1 <= stages <= layers:
+        raise ConfigError("stages", stages, f"in [1, {layers}] for {layers} layers")
+    if stages == 1:
+        return (layers,)
+    first = layers // stages if exit_layer is None else exit_layer
+    rest, others = layers - first, stages - 1
+    if first < 1 or rest < others:
+        raise ConfigError("exit_layer", first, f"in [1, {layers - others}] for {stages} stages")
+    return (first, *(rest // others + (k >= others - rest % others) for k in range(others)))
+
+
+def paper_split(layers: int, exit_layer: int) -> tuple[int, ...]:
+    """Return the paper's stages: ⌈N/E⌉ of E layers, the last with what remains."""
+    if not 1 <= exit_layer <= layers:
+        raise ConfigError("exit_layer", exit_layer, f"in [1, {layers}]")
+    full, left = divmod(layers, exit_layer)
+    return (exit_layer,) * full + ((left,) if left else ())
+
+
+def uniform(
+    split: Sequence[int], layer: float, link: Link | None = None, **costs: Any
+) -> CostModel:
+    """Build a pipeline of equal layers on equal links; ``costs`` are CostModel's other fields."""
+    links = (link or Link(),) * len(split) if len(split) > 1 else ()
+    return CostModel(tuple(StageCost(n, layer) for n in split), links, **costs)
+
+
+def _check_times(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ConfigError(name, value, "a finite number, at least 0")
