@@ -49,7 +49,7 @@ TESTS = {  # by module, below src/ppsd
     "worker/messages": ("unit/test_messages.py",),
     "speculation/lookup": ("unit/test_lookup.py",),
     "engine/drafter": CHECKS,
-    "model/stack": ("unit/test_cache_stage.py",),
+    "model/runners": ("unit/test_kernels.py", "unit/test_cache_stage.py"),
     "model/stage": ("unit/test_cache_stage.py",),
     "speculation/gate": ("unit/test_gate.py",),
     "worker/recorder": ("unit/test_trace.py",),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ppsd.errors import ProtocolError
-from ppsd.model.stack import Interrupted
+from ppsd.model.passes import Interrupted, Watch, finish
 from ppsd.speculation.sampling import Sampler
 from ppsd.types import SamplingParams
 
@@ -35,31 +35,53 @@ def unpack(rows: torch.Tensor) -> list[int]:
     return [v - 2**64 if v >= 2**63 else v for v in values]
 
 
+class HashPass:
+    """A pass through the pseudo-layers of a HashStage."""
+
+    def __init__(self, stage: HashStage, values: list[int], position: int, slot: int) -> None:
+        self._stage, self._values, self._position, self._slot = stage, values, position, slot
+        self._done = 0
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        return pack(self._values)
+
+    def advance(self, watch: Watch | None = None) -> bool:
+        layers, position, values = self._stage.rows[self._slot], self._position, self._values
+        while self._done < len(layers):
+            rows = layers[self._done]
+            for offset, value in enumerate(values):
+                before = rows[position + offset - 1] if position + offset else 0
+                rows[position + offset] = digest(self._stage.rank, self._done, before, value)
+            values[:] = [rows[position + offset] for offset in range(len(values))]
+            self._done += 1
+            paused = watch is not None and (watch.blind or watch.changed())
+            if paused and self._done < len(layers):
+                return False
+        self._stage.lengths[self._slot] = position + len(values)
+        return True
+
+
 class HashStage:
     """A StageModel of ``layers`` pseudo-layers; ``rank`` tells stages apart."""
 
-    def __init__(self, rank: int, stages: int, vocab: int, layers: int = 3) -> None:
+    def __init__(self, rank: int, stages: int, vocab: int, layers: int = 3, slots: int = 1) -> None:
         self.is_last = rank == stages - 1
         self.rank = rank
         self.vocab = vocab
-        self.rows: list[dict[int, int]] = [{} for _ in range(layers)]
-        self.length = 0
+        self.rows: list[list[dict[int, int]]] = [[{} for _ in range(layers)] for _ in range(slots)]
+        self.lengths = [0] * slots
+
+    def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> HashPass:
+        if not 0 <= position <= self.lengths[slot]:
+            raise ProtocolError(f"rows before {position} are missing, {self.lengths[slot]} held")
+        values = inputs.tolist() if inputs.dtype == torch.int64 else unpack(inputs)
+        return HashPass(self, values, position, slot)
 
     def forward(
-        self, inputs: torch.Tensor, position: int, interrupted: Interrupted = lambda: False
+        self, inputs: torch.Tensor, position: int, interrupted: Interrupted | None = None
     ) -> torch.Tensor | None:
-        if not 0 <= position <= self.length:
-            raise ProtocolError(f"rows before {position} are missing, {self.length} held")
-        values = inputs.tolist() if inputs.dtype == torch.int64 else unpack(inputs)
-        for layer, rows in enumerate(self.rows):
-            if interrupted():
-                return None
-            for offset, value in enumerate(values):
-                before = rows[position + offset - 1] if position + offset else 0
-                rows[position + offset] = digest(self.rank, layer, before, value)
-            values = [rows[position + offset] for offset in range(len(values))]
-        self.length = position + len(values)
-        return pack(values)
+        return finish(self.start(inputs, position), interrupted)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         # bfloat16 holds a byte exactly, and takes the way of the compiled kernels where they are

@@ -7,7 +7,7 @@ import torch
 from ppsd.model.cache import KVCache
 from ppsd.model.layers import LayerWeights, Rope
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stack import LayerStack
+from ppsd.model.stage import new_runner
 
 CPU = torch.device("cpu")
 WIDE = torch.float64
@@ -45,7 +45,10 @@ def run_layer(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run rows ``x`` through a layer in blocks of these sizes; its output and its keys."""
     cache = KVCache(1, spec.num_kv_heads, CONTEXT, spec.head_dim, x.dtype, CPU)
-    stack = LayerStack([w], spec, Rope(spec, CONTEXT, x.dtype, CPU), cache)
-    outputs = [stack.forward(rows, cache.length) for rows in torch.split(x, sizes)]
-    keys = cache.keys[0][:, : cache.length]
-    return torch.cat([rows for rows in outputs if rows is not None]), keys
+    runner = new_runner([w], spec, Rope(spec, CONTEXT, x.dtype, CPU), cache)
+    outputs = []
+    for rows in torch.split(x, sizes):
+        started = runner.start(rows, cache.lengths[0])
+        assert started.advance()
+        outputs.append(started.hidden)
+    return torch.cat(outputs), cache.keys[0][0, :, : cache.lengths[0]]

@@ -41,15 +41,16 @@ def bug(name: str) -> Callable[[Plant], Plant]:
 def _(patch: Patch) -> None:
     reserve, advance = KVCache.reserve, KVCache.advance
 
-    def remembering(self, position, rows):
+    def remembering(self, position, rows, slot=0):
         tensors = (*self.keys, *self.values)
-        self.kept = [t[:, position].clone() for t in tensors] if position < self.length else []
-        reserve(self, position, rows)
+        kept = position < self.lengths[slot]
+        self.kept = [t[slot, :, position].clone() for t in tensors] if kept else []
+        reserve(self, position, rows, slot)
 
-    def restoring(self, position, rows):
-        advance(self, position, rows)
+    def restoring(self, position, rows, slot=0):
+        advance(self, position, rows, slot)
         for tensor, row in zip((*self.keys, *self.values), self.kept, strict=bool(self.kept)):
-            tensor[:, position] = row
+            tensor[slot, :, position] = row
 
     patch.setattr(KVCache, "reserve", remembering)
     patch.setattr(KVCache, "advance", restoring)
@@ -84,8 +85,8 @@ def _(patch: Patch) -> None:
         off = int(self.counts.resyncs > 0)
         return feed._replace(position=feed.position + off, block=feed.block + off)
 
-    def unchecked(self, position, rows):
-        self.length = position
+    def unchecked(self, position, rows, slot=0):
+        self.lengths[slot] = position
 
     patch.setattr(Policy, "_feed_row", shifted)
     patch.setattr(KVCache, "reserve", unchecked)

@@ -81,7 +81,7 @@ def test_rewriting_a_position_rolls_back_everything_after_it(model, position) ->
     changed = TOKENS[: position + 1].clone()
     changed[position] = 150
     close(run(chain, changed[position:], position), model.reference(changed)[position:])
-    assert [stage.cache.length for stage in chain] == [position + 1] * 2
+    assert [stage.cache.lengths for stage in chain] == [[position + 1]] * 2
     if position < 6:
         with pytest.raises(ProtocolError, match=f"position {position + 2} .* holds"):
             chain[0].forward(TOKENS[:1], position + 2)
@@ -95,7 +95,7 @@ def test_an_interrupted_forward_leaves_nothing_that_counts(model, layer, positio
     run([stage], TOKENS)
     asked = iter([False] * layer + [True])
     assert stage.forward(torch.tensor([99, 98]), position, lambda: next(asked)) is None
-    assert stage.cache.length == position
+    assert stage.cache.lengths == [position]
     with pytest.raises(ProtocolError, match="do not fit"):
         stage.forward(TOKENS[:1], position + 1)
     again = torch.cat([TOKENS[:position], torch.tensor([44, 45, 46])])
@@ -111,10 +111,10 @@ def test_a_cache_refuses_gaps_negative_positions_and_overflow() -> None:
     for position, rows in [(6, 1), (-1, 1), (5, 4), (0, 9)]:
         with pytest.raises(ProtocolError, match="holds 5 of 8"):
             cache.reserve(position, rows)
-        assert cache.length == 5, "a refusal changes nothing"
+        assert cache.lengths == [5], "a refusal changes nothing"
     cache.reserve(5, 3)
     cache.advance(5, 3)
-    assert cache.length == 8
+    assert cache.lengths == [8]
 
 
 def test_a_cache_lies_on_the_device_asked_for() -> None:

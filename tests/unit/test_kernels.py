@@ -13,9 +13,9 @@ from transformers import LlamaConfig, Qwen3Config
 
 from ppsd.model import kernels, layers
 from ppsd.model.layers import FIELDS, LayerWeights
-from ppsd.model.passes import Watch
+from ppsd.model.passes import Asking, Watch, finish
+from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
 from ppsd.model.spec import ModelSpec, spec_from_config
-from ppsd.model.stack import LayerStack
 from ppsd.model.stage import StagePlan, new_cache
 from tests.support.layers import rand, random_layer, run_layer
 
@@ -71,10 +71,10 @@ def narrowed(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
 def test_products_are_rounded_once(rows: int, biased: bool) -> None:
     x, weight = rand(rows, 96, dtype=BF16), rand(37, 96, dtype=BF16)
     bias = rand(37, dtype=BF16) if biased else None
-    assert kernels.fits(x, weight)
+    assert kernels.supports(weight, 96)
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     torch.testing.assert_close(
-        layers.linear(x, weight, bias).double(), exact, rtol=EPS / 2, atol=1e-4
+        layers.Product(weight, bias)(x).double(), exact, rtol=EPS / 2, atol=1e-4
     )
 
 
@@ -83,7 +83,7 @@ def test_norms_are_rounded_once() -> None:
     x, weight = rand(3, 7, 96, dtype=BF16) * 30, rand(96, dtype=BF16)
     exact = F.rms_norm(x.double(), (96,), weight.double(), 1e-5)
     torch.testing.assert_close(
-        layers.rms_norm(x, weight, 1e-5).double(), exact, rtol=EPS / 2 * 1.001, atol=0
+        layers.Norm(weight, 1e-5)(x).double(), exact, rtol=EPS / 2 * 1.001, atol=0
     )
 
 
@@ -95,7 +95,7 @@ def test_a_layer_is_right_and_no_less_so_than_pytorchs(
     w, x = scaled_layer(spec), rand(40, 96, dtype=BF16)
     exact, exact_keys = run_layer(spec, narrowed(w, torch.float64), x.double(), [40])
     got, keys = run_layer(spec, w, x, sizes)
-    monkeypatch.setattr(kernels, "fits", lambda *_: False)
+    monkeypatch.setattr(kernels, "loaded", lambda: None)
     theirs, their_keys = run_layer(spec, w, x, sizes)
     assert error(got, exact) <= 1.1 * error(theirs, exact)
     assert error(keys, exact_keys) <= 1.1 * error(their_keys, exact_keys)
@@ -155,12 +155,12 @@ def test_large_numbers_saturate_and_nan_stays(spec: ModelSpec) -> None:
 def test_a_prepared_product_has_the_bits_of_a_norm_and_a_product(biased: bool) -> None:
     x, weight, norm = rand(5, 96, dtype=BF16), rand(37, 96, dtype=BF16), rand(96, dtype=BF16)
     bias = rand(37, dtype=BF16) if biased else None
-    expected = layers.linear(layers.rms_norm(x, norm, 1e-5), weight, bias)
+    product = layers.Product(weight, bias)
+    expected = product(layers.Norm(norm, 1e-5)(x))
     normed = layers.Product(weight, bias, norm, 1e-5)
     assert torch.equal(normed(x), expected)
     assert torch.equal(normed(x[1:2]), expected[1:2])
     assert torch.equal(normed(torch.cat([x, x], 1)[:, :96]), expected)  # rows apart in memory
-    assert torch.equal(layers.Product(weight, bias)(x), layers.linear(x, weight, bias))
 
 
 def test_a_product_of_other_kinds_or_many_rows_is_pytorchs() -> None:
@@ -210,64 +210,117 @@ def test_of_other_kinds_nothing_is_found() -> None:
     assert kernels.largest(x.bfloat16()[:, ::2], 32) is None
 
 
-@compiled
-def test_a_question_is_asked_again_only_once_a_word_has_changed(spec: ModelSpec) -> None:
-    plan = StagePlan(0, 3, 8, BF16, torch.device("cpu"))
-    cache, rope = new_cache(spec, 3, plan), layers.Rope(spec, 8, BF16, plan.device)
-    stack = LayerStack([scaled_layer(spec) for _ in range(3)], spec, rope, cache)
-    x = rand(1, 96, dtype=BF16)
-    words = [ctypes.c_int64(7), ctypes.c_int64(-7)]
-    addresses = [ctypes.addressof(word) for word in words]
-    asked: list[int] = []
+class Watched:
+    """Three layers, started on a row; two words to watch."""
 
-    def run(changes: Sequence[int], answers: Sequence[bool], watched: Sequence[int]) -> object:
-        """The n-th time it is asked a word changes; the answer stands in ``answers``."""
-        asked.clear()
+    def __init__(self, spec: ModelSpec) -> None:
+        plan = StagePlan(0, 3, 8, BF16, torch.device("cpu"))
+        self.cache = new_cache(spec, 3, plan)
+        weights = [scaled_layer(spec) for _ in range(3)]
+        rope = layers.Rope(spec, 8, BF16, plan.device)
+        self.compiled = CompiledRunner(weights, spec, rope, self.cache)
+        self.operations = TorchRunner(weights, spec, rope, self.cache)
+        self.row = rand(1, 96, dtype=BF16)
+        self.words = [ctypes.c_int64(7), ctypes.c_int64(-7)]
+        self.watch = Watch([ctypes.addressof(word) for word in self.words])
+
+
+@pytest.fixture(params=["compiled", "operations"])
+def watched(spec: ModelSpec, request) -> tuple[Watched, Runner]:
+    if request.param == "compiled" and kernels.loaded() is None:
+        pytest.skip("no C compiler")
+    held = Watched(spec)
+    return held, getattr(held, request.param)
+
+
+def finished(runner: Runner, rows: torch.Tensor) -> torch.Tensor:
+    started = runner.start(rows, 0)
+    assert started.advance()
+    return started.hidden.clone()
+
+
+def test_a_pass_stops_before_a_layer_only_if_a_word_has_changed(watched) -> None:
+    held, runner = watched
+    expected = finished(runner, held.row)
+    started = runner.start(held.row, 0)
+    held.watch.look()
+    assert started.advance(held.watch)
+    assert torch.equal(started.hidden, expected)
+    for word in held.words:
+        started = runner.start(held.row, 0)
+        held.watch.look()
+        word.value += 1
+        assert not started.advance(held.watch), "the word changed before the second layer"
+        assert not started.advance(held.watch), "nobody has looked at it yet"
+        held.watch.look()
+        assert started.advance(held.watch)
+        assert torch.equal(started.hidden, expected)
+        assert held.cache.lengths == [1]
+
+
+def test_without_words_a_pass_stops_after_every_layer(watched) -> None:
+    held, runner = watched
+    expected = finished(runner, held.row)
+    started, watch = runner.start(held.row, 0), Watch()
+    assert [started.advance(watch) for _ in range(3)] == [False, False, True]
+    assert torch.equal(started.hidden, expected)
+
+
+def test_a_dropped_pass_leaves_its_rows_void(watched) -> None:
+    held, runner = watched
+    finished(runner, held.row)
+    assert held.cache.lengths == [1]
+    assert not runner.start(held.row, 0).advance(Watch())
+    assert held.cache.lengths == [0]
+
+
+def test_a_question_is_asked_before_the_first_layer_and_after_each_change(watched) -> None:
+    held, runner = watched
+    expected = finished(runner, held.row)
+    addresses = [ctypes.addressof(word) for word in held.words]
+
+    def run(changes: int, answers: Sequence[bool], words: Sequence[int]) -> object:
+        asked = iter(answers)
+        left = iter(range(changes))
 
         def ask() -> bool:
-            asked.append(len(asked))
-            if len(asked) <= len(changes):
-                words[changes[len(asked) - 1]].value += 1
-            return answers[len(asked) - 1]
+            if next(left, None) is not None:
+                held.words[0].value += 1
+            return next(asked)
 
-        cache.length = 0
-        return stack.forward(x, 0, Watch(ask, watched))
+        found = finish(runner.start(held.row, 0), Asking(ask, words))
+        assert next(asked, None) is None, "it was asked as often as foreseen"
+        return found
 
-    expected = stack.forward(x, 0)
-    assert torch.equal(run([], [False], addresses), expected)
-    assert torch.equal(run([1], [False, False], addresses), expected)
-    assert torch.equal(run([0, 1], [False, False, False], addresses), expected)
-    assert len(asked) == 3
-    assert run([0], [False, True], addresses) is None
-    assert cache.length == 0  # what was written does not count
-    assert run([], [True], addresses) is None
-    assert torch.equal(run([], [False] * 3, []), expected)
-    assert len(asked) == 3
+    for changes in range(3):
+        assert torch.equal(run(changes, [False] * (changes + 1), addresses), expected)
+    assert torch.equal(run(0, [False] * 3, []), expected)
+    assert run(0, [True], addresses) is None
+    assert run(1, [False, True], addresses) is None
+    assert finish(runner.start(held.row, 0), lambda: True) is None
+    assert held.cache.lengths == [0]
 
 
 @compiled
 def test_products_do_not_follow_the_callers_defaults() -> None:
     x, weight = rand(3, 96, dtype=BF16), rand(5, 96, dtype=BF16)
-    expected = layers.linear(x, weight)
+    product = layers.Product(weight)
+    expected = product(x)
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(layers.linear(x, weight), expected)
+        assert torch.equal(product(x), expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 @compiled
-def test_gradients_dtypes_sizes_and_long_blocks_are_left_to_pytorch() -> None:
+def test_gradients_dtypes_sizes_and_devices_are_left_to_pytorch() -> None:
     fit = rand(16, 96, dtype=BF16)
-    assert kernels.fits(fit, fit, 32)
-    assert not kernels.fits(fit, fit, 48)
-    assert not kernels.fits(fit[:, :80], fit)
-    assert not kernels.fits(rand(17, 96, dtype=BF16), fit)
-    assert not kernels.fits(fit.float(), fit.float())
-    assert not kernels.fits(fit, fit.float())
-    trained = fit.clone().requires_grad_()
-    assert not kernels.fits(trained, fit)
-    assert not kernels.fits(fit, trained)
+    assert kernels.supports(fit, 96, 32)
+    assert not kernels.supports(fit, 96, 48)
+    assert not kernels.supports(fit.float(), 96)
+    assert not kernels.supports(fit.to("meta"), 96)
+    assert not kernels.supports(fit.clone().requires_grad_(), 96)
 
 
 @compiled

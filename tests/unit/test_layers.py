@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, Qwen3Config
 
 from ppsd.model import layers
-from ppsd.model.layers import Rope, attend, causal_mask, linear, mlp
+from ppsd.model.layers import DecoderLayer, Rope, attend, causal_mask, linear
 from ppsd.model.spec import ModelSpec, spec_from_config
 from tests.support.layers import CPU, WIDE, rand, random_layer, run_layer
 
@@ -112,13 +112,19 @@ def test_causal_mask_lets_each_row_see_itself_and_the_past() -> None:
     ]
 
 
-def test_mlp_is_gated_silu(spec) -> None:
-    w, x = random_layer(spec), rand(4, 24)
+def test_the_feed_forward_is_gated_silu(spec) -> None:
+    """With attention that says nothing, it is all that a layer adds."""
+    w, rows = random_layer(spec), rand(4, 24)
+    silent = replace(w, o=torch.zeros_like(w.o), o_bias=None)
+    x = layers.rms_norm(rows, w.post_norm, spec.rms_norm_eps)
     zero = torch.zeros((), dtype=WIDE)
     both = x @ w.gate_up.T + (zero if w.gate_up_bias is None else w.gate_up_bias)
     gate, up = both[:, :20], both[:, 20:]
     expected = (gate / (1 + (-gate).exp()) * up) @ w.down.T
-    close(mlp(x, w), expected + (zero if w.down_bias is None else w.down_bias))
+    added = expected + (zero if w.down_bias is None else w.down_bias)
+    rope = Rope(spec, 4, WIDE, CPU)
+    got = DecoderLayer(silent, spec)(rows, rope, lambda q, k, v: q.flatten(1))
+    close(got, rows + added)
 
 
 def test_a_block_of_rows_equals_single_rows(spec) -> None:

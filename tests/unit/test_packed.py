@@ -19,7 +19,7 @@ from transformers import LlamaConfig, Qwen3Config
 from ppsd.model import kernel_build, kernels
 from ppsd.model.gguf_codes import KINDS, codes_of
 from ppsd.model.kernels import Kind
-from ppsd.model.layers import LayerWeights, linear
+from ppsd.model.layers import LayerWeights, Product
 from ppsd.model.packed import Codes, PackedWeight, can_pack, first_rows, pack, packed_bytes, whole
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import spec_from_config
@@ -123,8 +123,8 @@ def test_products_have_the_bits_of_those_with_the_whole_weight(quant: Quant, siz
     assert torch.equal(whole(first_rows(packed, 4)), whole_weight[:4])
     for rows in (1, 2, 3, 4, 5, 16, 17):
         x, bias = rand(rows, size, dtype=BF16), rand(12, dtype=BF16)
-        assert torch.equal(linear(x, packed), linear(x, whole_weight))
-        assert torch.equal(linear(x, packed, bias), linear(x, whole_weight, bias))
+        assert torch.equal(Product(packed)(x), Product(whole_weight)(x))
+        assert torch.equal(Product(packed, bias)(x), Product(whole_weight, bias)(x))
 
 
 @needs_kernels

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from ppsd.errors import ProtocolError
+from ppsd.model.cache import KVCache
+from ppsd.model.passes import Watch
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.stage import Stage, StagePlan
-from ppsd.model.steps import BUCKET, Graphs, Replay, Step
+from ppsd.model.steps import BUCKET, WIDTH, CudaRunner, Graphs, Replay, Step
 from ppsd.model.weights import open_source
 
 CONTEXT = 2 * BUCKET
@@ -95,11 +98,53 @@ def test_a_graph_is_captured_once_a_bucket_and_replayed(stage: Stage) -> None:
     assert (graphs.captures, graphs.replays) == (2, 5)
 
 
-def test_what_is_cancelled_is_not_launched(stage: Stage) -> None:
+def runner_of(stage: Stage, graphs: Graphs | None = None, slots: int = 1) -> CudaRunner:
+    spec = stage.spec
+    cache = KVCache(
+        spec.num_layers, spec.num_kv_heads, CONTEXT, spec.head_dim, torch.float64,
+        torch.device("cpu"), slots=slots, spare=1,
+    )  # fmt: skip
+    return CudaRunner(stage.layers, spec, stage.rope, cache, graphs)
+
+
+def passed(runner: CudaRunner, rows: torch.Tensor, position: int, slot: int = 0) -> torch.Tensor:
+    started = runner.start(rows, position, slot)
+    while not started.advance(Watch()):
+        assert len(rows) > WIDTH, "a step is launched as a whole"
+    return started.hidden
+
+
+def test_a_runner_of_steps_gives_the_rows_of_the_stage(stage: Stage) -> None:
+    """A prompt longer than a step, then short blocks; rows of earlier steps are not overwritten."""
+    runner, tokens = runner_of(stage, RecordedGraphs()), [5 + i % 60 for i in range(WIDTH + 9)]
+    ends = (WIDTH + 1, WIDTH + 2, WIDTH + 9)
+    found, begun = [], 0
+    for end in ends:
+        found.append(passed(runner, rows_of(stage, tokens[begun:end]), begun))
+        begun = end
+    plain = stage.forward(torch.tensor(tokens), 0)
+    assert plain is not None
+    torch.testing.assert_close(torch.cat(found), plain, rtol=1e-10, atol=1e-12)
+
+
+def test_the_last_position_of_a_context_can_be_run(stage: Stage) -> None:
+    runner = runner_of(stage)
+    rows = rows_of(stage, [7] * (CONTEXT - 1))
+    passed(runner, rows, 0)
+    assert passed(runner, rows[:1], CONTEXT - 1).isfinite().all()
+    assert runner.cache.lengths == [CONTEXT]
+    with pytest.raises(ProtocolError, match="do not fit"):
+        runner.start(rows[:1], CONTEXT)
+
+
+def test_what_is_dropped_is_not_launched(stage: Stage) -> None:
     graphs = RecordedGraphs()
-    step = step_of(stage, 2, graphs)
-    assert step.start(rows_of(stage, [7]), [0], lambda: True) is None
-    assert graphs.replays == 0
+    runner = runner_of(stage, graphs)
+    passed(runner, rows_of(stage, [7, 8]), 0)
+    launched = graphs.replays
+    runner.start(rows_of(stage, [9]), 1)
+    assert graphs.replays == launched
+    assert runner.cache.lengths == [1]
 
 
 def test_a_failed_capture_is_told_and_the_step_runs_eagerly(

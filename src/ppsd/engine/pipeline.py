@@ -28,7 +28,7 @@ from ppsd.errors import (
     StageLostError,
     UnsupportedModelError,
 )
-from ppsd.model.passes import Watch
+from ppsd.model.passes import Asking
 from ppsd.model.stage import StageModel
 from ppsd.speculation.policy import UNVERIFIED, Drafted, Feed, Judged
 from ppsd.speculation.sampling import Sampler, Stream
@@ -109,7 +109,7 @@ class Pipeline:
         self._last_rows: dict[int, torch.Tensor] = {}  # the last layer's, by verified position
         self._verdicts: deque[Verdict] = deque()  # of a pipeline of one stage
         self._ask: Callable[[], bool] = lambda: False
-        self._interrupted = Watch(lambda: self._ask(), endpoint.words)
+        self._interrupted = Asking(lambda: self._ask(), endpoint.words)
 
     def begin(self, begin: Begin) -> None:
         """Tell the last stage, and the drafter's sampler, how the next request samples."""

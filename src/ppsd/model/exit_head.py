@@ -20,11 +20,10 @@ from ppsd.errors import HeadError
 from ppsd.model import kernels
 from ppsd.model.head_codes import decode
 from ppsd.model.identity import Identity
-from ppsd.model.layers import LayerWeights, Product, Rope, rms_norm
+from ppsd.model.layers import LayerWeights, Norm, Product, Rope
 from ppsd.model.packed import Weight, pack
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stack import LayerStack
-from ppsd.model.stage import StagePlan, fuse_layer, new_cache, packable
+from ppsd.model.stage import StagePlan, fuse_layer, new_cache, new_runner, packable
 from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSource, layer_prefix
 from ppsd.speculation.lookup import LENGTHS, ODDS, Match, likeliest
 
@@ -189,12 +188,12 @@ class ExitHead:
             for name, t in weights.items()
         }
         self.norm = weights.pop("norm.weight")  # [C]
+        self._normed = Norm(self.norm, spec.rms_norm_eps)
         self.draft_ids = weights.pop("draft_ids", None)  # [draft vocabulary] int64, ascending
         ids = torch.arange(spec.vocab_size) if self.draft_ids is None else self.draft_ids.cpu()
         self._scored = ids.numpy()
-        self.input = weights.pop("input.weight", None)  # [C, C], none for norm
         self.lm_head = lm_head  # [draft vocabulary or V, C]
-        self._enter = _product(self.input)
+        self._enter = _product(weights.pop("input.weight", None))
         recalled = weights.pop("feedback.weight", None), weights.pop("feedback_norm.weight", None)
         self._recall = _product(recalled[0], None, recalled[1], spec.rms_norm_eps)
         self._odds = _product(weights.pop("copy.weight", None), weights.pop("copy.bias", None))
@@ -204,14 +203,17 @@ class ExitHead:
         ]
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
         self.cache = new_cache(self.spec, len(self.layers), plan)
-        self._stack = LayerStack(self.layers, self.spec, self.rope, self.cache)
+        self._runner = new_runner(self.layers, self.spec, self.rope, self.cache)
 
-    def forward(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
-        """Rows [n, C] after layer E at ``position`` to the head's own rows [n, C]."""
-        x = hidden if self._enter is None else self._enter(hidden)
-        rows = self._stack.forward(x, position)
-        assert rows is not None, "nothing interrupts a head"
-        return rows
+    def enter(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return rows [n, C] after layer E as the head's layers want them."""
+        return hidden if self._enter is None else self._enter(hidden)
+
+    def forward(self, hidden: torch.Tensor, position: int, slot: int = 0) -> torch.Tensor:
+        """Run rows [n, C] after layer E at ``position`` to the head's own rows [n, C]."""
+        started = self._runner.start(self.enter(hidden), position, slot)
+        started.advance()
+        return started.hidden
 
     def finish(self, features: torch.Tensor, verified: torch.Tensor | None = None) -> torch.Tensor:
         """``forward``'s rows [n, C] as ``logits`` and ``copy_odds`` want them [n, C].
@@ -220,7 +222,7 @@ class ExitHead:
         """
         if self._recall is not None and verified is not None:
             features = features + self._recall(verified)
-        return rms_norm(features, self.norm, self.spec.rms_norm_eps)
+        return self._normed(features)
 
     def copy_odds(self, finished: torch.Tensor) -> torch.Tensor:
         """The ``odds`` [n, LENGTHS] of ``lookup.mixed`` for each finished row."""

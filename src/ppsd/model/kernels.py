@@ -4,8 +4,8 @@ A library of them comes with the package, or this machine's C compiler makes one
 Without either, or with ``PPSD_KERNELS=torch``, PyTorch's operations are used instead. A process
 decides that once, rank 0 for all stages: what they use decides the bits of a result.
 
-A row has the same bits whatever rows come with it. Shapes are as in layers.py; arguments have to
-satisfy ``fits``.
+A row has the same bits whatever rows come with it. Shapes are as in layers.py. Which weights and
+sizes the functions take, ``supports`` says; they take at most MAX_ROWS bfloat16 rows on a CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import fcntl
 import functools
 import hashlib
 import logging
-import operator
 import os
 import platform
 from collections.abc import Sequence
@@ -86,23 +85,17 @@ class Packed(Protocol):
         """No."""
 
 
-def fits(x: torch.Tensor, weight: torch.Tensor | Packed, *sizes: int) -> bool:
-    """Whether to use the functions here for rows ``x`` [n, …, in], a weight and further sizes."""
-    return takes(x) and suits(weight, x.shape[-1], *sizes)
+def supports(weight: torch.Tensor | Packed, *sizes: int) -> bool:
+    """Return True if kernels are in use, and take ``weight`` and layers of these ``sizes``.
 
-
-def takes(x: torch.Tensor) -> bool:
-    """Whether rows ``x`` [n, …] are of a kind and number for the functions here."""
-    few = x.dtype == torch.bfloat16 and x.is_cpu and x.shape[0] <= MAX_ROWS
-    return few and not x.requires_grad
-
-
-def suits(weight: torch.Tensor | Packed, *sizes: int) -> bool:
-    """Whether a weight and ``sizes`` are for the functions here, and they can be had."""
+    To be asked once for a weight, when it is loaded. The first answer may compile the kernels.
+    """
+    data = weight if isinstance(weight, torch.Tensor) else weight.data
     return (
         weight.dtype == torch.bfloat16
-        and not functools.reduce(operator.or_, sizes) % STEP
+        and data.is_cpu
         and not weight.requires_grad
+        and not any(size % STEP for size in sizes)
         and loaded() is not None
     )
 
@@ -134,7 +127,8 @@ class Product:
         self._out, self._size = weight.shape
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """See above; [n, out]."""
+        """Return the product, [n, out]."""
+        assert x.dtype == torch.bfloat16  # others would be misread
         x = x.contiguous()
         rows = x.shape[0]
         y = x.new_empty((rows, self._out))

@@ -1,4 +1,4 @@
-"""The Llama-family decoder layer as plain functions over its weights. Used by stages and heads.
+"""The Llama-family decoder layer by PyTorch's operations. Used by stages, heads and training.
 
 Shapes: n rows of one sequence, C hidden size, H query heads, K key/value heads, D head size,
 F intermediate size, T positions so far.
@@ -6,7 +6,6 @@ F intermediate size, T positions so far.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -48,12 +47,6 @@ class LayerWeights:
     q_norm: torch.Tensor | None = None  # [D]
     k_norm: torch.Tensor | None = None  # [D]
 
-    @functools.cached_property
-    def pointers(self) -> kernels.Pointers:
-        """Where the tensors lie, in order, as kernels.c wants them."""
-        matrices = (self.qkv, self.o, self.gate_up, self.down)
-        return kernels.pointers([getattr(self, field.name) for field in FIELDS], matrices)
-
 
 FIELDS = fields(LayerWeights)
 
@@ -90,11 +83,8 @@ def _widen(x: torch.Tensor, rows: int) -> bool:
     return rows >= WIDEN_ROWS and x.device.type == "cpu" and not _NATIVE.get(x.dtype, True)
 
 
-def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x`` [n, in] times ``weight`` [out, in] transposed, plus ``bias``; [n, out]."""
-    if kernels.fits(x, weight):
-        return kernels.Product(weight, bias)(x)
-    weight = whole(weight)
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``x`` [n, in] times ``weight`` [out, in] transposed, plus ``bias``; [n, out]."""
     if not _widen(x, x.shape[0]):
         return F.linear(x, weight, bias)
     if weight.shape[0] <= WIDEN_AT_ONCE:
@@ -109,16 +99,35 @@ def _wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last dimension, in float32 or wider (Zhang 2019)."""
-    if kernels.fits(x, weight):
-        return kernels.rms_norm(x, weight, eps)
+    """Return the root-mean-square norm over the last dimension (Zhang 2019).
+
+    It is computed in float32 or wider.
+    """
     wide = x if x.dtype == torch.float64 else x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return scaled.to(x.dtype) * weight
 
 
+class Norm:
+    """``rms_norm`` with one weight; compiled for few rows where kernels support the weight."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self._weight, self._eps = weight, eps
+        self._compiled = kernels.supports(weight, weight.shape[0])
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` [n, …, in] normed over its last dimension."""
+        if self._compiled and x.shape[0] <= kernels.MAX_ROWS:
+            return kernels.rms_norm(x, self._weight, self._eps)
+        return rms_norm(x, self._weight, self._eps)
+
+
 class Product:
-    """``linear`` with one weight, and before it ``rms_norm`` where there is a ``norm`` [in]."""
+    """``linear`` with one weight, and before it ``rms_norm`` where there is a ``norm`` [in].
+
+    Compiled for few rows where kernels support the weight, which is decided here. No gradient flows
+    back through a weight that needs none.
+    """
 
     def __init__(
         self,
@@ -128,19 +137,15 @@ class Product:
         eps: float = 0.0,
     ) -> None:
         self._parts = weight, bias, norm, eps
-
-    @functools.cached_property
-    def _compiled(self) -> kernels.Product | None:
-        weight = self._parts[0]
-        suited = kernels.suits(weight, weight.shape[1])
-        return kernels.Product(*self._parts) if suited else None
+        supported = kernels.supports(weight, weight.shape[1])
+        self._compiled = kernels.Product(*self._parts) if supported else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows ``x`` [n, in] to [n, out]."""
-        if self._compiled is not None and kernels.takes(x):
+        """Return the product [n, out] of rows ``x`` [n, in]."""
+        if self._compiled is not None and x.shape[0] <= kernels.MAX_ROWS:
             return self._compiled(x)
         weight, bias, norm, eps = self._parts
-        return linear(x if norm is None else rms_norm(x, norm, eps), weight, bias)
+        return linear(x if norm is None else rms_norm(x, norm, eps), whole(weight), bias)
 
 
 def causal_mask(position: int, rows: int, device: torch.device) -> torch.Tensor | None:
@@ -173,46 +178,42 @@ def attend(
     return out.view(groups, shared, n, size).permute(2, 0, 1, 3).reshape(n, heads * size)
 
 
-def project_qkv(
-    x: torch.Tensor, weights: LayerWeights, spec: ModelSpec, rope: Rope, position: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normed ``x`` [n, C] to rotated q [n, H, D], rotated k [n, K, D] and v [n, K, D]."""
-    n = x.shape[0]
-    qkv = linear(x, weights.qkv, weights.qkv_bias).view(n, -1, spec.head_dim)
-    rotated, v = torch.split(qkv, [spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], 1)
-    if weights.q_norm is not None and weights.k_norm is not None:
-        q, k = torch.split(rotated, [spec.num_heads, spec.num_kv_heads], 1)
-        q = rms_norm(q, weights.q_norm, spec.rms_norm_eps)
-        k = rms_norm(k, weights.k_norm, spec.rms_norm_eps)
-        rotated = torch.cat([q, k], 1)
-    rotated = rope.rotate(rotated, position)
-    q, k = torch.split(rotated, [spec.num_heads, spec.num_kv_heads], 1)
-    return q, k, v
+class DecoderLayer:
+    """One decoder layer over the rows of any sequences; gradients flow where weights ask for them.
 
-
-def mlp(x: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
-    """Gated SiLU feed-forward of ``x`` [n, C] (Shazeer 2020)."""
-    gate, up = linear(x, weights.gate_up, weights.gate_up_bias).chunk(2, -1)
-    return linear(F.silu(gate) * up, weights.down, weights.down_bias)
-
-
-def decoder_layer(
-    x: torch.Tensor,
-    weights: LayerWeights,
-    spec: ModelSpec,
-    rope: Rope,
-    attention: Attention,
-    position: int = 0,
-) -> torch.Tensor:
-    """Run one layer over rows ``x`` [n, C] by PyTorch's operations; gradients flow where asked for.
-
-    ``rope`` turns the rows from ``position`` on; ``attention`` knows what they may see, and keeps
-    their keys and values.
+    What its rows may see, and where their keys and values are kept, is up to ``attention``.
     """
-    normed = rms_norm(x, weights.input_norm, spec.rms_norm_eps)
-    attended = attention(*project_qkv(normed, weights, spec, rope, position))
-    x = x + linear(attended, weights.o, weights.o_bias)
-    return x + mlp(rms_norm(x, weights.post_norm, spec.rms_norm_eps), weights)
+
+    def __init__(self, weights: LayerWeights, spec: ModelSpec) -> None:
+        w, eps = weights, spec.rms_norm_eps
+        self._qkv = Product(w.qkv, w.qkv_bias, w.input_norm, eps)
+        self._o = Product(w.o, w.o_bias)
+        self._gate_up = Product(w.gate_up, w.gate_up_bias, w.post_norm, eps)
+        self._down = Product(w.down, w.down_bias)
+        self._q_norm = None if w.q_norm is None else Norm(w.q_norm, eps)
+        self._k_norm = None if w.k_norm is None else Norm(w.k_norm, eps)
+        self._spec = spec
+
+    def __call__(
+        self, x: torch.Tensor, rope: Rope, attention: Attention, position: int = 0
+    ) -> torch.Tensor:
+        """Return rows ``x`` [n, C] after the layer; ``rope`` turns them from ``position`` on."""
+        x = x + self._o(attention(*self._attention_inputs(x, rope, position)))
+        gate, up = self._gate_up(x).chunk(2, -1)  # gated SiLU (Shazeer 2020)
+        return x + self._down(F.silu(gate) * up)
+
+    def _attention_inputs(
+        self, x: torch.Tensor, rope: Rope, position: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return rotated q [n, H, D] and k [n, K, D], and v [n, K, D]."""
+        heads, groups = self._spec.num_heads, self._spec.num_kv_heads
+        qkv = self._qkv(x).view(x.shape[0], -1, self._spec.head_dim)
+        rotated, v = torch.split(qkv, [heads + groups, groups], 1)
+        if self._q_norm is not None and self._k_norm is not None:
+            q, k = torch.split(rotated, [heads, groups], 1)
+            rotated = torch.cat([self._q_norm(q), self._k_norm(k)], 1)
+        q, k = torch.split(rope.rotate(rotated, position), [heads, groups], 1)
+        return q, k, v
 
 
 def cached_attention(

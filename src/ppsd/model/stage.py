@@ -5,7 +5,6 @@ Used by worker/ and engine/. A stage knows nothing of other stages or of how row
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -16,11 +15,12 @@ import torch
 from ppsd.model import kernels
 from ppsd.model.cache import KVCache
 from ppsd.model.kernels import Kind
-from ppsd.model.layers import FIELDS, LayerWeights, Product, Rope
+from ppsd.model.layers import FIELDS, LayerWeights, Norm, Product, Rope
 from ppsd.model.packed import Codes, Weight, can_pack, pack, packed_bytes
-from ppsd.model.passes import Interrupted
+from ppsd.model.passes import Interrupted, Pass, finish
+from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stack import LayerStack
+from ppsd.model.steps import CudaGraphs, CudaRunner
 from ppsd.model.weights import (
     EMBEDDING,
     FINAL_NORM,
@@ -52,11 +52,7 @@ class StageModel(Protocol):
     def forward(
         self, inputs: torch.Tensor, position: int, interrupted: Interrupted
     ) -> torch.Tensor | None:
-        """Run token ids [n] (first stage) or hidden rows [n, C] at ``position``; give [n, C].
-
-        ``interrupted`` is asked between layers; once it says yes the result is None and the
-        rows count as not written. Raises ProtocolError when rows before ``position`` are missing.
-        """
+        """Run a pass to its end; return its rows [n, C], or None once ``interrupted`` is true."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Target logits [n, vocabulary] of the last stage's output rows [n, C]."""
@@ -67,6 +63,7 @@ class StagePlan:
     """Layers [first, last) of a model, and how to hold them.
 
     ``packed``: keep weights in the codes of their file where products are faster for it.
+    ``slots``: sequences whose rows the cache holds side by side.
     """
 
     first: int
@@ -75,6 +72,7 @@ class StagePlan:
     dtype: torch.dtype
     device: torch.device
     packed: bool = False
+    slots: int = 1
 
 
 def packable(
@@ -215,7 +213,12 @@ class Stage:
         del self._source, self._memory
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
         self.cache = new_cache(spec, len(self.layers), plan)
-        self._stack = LayerStack(self.layers, spec, self.rope, self.cache)
+        self._runner = new_runner(self.layers, spec, self.rope, self.cache)
+        self._score = (
+            None
+            if self.lm_head is None
+            else Product(self.lm_head, None, self.norm, spec.rms_norm_eps)
+        )
 
     @property
     def is_last(self) -> bool:
@@ -256,30 +259,60 @@ class Stage:
             return embedding
         return self._memory.keep(self._load(name))
 
-    def forward(
-        self, inputs: torch.Tensor, position: int, interrupted: Interrupted = lambda: False
-    ) -> torch.Tensor | None:
-        """See StageModel."""
+    def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
+        """Start a pass of token ids [n] (first stage) or hidden rows [n, C] of a slot.
+
+        The first of them stands at ``position``. Raises ProtocolError when rows before it are
+        missing.
+        """
         if inputs.device != self.plan.device:
             inputs = inputs.to(self.plan.device)
         x = inputs if self.embedding is None else self.embedding.index_select(0, inputs)
-        return self._stack.forward(x, position, interrupted)
+        return self._runner.start(x, position, slot)
+
+    def forward(
+        self, inputs: torch.Tensor, position: int, interrupted: Interrupted | None = None
+    ) -> torch.Tensor | None:
+        """Run a pass to its end; return its rows [n, C], or None once ``interrupted`` is true."""
+        return finish(self.start(inputs, position), interrupted)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See StageModel."""
+        """Return target logits [n, vocabulary] of the last stage's output rows [n, C]."""
+        assert self._score is not None, "only the last stage has logits"
         logits = self._score(hidden)
         if self.spec.unused_ids:
             logits[:, list(self.spec.unused_ids)] = float("-inf")
         return logits
 
-    @functools.cached_property
-    def _score(self) -> Product:
-        assert self.lm_head is not None, "only the last stage has logits"
-        return Product(self.lm_head, None, self.norm, self.spec.rms_norm_eps)
+    def final_norm(self) -> Norm:
+        """Return the norm before the LM head."""
+        assert self.norm is not None, "only the last stage has a final norm"
+        return Norm(self.norm, self.spec.rms_norm_eps)
 
 
 def new_cache(spec: ModelSpec, layers: int, plan: StagePlan) -> KVCache:
-    """A cache of ``layers`` layers for the plan's context, dtype and device."""
+    """Return a cache of ``layers`` layers for the plan's context, slots, dtype and device."""
     return KVCache(
-        layers, spec.num_kv_heads, plan.max_context, spec.head_dim, plan.dtype, plan.device
+        layers,
+        spec.num_kv_heads,
+        plan.max_context,
+        spec.head_dim,
+        plan.dtype,
+        plan.device,
+        slots=plan.slots,
+        spare=int(plan.device.type == "cuda"),
     )
+
+
+def new_runner(
+    weights: Sequence[LayerWeights], spec: ModelSpec, rope: Rope, cache: KVCache
+) -> Runner:
+    """Choose what runs these layers, once and for all, by their device, dtype and sizes."""
+    if not weights:
+        return TorchRunner(weights, spec, rope, cache)
+    if weights[0].input_norm.is_cuda:
+        return CudaRunner(weights, spec, rope, cache, CudaGraphs())
+    sizes = spec.hidden_size, spec.head_dim, spec.num_heads * spec.head_dim
+    if kernels.supports(weights[0].qkv, *sizes, spec.intermediate_size):
+        return CompiledRunner(weights, spec, rope, cache)
+    return TorchRunner(weights, spec, rope, cache)

@@ -13,11 +13,15 @@ from typing import Protocol
 
 import torch
 
-from ppsd.model.layers import Attention, LayerWeights, Rope, RopeRows, attend, decoder_layer
+from ppsd.model.cache import KVCache
+from ppsd.model.layers import Attention, DecoderLayer, LayerWeights, Rope, RopeRows, attend
+from ppsd.model.passes import Pass, Watch
+from ppsd.model.runners import TorchRunner
 from ppsd.model.spec import ModelSpec
 
 BUCKET = 256  # cells: a graph serves all contexts up to the next multiple
 WARM_UPS = 3  # runs before a capture, in which libraries choose their kernels
+WIDTH = 16  # rows of a stage's step; more of them take as long on a GPU, up to about 64
 logger = logging.getLogger(__name__)
 
 Replay = Callable[[], None]
@@ -69,7 +73,8 @@ class Step:
         graphs: Graphs | None,
         finish: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
     ) -> None:
-        self._layers, self._spec, self._rope, self._finish = layers, spec, rope, finish
+        self._layers = [DecoderLayer(weights, spec) for weights in layers]
+        self._rope, self._finish = rope, finish
         self._cache = cache
         self._graphs = graphs
         first = cache[0][0]
@@ -84,25 +89,17 @@ class Step:
         """Rows of a step."""
         return len(self._rows)
 
-    def start(
-        self,
-        rows: torch.Tensor,
-        positions: Sequence[int],
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> torch.Tensor | None:
+    def start(self, rows: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
         """Launch ``rows`` [n, C] at ``positions``; return where their results will be [n, …].
 
-        Returns None, with nothing launched, if it is ``cancelled`` by then. What is returned is
-        overwritten by the next step. Raises ValueError for more rows than the width and positions
-        beyond the cache.
+        What is returned is overwritten by the next step. Raises ValueError for more rows than the
+        width and positions beyond the cache.
         """
         count = len(positions)
         if not 0 < count <= self.width or not 0 <= min(positions) <= max(positions) < self._spare:
             raise ValueError(f"{count} rows at {positions} do not fit {self.width} x {self._spare}")
         self._place(positions)
         replay, result = self._replay(-(-(max(positions) + 1) // BUCKET) * BUCKET)
-        if cancelled():
-            return None
         self._rows[:count].copy_(rows, non_blocking=True)
         replay()
         return result[:count]
@@ -147,9 +144,8 @@ class Step:
         size = min(bucket, self._spare)
         mask = self._reach[:size] <= positions[:, None]
         x = self._rows
-        for weights, keys, values in zip(self._layers, *self._cache, strict=True):
-            attention = _celled_attention(keys, values, cells, mask)
-            x = decoder_layer(x, weights, self._spec, rope, attention)
+        for layer, keys, values in zip(self._layers, *self._cache, strict=True):
+            x = layer(x, rope, _celled_attention(keys, values, cells, mask))
         return self._finish(x)
 
 
@@ -168,3 +164,49 @@ def _celled_attention(
         return attend(q, keys[:, :size], values[:, :size], mask)
 
     return attention
+
+
+class CudaRunner:
+    """Run up to WIDTH rows as a Step of their slot, and longer blocks as TorchRunner does.
+
+    The cache needs a spare cell. A step is launched as a whole: once begun it is not stopped, which
+    would cost more than the few milliseconds it takes.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[LayerWeights],
+        spec: ModelSpec,
+        rope: Rope,
+        cache: KVCache,
+        graphs: Graphs | None,
+    ) -> None:
+        self.cache = cache
+        self._blocks = TorchRunner(weights, spec, rope, cache)
+        self.steps: list[Step] = []
+        for slot in range(len(cache.lengths)):
+            keys, values = zip(*cache.views(slot), strict=True)
+            self.steps.append(Step(weights, spec, rope, (keys, values), WIDTH, graphs))
+
+    def start(self, rows: torch.Tensor, position: int, slot: int = 0) -> Pass:
+        """Start a pass."""
+        if len(rows) > WIDTH:
+            return self._blocks.start(rows, position, slot)
+        self.cache.reserve(position, len(rows), slot)
+        return CudaPass(self, rows, position, slot)
+
+
+class CudaPass:
+    """A pass through the layers of a CudaRunner."""
+
+    def __init__(self, runner: CudaRunner, rows: torch.Tensor, position: int, slot: int) -> None:
+        self.hidden = rows
+        self._runner, self._position, self._slot = runner, position, slot
+
+    def advance(self, watch: Watch | None = None) -> bool:
+        """Launch the step and return True; nobody needs to wait for its rows yet."""
+        positions = range(self._position, self._position + len(self.hidden))
+        found = self._runner.steps[self._slot].start(self.hidden, positions)
+        self.hidden = found.clone()  # the next step overwrites it
+        self._runner.cache.advance(self._position, len(positions), self._slot)
+        return True

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ppsd.model.exit_head import ExitHead
-from ppsd.model.layers import Attention, Rope, RopeRows, decoder_layer, linear, rms_norm
+from ppsd.model.layers import Attention, DecoderLayer, Rope, RopeRows
 from ppsd.model.stage import Stage
 
 
@@ -64,7 +64,7 @@ def teacher_forward(
     x = model.embedding[tokens.flatten()]
     kept: dict[int, torch.Tensor] = {}
     for done, weights in enumerate(model.layers[:depth], start=1):
-        x = decoder_layer(x, weights, model.spec, rope, attention)
+        x = DecoderLayer(weights, model.spec)(x, rope, attention)
         if done in exits:
             kept[done] = x
     return Features(kept, x)
@@ -74,14 +74,13 @@ def teacher_forward(
 def head_forward(head: ExitHead, hidden: torch.Tensor, sequences: int) -> torch.Tensor:
     """``ExitHead.forward`` for whole sequences: rows [B·T, C] after the exit layer to [B·T, C]."""
     rope = whole_sequences(head.rope, sequences, len(hidden) // sequences)
-    x = hidden if head.input is None else linear(hidden, head.input)
+    x = head.enter(hidden)
     for weights in head.layers:
-        x = decoder_layer(x, weights, head.spec, rope, causal_attention(sequences))
+        x = DecoderLayer(weights, head.spec)(x, rope, causal_attention(sequences))
     return x
 
 
 def teacher_rows(model: Stage, features: Features, rows: torch.Tensor) -> torch.Tensor:
     """Final-normed rows [len(rows), C] of the teacher: times an LM head they are its logits."""
-    assert model.norm is not None
     with torch.no_grad():
-        return rms_norm(features.last[rows], model.norm, model.spec.rms_norm_eps)
+        return model.final_norm()(features.last[rows])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ppsd.errors import ConfigError
-from ppsd.model.layers import Attention, RopeRows, decoder_layer, linear, rms_norm
+from ppsd.model.layers import Attention, DecoderLayer, Product, RopeRows
 from ppsd.model.packed import whole
 from ppsd.model.stage import Stage
 from ppsd.train.batched import by_sequence, causal_attention
@@ -223,6 +223,10 @@ class BatchGenerator:
         self._eos_ids = frozenset(eos_ids)
         self._vocab_size = min(vocab_size, model.spec.vocab_size)
         self._max_length = max_length
+        self._layers = [DecoderLayer(weights, model.spec) for weights in model.layers]
+        assert model.lm_head is not None, "the model is whole"
+        spoken = whole(model.lm_head)[: self._vocab_size]
+        self._score = Product(spoken, None, model.norm, model.spec.rms_norm_eps)
         self._noise = noise
         self._rows: list[_Row] = []
 
@@ -320,20 +324,16 @@ class BatchGenerator:
         assert model.embedding is not None
         x = model.embedding[tokens.to(model.plan.device)]
         rope = RopeRows(model.rope, positions)
-        for layer, weights in enumerate(model.layers):
-            x = decoder_layer(x, weights, model.spec, rope, attention(layer))
+        for layer, decoder in enumerate(self._layers):
+            x = decoder(x, rope, attention(layer))
             if layer + 1 in self._keep:
                 keep(layer + 1, x)
         return x
 
     def _choose(self, rows: Sequence[_Row], hidden: torch.Tensor) -> None:
         """Append each row's next token."""
-        model = self._model
-        assert model.norm is not None
-        assert model.lm_head is not None
-        normed = rms_norm(hidden, model.norm, model.spec.rms_norm_eps)
-        scores = linear(normed, whole(model.lm_head)[: self._vocab_size]).float()
-        scores[:, list(model.spec.unused_ids)] = float("-inf")
+        scores = self._score(hidden).float()
+        scores[:, list(self._model.spec.unused_ids)] = float("-inf")
         for row, token in zip(rows, self._drawn(rows, scores).tolist(), strict=True):
             row.output.append(token)
         self.written += len(rows)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ppsd.model.head_codes import rounded
-from ppsd.model.layers import LayerWeights, RopeRows, decoder_layer, linear, rms_norm
+from ppsd.model.layers import DecoderLayer, LayerWeights, RopeRows, linear, rms_norm
 from ppsd.model.packed import whole
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage
@@ -109,7 +109,7 @@ class Student:
         """
         x = hidden if self.input is None else linear(hidden, self.input)
         for weights in self.layers:
-            x = decoder_layer(x, weights, self.spec, rope, causal_attention(sequences))
+            x = DecoderLayer(weights, self.spec)(x, rope, causal_attention(sequences))
         x = x[rows]
         if self.feedback is not None:
             x = x + linear(self._normed(verified), self.feedback)

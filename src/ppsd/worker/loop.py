@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ppsd.errors import PipelineError, ProtocolError, RequestError
-from ppsd.model.passes import Watch
+from ppsd.model.passes import Asking
 from ppsd.model.stage import StageModel
 from ppsd.transport.base import Endpoint
 from ppsd.worker.judge import Judge, require_finite
@@ -56,7 +56,7 @@ class Worker:
         self._recorder = recorder or Recorder()
         self._landing = Landing()
         self._epoch = 0  # of the block at work
-        self._stale = Watch(self._ask, endpoint.words)
+        self._stale = Asking(self._ask, endpoint.words)
 
     def step(self, timeout: float) -> bool:
         """Handle one message; False when none came within ``timeout`` seconds."""
