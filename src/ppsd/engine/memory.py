@@ -41,7 +41,7 @@ def stage_bytes(
             bounds,
             rank,
             plan.dtype.itemsize,
-            plan.max_context,
+            plan.slots * plan.max_context,
             head,
             weight_bytes(spec, plan, source),
         )
