@@ -120,7 +120,7 @@ def test_pauses_change_no_bit(open_tiny, monkeypatch, dtype, split, params) -> N
         for _ in range(4):
             result = verify(llm, [task(TEXTS[0])], params)
             check_bitwise(result)
-        gate = llm._engine.gate
+        gate = llm._engine.engine.gate
     assert isinstance(gate, Hurried)
     assert gate.plain is not None, "it has paused and measured, over all four requests"
     assert gate.switches.pauses > 0

@@ -62,7 +62,7 @@ def test_any_order_of_work_gives_the_plain_output(
     for prompt, sampling, stop in requests:
         params = SamplingParams(**sampling)
         assert rig.decode(prompt, params, stop, alpha=alpha) == rig.plain(prompt, params, stop)
-        counts = rig.engine.policy.counts
+        counts = rig.sequence.policy.counts
         assert counts.drafted == counts.judged + counts.discarded
 
 
@@ -87,7 +87,7 @@ def test_a_draft_rests_on_the_same_verified_row_however_fast_answers_are(
         rig.order = lambda moves=moves: next(moves, 0) or None
         rig.move_while_stage_0_computes(turns)
         rig.decode(prompt, params, alpha=alpha)
-        seen.append(rig.pipeline.drafter.seen)
+        seen.append(rig.stage.drafter.seen)
     common = seen[0].keys() & seen[1].keys()
     assert {k: seen[0][k] for k in common} == {k: seen[1][k] for k in common}
 
@@ -96,7 +96,7 @@ def test_a_chain_of_accepted_drafts_rests_on_what_w_blocks_leave_behind() -> Non
     """Of a row p the verdicts up to p - w are in, and none comes before the prompt's last."""
     rig = Rig(3, Schedule(1, 3))
     rig.decode([1, 2, 5], SamplingParams(max_tokens=9), alpha=1.0)
-    lags = {len(history) - 1: newest for history, newest in rig.pipeline.drafter.seen.items()}
+    lags = {len(history) - 1: newest for history, newest in rig.stage.drafter.seen.items()}
     assert lags == {2: -1, 3: -1, 4: -1, 5: 2, 6: 3, 7: 4, 8: 5, 9: 6}
 
 
@@ -126,7 +126,7 @@ def test_a_hurried_gate_pauses_and_resumes() -> None:
     switched = [paused for _, paused in rig.engine.gate.switches.times]
     assert switched.count(True) >= 3
     assert switched.count(False) >= 3
-    assert rig.engine.policy.counts.judged > 10
+    assert rig.sequence.policy.counts.judged > 10
 
 
 @settings(max_examples=60)
@@ -147,17 +147,8 @@ def test_a_request_left_early_does_not_touch_the_next(data) -> None:
     params = SamplingParams(max_tokens=12)
     rig.decode(prompt, params)
     for leave_after in data.draw(st.lists(st.integers(0, 6), max_size=3)):
-        stream = rig.engine.decode(_request(rig, prompt, params))
-        for _, _ in zip(range(leave_after), stream, strict=False):
-            pass
-        stream.close()
+        rig.decode(prompt, params, most=leave_after)
         assert rig.decode(prompt, params) == rig.plain(prompt, params, frozenset())
-
-
-def _request(rig: Rig, prompt: list[int], params: SamplingParams):
-    from ppsd.engine.engine import Request
-
-    return Request(tuple(prompt), params, frozenset(), rig.vocab)
 
 
 @settings(max_examples=40)
@@ -170,12 +161,13 @@ def test_rows_kept_from_the_last_turn_are_the_ones_a_fresh_run_computes(
     answer = rig.decode(prompt, params)
     turn = [*prompt, *answer, *addition]
     kept = len(prompt) + len(answer) - 1
-    assert rig.decode(turn, params, cached=kept) == rig.plain(turn, params, frozenset())
+    assert rig.decode(turn, params, reuse=True) == rig.plain(turn, params, frozenset())
+    assert rig.sequence.cached == kept
 
 
 def test_right_drafts_flow_without_a_single_resync() -> None:
     rig = Rig(4, Schedule(1, 4))
     params = SamplingParams(max_tokens=40)
     assert rig.decode([1, 2], params, alpha=1.0) == rig.plain([1, 2], params, frozenset())
-    counts = rig.engine.policy.counts
+    counts = rig.sequence.policy.counts
     assert (counts.resyncs, counts.accepted, counts.discarded) == (0, 39, 0)

@@ -41,7 +41,7 @@ def check_oracle_model() -> None:
     for number in range(30):  # the last ten with pauses of speculation
         stages = rng.randint(2, 4)
         rig = Rig(stages, Schedule(rng.randint(1, 4), rng.randint(1, 4)), chunk=rng.randint(1, 5))
-        rig.pipeline._timeout = TIMEOUT_S
+        rig.links._timeout = TIMEOUT_S
         rig.move_while_stage_0_computes(lulls_and_bursts(rng, stages))
         if number >= 20:
             rig.pause_at_will([rng.random() < 0.3 for _ in range(9)])
@@ -99,7 +99,7 @@ class TinyCheck:
 
     def _requests(self, llm: LLM) -> None:
         for (i, j), plain in self._plain.items():
-            llm._pipeline.drafter = OracleDrafter([*PROMPTS[i], *plain], 0.6, TINY_VOCAB)
+            llm._running.stage.drafter = OracleDrafter([*PROMPTS[i], *plain], 0.6, TINY_VOCAB)
             assert llm.run(PROMPTS[i], TINY_SAMPLINGS[j], reuse=True).token_ids == plain
 
     def _converse(self, llm: LLM) -> None:
@@ -117,7 +117,9 @@ class TinyCheck:
 
     def _leave_early(self, llm: LLM) -> None:
         """A client goes away while right drafts are under way."""
-        llm._pipeline.drafter = OracleDrafter([*PROMPTS[2], *self._plain[2, 0]], 1.0, TINY_VOCAB)
+        llm._running.stage.drafter = OracleDrafter(
+            [*PROMPTS[2], *self._plain[2, 0]], 1.0, TINY_VOCAB
+        )
         stream = llm.stream(PROMPTS[2], TINY_SAMPLINGS[0])
         for _ in range(3):
             next(stream)

@@ -13,7 +13,7 @@ from itertools import product
 import pytest
 import torch
 
-from ppsd.engine.drafter import Given
+from ppsd.engine.drafter import DraftState, Given
 from ppsd.speculation.policy import Schedule
 from ppsd.speculation.sampling import Sampler
 from ppsd.types import SamplingParams
@@ -33,33 +33,25 @@ class OtherOpinion:
 
     feedback = False
 
-    def __init__(self) -> None:
-        self.rows: dict[int, torch.Tensor] = {}
-
-    def observe(self, position: int, hidden: torch.Tensor) -> None:
+    def observe(self, state: DraftState, position: int, hidden: torch.Tensor) -> None:
         pass
 
-    def draft(self, given: Given) -> int:
+    def draft(self, state: DraftState, given: Given) -> int:
         history = given.history
         word = digest(*history.tolist())
         logits = torch.tensor([((word >> (8 * i)) & 0xFF) / 64 for i in range(VOCAB)])
-        self.rows[history.numel()] = given.sampler.probabilities(logits, history)
+        state.drawn[history.numel()] = given.sampler.probabilities(logits, history)
         return given.sampler.draw(logits, history, given.stream)
-
-    def probabilities(self, position: int) -> torch.Tensor:
-        return self.rows[position]
 
 
 def exact_joint(params: SamplingParams) -> dict[tuple[int, ...], float]:
     """The target's probability of every output of TOKENS tokens."""
 
     def next_token(prefix: list[int]) -> torch.Tensor:
-        rows: torch.Tensor | None = torch.tensor(prefix)
+        rows = torch.tensor(prefix)
         for rank in range(STAGES):
-            assert rows is not None
             stage = HashStage(rank, STAGES, VOCAB)
             rows = stage.forward(rows, 0)
-        assert rows is not None
         sampler = Sampler(params, len(PROMPT), frozenset(), VOCAB)
         return sampler.probabilities(stage.logits(rows[-1:])[0], torch.tensor(prefix))
 
@@ -85,8 +77,8 @@ def test_the_joint_distribution_is_the_target_s(schedule, wills) -> None:
     for seed in range(RUNS):
         params = SamplingParams(temperature=1.0, seed=seed, max_tokens=TOKENS)
         seen[tuple(rig.decode(PROMPT, params, drafter=drafter))] += 1
-        accepted += rig.engine.policy.counts.accepted
-        judged += rig.engine.policy.counts.judged
+        accepted += rig.sequence.policy.counts.accepted
+        judged += rig.sequence.policy.counts.judged
     assert 0.2 < accepted / judged < 0.95, "both outcomes must be common for the test to mean much"
     joint = exact_joint(SamplingParams(temperature=1.0, max_tokens=TOKENS))
     assert sum(joint.values()) == pytest.approx(1.0)
@@ -100,28 +92,25 @@ class Certain:
 
     feedback = False
 
-    def observe(self, position: int, hidden: torch.Tensor) -> None:
+    def observe(self, state: DraftState, position: int, hidden: torch.Tensor) -> None:
         pass
 
-    def draft(self, given: Given) -> int:
+    def draft(self, state: DraftState, given: Given) -> int:
         return 0
-
-    def probabilities(self, position: int) -> torch.Tensor:
-        return torch.eye(VOCAB, dtype=torch.float64)[0]
 
 
 def check_certain_drafts() -> None:
     """Few runs are enough: half the first tokens come from a residual of two tokens."""
     params = SamplingParams(temperature=4.0, max_tokens=2)
     rig = Rig(STAGES, Schedule(1, 2), acceptance="rejection", vocab=VOCAB)
-    rig.pipeline._timeout = 2.0
+    rig.links._timeout = 2.0
     seen: Counter[tuple[int, ...]] = Counter()
     accepted = judged = 0
     for seed in range(CERTAIN_RUNS):
         tokens = rig.decode(PROMPT, replace(params, seed=seed), drafter=Certain())
         seen[tuple(tokens)] += 1
-        accepted += rig.engine.policy.counts.accepted
-        judged += rig.engine.policy.counts.judged
+        accepted += rig.sequence.policy.counts.accepted
+        judged += rig.sequence.policy.counts.judged
     assert 0.2 < accepted / judged < 0.6
     joint = exact_joint(params)
     cells = sorted(joint)

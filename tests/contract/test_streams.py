@@ -173,7 +173,7 @@ def test_drafts_are_as_before_once_plain_decoding_is_over(llm) -> None:
 
 
 def test_a_schedule_keeps_its_gate(llm) -> None:
-    config, gate = llm.config, llm._engine.gate
+    config, gate = llm.config, llm._engine.engine.gate
     assert isinstance(gate, Gate)
     for mode, schedule, settings in (
         ("autoregressive", (), {}),
@@ -181,11 +181,11 @@ def test_a_schedule_keeps_its_gate(llm) -> None:
         ("ppsd", (1, 2), {"gate": False}),
     ):
         llm.use(mode, *schedule, **settings)
-        other = llm._engine.gate
+        other = llm._engine.engine.gate
         assert other is not gate
         assert (other is None) == (mode == "autoregressive" or bool(settings))
     llm.use(config.mode, config.block, config.in_flight, gate=config.gate)
-    assert llm._engine.gate is gate
+    assert llm._engine.engine.gate is gate
 
 
 def test_the_times_of_a_request_lie_within_it(llm) -> None:

@@ -231,7 +231,7 @@ def test_any_interleaving_equals_queues(
                     assert received[0] in waiting
                     lent[step] = (*received, queues[received[0], step].popleft())
             else:
-                ends[0].publish(epoch := step)
-            assert [end.epoch() for end in ends] == [epoch] * 3
+                ends[0].publish(0, epoch := step)
+            assert [end.epoch(0) for end in ends] == [epoch] * 3
             assert all(bytes(frame.tolist()) == data for _, frame, data in lent.values())
         lent.clear()

@@ -91,13 +91,13 @@ class Player:
         return [self.receive() for _ in range(count)]
 
     def publish(self, epoch: int) -> None:
-        self.endpoint.publish(epoch)
+        self.endpoint.publish(0, epoch)
 
     def await_epoch(self, epoch: int) -> int:
         deadline = time.monotonic() + PATIENCE
-        while self.endpoint.epoch() != epoch and time.monotonic() < deadline:
+        while self.endpoint.epoch(0) != epoch and time.monotonic() < deadline:
             time.sleep(0.001)
-        return self.endpoint.epoch()
+        return self.endpoint.epoch(0)
 
     def speak_other_protocol(self) -> None:
         distributed.MAGIC = 0x50545448

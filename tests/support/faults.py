@@ -22,7 +22,9 @@ import torch
 import ppsd.worker.__main__ as worker_program
 from ppsd.cli import app
 from ppsd.errors import ModelError
+from ppsd.model.passes import Pass
 from ppsd.model.stage import Stage
+from tests.support.passes import ChangedPass
 
 PATIENCE = 5.0  # seconds: what a fault may take until nothing is left of it
 
@@ -64,16 +66,25 @@ def infinity(result: Any) -> Any:
 
 def plant(first_layer: int, moment: str, act: str) -> None:
     """Let the stage that begins at ``first_layer`` ``act`` in this process, at every ``moment``."""
-    name = "_load" if moment == "load" else "forward"
-    original = getattr(Stage, name)
+    if moment == "load":
+        load = Stage._load
 
-    def replaced(stage: Stage, *arguments: Any) -> Any:
-        result = original(stage, *arguments)
-        now = moment == "load" or (moment == "prefill") == (arguments[1] == 0)
-        hit = now and stage.plan.first == first_layer
-        return globals()[act](result) if hit else result
+        def loading(stage: Stage, name: str) -> Any:
+            loaded = load(stage, name)
+            return globals()[act](loaded) if stage.plan.first == first_layer else loaded
 
-    setattr(Stage, name, replaced)
+        Stage._load = loading  # type: ignore[method-assign]
+        return
+    start = Stage.start
+
+    def starting(stage: Stage, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
+        work = start(stage, inputs, position, slot)
+        now = (moment == "prefill") == (position == 0)
+        return (
+            ChangedPass(work, globals()[act]) if now and stage.plan.first == first_layer else work
+        )
+
+    Stage.start = starting  # type: ignore[method-assign]
 
 
 class Forked:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ppsd.errors import ProtocolError
-from ppsd.model.passes import Interrupted, Watch, finish
+from ppsd.model.passes import Watch
 from ppsd.speculation.sampling import Sampler
 from ppsd.types import SamplingParams
 
@@ -78,10 +78,10 @@ class HashStage:
         values = inputs.tolist() if inputs.dtype == torch.int64 else unpack(inputs)
         return HashPass(self, values, position, slot)
 
-    def forward(
-        self, inputs: torch.Tensor, position: int, interrupted: Interrupted | None = None
-    ) -> torch.Tensor | None:
-        return finish(self.start(inputs, position), interrupted)
+    def forward(self, inputs: torch.Tensor, position: int) -> torch.Tensor:
+        started = self.start(inputs, position)
+        started.advance()
+        return started.hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         # bfloat16 holds a byte exactly, and takes the way of the compiled kernels where they are
@@ -96,11 +96,9 @@ class HashStage:
 
 def last_rows(tokens: torch.Tensor, stages: int, vocab: int) -> torch.Tensor:
     """Rows of the last stage for a whole sequence, by fresh stages."""
-    rows: torch.Tensor | None = tokens
+    rows = tokens
     for rank in range(stages):
-        assert rows is not None
         rows = HashStage(rank, stages, vocab).forward(rows, 0)
-    assert rows is not None
     return rows
 
 

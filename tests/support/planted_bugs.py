@@ -7,13 +7,15 @@ appended to where it is addressed by position.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ppsd.engine import engine, llm, pipeline
+from ppsd.engine import first_stage, rejection, sequence
 from ppsd.engine.engine import Engine
-from ppsd.engine.llm import LLM
+from ppsd.engine.first_stage import FirstStage
+from ppsd.engine.sequence import HeldRows, Sequence
 from ppsd.model import kernels
 from ppsd.model.cache import KVCache
 from ppsd.model.tokenizer import Tokenizer
@@ -21,8 +23,9 @@ from ppsd.speculation import policy
 from ppsd.speculation.policy import Emit, Policy
 from ppsd.speculation.sampling import Sampler, Stream, gumbel, uniform
 from ppsd.transport.inprocess import InProcessEndpoint
-from ppsd.worker.judge import Judge, TokenHistory
+from ppsd.worker.judge import Judge
 from ppsd.worker.messages import Block
+from ppsd.worker.slot import TokenHistory
 
 Patch = pytest.MonkeyPatch
 Plant = Callable[[Patch], None]
@@ -58,12 +61,12 @@ def _(patch: Patch) -> None:
 
 @bug("verified rows filed one position too far")
 def _(patch: Patch) -> None:
-    keep = pipeline.Pipeline.keep
+    keep = FirstStage.keep
 
-    def shifted(self, verdict):
-        keep(self, verdict._replace(position=verdict.position + 1))
+    def shifted(self, sequence, verdict):
+        keep(self, sequence, verdict._replace(position=verdict.position + 1))
 
-    patch.setattr(pipeline.Pipeline, "keep", shifted)
+    patch.setattr(FirstStage, "keep", shifted)
 
 
 @bug("a draft rests on a verdict that may not have come")
@@ -95,17 +98,19 @@ def _(patch: Patch) -> None:
 @bug("verdict of an older epoch accepted")
 def _(patch: Patch) -> None:
     take = Engine._take
-    patch.setattr(
-        Engine,
-        "_take",
-        lambda self, verdict: take(self, verdict._replace(epoch=self.policy.epoch)),
-    )
+
+    def trusting(self, answer):
+        for running in self._running:
+            answer = answer._replace(epoch=running.policy.epoch)
+        return take(self, answer)
+
+    patch.setattr(Engine, "_take", trusting)
 
 
 @bug("stale blocks computed and their verdicts accepted")
 def _(patch: Patch) -> None:
     BUGS["verdict of an older epoch accepted"](patch)
-    patch.setattr(InProcessEndpoint, "epoch", lambda self: 0)
+    patch.setattr(InProcessEndpoint, "epoch", lambda self, slot: 0)
 
 
 @bug("noise keyed by step instead of position")
@@ -221,7 +226,7 @@ def _(patch: Patch) -> None:
     def rolled(slot, epoch, position, parent, judge, tokens, hidden):
         return Block(slot, epoch, position, parent, judge, tokens, torch.roll(hidden, 1, 0))
 
-    patch.setattr(pipeline, "Block", rolled)
+    patch.setattr(first_stage, "Block", rolled)
 
 
 @bug("one verdict copied to all rows of a block")
@@ -237,53 +242,44 @@ def _(patch: Patch) -> None:
 
 @bug("rows reused beyond the common prefix")
 def _(patch: Patch) -> None:
-    common_prefix = llm._common_prefix
-    patch.setattr(llm, "_common_prefix", lambda a, b: min(len(a), common_prefix(a, b) + 1))
+    common_prefix = sequence._common_prefix
+    patch.setattr(sequence, "_common_prefix", lambda a, b: min(len(a), common_prefix(a, b) + 1))
 
 
 @bug("a token that was never fed counted among the rows held")
 def _(patch: Patch) -> None:
-    remember = LLM._remember
-
-    def counting(self, request, tokens):
-        remember(self, request, tokens)
-        self._rows = (*request.prompt, *tokens)
-
-    patch.setattr(LLM, "_remember", counting)
+    length = Sequence.length.fget
+    patch.setattr(Sequence, "length", property(lambda self: length(self) + 1))
 
 
 @bug("rows kept that a broken request wrote over")
 def _(patch: Patch) -> None:
-    request = LLM._request
+    take = HeldRows.take
 
-    def keeping(self, *arguments):
-        rows = self._rows
-        made = request(self, *arguments)
-        self._rows = rows
-        return made
+    def keeping(self, request):
+        tokens = self.tokens
+        cached = take(self, request)
+        self.tokens = tokens
+        return cached
 
-    patch.setattr(LLM, "_request", keeping)
+    patch.setattr(HeldRows, "take", keeping)
 
 
 @bug("rows reused that were computed in other shapes")
 def _(patch: Patch) -> None:
-    request = LLM._request
-
-    def reusing(self, ids, params, reuse, logits):
-        return request(self, ids, params, True, logits)
-
-    patch.setattr(LLM, "_request", reusing)
+    take = HeldRows.take
+    patch.setattr(HeldRows, "take", lambda self, request: take(self, replace(request, reuse=True)))
 
 
 @bug("rows of an answer taken for whole chunks of a prompt")
 def _(patch: Patch) -> None:
-    remember = LLM._remember
+    keep = HeldRows.keep
 
-    def chunked(self, request, tokens):
-        remember(self, request, tokens)
-        self._chunked = len(self._rows)
+    def whole(self, sequence):
+        keep(self, sequence)
+        self._whole = len(self.tokens)
 
-    patch.setattr(LLM, "_remember", chunked)
+    patch.setattr(HeldRows, "keep", whole)
 
 
 @bug("the tokenizer's own end of sequence overlooked")
@@ -296,7 +292,7 @@ def _(patch: Patch) -> None:
     def shared(seed, position, stream):
         return uniform(seed, position, Stream.ACCEPT if stream is Stream.RESIDUAL else stream)
 
-    patch.setattr(engine, "uniform", shared)
+    patch.setattr(rejection, "uniform", shared)
 
 
 @bug("a rejected draft replaced from the target's distribution")
@@ -306,7 +302,7 @@ def _(patch: Patch) -> None:
             return draft
         return min(int((p.cumsum(0) <= for_residual).sum()), len(p) - 1)
 
-    patch.setattr(engine, "draw_target", careless)
+    patch.setattr(rejection, "draw_target", careless)
 
 
 def choose_among_all(patch: Patch, best: Callable[[torch.Tensor, int], int]) -> None:

@@ -8,18 +8,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ppsd.engine.drafter import Drafter, Given
-from ppsd.engine.engine import Engine, Request
-from ppsd.engine.pipeline import Pipeline
+from ppsd.engine.drafter import Drafter, DraftState, Given
+from ppsd.engine.engine import Engine
+from ppsd.engine.first_stage import FirstStage
+from ppsd.engine.links import Links, OwnLinks, StageLinks
+from ppsd.engine.sequence import Request
 from ppsd.lab.oracle import OracleDrafter
 from ppsd.speculation.gate import Gate
-from ppsd.speculation.policy import Schedule
+from ppsd.speculation.policy import Emit, Schedule
 from ppsd.transport.base import Geometry
 from ppsd.transport.inprocess import InProcessHub
 from ppsd.types import SamplingParams
 from ppsd.worker.judge import Judge
+from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker
 from ppsd.worker.messages import frame_bytes
+from ppsd.worker.recorder import Recorder
 from tests.support.hash_model import PADDING, WIDTH, HashStage, last_rows, plain_decode
 
 CONTEXT = 96
@@ -35,13 +39,13 @@ class Witness(OracleDrafter):
     feedback = True
     stages = 1
 
-    def draft(self, given: Given) -> int:
+    def draft(self, state: DraftState, given: Given) -> int:
         newest = -1
         if given.verified is not None:
             rows = last_rows(given.history, self.stages, self._vocab)
             newest = max(p for p, row in enumerate(rows) if torch.equal(row, given.verified[0]))
         assert self.seen.setdefault(tuple(given.history.tolist()), newest) == newest
-        return super().draft(given)
+        return super().draft(state, given)
 
     @functools.cached_property
     def seen(self) -> dict[tuple[int, ...], int]:
@@ -73,13 +77,12 @@ class Rig:
         self.workers = [self._worker(rank) for rank in range(1, stages)]
         self.order: Callable[[], int | None] = lambda: None
         self.hub.on_idle = self.step
-        self.pipeline = Pipeline(
-            self.models[0],
-            self.hub.endpoint(0),
-            None,
-            max_context=CONTEXT,
-            timeout=5.0,
-            judge=Judge(self.models[0], 0, CONTEXT) if stages == 1 else None,
+        recorder = Recorder()
+        self.stage = FirstStage(self.models[0], None, recorder)
+        self.links: Links = (
+            OwnLinks(Judge(self.models[0], 0, CONTEXT), recorder)
+            if stages == 1
+            else StageLinks(self.hub.endpoint(0), timeout=5.0)
         )
         self.engine_settings = {"acceptance": acceptance, "prefill_chunk": chunk, "gate": gate}
         self.schedule = schedule
@@ -87,7 +90,7 @@ class Rig:
     def _worker(self, rank: int) -> Worker:
         model = self.models[rank]
         judge = Judge(model, rank, CONTEXT) if model.is_last else None
-        return Worker(rank, model, self.hub.endpoint(rank), judge, timeout=5.0)
+        return Worker(rank, model, TransportLink(self.hub.endpoint(rank), 5.0), judge)
 
     def step(self) -> bool:
         """Let one worker, or all in turn, handle one message."""
@@ -97,37 +100,32 @@ class Rig:
         return any(worker.step(0.0) for worker in self.workers)
 
     def move_while_stage_0_computes(self, turns: Sequence[int]) -> None:
-        """Step workers in the order of ``turns`` whenever stage 0 asks whether to go on.
+        """Step workers in the order of ``turns`` before stage 0 looks whether to go on.
 
         A 0 hands back to stage 0; several turns before it make verdicts queue up.
         """
-        forward = self.models[0].forward
         pattern = itertools.cycle(turns)
 
-        def stepping(inputs, position, interrupted=lambda: False):
-            def asked() -> bool:
-                for rank in itertools.takewhile(bool, itertools.islice(pattern, 6)):
-                    self.workers[rank - 1].step(0.0)
-                return interrupted()
+        def stepping() -> None:
+            for rank in itertools.takewhile(bool, itertools.islice(pattern, 6)):
+                self.workers[rank - 1].step(0.0)
 
-            return forward(inputs, position, asked)
-
-        self.models[0].forward = stepping
+        self.links.watch(0).look = stepping
 
     def pause_at_will(self, wills: Sequence[bool]) -> None:
         """Pause or resume the policy, as ``wills`` say in turn, whenever stage 0 looks up.
 
         That is between its layers, after they are done, and before it drafts.
         """
-        poll = self.pipeline.poll
+        poll = self.links.poll
         pattern = itertools.cycle(wills)
 
         def willing():
-            policy = self.engine.policy
+            policy = self.sequence.policy
             (policy.pause if next(pattern) else policy.resume)()
             return poll()
 
-        self.pipeline.poll = willing
+        self.links.poll = willing
 
     def decode(
         self,
@@ -136,19 +134,36 @@ class Rig:
         stop: frozenset[int] = frozenset(),
         *,
         alpha: float = 0.6,
-        cached: int = 0,
+        reuse: bool = False,
         drafter: Drafter | None = None,
+        most: int = CONTEXT,
     ) -> list[int]:
-        """Run one request; the drafter knows the truth and is right with probability alpha."""
+        """Run one request; the drafter knows the truth and is right with probability alpha.
+
+        It is left early once it has said ``most`` tokens.
+        """
         if self.schedule.drafts and drafter is None:
             truth = [*prompt, *self.plain(prompt, params, stop)]
             drafter = Witness(truth, alpha, self.vocab)
             drafter.stages = self.stages
-        self.pipeline.drafter = drafter
+        self.stage.drafter = drafter
         if not hasattr(self, "engine"):
-            self.engine = Engine(self.pipeline, self.schedule, **self.engine_settings)
-        request = Request(tuple(prompt), params, stop, self.vocab, cached)
-        return [token for emit in self.engine.decode(request) for token in emit.tokens]
+            self.engine = Engine(
+                self.stage,
+                self.links,
+                self.schedule,
+                max_context=CONTEXT,
+                **self.engine_settings,
+            )
+        self.engine.stage.drafting = self.schedule.drafts
+        request = Request(tuple(prompt), params, stop, self.vocab, reuse=reuse)
+        self.sequence = self.engine.add(request)
+        tokens: list[int] = []
+        while self.engine.busy and len(tokens) < most:
+            for _, output in self.engine.step():
+                tokens += output.tokens if isinstance(output, Emit) else ()
+        self.engine.abort(self.sequence)
+        return tokens
 
     def plain(
         self, prompt: Sequence[int], params: SamplingParams, stop: frozenset[int]

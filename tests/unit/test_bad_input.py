@@ -23,7 +23,9 @@ from ppsd.errors import (
     NonFiniteError,
     UnsupportedModelError,
 )
+from ppsd.model.passes import Pass
 from ppsd.model.stage import Stage
+from tests.support.passes import ChangedPass
 from tests.support.tiny_models import save_perfect_head
 
 TinyModel = Callable[[str], Path]
@@ -233,15 +235,18 @@ def test_memory_is_estimated_before_loading(
 def test_not_a_number_is_never_sampled(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, stage: int, first: int, value: float
 ) -> None:
-    original = Stage.forward
+    original = Stage.start
 
-    def spoilt(self: Stage, inputs: torch.Tensor, position: int, *rest: object) -> object:
-        hidden = original(self, inputs, position, *rest)
-        if hidden is not None and self.plan.first == first and position + len(inputs) > 9:
+    def starting(self: Stage, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
+        def spoil(hidden: torch.Tensor) -> torch.Tensor:
             hidden[9 - position] = value
-        return hidden
+            return hidden
 
-    monkeypatch.setattr(Stage, "forward", spoilt)
+        work = original(self, inputs, position, slot)
+        hit = self.plan.first == first and position + len(inputs) > 9
+        return ChangedPass(work, spoil) if hit else work
+
+    monkeypatch.setattr(Stage, "start", starting)
     with open_llm(tiny_model("llama"), split=(2, 4)) as llm:
         with pytest.raises(NonFiniteError, match=f"stage {stage} computed NaN .* position 9$"):
             llm.generate(list(range(3, 15)))

@@ -15,7 +15,7 @@ from ppsd.cli import display
 from ppsd.cli.app import load
 from ppsd.cli.streams import visible
 from ppsd.engine.answer import Answer, Chunk
-from ppsd.engine.sequence import Piece
+from ppsd.engine.text import Piece
 from tests.support.command import user
 
 SGR = re.compile(r"\x1b\[(\d+)m([^\x1b]*)")

@@ -26,7 +26,7 @@ from ppsd.transport.rendezvous import meet, meet_from_environment
 from tests.contract.transport_player import ROOT, RemoteRank, described, free_port, gloo_ranks
 
 SILENCE = 3  # seconds; heartbeats come every second
-GEOMETRY = Geometry(size=2, forward_bytes=40_000, return_bytes=5_000, slots=2)
+GEOMETRY = Geometry(size=2, forward_bytes=40_000, return_bytes=5_000, frames=2)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_process_that_ends_without_close_ends_cleanly(pair: list[RemoteRank]) 
 
 
 def test_a_full_link_to_a_lost_peer_is_not_a_timeout(pair: list[RemoteRank]) -> None:
-    assert pair[0].call("fill", 1, 40_000) >= GEOMETRY.slots
+    assert pair[0].call("fill", 1, 40_000) >= GEOMETRY.frames
     sending = pair[0].start("send", 1, [(1, 40_000)], 60)
     pair[1].kill()
     with pytest.raises(StageLostError, match="rank 1 is gone"):
@@ -126,7 +126,7 @@ def test_another_protocol_is_refused(pair: list[RemoteRank]) -> None:
     ],
 )
 def test_a_damaged_header_is_refused(magic: int, length: int, rows: int) -> None:
-    link = _Link(peer=3, limit=100, slots=1)
+    link = _Link(peer=3, limit=100, frames=1)
     buffer = torch.zeros(HEADER_BYTES + 100, dtype=torch.uint8)
     buffer[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor([magic, length, rows, 0]))
     with pytest.raises(

@@ -26,6 +26,7 @@ from ppsd.worker.messages import (
     Control,
     Landing,
     Message,
+    Refusal,
     Status,
     Verdict,
     decode,
@@ -69,9 +70,9 @@ def blocks(draw: st.DrawFn) -> Block:
 def verdicts(draw: st.DrawFn) -> Verdict:
     judged = draw(st.integers(0, 4))
     logits = draw(st.none() | rows_of_numbers(judged, min_width=1))
-    hidden = draw(st.none() | rows_of_numbers(judged, min_width=1))
-    if logits is not None and hidden is not None:
-        hidden = hidden.to(logits.dtype)  # as both come from one stage
+    feedback = draw(st.none() | rows_of_numbers(judged, min_width=1))
+    if logits is not None and feedback is not None:
+        feedback = feedback.to(logits.dtype)  # as both come from one stage
     return Verdict(
         slot=draw(words),
         epoch=draw(epochs),
@@ -80,7 +81,7 @@ def verdicts(draw: st.DrawFn) -> Verdict:
         rows=draw(st.integers(judged, 9)),
         tokens=draw(token_ids(judged)),
         logits=logits,
-        hidden=hidden,
+        feedback=feedback,
     )
 
 
@@ -102,7 +103,7 @@ begins = st.builds(
     stop_ids=st.lists(positions, max_size=4).map(tuple),
     vocab_size=positions,
     want_logits=st.booleans(),
-    want_hidden=st.booleans(),
+    want_feedback=st.booleans(),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -110,7 +111,10 @@ json_values = st.recursive(
     max_leaves=8,
 )
 statuses = st.builds(Status, words, st.text(), st.dictionaries(st.text(), json_values, max_size=4))
-all_messages = st.one_of(blocks(), verdicts(), begins, st.builds(Control, st.text()), statuses)
+refusals = st.builds(Refusal, slot=words, epoch=epochs, source=words, message=st.text())
+all_messages = st.one_of(
+    blocks(), verdicts(), refusals, begins, st.builds(Control, st.text()), statuses
+)
 
 
 def frame(message: Message) -> bytearray:
@@ -131,7 +135,7 @@ def same(a: Any, b: Any) -> bool:
 @example(Verdict(0, 1, 2, 3, 4, ()))
 def test_round_trip_of_every_message(message) -> None:
     if isinstance(message, Verdict) and not message.tokens:
-        assume(message.logits is None and message.hidden is None)  # nothing judged has no rows
+        assume(message.logits is None and message.feedback is None)  # nothing judged has no rows
     back = decode(memoryview(frame(message)))
     assert type(back) is type(message)
     for name in message.__match_args__:
@@ -214,7 +218,7 @@ def headed(body: bytes, **changes: int) -> memoryview:
     header = {
         "magic": MAGIC, "version": VERSION, "kind": 1, "dtype": 1, "flags": 0, "slot": 0,
         "source": 0, "epoch": 1, "position": 0, "parent": -1, "rows": 1, "judge": 1, "width": 2,
-        "bytes": len(body),
+        "feedback": 0, "bytes": len(body),
     }  # fmt: skip
     assert set(changes) <= set(header)
     return memoryview(HEADER.pack(*(header | changes).values()) + body)
@@ -243,7 +247,7 @@ def test_the_header_used_below_is_well_formed() -> None:
         ({"width": 2**32 - 1}, "shape .1, 4294967295"),
         ({"bytes": 2**63}, "announces 9223372036854775808"),
         ({"kind": 2, "judge": -1}, "-1 tokens"),
-        ({"kind": 2, "judge": 1, "width": 2, "parent": 3}, "rows of 3 numbers among 2"),
+        ({"kind": 2, "judge": 1, "width": 2, "feedback": 3}, "feedback of 3 numbers among 2"),
         ({"kind": 2, "judge": 2**31 - 1}, "0 bytes are not rows of shape .2147483647"),
     ],
 )
@@ -258,7 +262,7 @@ GOOD = {
     "stop_ids": [],
     "vocab_size": 9,
     "want_logits": False,
-    "want_hidden": False,
+    "want_feedback": False,
 }
 
 
@@ -280,7 +284,7 @@ def test_a_begin_of_another_shape_is_refused(record) -> None:
     assert isinstance(decode(headed(json.dumps(GOOD).encode(), kind=3)), Begin)
 
 
-@pytest.mark.parametrize("kind", [3, 4, 5])
+@pytest.mark.parametrize("kind", [3, 4, 5, 6])
 @pytest.mark.parametrize(
     "body", [b"", b"\xff\xfe", b"[" * 60_000, b'{"verb":1}', b'{"kind":"ready","fields":[]}']
 )

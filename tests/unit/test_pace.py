@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from itertools import pairwise
 
@@ -12,6 +11,7 @@ import torch
 from ppsd import LLM, SamplingParams
 from ppsd.errors import ConfigError
 from ppsd.lab.oracle import OracleDrafter
+from ppsd.model.passes import Watch
 from ppsd.worker.pace import PacedStage
 from ppsd.worker.recorder import OVERRUN, Recorder
 from tests.support.tiny_models import VOCAB, save_perfect_head
@@ -27,17 +27,33 @@ class FakeStage:
         self.work, self.is_last = work, is_last
         self.began: list[float] = []
 
-    def forward(self, inputs, position, interrupted):
-        for _ in range(4):
-            if interrupted():
-                return None
-            self.began.append(time.monotonic())
-            time.sleep(self.work)
-        return inputs
+    def start(self, inputs, position, slot=0):
+        return FakePass(self, inputs)
 
     def logits(self, hidden):
         time.sleep(self.work)
         return hidden
+
+
+class FakePass:
+    def __init__(self, stage: FakeStage, hidden: torch.Tensor) -> None:
+        self.stage, self.hidden = stage, hidden
+        self.left = 4
+
+    def advance(self, watch=None):
+        self.stage.began.append(time.monotonic())
+        time.sleep(self.stage.work)
+        self.left -= 1
+        return not self.left
+
+
+def forward(wrapped: PacedStage, rows: torch.Tensor, looks: int = 10**9) -> torch.Tensor | None:
+    """Run a pass; None if it is not done after so many looks of its caller."""
+    work = wrapped.start(rows, 0)
+    for _ in range(looks):
+        if work.advance(Watch()):
+            return work.hidden
+    return None
 
 
 def paced(stage: FakeStage, seconds: float, **changes) -> tuple[PacedStage, Recorder]:
@@ -51,7 +67,7 @@ def test_a_block_takes_at_least_its_pace_and_layers_begin_at_their_time() -> Non
     stage = FakeStage()
     wrapped, recorder = paced(stage, 0.04)
     start = time.monotonic()
-    assert wrapped.forward(ROW, 0, lambda: False) is ROW
+    assert forward(wrapped, ROW) is ROW
     assert time.monotonic() - start >= 0.04
     assert all(began - start >= i * 0.01 for i, began in enumerate(stage.began))
     assert all(b - a >= 0.005 for a, b in pairwise(stage.began))
@@ -61,7 +77,7 @@ def test_a_block_takes_at_least_its_pace_and_layers_begin_at_their_time() -> Non
 def test_the_last_stage_shares_its_pace_with_the_lm_head() -> None:
     wrapped, recorder = paced(FakeStage(is_last=True), 0.04)
     start = time.monotonic()
-    hidden = wrapped.forward(ROW, 0, lambda: False)
+    hidden = forward(wrapped, ROW)
     half = time.monotonic() - start
     assert half >= 0.02
     wrapped.logits(hidden)
@@ -70,32 +86,32 @@ def test_the_last_stage_shares_its_pace_with_the_lm_head() -> None:
 
 
 def test_stale_work_stops_while_it_waits() -> None:
-    """A pace of an hour: only a look at ``interrupted`` can end the wait."""
+    """A pace of an hour: only its caller's look can end the wait."""
     for looks in (1, 5):
         stage = FakeStage()
         wrapped, recorder = paced(stage, 3600.0)
-        answers = iter([False] * looks)
-        stop = functools.partial(next, answers, True)
-        assert wrapped.forward(ROW, 0, stop) is None
+        start = time.monotonic()
+        assert forward(wrapped, ROW, looks) is None
+        assert time.monotonic() - start < 60.0
         assert len(stage.began) == 1
         assert recorder.blocks[OVERRUN] == 0
 
 
 def test_work_that_outlasts_its_pace_is_counted_in_every_place() -> None:
     late, early = paced(FakeStage(0.005), 0.01), paced(FakeStage(0.005), 10.0)
-    late[0].forward(ROW, 0, lambda: False)
-    assert early[0].forward(ROW, 0, lambda: len(early[0]._stage.began) == 1) is None
+    forward(late[0], ROW)
+    assert forward(early[0], ROW, looks=1) is None
     assert (late[1].blocks[OVERRUN], early[1].blocks[OVERRUN]) == (1, 0)
     wrapped, recorder = paced(FakeStage(0.005, is_last=True), 0.01)
-    wrapped.logits(wrapped.forward(ROW, 0, lambda: False))
+    wrapped.logits(forward(wrapped, ROW))
     assert recorder.blocks[OVERRUN] == 1, "a last stage is late once, when its head is done"
 
 
 def test_a_piece_of_a_prompt_may_take_its_time() -> None:
     wrapped, recorder = paced(FakeStage(0.005), 0.01, rows=3)
-    wrapped.forward(torch.zeros(4, 2), 0, lambda: False)
+    forward(wrapped, torch.zeros(4, 2))
     assert recorder.blocks[OVERRUN] == 0
-    wrapped.forward(torch.zeros(3, 2), 0, lambda: False)
+    forward(wrapped, torch.zeros(3, 2))
     assert recorder.blocks[OVERRUN] == 1
 
 

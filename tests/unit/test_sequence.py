@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ppsd.engine.sequence import Piece, Transcript
+from ppsd.engine.text import Piece, Transcript
 
 TABLE = [
     b"a",

@@ -20,7 +20,7 @@ from ppsd.transport import shared_memory
 from ppsd.transport.base import Geometry, Part
 from ppsd.transport.shared_memory import LINE, WORD, SharedMemoryEndpoint, create_segment
 
-GEOMETRY = Geometry(size=3, forward_bytes=1000, return_bytes=100, slots=2)
+GEOMETRY = Geometry(size=3, forward_bytes=1000, return_bytes=100, frames=2)
 RING_0_TO_1 = 2 * LINE
 FIRST_LENGTH = RING_0_TO_1 + 2 * LINE
 
@@ -44,7 +44,7 @@ def write_word(fd: int, offset: int, value: int) -> None:
     os.pwrite(fd, value.to_bytes(WORD, sys.byteorder), offset)
 
 
-@pytest.mark.parametrize("field", ["size", "forward_bytes", "return_bytes", "slots"])
+@pytest.mark.parametrize("field", ["size", "forward_bytes", "return_bytes", "frames"])
 def test_another_geometry_is_refused(fd: int, field: str) -> None:
     other = replace(GEOMETRY, **{field: getattr(GEOMETRY, field) + 1})
     with pytest.raises(ProtocolError, match=f"{field}={getattr(other, field)}|begins with"):
@@ -91,7 +91,7 @@ def test_a_frame_keeps_its_slot_until_the_next_receive(fd: int) -> None:
     sender.send(1, frame(1, 2, 3), 0)
     received = receiver.receive(0)
     assert received is not None
-    for value in range(GEOMETRY.slots):
+    for value in range(GEOMETRY.frames):
         sender.send(1, frame(value), 0)
     with pytest.raises(PipelineTimeoutError):
         sender.send(1, frame(9), 0)
@@ -124,10 +124,10 @@ def test_words_tell_of_frames_at_rank_0_and_of_epochs_elsewhere(fd: int) -> None
     ends = [attach(fd, rank) for rank in range(GEOMETRY.size)]
 
     def words(rank: int) -> list[int]:
-        return [ctypes.c_int64.from_address(word).value for word in ends[rank].words]
+        return [ctypes.c_int64.from_address(word).value for word in ends[rank].words(0)]
 
     before = [words(rank) for rank in range(GEOMETRY.size)]
-    ends[0].publish(9)
+    ends[0].publish(0, 9)
     assert words(0) == before[0]
     assert all(words(rank) == [9] for rank in range(1, GEOMETRY.size))
     ends[0].send(1, frame(1), 0)

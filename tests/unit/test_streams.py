@@ -10,7 +10,7 @@ import pytest
 
 from ppsd.cli import streams
 from ppsd.cli.display import painter
-from ppsd.engine.sequence import Piece
+from ppsd.engine.text import Piece
 from ppsd.errors import PpsdError
 
 BELL = "\x1b]0;owned\x07\x9b31m\rtab\tnew\nbye\x7f"

@@ -12,6 +12,7 @@ import pytest
 from ppsd import LLM, SamplingParams
 from ppsd.engine.trace import MIN_IDLE_NS, TraceLog
 from ppsd.errors import PpsdError
+from tests.support.passes import ChangedPass
 from tests.support.tiny_models import save_perfect_head
 
 MS = 1_000_000
@@ -203,15 +204,14 @@ def test_a_real_trace_of_wrong_drafts(tiny_model, tmp_path, block) -> None:
 
 def let_workers_move_while_stage_0_computes(llm: LLM) -> None:
     """Without it an in-process pipeline never learns of a wrong draft in the middle of work."""
-    stage, hub = llm._pipeline._stage, llm._pipeline._endpoint._hub
-    forward = stage.forward
+    stage, hub = llm._running.stage._model, llm._running.links._endpoint._hub
+    start = stage.start
 
-    def stepping(inputs, position, interrupted=lambda: False):
-        def asked() -> bool:
-            while hub.on_idle():
-                pass
-            return interrupted()
+    def move() -> None:
+        while hub.on_idle():
+            pass
 
-        return forward(inputs, position, asked)
+    def starting(inputs, position, slot=0):
+        return ChangedPass(start(inputs, position, slot), between=move)
 
-    stage.forward = stepping
+    stage.start = starting

@@ -21,7 +21,7 @@ from ppsd.errors import ConfigError, PipelineError, PpsdError
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM, Completion
-    from ppsd.engine.sequence import Piece
+    from ppsd.engine.text import Piece
     from ppsd.types import SamplingParams
 
 HINT = "/help lists commands, Ctrl-C stops an answer, Ctrl-D ends the conversation."

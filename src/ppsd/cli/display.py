@@ -15,8 +15,8 @@ from ppsd.cli.streams import visible
 if TYPE_CHECKING:
     from ppsd.config import EngineConfig
     from ppsd.engine.llm import LLM, Chunk, Completion
-    from ppsd.engine.sequence import Piece
     from ppsd.engine.stats import RequestStats
+    from ppsd.engine.text import Piece
     from ppsd.speculation.gate import Switches
 
 ACCEPTED, CORRECTED = "green", "red"

@@ -19,7 +19,7 @@ from ppsd.errors import ConfigError, PpsdError
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM, Completion, Prompt
-    from ppsd.engine.sequence import Piece
+    from ppsd.engine.text import Piece
     from ppsd.types import SamplingParams
 
 

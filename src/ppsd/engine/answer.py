@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from ppsd.engine.sequence import Piece, Transcript
 from ppsd.engine.stats import RequestStats
+from ppsd.engine.text import Piece, Transcript
 from ppsd.speculation.policy import Emit
 
 

@@ -16,10 +16,12 @@ import torch
 
 from ppsd import checks
 from ppsd.config import EngineConfig, core_shares
+from ppsd.engine.blame import raise_if_lost
 from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, threads_of
 from ppsd.engine.drafter import Drafter, HeadDrafter, LookupDrafter, PacedDrafter
+from ppsd.engine.first_stage import FirstStage
+from ppsd.engine.links import Links, OwnLinks, StageLinks
 from ppsd.engine.memory import check_free, default_context, stage_bytes
-from ppsd.engine.pipeline import Pipeline, raise_if_lost
 from ppsd.errors import ConfigError, KernelError
 from ppsd.model import kernels
 from ppsd.model.exit_head import (
@@ -39,6 +41,7 @@ from ppsd.plan.sizes import Sizes
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
 from ppsd.worker.judge import Judge
+from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker
 from ppsd.worker.messages import Status, frame_bytes
 from ppsd.worker.pace import paced
@@ -186,8 +189,12 @@ def _own_gpus(config: EngineConfig) -> bool:
 class RunningPipeline:
     """A loaded pipeline and all it holds, processes and transport. ``close`` frees them.
 
-    ``open`` pins the thread it runs on, and sets the thread count that PyTorch uses there.
+    ``open`` pins the thread it runs on, and sets the thread count that PyTorch uses there; after
+    it ``stage`` and ``links`` are ready for an engine.
     """
+
+    stage: FirstStage
+    links: Links
 
     def __init__(self, config: EngineConfig, layout: Layout, source: TensorSource) -> None:
         self.layout = layout
@@ -197,14 +204,14 @@ class RunningPipeline:
         self._source = source
         self._cleanup = ExitStack()
 
-    def open(self, progress: Progress, check: Callable[[], None]) -> Pipeline:
-        """Start workers, load all stages, and return the pipeline ready for work.
+    def open(self, progress: Progress, check: Callable[[], None]) -> None:
+        """Start workers and load all stages.
 
         From now on every wait calls ``check``, which raises to end it.
         """
         self._check = check
         try:
-            return self._open(progress)
+            self._open(progress)
         except BaseException:
             self.close()
             raise
@@ -223,7 +230,7 @@ class RunningPipeline:
         """Stop workers and give back everything; may be called twice."""
         self._cleanup.close()
 
-    def _open(self, progress: Progress) -> Pipeline:
+    def _open(self, progress: Progress) -> None:
         config, layout = self._config, self.layout
         pin(layout.cores[0])
         set_own_threads(layout.threads)
@@ -239,23 +246,18 @@ class RunningPipeline:
         own = Stage(layout.spec, plan, self._source, loaded)
         recorder = Recorder(config.trace)
         stage = self._paced(own, 0, recorder)
-        pipeline = Pipeline(
-            stage,
-            endpoint,
-            self._drafter(own, plan),
-            max_context=layout.max_context,
-            timeout=config.timeout,
-            judge=Judge(stage, 0, layout.max_context) if layout.stages == 1 else None,
-            check=self._alive,
-            recorder=recorder,
-        )
-        self._cleanup.callback(pipeline.close)
-        if not workers:
-            ready = pipeline.wait_ready(config.init_timeout, progress)
-            self._check_kernels(ready)
-            self._loaded = [memory_used(), *(s.fields["memory"] for s in ready)]
+        self.stage = FirstStage(stage, self._drafter(own, plan), recorder)
+        if layout.stages == 1:
+            self.links = OwnLinks(Judge(stage, 0, layout.max_context), recorder)
+        else:
+            links = StageLinks(endpoint, timeout=config.timeout, check=self._alive)
+            self.links = links
+            self._cleanup.callback(links.close)
+            if not workers:
+                ready = links.wait_ready(config.init_timeout, progress)
+                self._check_kernels(ready)
+                self._loaded = [memory_used(), *(s.fields["memory"] for s in ready)]
         del self._source  # unmaps the model's file
-        return pipeline
 
     def _alive(self) -> None:
         self._check()
@@ -305,7 +307,7 @@ class RunningPipeline:
             return_bytes=frame_bytes(
                 config.schedule.block, spec.hidden_size + spec.vocab_size, dtype
             ),
-            slots=2 * window + 4,  # a window of stale work, one of new work, and control
+            frames=2 * window + 4,  # a window of stale work, one of new work, and control
         )
 
     def _connect(self) -> tuple[Endpoint, list[Worker]]:
@@ -328,9 +330,10 @@ class RunningPipeline:
         config, layout = self._config, self.layout
         own = Stage(layout.spec, layout.plan(rank, config.device(rank)), self._source)
         recorder = Recorder(config.trace)
-        stage, end = self._paced(own, rank, recorder), hub.endpoint(rank)
+        stage = self._paced(own, rank, recorder)
         judge = Judge(stage, rank, layout.max_context) if stage.is_last else None
-        return Worker(rank, stage, end, judge, timeout=config.timeout, recorder=recorder)
+        link = TransportLink(hub.endpoint(rank), config.timeout)
+        return Worker(rank, stage, link, judge, recorder)
 
     def _paced(self, stage: Stage, rank: int, recorder: Recorder) -> StageModel:
         return paced(stage, self._config.pace_of(rank), self._config.schedule.block, recorder)

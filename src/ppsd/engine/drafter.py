@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,13 +22,31 @@ class Given(NamedTuple):
     """What a draft rests on besides the observed rows.
 
     ``history`` [L] are all tokens so far; ``verified`` [1, C] is the last layer's row of the newest
-    verified position, if one is known.
+    verified position, if one is known. ``stream`` is the noise to draw with: the target's own
+    where draft and target are coupled.
     """
 
     sampler: Sampler
     history: torch.Tensor
-    stream: Stream
+    stream: Stream = Stream.TARGET
     verified: torch.Tensor | None = None
+
+
+@dataclass
+class DraftState:
+    """How far the drafts of one slot have come; like the rows in the caches it outlives a request.
+
+    ``slot`` is where the head keeps its own rows. ``rows`` were observed but have not run through
+    the head; ``next`` is the position after them, ``last`` the head's row [1, C] of the newest
+    position that has. ``drawn`` holds, by position, the distributions [V] of drafts that were
+    drawn with noise of their own.
+    """
+
+    slot: int = 0
+    rows: list[torch.Tensor] = field(default_factory=list)
+    next: int = 0
+    last: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    drawn: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 def single_rows(x: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -36,76 +55,53 @@ def single_rows(x: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 class Drafter(Protocol):
-    """Guesses the next token from what stage 0 has computed."""
+    """Guesses the next token from what stage 0 has computed; what it knows of a slot is its state.
+
+    ``feedback`` is true if drafts make use of verified rows.
+    """
 
     @property
-    def feedback(self) -> bool:
-        """Whether ``draft`` makes use of verified rows."""
+    def feedback(self) -> bool: ...
 
-    def observe(self, position: int, hidden: torch.Tensor) -> None:
+    def observe(self, state: DraftState, position: int, hidden: torch.Tensor) -> None:
         """Take stage 0's rows [n, C] at ``position``…; what stood there or later is void."""
 
-    def draft(self, given: Given) -> int:
+    def draft(self, state: DraftState, given: Given) -> int:
         """Guess the token that follows ``given.history``, whose last row was observed."""
 
-    def probabilities(self, position: int) -> torch.Tensor:
-        """Return the distribution [V] that the draft for ``position`` was drawn from."""
 
-
-class _Drawn:
-    """Keeps what drafts were drawn from, until they are judged or void."""
-
-    def __init__(self) -> None:
-        self._rows_by_position: dict[int, torch.Tensor] = {}
-
-    def _keep(self, position: int, probabilities: torch.Tensor) -> None:
-        before = {p: row for p, row in self._rows_by_position.items() if p < position}
-        self._rows_by_position = before | {position: probabilities}
-
-    def probabilities(self, position: int) -> torch.Tensor:
-        """See Drafter."""
-        return self._rows_by_position.pop(position)
-
-
-class HeadDrafter(_Drawn):
+class HeadDrafter:
     """Drafts by an exit head, with the same sampler and noise as the target's own choice.
 
     ``lookup`` mixes in what followed the same tokens before (speculation/lookup.py).
     """
 
     def __init__(self, head: ExitHead, *, lookup: bool = False) -> None:
-        super().__init__()
         self.head = head
         self._lookup = lookup
-        self._rows: list[torch.Tensor] = []  # observed, not yet run through the head
-        self._next = 0  # position of the row after them
-        self._last = torch.empty(0)  # the head's row of the newest position
 
     @property
     def feedback(self) -> bool:
-        """See Drafter."""
         return self.head.config.feedback
 
-    def observe(self, position: int, hidden: torch.Tensor) -> None:
-        """See Drafter."""
-        kept = max(0, len(self._rows) - (self._next - position))
-        del self._rows[kept:]
-        self._rows += single_rows(hidden)
-        self._next = position + hidden.shape[0]
-        if len(self._rows) > MAX_LAG_ROWS:
-            self._catch_up()
+    def observe(self, state: DraftState, position: int, hidden: torch.Tensor) -> None:
+        kept = max(0, len(state.rows) - (state.next - position))
+        del state.rows[kept:]
+        state.rows += single_rows(hidden)
+        state.next = position + hidden.shape[0]
+        if len(state.rows) > MAX_LAG_ROWS:
+            self._catch_up(state)
 
-    def _catch_up(self) -> None:
-        rows = torch.cat(self._rows) if len(self._rows) > 1 else self._rows[0]
-        self._rows = []
-        self._last = self.head.forward(rows, self._next - rows.shape[0])[-1:]
+    def _catch_up(self, state: DraftState) -> None:
+        rows = torch.cat(state.rows) if len(state.rows) > 1 else state.rows[0]
+        state.rows = []
+        state.last = self.head.forward(rows, state.next - rows.shape[0], state.slot)[-1:]
 
-    def draft(self, given: Given) -> int:
-        """See Drafter."""
-        if self._rows:
-            self._catch_up()
+    def draft(self, state: DraftState, given: Given) -> int:
+        if state.rows:
+            self._catch_up(state)
         sampler, history, stream, verified = given
-        finished = self.head.finish(self._last, verified)
+        finished = self.head.finish(state.last, verified)
         scores = self.head.scores(finished)
         match = find(history) if self._lookup else None
         odds = self.head.copy_odds(finished)[0] if match else ODDS
@@ -117,15 +113,15 @@ class HeadDrafter(_Drawn):
         try:
             if stream is Stream.TARGET:
                 return sampler.choose(logits, history)
-            self._keep(history.numel(), sampler.probabilities(logits, history))
+            position = history.numel()
+            state.drawn = {p: row for p, row in state.drawn.items() if p < position}
+            state.drawn[position] = sampler.probabilities(logits, history)
             return sampler.draw(logits, history, stream)
         except RequestError:  # all that the head can say is banned; the target may say more
-            token = int(history[-1])
-            self._keep(history.numel(), _certain(token, sampler.vocab_size))
-            return token
+            return int(history[-1])
 
 
-class LookupDrafter(_Drawn):
+class LookupDrafter:
     """Repeats what followed the same tokens before, for models without a trained head.
 
     Where nothing stood before it repeats the last token: a wrong draft is as cheap as none.
@@ -133,17 +129,12 @@ class LookupDrafter(_Drawn):
 
     feedback = False
 
-    def observe(self, position: int, hidden: torch.Tensor) -> None:
+    def observe(self, state: DraftState, position: int, hidden: torch.Tensor) -> None:
         """Need nothing."""
 
-    def draft(self, given: Given) -> int:
-        """See Drafter."""
-        history = given.history
-        match = find(history)
-        token = match.token if match else int(history[-1])
-        if given.stream is not Stream.TARGET:
-            self._keep(history.numel(), _certain(token, given.sampler.vocab_size))
-        return token
+    def draft(self, state: DraftState, given: Given) -> int:
+        match = find(given.history)
+        return match.token if match else int(given.history[-1])
 
 
 class PacedDrafter:
@@ -155,27 +146,14 @@ class PacedDrafter:
 
     @property
     def feedback(self) -> bool:
-        """See Drafter."""
         return self._drafter.feedback
 
-    def observe(self, position: int, hidden: torch.Tensor) -> None:
-        """See Drafter."""
-        self._drafter.observe(position, hidden)
+    def observe(self, state: DraftState, position: int, hidden: torch.Tensor) -> None:
+        self._drafter.observe(state, position, hidden)
 
-    def draft(self, given: Given) -> int:
-        """See Drafter; nothing interrupts it, as nothing interrupts a head at work."""
+    def draft(self, state: DraftState, given: Given) -> int:
+        """Draft in the emulated device's time; nothing interrupts a head at work either."""
         end = time.monotonic() + self._seconds
-        token = self._drafter.draft(given)
+        token = self._drafter.draft(state, given)
         time.sleep(max(0.0, end - time.monotonic()))
         return token
-
-    def probabilities(self, position: int) -> torch.Tensor:
-        """See Drafter."""
-        return self._drafter.probabilities(position)
-
-
-def _certain(token: int, vocab_size: int) -> torch.Tensor:
-    """The distribution [V] of a draft that could be no other."""
-    row = torch.zeros(vocab_size, dtype=torch.float64)
-    row[token] = 1.0
-    return row

@@ -1,191 +1,202 @@
-"""The engine: events go to the policy, its commands go to the pipeline. One request at a time.
+"""The engine: events go to the policies of its sequences, their commands go to the pipeline.
 
-Used by llm.py and by tests; knows token ids only, no text.
+Used by llm.py, by the simulator on virtual links, and by tests. It knows token ids only, no text.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
 
 import torch
 
-from ppsd.engine.pipeline import Pipeline, judged
-from ppsd.speculation.accept import draw_target
+from ppsd.engine.first_stage import FirstStage
+from ppsd.engine.links import Answer, Links
+from ppsd.engine.rejection import redraw
+from ppsd.engine.sequence import HeldRows, Request, Sequence, begin_message
+from ppsd.errors import RequestError
 from ppsd.speculation.gate import Gate
-from ppsd.speculation.policy import Command, Emit, Event, Feed, Finish, Policy, Schedule
-from ppsd.speculation.sampling import Sampler, Stream, uniform
-from ppsd.types import SamplingParams
-from ppsd.worker.messages import Begin, Verdict
+from ppsd.speculation.policy import Emit, Event, Feed, Finish, Judged, Policy, Schedule
+from ppsd.speculation.sampling import Stream
+from ppsd.worker.messages import Refusal, Verdict
+from ppsd.worker.slot import sampler_of
 
-ACCEPTANCES = ("coupled", "rejection")
-
-LogitsSink = Callable[[int, torch.Tensor], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request in token ids.
-
-    ``cached``: rows of the prompt to take over from the request before. ``logits``, when given,
-    receives (position, target logits [V]) of every judged row; a position may come again, and the
-    last call for it is the one that counts.
-    """
-
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    stop_ids: frozenset[int]
-    vocab_size: int
-    cached: int = 0
-    logits: LogitsSink | None = None
+Output = Emit | Finish
 
 
 class Engine:
-    """Decodes requests under one schedule; ``step`` is the whole loop.
+    """Decodes requests under one schedule. ``step`` is the whole loop.
 
+    Requests wait until a slot is free; there are as many ``slots`` as sequences can be under way.
     ``gate`` pauses speculation while it does not pay; without one it is never paused.
     """
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        stage: FirstStage,
+        links: Links,
         schedule: Schedule,
         *,
+        max_context: int,
         acceptance: str = "coupled",
         prefill_chunk: int = 128,
         gate: Gate | None = None,
+        slots: int = 1,
     ) -> None:
-        self.pipeline = pipeline
+        self.stage = stage
+        self.links = links
         self.schedule = schedule
-        self.rejection = acceptance == "rejection"
-        pipeline.draft_stream = Stream.DRAFT if self.rejection else Stream.TARGET
-        pipeline.drafting = schedule.drafts and pipeline.drafter is not None
-        self.prefill_chunk = prefill_chunk
         self.gate = gate
-        self._commands: deque[Command] = deque()
+        self._rejection = acceptance == "rejection"
+        stage.draft_stream = Stream.DRAFT if self._rejection else Stream.TARGET
+        stage.drafting = schedule.drafts and stage.drafter is not None
+        self._prefill_chunk = prefill_chunk
+        self._held = [HeldRows(slot, max_context, prefill_chunk) for slot in range(slots)]
+        self._free = list(range(slots))
+        self._running: deque[Sequence] = deque()  # rotated, so that all get their turn
 
-    def decode(
-        self, request: Request, cancelled: Callable[[], bool] = lambda: False
-    ) -> Generator[Emit, None, None]:
-        """Yield committed tokens as they become final; ``policy`` tells the rest afterwards.
+    @property
+    def has_room(self) -> bool:
+        """True if a request could begin at once."""
+        return bool(self._free)
 
-        Closing the iterator early, ``stop``, or ``cancelled`` once it says so, ends the request
-        and frees the pipeline.
-        """
-        self._start(request)
-        try:
-            while not (self.policy.finished and not self._commands) and not cancelled():
-                emit = self.step()
-                if emit is not None:
-                    yield emit
-        finally:
-            self.stop("abort")
-            self._commands.clear()
-            self.pipeline.publish(self.policy.epoch)
+    @property
+    def busy(self) -> bool:
+        """True if a sequence is under way, so that ``step`` has something to do."""
+        return bool(self._running)
 
-    def stop(self, reason: str) -> None:
-        """End the current request with ``reason``; what is not yet emitted is dropped."""
-        finishing = self.policy.stop(reason)
-        if finishing:
-            self._commands.clear()
-            self._commands.extend(finishing)
-
-    def step(self) -> Emit | None:
-        """Carry out one command, or wait for one answer when there is nothing to do."""
-        if not self._commands:
-            self._take(self.pipeline.wait())
-            return None
-        command = self._commands.popleft()
-        if isinstance(command, Emit):
-            return command
-        if isinstance(command, Finish):
-            self.finish_reason = command.reason
-        else:
-            self._feed(command)
-        return None
-
-    def _start(self, request: Request) -> None:
-        self._request = request
-        self.finish_reason = "abort"
-        self.policy = Policy(
+    def add(self, request: Request) -> Sequence:
+        """Begin a request in a free slot; ``has_room`` says that there is one."""
+        slot = self._free[-1]
+        held = self._held[slot]
+        feedback, logits = self.stage.wants_feedback, self._rejection
+        begin = begin_message(slot, request, feedback=feedback, logits=logits)
+        sampler = sampler_of(begin)  # which may refuse the request: nothing has changed yet
+        policy = Policy(
             self.schedule,
             max_tokens=request.params.max_tokens,
             stop_ids=request.stop_ids,
-            epoch=self.pipeline.epoch,
-            prefill_chunk=self.prefill_chunk,
-            prefill_in_flight=self.pipeline.size,
+            epoch=self.links.epoch(slot),
+            prefill_chunk=self._prefill_chunk,
+            prefill_in_flight=self.links.size,
         )
-        stop_ids = tuple(sorted(request.stop_ids))
-        wanted = self.rejection or request.logits is not None
-        prompt_length = len(request.prompt)
-        begin = Begin(
-            0,
-            request.params,
-            prompt_length,
-            stop_ids,
-            request.vocab_size,
-            want_logits=wanted,
-            want_hidden=self.pipeline.wants_last_rows,
-        )
-        self._sampler = Sampler(request.params, prompt_length, request.stop_ids, request.vocab_size)
-        self.pipeline.publish(self.policy.epoch)
-        self.pipeline.begin(begin)
-        self._commands.clear()
+        cached = held.take(request)
+        self._free.remove(slot)
+        sequence = Sequence(request, slot, cached, policy, held.history, sampler, held.draft)
+        self._running.append(sequence)
+        self.links.publish(slot, policy.epoch)
+        self.links.send(begin)
         if self.gate is not None:
-            self.gate.begin(self.policy, time.monotonic())
-        self._commands.extend(self.policy.start(request.prompt, request.cached))
+            self.gate.begin(policy, self._seconds())
+        sequence.commands.extend(policy.start(request.prompt, cached))
+        return sequence
 
-    def _feed(self, feed: Feed) -> None:
-        if feed.epoch != self.policy.epoch:
+    def step(self) -> list[tuple[Sequence, Output]]:
+        """Carry out one command, or wait for one answer when there is nothing to do.
+
+        Return what it made final: tokens of a sequence, or its end.
+        """
+        for _ in self._running:
+            sequence = self._running[0]
+            self._running.rotate(-1)
+            if sequence.commands:
+                return self._carry_out(sequence)
+        return self._take(self.links.wait())
+
+    def abort(self, sequence: Sequence, reason: str = "abort") -> None:
+        """End a sequence with ``reason``; what has not been returned yet is dropped."""
+        if not sequence.finish_reason:
+            sequence.policy.stop(reason)
+            self._release(sequence, reason)
+
+    def _carry_out(self, sequence: Sequence) -> list[tuple[Sequence, Output]]:
+        command = sequence.commands.popleft()
+        if isinstance(command, Feed):
+            if command.epoch == sequence.policy.epoch:
+                self._feed(sequence, command)
+            return []
+        if isinstance(command, Finish):
+            self._release(sequence, command.reason)
+        return [(sequence, command)]
+
+    def _release(self, sequence: Sequence, reason: str) -> None:
+        """Give the slot of a sequence that is over to the next one."""
+        sequence.finish_reason = reason
+        sequence.commands.clear()
+        self._running.remove(sequence)
+        self._held[sequence.slot].keep(sequence)
+        self._free.append(sequence.slot)
+        self.links.publish(sequence.slot, sequence.policy.epoch)
+
+    def _feed(self, sequence: Sequence, feed: Feed) -> None:
+        """Run rows through stage 0, ship a complete block, then draft if asked to."""
+        stage = self.stage
+        start = stage.recorder.now()
+        hidden = self._run(sequence, feed)
+        kind = "cancelled" if hidden is None else "forward" if feed.judge else "prefill"
+        stage.recorder.add(start, kind, feed.epoch, feed.position, len(feed.tokens))
+        if hidden is None:
             return
-        drafted = self.pipeline.feed(feed, lambda: self._interrupted(feed.epoch))
-        if drafted is not None:
-            self._on(drafted)
+        block = stage.finish(sequence, feed, hidden)
+        if block is not None:  # before drafting, so that a miss never pays for the draft
+            self.links.send(block)
+        stage.observe(sequence, feed, hidden)
+        if feed.draft and stage.drafting and self._still_wanted(sequence, feed):
+            self._on(sequence, stage.draft(sequence, feed))
 
-    def _interrupted(self, epoch: int) -> bool:
-        """Take verdicts that came meanwhile; whether they made work of ``epoch`` pointless."""
-        while (verdict := self.pipeline.poll()) is not None:
-            self._take(verdict)
-        return self.policy.epoch != epoch
+    def _run(self, sequence: Sequence, feed: Feed) -> torch.Tensor | None:
+        """Return the rows of a pass, or None once an answer has made it pointless.
 
-    def _take(self, verdict: Verdict) -> None:
-        if verdict.epoch != self.policy.epoch:
-            return
-        self.pipeline.keep(verdict)
-        if self._request.logits is not None and verdict.logits is not None:
+        The pass stops by itself when an answer comes. What the answer means is looked at here,
+        between two stretches of the pass, never inside it.
+        """
+        work = self.stage.start(sequence, feed)
+        watch = self.links.watch(sequence.slot)
+        while True:
+            watch.look()  # before asking: what comes after this stops the pass
+            if not self._still_wanted(sequence, feed):
+                return None
+            if work.advance(watch):
+                return work.hidden
+
+    def _still_wanted(self, sequence: Sequence, feed: Feed) -> bool:
+        """Take the answers that are there; return False if they made ``feed`` pointless."""
+        while (answer := self.links.poll()) is not None:
+            self._take(answer)
+        return sequence.policy.epoch == feed.epoch
+
+    def _take(self, answer: Answer) -> list[tuple[Sequence, Output]]:
+        """Act on an answer of the stages; of old work it means nothing."""
+        for sequence in self._running:
+            if (sequence.slot, sequence.policy.epoch) == (answer.slot, answer.epoch):
+                if isinstance(answer, Refusal):
+                    return [(sequence, self._fail(sequence, answer))]
+                self._judge(sequence, answer)
+                break
+        return []
+
+    def _fail(self, sequence: Sequence, refusal: Refusal) -> Finish:
+        sequence.error = RequestError(refusal.message)
+        self.abort(sequence, "error")
+        return Finish("error")
+
+    def _judge(self, sequence: Sequence, verdict: Verdict) -> None:
+        self.stage.keep(sequence, verdict)
+        sink = sequence.request.logits
+        if sink is not None and verdict.logits is not None:
             first = verdict.position + verdict.rows - verdict.logits.shape[0] + 1
             for i, row in enumerate(verdict.logits):
-                self._request.logits(first + i, row)
-        self._on(judged(verdict, self._targets(verdict)))
+                sink(first + i, row)
+        first = verdict.position + verdict.rows - len(verdict.tokens) + 1
+        tokens = redraw(sequence, verdict) if self._rejection and verdict.tokens else verdict.tokens
+        said = verdict.epoch, verdict.position, first, tokens, verdict.source
+        self._on(sequence, Judged(*said))
         if self.gate is not None:
-            self.gate.watch(self.policy, time.monotonic())
+            self.gate.watch(sequence.policy, self._seconds())
 
-    def _on(self, event: Event) -> None:
-        self._commands.extend(self.policy.on(event))
-        if self.policy.epoch > self.pipeline.epoch:
-            self.pipeline.publish(self.policy.epoch)
+    def _on(self, sequence: Sequence, event: Event) -> None:
+        sequence.commands.extend(sequence.policy.on(event))
+        if sequence.policy.epoch > self.links.epoch(sequence.slot):
+            self.links.publish(sequence.slot, sequence.policy.epoch)
 
-    def _targets(self, verdict: Verdict) -> tuple[int, ...]:
-        """The target's tokens; under ``rejection`` drawn here, coupled to the waiting drafts."""
-        if not self.rejection or verdict.logits is None:
-            return verdict.tokens
-        tokens = list(verdict.tokens)
-        first = verdict.position + verdict.rows - len(tokens) + 1
-        for i, logits in enumerate(verdict.logits):
-            draft = self.policy.draft_at(first + i)
-            if draft is not None:
-                tokens[i] = self._draw(first + i, draft, logits)
-        return tuple(tokens)
-
-    def _draw(self, position: int, draft: int, logits: torch.Tensor) -> int:
-        assert self.pipeline.drafter is not None
-        seed = self._request.params.seed
-        return draw_target(
-            draft,
-            self.pipeline.drafter.probabilities(position),
-            self._sampler.probabilities(logits, self.pipeline.history(position)),
-            uniform(seed, position, Stream.ACCEPT),
-            uniform(seed, position, Stream.RESIDUAL),
-        )
+    def _seconds(self) -> float:
+        return self.stage.recorder.now() / 1e9

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Generator, Sequence
-from contextlib import closing
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,17 +12,16 @@ from typing import Any
 import torch
 
 from ppsd.config import EngineConfig
-from ppsd.engine.answer import Answer, Chunk, Completion
+from ppsd.engine.answer import Chunk, Completion
 from ppsd.engine.build import Progress, RunningPipeline, check_memory, plan_layout
 from ppsd.engine.choose import serves_as
 from ppsd.engine.drafter import Drafter
-from ppsd.engine.engine import Engine, LogitsSink, Request
+from ppsd.engine.engine import Engine
 from ppsd.engine.prompt import Prompt, encode
-from ppsd.engine.sequence import Transcript
-from ppsd.engine.stats import RequestStats, stage_stats
-from ppsd.engine.thread import EngineThread, Job
-from ppsd.engine.trace import TraceLog
-from ppsd.errors import ConfigError, PipelineError
+from ppsd.engine.sequence import LogitsSink, Request
+from ppsd.engine.text_engine import TextEngine, Ticket
+from ppsd.engine.thread import EngineThread
+from ppsd.errors import ConfigError
 from ppsd.model.defaults import sampling_defaults
 from ppsd.model.source import resolve_model
 from ppsd.model.tokenizer import StreamDecoder, Tokenizer
@@ -78,21 +74,20 @@ class LLM:
         )
         self.layout = replace(self.layout, spec=self.tokenizer.fit(self.layout.spec))
         self.defaults = sampling_defaults(files)
-        self.trace = TraceLog()
         running = RunningPipeline(self.config, self.layout, source)
         self._running = running
-        self._thread = thread = EngineThread(running.close)
+        self._engine = TextEngine(self.layout.bounds)
+        self.trace = self._engine.trace
+        self._thread = thread = EngineThread(self._engine, running.close)
         weakref.finalize(self, thread.close)
         try:
-            self._pipeline = thread.call(lambda: running.open(progress, thread.check))
+            thread.call(lambda: running.open(progress, thread.check))
         except BaseException:  # Ctrl-C while loading, too: workers must not stay behind
             thread.close()
             raise
-        self._head = self._pipeline.drafter
+        self._head = running.stage.drafter
         if drafter is not None:
-            self._pipeline.drafter = drafter
-        self._rows: tuple[int, ...] = ()  # tokens whose rows every stage holds
-        self._chunked = 0  # how many of them were computed in whole prompt chunks
+            running.stage.drafter = drafter
         self._largest = self.config.schedule  # what buffers and links were sized for
         self._gates: dict[Schedule, Gate] = {}  # what they learn holds on the same workers
         self.use(self.config.mode, self.config.block, self.config.in_flight)
@@ -121,8 +116,8 @@ class LLM:
         """Take the drafts of the next requests from ``drafter``; None: from the exit head again."""
 
         def change() -> None:
-            self._pipeline.drafter = self._head if drafter is None else drafter
-            self.drafts = self._pipeline.drafter is not None
+            self._running.stage.drafter = self._head if drafter is None else drafter
+            self.drafts = self._running.stage.drafter is not None
             self._gates.clear()  # of other drafts they know nothing
 
         self._thread.call(change)
@@ -149,14 +144,15 @@ class LLM:
 
         def change() -> None:
             self.config = config
-            self._engine = Engine(
-                self._pipeline,
+            self._engine.engine = Engine(
+                self._running.stage,
+                self._running.links,
                 schedule,
+                max_context=self.layout.max_context,
                 acceptance=config.acceptance,
                 prefill_chunk=config.prefill_chunk,
                 gate=self._gate(config),
             )
-            self._rows, self._chunked = (), 0  # the head has no rows from plain decoding
 
         self._thread.call(change)
 
@@ -195,9 +191,8 @@ class LLM:
         params = params or SamplingParams(**self.defaults.values)
         if params.n > 1:
             raise ConfigError("n", params.n, "1 in a stream")
-        ids = self.encode(prompt)
-        job: Job[Completion] = Job(lambda job: self._complete(job, ids, params, reuse))
-        return (yield from self._thread.stream(job))
+        request = self._request(self.encode(prompt), params, reuse=reuse)
+        return (yield from self._thread.stream(self._ticket(request)))
 
     def run(
         self,
@@ -208,115 +203,41 @@ class LLM:
         logits: LogitsSink | None = None,
     ) -> Completion:
         """Complete token ids; ``logits`` receives the target's logits (see engine.Request)."""
-        job: Job[Completion] = Job(
-            lambda job: self._complete(job, ids, params, reuse, logits, silent=True)
-        )
-        return self._thread.result(job)
+        request = self._request(ids, params, reuse=reuse, logits=logits)
+        return self._thread.result(self._ticket(request, silent=True))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, checked."""
         layout = self.layout
         return encode(prompt, self.tokenizer, layout.spec.num_tokens, layout.max_context)
 
-    def _complete(
-        self,
-        job: Job[Completion],
-        ids: Sequence[int],
-        params: SamplingParams,
-        reuse: bool,
-        logits: LogitsSink | None = None,
-        *,
-        silent: bool = False,
-    ) -> Completion:
-        """Do a request on the engine's thread; put its chunks unless ``silent``."""
-        request = self._request(ids, params, reuse, logits)
-        transcript = Transcript(
-            StreamDecoder(self.tokenizer), params.stop, request.params.min_tokens
-        )
-        answer = Answer(transcript)
-        try:
-            with closing(self._engine.decode(request, lambda: job.cancelled)) as emits:
-                for emit in emits:
-                    chunk = answer.take(emit)
-                    if transcript.stopped:
-                        self._engine.stop("stop")
-                    if not silent:
-                        job.put(chunk)
-        except PipelineError:
-            raise
-        except BaseException:  # of this request alone: the next finds everything in order
-            self._settle(request, answer)
-            raise
-        end = time.monotonic()
-        if (rest := transcript.finish()) and not silent:
-            job.put(Chunk(tuple(rest)))
-        stats = self._settle(request, answer, end)
-        return Completion(
-            text=transcript.text,
-            token_ids=tuple(answer.token_ids),
-            accepted=tuple(answer.accepted),
-            finish_reason="stop" if transcript.stopped else self._engine.finish_reason,
-            stats=stats,
-        )
+    def _ticket(self, request: Request, *, silent: bool = False) -> Ticket:
+        return Ticket(self._engine, request, StreamDecoder(self.tokenizer), silent=silent)
 
     def _request(
-        self, ids: Sequence[int], params: SamplingParams, reuse: bool, logits: LogitsSink | None
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        reuse: bool,
+        logits: LogitsSink | None = None,
     ) -> Request:
-        """Shape a request, with rows of the last one that may be taken over."""
-        room = self.layout.max_context - len(ids)
-        limited = min(params.max_tokens, room)
+        """Shape a request: it ends where the context does."""
+        limited = min(params.max_tokens, self.layout.max_context - len(ids))
         least = min(params.min_tokens, limited)
-        params = replace(params, max_tokens=limited, min_tokens=least, n=1)
         eos = () if params.ignore_eos else self.layout.spec.eos_ids
-        cached = min(_common_prefix(self._rows, ids), len(ids) - 1)
-        if not reuse:
-            chunk = self.config.prefill_chunk
-            cached = min(cached, self._chunked) // chunk * chunk
-        self._rows = self._rows[:cached]
-        self._chunked = min(self._chunked, cached)
         return Request(
             prompt=tuple(ids),
-            params=params,
+            params=replace(params, max_tokens=limited, min_tokens=least, n=1),
             stop_ids=frozenset((*eos, *params.stop_token_ids)),
             vocab_size=self.layout.spec.num_tokens,
-            cached=cached,
+            reuse=reuse,
             logits=logits,
         )
-
-    def _settle(self, request: Request, answer: Answer, end: float | None = None) -> RequestStats:
-        """After a request, also one left early: note what the stages hold, collect reports."""
-        if answer.token_ids:
-            self._remember(request, answer.token_ids)
-        reports = self._pipeline.report()
-        end = end or time.monotonic()
-        switches = None if self._engine.gate is None else self._engine.gate.switches
-        self.trace.add(reports, switches.pauses_until(end) if switches else [])
-        first = answer.first or end
-        return RequestStats(
-            prompt_tokens=len(request.prompt),
-            cached_tokens=request.cached,
-            new_tokens=len(answer.token_ids),
-            counts=self._engine.policy.counts,
-            prefill_seconds=first - answer.start,
-            decode_seconds=end - first,
-            stages=stage_stats(reports, self.layout.bounds, end - answer.start),
-            gate=switches,
-        )
-
-    def _remember(self, request: Request, tokens: Sequence[int]) -> None:
-        """Note which rows all stages hold now: every committed token but the last was fed."""
-        if self._chunked == request.cached:
-            chunk = self.config.prefill_chunk
-            self._chunked = len(request.prompt) // chunk * chunk
-        self._rows = (*request.prompt, *tokens)[: len(request.prompt) + len(tokens) - 1]
 
     def write_trace(self, path: Path) -> None:
         """Write the Chrome trace of all requests so far (needs ``trace=True``)."""
         self.trace.write(path, self.layout.bounds)
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def collect_logits() -> tuple[LogitsSink, dict[int, torch.Tensor]]:

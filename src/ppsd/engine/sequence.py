@@ -1,87 +1,117 @@
-"""From committed tokens to text: incremental decoding and stop strings. Used by llm.py."""
+"""All that rank 0 knows of one request at work, in one object. Used by the engine alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ppsd.engine.drafter import DraftState
+from ppsd.errors import RequestError
+from ppsd.speculation.policy import Command, Policy
+from ppsd.speculation.sampling import Sampler
+from ppsd.types import SamplingParams
+from ppsd.worker.messages import Begin
+from ppsd.worker.slot import TokenHistory
+
+LogitsSink = Callable[[int, torch.Tensor], None]
 
 
-class Decoder(Protocol):
-    """What turns token ids into text piece by piece (model.tokenizer.StreamDecoder)."""
+@dataclass(frozen=True)
+class Request:
+    """One request in token ids.
 
-    def push(self, token_ids: list[int]) -> str:
-        """Return the text that these tokens complete."""
-
-    def finish(self) -> str:
-        """Return what is left."""
-
-
-class Piece(NamedTuple):
-    """Text that one token completed, and whether that token was an accepted draft."""
-
-    text: str
-    accepted: bool
-
-
-class Transcript:
-    """The text of one completion, released only once no stop string can still claim it.
-
-    Text of the first ``min_tokens - 1`` tokens is never part of a stop string.
+    ``reuse`` takes over all rows of the prompt that its slot holds, not only those that computing
+    them again would repeat bit for bit. ``logits``, when given, receives (position, target logits
+    [V]) of every judged row; a position may come again, and the last call for it counts.
     """
 
-    def __init__(self, decoder: Decoder, stop: Sequence[str], min_tokens: int = 0) -> None:
-        self.text = ""
-        self.stopped = False
-        self._decoder = decoder
-        self._stop = stop
-        self._before_stop = min_tokens  # tokens to come until stop strings count
-        self._held: list[Piece] = []
-        self._accepted = False  # of the newest token
-
-    def push(self, token: int, accepted: bool) -> list[Piece]:
-        """Add one token; return newly released text. ``stopped`` says a stop string came up."""
-        self._before_stop -= 1
-        self._accepted = accepted
-        return self._release(self._decoder.push([token]), final=False)
-
-    def finish(self) -> list[Piece]:
-        """End the text; return what was held back."""
-        return [] if self.stopped else self._release(self._decoder.finish(), final=True)
-
-    def _release(self, text: str, *, final: bool) -> list[Piece]:
-        if not self._stop:  # nothing is ever held; little code, as it runs between two passes
-            self.text += text
-            return [Piece(text, self._accepted)] if text else []
-        self._held.append(Piece(text, self._accepted))
-        text = "".join(piece.text for piece in self._held)
-        stop = self._stop if self._before_stop <= 0 else ()
-        found = [at for end in stop if (at := text.find(end)) >= 0]
-        self.stopped = bool(found)
-        keep = 0 if final else _undecided(text, stop)
-        cut = min(found, default=len(text) - keep)
-        released, held = _split(self._held, cut)
-        self._held = [] if found else held
-        self.text += text[:cut]
-        return released
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    vocab_size: int
+    reuse: bool = False
+    logits: LogitsSink | None = None
 
 
-def _undecided(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that may still grow into a stop string."""
-    longest = max((len(end) - 1 for end in stop), default=0)
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(end.startswith(text[-length:]) for end in stop):
-            return length
-    return 0
+@dataclass(eq=False)
+class Sequence:
+    """A request and its state on rank 0; ``slot`` is where the stages hold theirs.
+
+    ``cached``: rows of the prompt taken over from the request before. ``finish_reason`` is empty
+    until the sequence is over; ``error`` is why it could not go on, when it could not.
+    """
+
+    request: Request
+    slot: int
+    cached: int
+    policy: Policy
+    history: TokenHistory  # the slot's: it outlives the sequence, as the rows in the caches do
+    sampler: Sampler
+    draft: DraftState  # the slot's too
+    commands: deque[Command] = field(default_factory=deque)
+    open_rows: list[torch.Tensor] = field(default_factory=list)  # of the block not yet complete
+    feedback: dict[int, torch.Tensor] = field(default_factory=dict)  # the last layer's rows
+    finish_reason: str = ""
+    error: RequestError | None = None
+
+    @property
+    def length(self) -> int:
+        """Rows that every stage holds: those of all committed tokens but the last."""
+        emitted = self.policy.emitted
+        return len(self.request.prompt) + emitted - 1 if emitted else self.cached
 
 
-def _split(pieces: Sequence[Piece], length: int) -> tuple[list[Piece], list[Piece]]:
-    """Cut after ``length`` characters; pieces without text are left out."""
-    before, after = [], []
-    for text, accepted in pieces:
-        first, second = text[:length], text[length:]
-        length -= len(first)
-        if first:
-            before.append(Piece(first, accepted))
-        if second:
-            after.append(Piece(second, accepted))
-    return before, after
+class HeldRows:
+    """What the stages hold in one slot between two requests.
+
+    ``tokens`` are those whose rows every stage holds. Of these, the first ``whole`` were computed
+    in whole prompt chunks, so computing them again would give the same bits.
+    """
+
+    def __init__(self, slot: int, max_context: int, chunk: int) -> None:
+        self.history = TokenHistory(max_context)
+        self.draft = DraftState(slot)
+        self.tokens: tuple[int, ...] = ()
+        self._whole = 0
+        self._chunk = chunk
+
+    def take(self, request: Request) -> int:
+        """Return how many rows of the prompt need not be computed; the others are void now."""
+        cached = min(_common_prefix(self.tokens, request.prompt), len(request.prompt) - 1)
+        if not request.reuse:
+            cached = min(cached, self._whole) // self._chunk * self._chunk
+        self.tokens = self.tokens[:cached]
+        self._whole = min(self._whole, cached)
+        return cached
+
+    def keep(self, sequence: Sequence) -> None:
+        """Note the rows that a sequence leaves behind."""
+        length, prompt = sequence.length, sequence.request.prompt
+        if length < len(prompt):  # it ended inside its prompt
+            return
+        if self._whole == sequence.cached:
+            self._whole = len(prompt) // self._chunk * self._chunk
+        self.tokens = (*prompt, *sequence.policy.tokens(len(prompt), length))
+
+
+def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def begin_message(slot: int, request: Request, *, feedback: bool, logits: bool) -> Begin:
+    """Return what the last stage has to know of a request."""
+    return Begin(
+        slot=slot,
+        params=request.params,
+        prompt_length=len(request.prompt),
+        stop_ids=tuple(sorted(request.stop_ids)),
+        vocab_size=request.vocab_size,
+        want_logits=logits or request.logits is not None,
+        want_feedback=feedback,
+    )

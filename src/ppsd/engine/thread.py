@@ -10,94 +10,114 @@ from __future__ import annotations
 
 import os
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from copy import copy
-from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, Protocol, TypeVar
 
 from ppsd.errors import PipelineError, PpsdError
-
-AHEAD = 16  # chunks that may wait for a slow reader before the engine waits for it
-READER_S = 0.002  # how often the engine looks whether a slow reader has caught up
 
 T = TypeVar("T")
 
 
-class Job(Generic[T]):
-    """One piece of work; ``take`` gives what it ``put``s, and at last its outcome.
+class Work(Protocol):
+    """What the thread goes on with between two jobs; ``busy`` while there is anything."""
 
-    ``cancelled`` is set once nobody wants the results any more; the work should look at it.
+    @property
+    def busy(self) -> bool: ...
+
+    def step(self) -> None:
+        """Do a little of it; raises PipelineError when nothing more can be done at all."""
+
+    def cancel(self, error: BaseException) -> None:
+        """Drop it; whoever waits for it gets ``error``."""
+
+
+class Job(Generic[T]):
+    """Something a caller waits for; ``take`` gives what is ``put`` and at last the outcome.
+
+    ``cancelled`` is set once nobody wants the results any more; the thread looks at it. What is
+    put waits for its reader however long that takes: a reader that stops reading stalls nobody.
     """
 
-    def __init__(self, work: Callable[[Job[T]], T]) -> None:
+    def __init__(self) -> None:
         self.cancelled = False
-        self._work: Callable[[Job[T]], T] | None = work
-        self._outbox: SimpleQueue[Any] = SimpleQueue()
-        self._outcome: tuple[str, Any] | None = None
+        self._outbox: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+
+    def can_begin(self) -> bool:
+        """Return True if the thread may begin with this now."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Begin; what it raises is the outcome."""
+        raise NotImplementedError
 
     def put(self, chunk: object) -> None:
-        """Hand a chunk to the reader; wait while too many are unread."""
+        """Hand a chunk to the reader."""
         self._outbox.put(("chunk", chunk))
-        while self._outbox.qsize() >= AHEAD and not self.cancelled:
-            time.sleep(READER_S)
+
+    def finish(self, result: T) -> None:
+        """Let the reader have the result."""
+        self._outbox.put(("result", result))
+
+    def fail(self, error: BaseException) -> None:
+        """Let the reader have the reason why there is no result."""
+        self._outbox.put(("error", error))
 
     def take(self) -> tuple[str, Any]:
         """Wait for what comes next: ``chunk``, ``result`` or ``error``, with its value."""
-        item: tuple[str, Any] = self._outbox.get()
-        return item
+        return self._outbox.get()
 
-    def execute(self) -> PipelineError | None:
-        """Do the work; return the error if it broke the pipeline."""
-        assert self._work is not None
-        try:
-            self._outcome = "result", self._work(self)
-        except BaseException as error:  # it is raised again, where the results are read
-            self._outcome = "error", error
-            return error if isinstance(error, PipelineError) else None
-        finally:
-            self._work = None  # which may hold the LLM: nothing here may keep that alive
-        return None
 
-    def finish(self, ended: PipelineError | None) -> None:
-        """Let the reader have the outcome, or else the reason why there is none."""
-        outcome, self._outcome = self._outcome, None  # nor may an error's frames keep it alive
-        broken = outcome is not None and isinstance(outcome[1], PipelineError)
-        if ended is not None and not broken:
-            outcome = "error", copy(ended)
-        if not self.cancelled or ended is not None:
-            self._outbox.put(outcome)
+class Call(Job[T]):
+    """A function to be called when nothing else is under way."""
+
+    def __init__(self, function: Callable[[], T], work: Work) -> None:
+        super().__init__()
+        self._function: Callable[[], T] | None = function
+        self._work = work
+
+    def can_begin(self) -> bool:
+        return not self._work.busy
+
+    def begin(self) -> None:
+        function, self._function = self._function, None  # it may hold the LLM
+        assert function is not None
+        self.finish(function())
 
 
 class EngineThread:
-    """Does jobs one after the other until ``close`` or until one breaks the pipeline.
+    """Does jobs in the order they come, until ``close`` or until one breaks the pipeline.
 
-    ``leave`` runs last, on the same thread. ``ended`` is the error that every later job gets.
+    Between jobs it goes on with ``work``. ``leave`` runs last, on the same thread. ``ended`` is
+    the error that every later job gets.
     """
 
-    def __init__(self, leave: Callable[[], None]) -> None:
+    def __init__(self, work: Work, leave: Callable[[], None]) -> None:
         self.ended: PipelineError | None = None
+        self._work = work
         self._leave = leave
         self._process = os.getpid()
         self._lock = threading.RLock()  # a signal handler may call while its thread holds it
-        self._current: Job[Any] | None = None
         self._inbox: SimpleQueue[Job[Any] | None] = SimpleQueue()
+        self._waiting: deque[Job[Any]] = deque()
         self._thread = threading.Thread(target=self._serve, name="ppsd-engine", daemon=True)
 
-    def call(self, work: Callable[[], T]) -> T:
-        """Do ``work`` on the thread; return its result."""
-        return self.result(Job(lambda _: work()))
+    def call(self, function: Callable[[], T]) -> T:
+        """Call ``function`` on the thread, after all that was asked before; return its result."""
+        return self.result(Call(function, self._work))
 
     def result(self, job: Job[T]) -> T:
-        """Do a job and return its result; it may put nothing."""
+        """Do a job and return its result; what it puts meanwhile is dropped."""
         reading = self.stream(job)
-        try:
-            next(reading)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        raise AssertionError("a job that nobody streams put a chunk")
+        while True:
+            try:
+                next(reading)
+            except StopIteration as end:
+                result: T = end.value
+                return result
 
     def stream(self, job: Job[T]) -> Generator[Any, None, T]:
         """Yield a job's chunks and return its result; leaving early cancels the job."""
@@ -122,7 +142,7 @@ class EngineThread:
             raise copy(self.ended)  # what is raised gathers frames, and with them the LLM
 
     def close(self) -> None:
-        """Cancel the job at work, then end the thread; may be called twice, and from any thread.
+        """End the thread and all it works on; may be called twice, and from any thread.
 
         A forked child has no such thread, and what it inherits is its parent's: nothing happens.
         """
@@ -130,8 +150,6 @@ class EngineThread:
             return
         self.ended = self.ended or PipelineError("this LLM is closed")
         self._inbox.put(None)
-        if (job := self._current) is not None:
-            job.cancelled = True
         if self._thread is not threading.current_thread():  # the collector may run there, too
             with suppress(RuntimeError):  # it was never started
                 self._thread.join()
@@ -145,37 +163,71 @@ class EngineThread:
 
     def _submit(self, job: Job[Any]) -> None:
         self._check_process()
+        if self._thread is threading.current_thread():
+            raise PpsdError("an LLM cannot be used from within a callback of its own request")
         with self._lock:
             self.check()
-            if self._current is not None and not self._current.cancelled:
-                raise PpsdError(
-                    "this LLM is at work on another request; finish or close its stream"
-                )
-            self._current = job
             if self._thread.ident is None:
                 self._thread.start()
             self._inbox.put(job)
 
     def _serve(self) -> None:
-        job = None
         try:
-            while (job := self._inbox.get()) is not None and self.ended is None:
-                if (error := job.execute()) is not None:
-                    self.ended = copy(error)
-                if self.ended is not None:
-                    break  # with this job still to be answered
-                job.finish(None)
-                job = None  # nor may the next wait keep it
+            while self.ended is None:
+                if self._waiting or not self._work.busy or not self._inbox.empty():
+                    self._attend()
+                else:
+                    self._step()
+        except PipelineError as error:
+            self.ended = self.ended or copy(error)
         finally:
             try:
-                self._leave()  # before the reader hears of an error: then all is free again
+                self._leave()  # before anyone hears of an error: then all is free again
             finally:
-                self._refuse(job)
+                self._refuse()
 
-    def _refuse(self, job: Job[Any] | None) -> None:
+    def _attend(self) -> None:
+        """Take the jobs that have come, and begin the next one if that is possible."""
+        while not self._inbox.empty() or not (self._waiting or self._work.busy):
+            job = self._inbox.get()
+            if job is None:
+                return
+            self._waiting.append(job)
+        job = self._waiting[0]
+        if job.cancelled:
+            self._waiting.popleft()
+        elif job.can_begin():
+            self._begin(job)
+            self._waiting.popleft()  # not before: if that broke the pipeline, it is to be answered
+        else:
+            self._step()
+
+    def _begin(self, job: Job[Any]) -> None:
+        try:
+            job.begin()
+        except PipelineError:
+            raise
+        except BaseException as error:  # it is raised again, where the results are read
+            job.fail(error)
+
+    def _step(self) -> None:
+        try:
+            self._work.step()
+        except PipelineError:
+            raise
+        except BaseException as error:  # of these requests alone: the next finds all in order
+            self._work.cancel(error)
+
+    def _refuse(self) -> None:
         """Let everyone who still waits have the error that ended the thread."""
+        assert self.ended is not None
         with self._lock:  # whoever came before ``ended`` was set has put a job by now
-            while job is not None or not self._inbox.empty():
-                if job is not None:
-                    job.finish(self.ended)
-                job = None if self._inbox.empty() else self._inbox.get()
+            self._work.cancel(self.ended)
+            with suppress(Empty):
+                while True:
+                    job = self._inbox.get(block=False)
+                    if job is not None:
+                        self._waiting.append(job)
+            for job in self._waiting:
+                job.fail(copy(self.ended))
+            self._waiting.clear()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ppsd.engine.drafter import Given
+from ppsd.engine.drafter import DraftState, Given
 from ppsd.engine.llm import LLM, Completion
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.lab.runner import PLAIN, Cell, Measurement
@@ -41,20 +41,11 @@ class OracleDrafter:
             for at, token in enumerate(plain)
         ]
 
-    def observe(self, position: int, hidden: torch.Tensor) -> None:
+    def observe(self, state: DraftState, position: int, hidden: torch.Tensor) -> None:
         """Need nothing."""
 
-    def draft(self, given: Given) -> int:
-        """Return the guess made beforehand for the next position."""
-        return self._guess(given.history.numel())
-
-    def probabilities(self, position: int) -> torch.Tensor:
-        """Return certainty: the draft could be no other."""
-        row = torch.zeros(self._vocab, dtype=torch.float64)
-        row[self._guess(position)] = 1.0
-        return row
-
-    def _guess(self, position: int) -> int:
+    def draft(self, state: DraftState, given: Given) -> int:
+        position = given.history.numel()
         return self._guesses[position] if position < len(self._guesses) else 0
 
 

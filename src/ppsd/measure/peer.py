@@ -88,7 +88,7 @@ class Peer:
         self._expect(Status, "ready")
         vocabulary = subject.spec.vocab_size
         self._send(Begin(0, SamplingParams(), 1, (), vocabulary))
-        endpoint.publish(CURRENT)
+        endpoint.publish(0, CURRENT)
 
     @staticmethod
     def _block(subject: Subject, epoch: int, rows: int) -> Block:

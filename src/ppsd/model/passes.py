@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from ppsd.model.kernels import POINTER
-
-Interrupted = Callable[[], bool]
 
 
 class Watch:
@@ -59,29 +57,3 @@ class Pass(Protocol):
 
         Returns False before it if ``watch`` stops the pass; None runs to the end.
         """
-
-
-class Asking(Watch):
-    """A Watch with the question whose answer depends on its words."""
-
-    def __init__(self, ask: Interrupted, words: Sequence[int]) -> None:
-        super().__init__(words)
-        self._ask = ask
-
-    def __call__(self) -> bool:
-        """Return the answer."""
-        return self._ask()
-
-
-def finish(started: Pass, interrupted: Interrupted | None) -> torch.Tensor | None:
-    """Run a pass to its end; return its rows, or None once ``interrupted`` returns True."""
-    if interrupted is None:
-        started.advance()
-        return started.hidden
-    watch = interrupted if isinstance(interrupted, Watch) else Watch()
-    while True:
-        watch.look()
-        if interrupted():
-            return None
-        if started.advance(watch):
-            return started.hidden

@@ -17,7 +17,7 @@ from ppsd.model.cache import KVCache
 from ppsd.model.kernels import Kind
 from ppsd.model.layers import FIELDS, LayerWeights, Norm, Product, Rope
 from ppsd.model.packed import Codes, Weight, can_pack, pack, packed_bytes
-from ppsd.model.passes import Interrupted, Pass, finish
+from ppsd.model.passes import Pass
 from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
 from ppsd.model.spec import ModelSpec
 from ppsd.model.steps import CudaGraphs, CudaRunner
@@ -49,10 +49,12 @@ class StageModel(Protocol):
     def is_last(self) -> bool:
         """Whether ``logits`` may be called."""
 
-    def forward(
-        self, inputs: torch.Tensor, position: int, interrupted: Interrupted
-    ) -> torch.Tensor | None:
-        """Run a pass to its end; return its rows [n, C], or None once ``interrupted`` is true."""
+    def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
+        """Start a pass of token ids [n] (first stage) or hidden rows [n, C] of a slot.
+
+        The first of them stands at ``position``. Raises ProtocolError when rows before it are
+        missing.
+        """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Target logits [n, vocabulary] of the last stage's output rows [n, C]."""
@@ -260,21 +262,16 @@ class Stage:
         return self._memory.keep(self._load(name))
 
     def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
-        """Start a pass of token ids [n] (first stage) or hidden rows [n, C] of a slot.
-
-        The first of them stands at ``position``. Raises ProtocolError when rows before it are
-        missing.
-        """
         if inputs.device != self.plan.device:
             inputs = inputs.to(self.plan.device)
         x = inputs if self.embedding is None else self.embedding.index_select(0, inputs)
         return self._runner.start(x, position, slot)
 
-    def forward(
-        self, inputs: torch.Tensor, position: int, interrupted: Interrupted | None = None
-    ) -> torch.Tensor | None:
-        """Run a pass to its end; return its rows [n, C], or None once ``interrupted`` is true."""
-        return finish(self.start(inputs, position), interrupted)
+    def forward(self, inputs: torch.Tensor, position: int) -> torch.Tensor:
+        """Run a pass of slot 0 to its end and return its rows [n, C]; see StageModel.start."""
+        started = self.start(inputs, position)
+        started.advance()
+        return started.hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return target logits [n, vocabulary] of the last stage's output rows [n, C]."""

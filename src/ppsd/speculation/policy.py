@@ -222,34 +222,19 @@ class Policy:
         """Go back to the schedule, from the next token that is fed."""
         self._active = self.schedule
 
-    def draft_at(self, position: int) -> int | None:
-        """Return the draft for ``position`` that still waits for its verdict, if there is one."""
-        waiting = self._committed <= position < len(self._tokens)
-        return self._tokens[position] if waiting else None
-
     @property
     def committed(self) -> int:
         """How many tokens are final, the prompt's among them."""
         return self._committed
 
-    @property
-    def drafts(self) -> list[int]:
-        """The drafts that wait for their verdicts."""
-        return self._tokens[self._committed :]
+    def draft_at(self, position: int) -> int | None:
+        """Return the draft for ``position`` that still waits for its verdict, if there is one."""
+        waiting = self._committed <= position < len(self._tokens)
+        return self._tokens[position] if waiting else None
 
-    @property
-    def progress(self) -> tuple[object, ...]:
-        """What is under way, relative to the last committed token.
-
-        Policies of equal progress and drafts do the same from here until the request ends.
-        """
-        base = self._committed
-        blocks = tuple((first - base, rows) for first, rows in self._blocks)
-        return len(self._tokens) - base, self._fed - base, self._open_rows, blocks
-
-    def resize(self, max_tokens: int) -> None:
-        """End the request after ``max_tokens`` new tokens after all; more than are committed."""
-        self._max_tokens = max_tokens
+    def tokens(self, first: int, end: int) -> list[int]:
+        """Return the committed tokens at positions from ``first`` to below ``end``."""
+        return self._tokens[first : min(end, self._committed)]
 
     def _on_draft(self, event: Drafted, stale: bool) -> list[Command]:
         self.counts.drafted += 1

@@ -1,4 +1,4 @@
-"""What every transport offers: frames of bytes between ranks, and one epoch word.
+"""What every transport offers: frames of bytes between ranks, and an epoch word for each slot.
 
 Imported by worker/ and engine/; knows nothing of models, tokens or policies. The links are those
 of the pipeline and no others: rank k → k+1 (work) and every rank k ≥ 1 → 0 (verdicts, status).
@@ -21,14 +21,15 @@ class Geometry:
     """Sizes agreed by all ranks before the first frame.
 
     ``forward_bytes`` and ``return_bytes`` bound one frame on the work links (k → k+1) and on the
-    return links (k → 0); ``slots`` is how many frames a link at least holds before ``send`` has
-    to wait.
+    return links (k → 0); ``frames`` is how many frames a link at least holds before ``send`` has
+    to wait; ``slots`` is how many requests can be under way, each with an epoch of its own.
     """
 
     size: int
     forward_bytes: int
     return_bytes: int
-    slots: int
+    frames: int
+    slots: int = 1
 
     def links(self) -> dict[tuple[int, int], int]:
         """Return every link (from, to) with the bytes its largest frame may have."""
@@ -92,11 +93,11 @@ class Endpoint(Protocol):
     def rows(self) -> torch.Tensor | None:
         """See above."""
 
-    @property
-    def words(self) -> tuple[int, ...]:
-        """Addresses of the 64-bit words that others change to make work pointless; none if unknown.
+    def words(self, slot: int) -> tuple[int, ...]:
+        """Return the addresses of the 64-bit words that others change to stop work on ``slot``.
 
-        On rank 0 a new frame, elsewhere a new epoch changes one of them.
+        On rank 0 a new frame, elsewhere a new epoch of the slot changes one of them. Without any,
+        a pass has to stop after every layer for its caller to ask.
         """
 
     def send(self, to: int, parts: Sequence[Part], timeout: float) -> None:
@@ -115,11 +116,11 @@ class Endpoint(Protocol):
         ``timeout`` 0 only looks. Raises StageLostError when a peer is known to be gone.
         """
 
-    def publish(self, epoch: int) -> None:
-        """Rank 0: make ``epoch`` the newest valid one; it overtakes all frames. Never blocks."""
+    def publish(self, slot: int, epoch: int) -> None:
+        """Rank 0: make ``epoch`` the slot's newest; it overtakes all frames. Never blocks."""
 
-    def epoch(self) -> int:
-        """Return the newest valid epoch this rank knows of; cheap enough to ask between layers."""
+    def epoch(self, slot: int) -> int:
+        """Return the slot's newest epoch this rank knows of; cheap enough to ask between layers."""
 
     def close(self) -> None:
         """Release this end; may be called twice."""

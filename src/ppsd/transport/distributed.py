@@ -61,8 +61,6 @@ class DistributedEndpoint:
     rows of frames travel apart; None keeps them in the frames.
     """
 
-    words: tuple[int, ...] = ()
-
     def __init__(
         self,
         geometry: Geometry,
@@ -83,15 +81,16 @@ class DistributedEndpoint:
         if apart is not None:
             self._rows_group = open_group(ROWS_BACKEND[apart.type], "rows", meeting, join_timeout)
         self._outgoing = geometry.outgoing(rank)
-        self._epoch = 0
+        self._epochs = torch.zeros(geometry.slots, dtype=torch.int64)
+        self._arrivals = torch.zeros(1, dtype=torch.int64)  # changes with every frame
         self._closed = False
         self._left: set[int] = set()
         self._failure: PipelineError | None = None
         self._heard = threading.Event()
         self._arrived: SimpleQueue[_Arrival | None] = SimpleQueue()
         self._lent: tuple[_Link, torch.Tensor] | None = None
-        self._senders = {to: _Link(to, n, geometry.slots) for to, n in self._outgoing.items()}
-        self._receivers = [_Link(k, n, geometry.slots) for k, n in geometry.incoming(rank).items()]
+        self._senders = {to: _Link(to, n, geometry.frames) for to, n in self._outgoing.items()}
+        self._receivers = [_Link(k, n, geometry.frames) for k, n in geometry.incoming(rank).items()]
         self._listeners = {to: threading.Event() for to in range(1, self.size)} if rank == 0 else {}
         self._answered = dict.fromkeys(self._listeners, time.monotonic())
         self._threads = self._start_threads()
@@ -123,15 +122,24 @@ class DistributedEndpoint:
         self._lent = link, buffer
         return link.peer, link.payload(buffer)
 
-    def publish(self, epoch: int) -> None:
+    def words(self, slot: int) -> tuple[int, ...]:
+        """Return the addresses to watch, which this rank's own threads write to."""
+        if self.rank == 0:
+            return (self._arrivals.data_ptr(),)
+        return (self._epochs.data_ptr() + slot * self._epochs.itemsize,)
+
+    def publish(self, slot: int, epoch: int) -> None:
         """Wake the threads that tell the workers."""
-        self._epoch = epoch
+        self._epochs[slot] = epoch
+        self._wake()
+
+    def epoch(self, slot: int) -> int:
+        """Return the slot's epoch last heard from rank 0."""
+        return int(self._epochs[slot])
+
+    def _wake(self) -> None:
         for news in self._listeners.values():
             news.set()
-
-    def epoch(self) -> int:
-        """Return the epoch last heard from rank 0."""
-        return self._epoch
 
     def close(self) -> None:
         """Let sent frames arrive, for a second at most; then cut the connections.
@@ -145,7 +153,7 @@ class DistributedEndpoint:
         self._closed = True
         atexit.unregister(self.close)
         self._heard.set()
-        self.publish(self._epoch)
+        self._wake()
         for link in self._senders.values():
             link.sending.put(None)
         for link in self._receivers:
@@ -189,8 +197,8 @@ class DistributedEndpoint:
             link.free.put(buffer)
 
     def _receive_frames(self, link: _Link) -> None:
-        # The sender never has more than ``slots`` unanswered, so older answers have arrived.
-        answers: deque[dist.Work] = deque(maxlen=link.slots + 1)
+        # The sender never has more than ``frames`` unanswered, so older answers have arrived.
+        answers: deque[dist.Work] = deque(maxlen=link.frames + 1)
         while (buffer := link.free.get()) is not None:
             self._receive_piece(link.first(buffer), link.peer, FRAME_TAG)
             goodbye = link.says_goodbye(buffer)
@@ -211,16 +219,17 @@ class DistributedEndpoint:
             rows = torch.empty(size, dtype=torch.uint8, device=self._apart)
             self._receive_piece(rows, link.peer, ROWS_TAG, group=self._rows_group)
         self._arrived.put((link, buffer, rows))
+        self._arrivals += 1
 
     def _await_hang_up(self, peer: int) -> None:
         """Wait for the connection to end, which keeps the answer to the goodbye alive till then."""
         self._receive_piece(torch.empty(1), peer, HANG_UP_TAG)
 
     def _tell(self, worker: int, news: threading.Event) -> None:
-        """Send the epoch to ``worker`` when it changes, and once a second as a sign of life."""
+        """Send the epochs to ``worker`` when one changes, and once a second as a sign of life."""
         while not self._closed:
-            word = torch.tensor([self._epoch])
-            work = self._start_send(word, worker, CONTROL_TAG)
+            words = self._epochs.clone()
+            work = self._start_send(words, worker, CONTROL_TAG)
             self._await_answer(worker, CONTROL_ANSWER_TAG, [work])
             self._answered[worker] = time.monotonic()
             news.wait(HEARTBEAT_SECONDS)
@@ -234,11 +243,11 @@ class DistributedEndpoint:
                 raise StageLostError(f"rank {worker} gave no sign of life for {self._timeout:g} s")
 
     def _listen(self) -> None:
-        word = torch.empty(1, dtype=torch.int64)
+        words = torch.empty_like(self._epochs)
         answers: deque[dist.Work] = deque(maxlen=2)  # rank 0 waits for each
         while True:
-            self._receive_piece(word, 0, CONTROL_TAG)
-            self._epoch = int(word)
+            self._receive_piece(words, 0, CONTROL_TAG)
+            self._epochs.copy_(words)
             self._heard.set()
             answers.append(self._start_send(torch.zeros(1), 0, CONTROL_ANSWER_TAG))
 
@@ -326,7 +335,7 @@ class DistributedEndpoint:
                 self._send(link, GOODBYE, [], NO_ROWS, deadline - time.monotonic())
         for link in self._senders.values():
             with suppress(PipelineError):  # nor can it confirm one
-                for _ in range(link.slots):
+                for _ in range(link.frames):
                     self._free_buffer(link, deadline - time.monotonic())
 
     def _hang_up(self) -> None:
@@ -343,14 +352,14 @@ class _Link:
     and a second one with the rest when the payload is longer than that.
     """
 
-    def __init__(self, peer: int, limit: int, slots: int) -> None:
+    def __init__(self, peer: int, limit: int, frames: int) -> None:
         self.peer = peer
-        self.slots = slots
+        self.frames = frames
         self._limit = limit
         self._first_bytes = HEADER_BYTES + min(limit, INLINE_BYTES)
         self.free: SimpleQueue[torch.Tensor | None] = SimpleQueue()
         self.sending: SimpleQueue[_Departure | None] = SimpleQueue()
-        for _ in range(slots):
+        for _ in range(frames):
             self.free.put(torch.zeros(HEADER_BYTES + limit, dtype=torch.uint8))
 
     def first(self, buffer: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ppsd.transport.base import Geometry, Part, frame_bytes, gather
 
 
 class InProcessHub:
-    """All links of a pipeline, and the epoch word, as plain objects.
+    """All links of a pipeline, and the epoch words, as plain objects.
 
     ``on_idle`` steps the in-process workers once and returns False when none could do anything.
     Rank 0 calls it while it waits; the other ranks never wait, as nothing could change meanwhile.
@@ -27,7 +27,7 @@ class InProcessHub:
         self.links: dict[tuple[int, int], deque[memoryview]] = {
             link: deque() for link in geometry.links()
         }
-        self.epoch = 0
+        self.epochs = [0] * geometry.slots
         self.on_idle: Callable[[], bool] | None = None
 
     def endpoint(self, rank: int) -> InProcessEndpoint:
@@ -39,7 +39,6 @@ class InProcessEndpoint:
     """One rank's end of an InProcessHub."""
 
     rows = None
-    words: tuple[int, ...] = ()
 
     def __init__(self, hub: InProcessHub, rank: int) -> None:
         self.rank = rank
@@ -53,10 +52,10 @@ class InProcessEndpoint:
         """Queue a copy of the frame; see ``Endpoint.send``."""
         length = frame_bytes(self._outgoing, to, parts)
         link = self._hub.links[self.rank, to]
-        slots = self._hub.geometry.slots
-        if not self._wait(lambda: len(link) < slots, timeout):
+        frames = self._hub.geometry.frames
+        if not self._wait(lambda: len(link) < frames, timeout):
             raise PipelineTimeoutError(
-                f"the link from rank {self.rank} to rank {to} stayed full ({slots} frames)"
+                f"the link from rank {self.rank} to rank {to} stayed full ({frames} frames)"
             )
         frame = torch.empty(length, dtype=torch.uint8)
         gather(parts, frame.data_ptr())
@@ -71,13 +70,17 @@ class InProcessEndpoint:
                 return source, link.popleft()
         return None
 
-    def publish(self, epoch: int) -> None:
-        """Make ``epoch`` the newest valid one."""
-        self._hub.epoch = epoch
+    def words(self, slot: int) -> tuple[int, ...]:
+        """Return nothing: the same thread steps all ranks, between the layers of any of them."""
+        return ()
 
-    def epoch(self) -> int:
-        """Return the newest valid epoch."""
-        return self._hub.epoch
+    def publish(self, slot: int, epoch: int) -> None:
+        """Make ``epoch`` the slot's newest."""
+        self._hub.epochs[slot] = epoch
+
+    def epoch(self, slot: int) -> int:
+        """Return the slot's newest epoch."""
+        return self._hub.epochs[slot]
 
     def close(self) -> None:
         """Do nothing: the hub goes with its last user."""

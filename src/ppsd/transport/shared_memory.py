@@ -4,15 +4,15 @@ Imported by engine/ (creates the segment) and worker/ (attaches to the inherited
 
 Layout, in 64-byte lines (a line is never shared by two writers); all words are native int64:
 
-    line 0   magic, layout version, size, forward_bytes, return_bytes, slots
-    line 1   epoch, written by rank 0 only
+    line 0   magic, layout version, size, forward_bytes, return_bytes, frames, slots
+    then one epoch word a slot, in whole lines, written by rank 0 only
     then for each link of ``Geometry.links()``, in that order, a ring with one writer and one
     reader:
         head line   frames taken so far, written by the reader
         tail line   frames put so far, written by the writer
-        slots + 1 × a line with the frame's length, then its bytes, rounded up to whole lines
+        frames + 1 × a line with the frame's length, then its bytes, rounded up to whole lines
 
-One slot more than the geometry asks for, as the reader holds one while it works on a frame.
+One frame more than the geometry asks for, as the reader holds one while it works on a frame.
 
 The segment has no name: children inherit its descriptor (``pass_fds``), the kernel frees it with
 its last user however that one ends, and the size of /dev/shm does not matter.
@@ -43,7 +43,7 @@ from ppsd.transport.base import Geometry, Part, frame_bytes, gather
 LINE = 64
 WORD = 8
 MAGIC = int.from_bytes(b"ppsd-shm", "little")
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 EPOCH_WORD = LINE // WORD
 
 BUSY_SECONDS = 0.02  # longer than most ticks: a pipeline at work hardly ever sleeps
@@ -91,7 +91,10 @@ class SharedMemoryEndpoint:
         self._senders = {to: ring for (source, to), ring in rings.items() if source == rank}
         self._sources = [(source, ring) for (source, to), ring in rings.items() if to == rank]
         tails = tuple(ring.tail_address for _, ring in self._sources)
-        self.words = tails if rank == 0 else (_address(segment) + EPOCH_WORD * WORD,)
+        epochs = _address(segment) + EPOCH_WORD * WORD
+        self._watched = [
+            tails if rank == 0 else (epochs + slot * WORD,) for slot in range(geometry.slots)
+        ]
         self._lent: _Ring | None = None
         self._waiting_since: float | None = None  # the first of the waits in vain in a row
 
@@ -121,13 +124,17 @@ class SharedMemoryEndpoint:
         self._lent = ring
         return source, frame
 
-    def publish(self, epoch: int) -> None:
-        """Store ``epoch``: one aligned word, so readers see the old or the new value."""
-        self._words[EPOCH_WORD] = epoch
+    def words(self, slot: int) -> tuple[int, ...]:
+        """Return the addresses to watch; see ``Endpoint.words``."""
+        return self._watched[slot]
 
-    def epoch(self) -> int:
-        """Return the epoch word."""
-        return self._words[EPOCH_WORD]
+    def publish(self, slot: int, epoch: int) -> None:
+        """Store ``epoch``: one aligned word, so readers see the old or the new value."""
+        self._words[EPOCH_WORD + slot] = epoch
+
+    def epoch(self, slot: int) -> int:
+        """Return the slot's epoch word."""
+        return self._words[EPOCH_WORD + slot]
 
     def close(self) -> None:
         """Let go of the segment; it is unmapped when the last received frame is gone too."""
@@ -176,22 +183,22 @@ class SharedMemoryEndpoint:
 
 
 class _Ring:
-    """One link: ``slots`` frames between a single writer and a single reader.
+    """One link: ``frames`` frames between a single writer and a single reader.
 
     Each side reads the other's counter from memory and remembers its own.
     """
 
     def __init__(
-        self, segment: mmap.mmap, words: memoryview, start: int, limit: int, slots: int
+        self, segment: mmap.mmap, words: memoryview, start: int, limit: int, frames: int
     ) -> None:
         self._words = words
         self._head = start // WORD
         self._tail = self._head + LINE // WORD
         self._limit = limit
-        self._slots = slots + 1
+        self._frames = frames + 1
         self._taken: int = words[self._head]
         self._put: int = words[self._tail]
-        offsets = [start + 2 * LINE + slot * _slot_bytes(limit) for slot in range(slots + 1)]
+        offsets = [start + 2 * LINE + i * _frame_bytes(limit) for i in range(frames + 1)]
         self._lengths = [offset // WORD for offset in offsets]
         whole = memoryview(segment)
         self._payloads = [whole[at + LINE : at + LINE + limit] for at in offsets]
@@ -200,13 +207,13 @@ class _Ring:
         self.tail_address = base + start + LINE
 
     def has_room(self) -> bool:
-        return self._put - self._words[self._head] < self._slots
+        return self._put - self._words[self._head] < self._frames
 
     def has_frame(self) -> bool:
         return self._words[self._tail] != self._taken
 
     def put(self, parts: Sequence[Part], length: int) -> None:
-        slot = self._put % self._slots
+        slot = self._put % self._frames
         gather(parts, self._addresses[slot])
         self._words[self._lengths[slot]] = length
         self._put += 1
@@ -215,12 +222,12 @@ class _Ring:
 
     def look(self) -> memoryview:
         _fence()
-        slot = self._taken % self._slots
+        slot = self._taken % self._frames
         length: int = self._words[self._lengths[slot]]
         waiting: int = self._words[self._tail] - self._taken
-        if not (0 <= length <= self._limit and 0 < waiting <= self._slots):
+        if not (0 <= length <= self._limit and 0 < waiting <= self._frames):
             raise ProtocolError(
-                f"a ring is damaged: {waiting} frames of at most {self._slots} wait, "
+                f"a ring is damaged: {waiting} frames of at most {self._frames} wait, "
                 f"the first has {length} bytes of at most {self._limit}"
             )
         return self._payloads[slot][:length]
@@ -294,28 +301,32 @@ def _attach(fd: int, geometry: Geometry) -> mmap.mmap:
 
 
 def _header(geometry: Geometry) -> list[int]:
-    sizes = [geometry.size, geometry.forward_bytes, geometry.return_bytes, geometry.slots]
-    return [MAGIC, LAYOUT_VERSION, *sizes]
+    sizes = [geometry.size, geometry.forward_bytes, geometry.return_bytes, geometry.frames]
+    return [MAGIC, LAYOUT_VERSION, *sizes, geometry.slots]
 
 
 def _places(geometry: Geometry) -> Iterator[tuple[tuple[int, int], tuple[int, int, int]]]:
-    """Yield each link with its ring's first byte, largest frame and slots."""
-    start = 2 * LINE
+    """Yield each link with its ring's first byte, largest frame and frames."""
+    start = _rings_start(geometry)
     for link, limit in geometry.links().items():
-        yield link, (start, limit, geometry.slots)
-        start += _ring_bytes(limit, geometry.slots)
+        yield link, (start, limit, geometry.frames)
+        start += _ring_bytes(limit, geometry.frames)
 
 
 def _segment_bytes(geometry: Geometry) -> int:
-    rings = (_ring_bytes(limit, geometry.slots) for limit in geometry.links().values())
-    return 2 * LINE + sum(rings)
+    rings = (_ring_bytes(limit, geometry.frames) for limit in geometry.links().values())
+    return _rings_start(geometry) + sum(rings)
 
 
-def _ring_bytes(limit: int, slots: int) -> int:
-    return 2 * LINE + (slots + 1) * _slot_bytes(limit)
+def _rings_start(geometry: Geometry) -> int:
+    return LINE + _round_up(geometry.slots * WORD)
 
 
-def _slot_bytes(limit: int) -> int:
+def _ring_bytes(limit: int, frames: int) -> int:
+    return 2 * LINE + (frames + 1) * _frame_bytes(limit)
+
+
+def _frame_bytes(limit: int) -> int:
     return LINE + _round_up(limit)
 
 

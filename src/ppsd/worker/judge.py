@@ -1,4 +1,4 @@
-"""The last stage's voice: hidden rows in, the target's own tokens out.
+"""The last stage's voice: its output rows in, the target's own tokens out.
 
 Used by the last worker, or by rank 0 when there is one stage only.
 """
@@ -6,16 +6,14 @@ Used by the last worker, or by rank 0 when there is one stage only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from ppsd.errors import NonFiniteError, ProtocolError
 from ppsd.model import kernels
 from ppsd.model.stage import StageModel
-from ppsd.speculation.sampling import Sampler
 from ppsd.worker.messages import Begin, Block, Verdict
+from ppsd.worker.slot import Slot
 
 
 def require_finite(hidden: torch.Tensor, rank: int, position: int) -> None:
@@ -28,77 +26,56 @@ def require_finite(hidden: torch.Tensor, rank: int, position: int) -> None:
         raise NonFiniteError(f"stage {rank} computed NaN or infinity at position {position + row}")
 
 
-class TokenHistory:
-    """The tokens fed so far, addressed by position like the key/value cache."""
-
-    def __init__(self, capacity: int) -> None:
-        self._ids = np.zeros(capacity, dtype=np.int64)
-        self._tokens = torch.from_numpy(self._ids)  # the same memory
-
-    def write(self, position: int, tokens: Sequence[int]) -> None:
-        """Put ``tokens`` at ``position``…"""
-        self._ids[position : position + len(tokens)] = tokens
-
-    def ids(self, first: int, end: int) -> tuple[int, ...]:
-        """Return the tokens at positions from ``first`` to below ``end``."""
-        return tuple(self._ids[first:end].tolist())
-
-    def before(self, position: int, first: int = 0) -> torch.Tensor:
-        """Return the tokens at positions from ``first`` to below ``position``; a view."""
-        return self._tokens[first:position]
-
-
 class Judge:
     """Samples the target's token for every judged row; randomness is (seed, position) alone."""
 
-    def __init__(self, stage: StageModel, rank: int, max_context: int) -> None:
+    def __init__(self, stage: StageModel, rank: int, max_context: int, slots: int = 1) -> None:
         self._stage = stage
         self._rank = rank
-        self._history = TokenHistory(max_context)
-        self._sampler: Sampler | None = None
-        self._want_logits = self._want_hidden = False
+        self._slots = [Slot(max_context) for _ in range(slots)]
 
     def begin(self, begin: Begin) -> None:
-        """Sample as the request ``begin`` says from now on."""
-        self._sampler = Sampler(
-            begin.params, begin.prompt_length, frozenset(begin.stop_ids), begin.vocab_size
-        )
-        self._want_logits = begin.want_logits
-        self._want_hidden = begin.want_hidden
+        """Let a request start in its slot."""
+        self._slot(begin.slot).begin(begin)
 
     def verdict(self, block: Block, hidden: torch.Tensor) -> Verdict:
         """Judge the last ``block.judge`` of the rows ``hidden`` [n, C]."""
-        if self._sampler is None:
+        slot = self._slot(block.slot)
+        if slot.sampler is None:
             raise ProtocolError("a block arrived before any request began")
         rows = len(block.tokens)
-        self._history.write(block.position, block.tokens)
+        slot.history.write(block.position, block.tokens)
         first = block.position + rows - block.judge + 1
         judged = hidden if block.judge == rows else hidden[rows - block.judge :]
         logits = self._stage.logits(judged) if block.judge else None
-        tokens = () if logits is None else self._tokens(logits, first)
         return Verdict(
-            block.slot,
-            block.epoch,
-            self._rank,
-            block.position,
-            rows,
-            tokens,
-            logits if self._want_logits else None,
-            judged if self._want_hidden and block.judge else None,
+            slot=block.slot,
+            epoch=block.epoch,
+            source=self._rank,
+            position=block.position,
+            rows=rows,
+            tokens=() if logits is None else self._tokens(slot, logits, first),
+            logits=logits if slot.want_logits else None,
+            feedback=judged if slot.want_feedback and block.judge else None,
         )
 
-    def _tokens(self, logits: torch.Tensor, first: int) -> tuple[int, ...]:
-        """The target's tokens at ``first``…, one for each row of ``logits`` [n, V]."""
-        assert self._sampler is not None
-        if self._sampler.takes_largest(first):
-            found = kernels.largest(logits, self._sampler.vocab_size)
-            if found is not None:
-                return found
-        return tuple(self._choose(row, first + i) for i, row in enumerate(logits))
+    def _slot(self, index: int) -> Slot:
+        if index >= len(self._slots):
+            raise ProtocolError(f"slot {index} is none of the {len(self._slots)} there are")
+        return self._slots[index]
 
-    def _choose(self, logits: torch.Tensor, position: int) -> int:
-        assert self._sampler is not None
+    def _tokens(self, slot: Slot, logits: torch.Tensor, first: int) -> tuple[int, ...]:
+        """Return the target's tokens at ``first``…, one for each row of ``logits`` [n, V]."""
+        assert slot.sampler is not None
+        if slot.sampler.takes_largest(first):
+            largest = kernels.largest(logits, slot.sampler.vocab_size)
+            if largest is not None:
+                return largest
+        return tuple(self._choose(slot, row, first + i) for i, row in enumerate(logits))
+
+    def _choose(self, slot: Slot, logits: torch.Tensor, position: int) -> int:
+        assert slot.sampler is not None
         try:
-            return self._sampler.choose(logits, self._history.before(position))
+            return slot.sampler.choose(logits, slot.history.before(position))
         except NonFiniteError as error:
             raise NonFiniteError(f"{error} (stage {self._rank}, position {position})") from error

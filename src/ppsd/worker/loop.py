@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import time
 import traceback
 from typing import Any
 
 import torch
 
 from ppsd.errors import PipelineError, ProtocolError, RequestError
-from ppsd.model.passes import Asking
 from ppsd.model.stage import StageModel
-from ppsd.transport.base import Endpoint
 from ppsd.worker.judge import Judge, require_finite
+from ppsd.worker.link import Link
 from ppsd.worker.messages import (
     CONTROL_BYTES,
     Begin,
     Block,
     Control,
-    Landing,
     Message,
+    Refusal,
     Status,
-    decode,
-    encode,
 )
 from ppsd.worker.recorder import Recorder
 
@@ -41,30 +37,23 @@ class Worker:
         self,
         rank: int,
         stage: StageModel,
-        endpoint: Endpoint,
+        link: Link,
         judge: Judge | None,
-        *,
-        timeout: float,
         recorder: Recorder | None = None,
     ) -> None:
         self.rank = rank
         self.stopped = False
         self._stage = stage
-        self._endpoint = endpoint
+        self._link = link
         self._judge = judge
-        self._timeout = timeout
         self._recorder = recorder or Recorder()
-        self._landing = Landing()
-        self._epoch = 0  # of the block at work
-        self._stale = Asking(self._ask, endpoint.words)
 
     def step(self, timeout: float) -> bool:
         """Handle one message; False when none came within ``timeout`` seconds."""
-        received = self._endpoint.receive(timeout)
-        if received is None:
-            return False
-        self.handle(decode(received[1], self._endpoint.rows, self._landing))
-        return True
+        message = self._link.receive(timeout)
+        if message is not None:
+            self.handle(message)
+        return message is not None
 
     def handle(self, message: Message) -> None:
         """Act on one message and pass on what concerns later stages."""
@@ -74,30 +63,40 @@ class Worker:
         if not isinstance(message, Begin | Control):
             raise ProtocolError(f"a {type(message).__name__} may not reach stage {self.rank}")
         if self._judge is None:
-            self._send(self.rank + 1, message)
+            self._link.send(self.rank + 1, message)
         elif isinstance(message, Begin):
             self._judge.begin(message)
         if isinstance(message, Control):
             self._on_control(message)
 
-    def _ask(self) -> bool:
-        return self._endpoint.epoch() > self._epoch
+    def _stale(self, block: Block) -> bool:
+        return self._link.epoch(block.slot) > block.epoch
 
     def _on_block(self, block: Block) -> None:
-        self._epoch = block.epoch
-        if self._ask():
+        if self._stale(block):
             self._recorder.blocks["dropped"] += 1
             return
-        start = time.monotonic_ns()
-        hidden = self._stage.forward(block.hidden, block.position, self._stale)
+        start = self._recorder.now()
+        hidden = self._run(block)
         try:
             answer = None if hidden is None else self._answer(block, hidden)
         except RequestError as error:  # rank 0 ends the request; this stage takes the next
-            answer = Status(self.rank, "refused", {"epoch": block.epoch, "message": str(error)})
+            answer = Refusal(block.slot, block.epoch, self.rank, str(error))
         kind = "cancelled" if answer is None else "verify" if block.judge else "prefill"
         self._recorder.add(start, kind, block.epoch, block.position, len(block.tokens))
         if answer is not None:
-            self._send(0 if self._judge is not None else self.rank + 1, answer)
+            self._link.send(0 if self._judge is not None else self.rank + 1, answer)
+
+    def _run(self, block: Block) -> torch.Tensor | None:
+        """Return the rows of a pass, or None once rank 0 has declared the block stale."""
+        work = self._stage.start(block.hidden, block.position, block.slot)
+        watch = self._link.watch(block.slot)
+        while True:
+            watch.look()  # before asking: what comes after this stops the pass
+            if self._stale(block):
+                return None
+            if work.advance(watch):
+                return work.hidden
 
     def _answer(self, block: Block, hidden: torch.Tensor) -> Message:
         require_finite(hidden, self.rank, block.position)
@@ -117,11 +116,8 @@ class Worker:
         slices = taken.pop("slices", [])
         while len(slices) > SLICES_PER_REPORT:
             part, slices = slices[:SLICES_PER_REPORT], slices[SLICES_PER_REPORT:]
-            self._send(0, Status(self.rank, "report", {"slices": part, "last": False}))
-        self._send(0, Status(self.rank, "report", taken | {"slices": slices, "last": True}))
-
-    def _send(self, to: int, message: Message) -> None:
-        self._endpoint.send(to, encode(message), self._timeout)
+            self._link.send(0, Status(self.rank, "report", {"slices": part, "last": False}))
+        self._link.send(0, Status(self.rank, "report", taken | {"slices": slices, "last": True}))
 
 
 def failure_status(rank: int, error: BaseException) -> Status:

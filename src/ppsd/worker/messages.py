@@ -23,8 +23,8 @@ from ppsd.types import SamplingParams
 MAGIC = 0x50505344  # "PPSD"
 VERSION = 3
 # magic, version, kind, dtype, flags, slot, source, epoch,
-# position, parent, rows, judge, width, bytes of body
-HEADER = struct.Struct("<IBBBBHHQiiiiIQ16x")
+# position, parent, rows, judge, width, feedback, bytes of body
+HEADER = struct.Struct("<IBBBBHHQiiiiIIQ12x")
 HEADER_BYTES = HEADER.size
 TOKEN_BYTES = 8  # ids travel as int64: no conversion on either side
 CONTROL_BYTES = 1 << 16  # room for a control or status body; larger status texts are cut
@@ -54,8 +54,8 @@ class Block(NamedTuple):
 class Verdict(NamedTuple):
     """The target's tokens [judge] for a block.
 
-    When they are wanted, with the logits [judge, V] they were drawn from, and the rows
-    [judge, C] that the last layer made.
+    When they are wanted, with the logits [judge, V] they were drawn from, and ``feedback``
+    [judge, C], the rows that the last layer made, on which later drafts may rest.
     """
 
     slot: int
@@ -65,7 +65,7 @@ class Verdict(NamedTuple):
     rows: int
     tokens: tuple[int, ...]
     logits: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
+    feedback: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Begin:
     """A request starts in ``slot`` (forwarded to the last stage, which samples).
 
     ``vocab_size`` counts the real tokens (logits may be padded); ``want_logits`` and
-    ``want_hidden`` ask for the target's logits and the last layer's rows with every verdict.
+    ``want_feedback`` ask for the target's logits and the last layer's rows with every verdict.
     """
 
     slot: int
@@ -82,7 +82,7 @@ class Begin:
     stop_ids: tuple[int, ...]
     vocab_size: int
     want_logits: bool = False
-    want_hidden: bool = False
+    want_feedback: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,20 +92,26 @@ class Control:
     verb: str
 
 
+class Refusal(NamedTuple):
+    """A request cannot go on, for the reason in ``message``; stage ``source`` takes others."""
+
+    slot: int
+    epoch: int
+    source: int
+    message: str
+
+
 @dataclass(frozen=True)
 class Status:
-    """A stage speaks of itself: ``progress``, ``ready``, ``report`` or ``failed``.
-
-    Or, of the request whose epoch it names, ``refused``: it cannot go on.
-    """
+    """A stage speaks of itself: ``progress``, ``ready``, ``report`` or ``failed``."""
 
     source: int
     kind: str
     fields: dict[str, Any]
 
 
-Message = Block | Verdict | Begin | Control | Status
-_KINDS: dict[type, int] = {Block: 1, Verdict: 2, Begin: 3, Control: 4, Status: 5}
+Message = Block | Verdict | Refusal | Begin | Control | Status
+_KINDS: dict[type, int] = {Block: 1, Verdict: 2, Begin: 3, Control: 4, Status: 5, Refusal: 6}
 
 
 def frame_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
@@ -130,11 +136,14 @@ def encode(message: Message) -> list[Part]:
             "stop_ids": message.stop_ids,
             "vocab_size": message.vocab_size,
             "want_logits": message.want_logits,
-            "want_hidden": message.want_hidden,
+            "want_feedback": message.want_feedback,
         }
         return _encode_json(Begin, record, slot=message.slot)
     if isinstance(message, Control):
         return _encode_json(Control, {"verb": message.verb})
+    if isinstance(message, Refusal):
+        record = {"epoch": message.epoch, "message": message.message}
+        return _encode_json(Refusal, record, slot=message.slot, source=message.source)
     return _encode_json(
         Status, {"kind": message.kind, "fields": message.fields}, source=message.source
     )
@@ -201,22 +210,22 @@ def _encode_block(block: Block) -> list[Part]:
     rows, width = hidden.shape
     header = HEADER.pack(
         MAGIC, VERSION, _KINDS[Block], DTYPES.index(hidden.dtype), 0, block.slot, 0, block.epoch,
-        block.position, block.parent, rows, block.judge, width, len(ids) + hidden.nbytes,
+        block.position, block.parent, rows, block.judge, width, 0, len(ids) + hidden.nbytes,
     )  # fmt: skip
     return [header + ids, hidden]
 
 
 def _encode_verdict(verdict: Verdict) -> list[Part]:
-    slot, epoch, source, position, rows, tokens, logits, hidden = verdict
-    both = [part for part in (hidden, logits) if part is not None]
+    slot, epoch, source, position, rows, tokens, logits, feedback = verdict
+    both = [part for part in (feedback, logits) if part is not None]
     ids, numbers, dtype, width, size = _ids(tokens), None, 0, 0, 0
-    if both:  # side by side in one matrix; ``parent`` tells them apart
+    if both:  # side by side in one matrix
         numbers = torch.cat(both, 1) if len(both) > 1 else both[0].contiguous()
         dtype, width, size = DTYPES.index(numbers.dtype), numbers.shape[1], numbers.nbytes
-    parent = 0 if hidden is None else hidden.shape[1]
+    beside = 0 if feedback is None else feedback.shape[1]
     header = HEADER.pack(
         MAGIC, VERSION, _KINDS[Verdict], dtype, 0, slot, source, epoch,
-        position, parent, rows, len(tokens), width, len(ids) + size,
+        position, 0, rows, len(tokens), width, beside, len(ids) + size,
     )  # fmt: skip
     return [header + ids] if numbers is None else [header + ids, numbers]
 
@@ -226,7 +235,7 @@ def _encode_json(
 ) -> list[Part]:
     body = json.dumps(record, separators=(",", ":")).encode()
     header = HEADER.pack(
-        MAGIC, VERSION, _KINDS[kind], 0, 0, slot, source, 0, 0, 0, 0, 0, 0, len(body)
+        MAGIC, VERSION, _KINDS[kind], 0, 0, slot, source, 0, 0, 0, 0, 0, 0, 0, len(body)
     )
     return [header + body]
 
@@ -258,7 +267,7 @@ def _split_rows(
 def _decode_block(
     header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None, landing: Landing | None
 ) -> Block:
-    _, _, _, dtype, _, slot, _, epoch, position, parent, rows, judge, width, _ = header
+    _, _, _, dtype, _, slot, _, epoch, position, parent, rows, judge, width, _, _ = header
     if not 0 <= judge <= rows or rows < 1 or position < 0:
         raise ProtocolError(f"block of {rows} rows at {position} asks for {judge} verdicts")
     tokens, hidden = _split_rows(body, apart, landing, rows, (rows, width), dtype)
@@ -270,11 +279,11 @@ def _decode_block(
 def _decode_verdict(
     header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None
 ) -> Verdict:
-    _, _, _, dtype, _, slot, source, epoch, position, hidden, rows, judge, width, _ = header
+    _, _, _, dtype, _, slot, source, epoch, position, _, rows, judge, width, beside, _ = header
     shape = (judge if width else 0, width)
     tokens, both = _split_rows(body, apart, None, judge, shape, dtype)
-    if not 0 <= hidden <= width:
-        raise ProtocolError(f"verdict states rows of {hidden} numbers among {width}")
+    if not 0 <= beside <= width:
+        raise ProtocolError(f"verdict states feedback of {beside} numbers among {width}")
     if both is None:
         return Verdict(slot, epoch, source, position, rows, tokens)
     return Verdict(
@@ -284,8 +293,8 @@ def _decode_verdict(
         position,
         rows,
         tokens,
-        logits=both[:, hidden:] if hidden < width else None,
-        hidden=both[:, :hidden] if hidden else None,
+        logits=both[:, beside:] if beside < width else None,
+        feedback=both[:, :beside] if beside else None,
     )
 
 
@@ -297,6 +306,9 @@ def _decode_json(header: tuple[int, ...], body: memoryview) -> Message:
             return _begin(slot, record)
         if kind == _KINDS[Control]:
             return Control(_typed(record["verb"], str))
+        if kind == _KINDS[Refusal]:
+            epoch, text = _typed(record["epoch"], int), _typed(record["message"], str)
+            return Refusal(slot, epoch, source, text)
         if kind == _KINDS[Status]:
             return Status(source, _typed(record["kind"], str), _typed(record["fields"], dict))
     except MALFORMED as error:
@@ -312,7 +324,7 @@ def _begin(slot: int, record: dict[str, Any]) -> Begin:
         stop_ids=tuple(int(token) for token in record["stop_ids"]),
         vocab_size=int(record["vocab_size"]),
         want_logits=bool(record["want_logits"]),
-        want_hidden=bool(record["want_hidden"]),
+        want_feedback=bool(record["want_feedback"]),
     )
 
 

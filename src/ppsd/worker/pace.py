@@ -7,13 +7,15 @@ devices, while tokens, messages and acceptance stay real. Used by worker/ and en
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
-from ppsd.model.passes import Interrupted
+from ppsd.model.passes import Pass, Watch
 from ppsd.model.stage import Stage, StageModel
 from ppsd.worker.recorder import OVERRUN, Recorder
 
+EACH_LAYER = Watch()  # without words to look at a pass stops after every layer
 POLL_S = 1e-3  # a paced stage drops stale work this soon, as a device does between its kernels
 
 
@@ -21,9 +23,9 @@ class PacedStage:
     """A stage that takes ``seconds`` for a block; the result is bitwise that of ``stage``.
 
     The time is shared out over the ``layers`` and, on the last stage, the LM head, which counts as
-    ``head_layers`` of them: layer i begins no sooner than i shares after the block. Waits ask
-    ``interrupted`` every POLL_S. A block of at most ``rows`` rows (a longer one is a piece of a
-    prompt) that needs more than ``seconds`` is counted in ``recorder.blocks[OVERRUN]``.
+    ``head_layers`` of them: layer i begins no sooner than i shares after the block. A block of at
+    most ``rows`` rows (a longer one is a piece of a prompt) that needs more than ``seconds`` is
+    counted in ``recorder.blocks[OVERRUN]``.
     """
 
     def __init__(
@@ -46,51 +48,74 @@ class PacedStage:
 
     @property
     def is_last(self) -> bool:
-        """See StageModel."""
         return self._stage.is_last
 
-    def forward(
-        self, inputs: torch.Tensor, position: int, interrupted: Interrupted
-    ) -> torch.Tensor | None:
-        """See StageModel."""
+    def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> PacedPass:
         self._start = time.monotonic()
         self._counted = inputs.shape[0] <= self._rows
-        begun = 0
-
-        def stop() -> bool:
-            nonlocal begun
-            begun += 1
-            return self._wait(begun - 1, interrupted)
-
-        hidden = self._stage.forward(inputs, position, stop)
-        if hidden is None:
-            return None
-        if not self.is_last:
-            self._count()
-        return None if self._wait(self._layers, interrupted) else hidden
+        work = self._stage.start(inputs, position, slot)
+        return PacedPass(work, self._start, self._share, self._layers, self._on_time)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See StageModel."""
         rows = self._stage.logits(hidden)
         self._count()
         while (left := self._start + self._seconds - time.monotonic()) > 0:
             time.sleep(left)
         return rows
 
-    def _wait(self, layers: int, interrupted: Interrupted) -> bool:
-        """Wait until so many layers' time is over; whether the work has become pointless."""
-        end = self._start + layers * self._share
-        while not (stale := interrupted()) and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, POLL_S))
-        return stale
+    def _on_time(self) -> None:
+        """Note that the layers are done; of a last stage the LM head comes on top."""
+        if not self.is_last:
+            self._count()
 
     def _count(self) -> None:
         if self._counted and time.monotonic() > self._start + self._seconds:
             self._recorder.blocks[OVERRUN] += 1
 
 
+class PacedPass:
+    """A pass whose i-th layer begins no sooner than i ``share`` seconds after ``start``.
+
+    It stops every POLL_S for its caller to ask, and one layer is computed at a time.
+    """
+
+    def __init__(
+        self,
+        work: Pass,
+        start: float,
+        share: float,
+        layers: int,
+        done: Callable[[], None],
+    ) -> None:
+        self._work = work
+        self._start = start
+        self._share = share
+        self._layers = layers
+        self._done = done
+        self._begun = 0  # layers
+        self._finished = False
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        return self._work.hidden
+
+    def advance(self, watch: Watch | None = None) -> bool:
+        left = self._start + self._begun * self._share - time.monotonic()
+        if left > 0:
+            time.sleep(min(left, POLL_S))
+            return False
+        if self._finished:
+            return True
+        self._finished = self._work.advance(EACH_LAYER)
+        self._begun += 1
+        if self._finished:
+            self._begun = self._layers
+            self._done()
+        return False
+
+
 def paced(stage: Stage, seconds: float, rows: int, recorder: Recorder) -> StageModel:
-    """``stage`` as it is for 0 ``seconds``, else paced; see PacedStage."""
+    """Return ``stage`` itself for 0 ``seconds``, else paced; see PacedStage."""
     if not seconds:
         return stage
     spec, layers = stage.spec, len(stage.layers)

@@ -38,6 +38,7 @@ from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.weights import open_source
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.worker.judge import Judge
+from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker, failure_status
 from ppsd.worker.messages import VERSION, Status, encode
 from ppsd.worker.pace import paced
@@ -234,7 +235,8 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
         "kernels": kernels.name(config.dtype, config.device),
     }
     say(Status(config.rank, "ready", about))
-    return Worker(config.rank, stage, endpoint, judge, timeout=config.timeout, recorder=recorder)
+    link = TransportLink(endpoint, config.timeout)
+    return Worker(config.rank, stage, link, judge, recorder)
 
 
 class Supervisor:

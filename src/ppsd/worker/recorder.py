@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Any
 
 MAX_SLICES = 200_000  # bounds a trace's memory; the oldest slices are dropped first
@@ -16,16 +17,20 @@ Slice = tuple[int, int, str, int, int, int]  # start, end, kind, epoch, position
 
 
 class Recorder:
-    """Adds up busy time by kind: ``prefill``, ``forward``, ``draft``, ``verify``, ``cancelled``."""
+    """Adds up busy time by kind: ``prefill``, ``forward``, ``draft``, ``verify``, ``cancelled``.
 
-    def __init__(self, trace: bool = False) -> None:
+    ``now`` is the clock of the rank, which the simulator replaces by a virtual one.
+    """
+
+    def __init__(self, trace: bool = False, now: Callable[[], int] = time.monotonic_ns) -> None:
+        self.now = now
         self.busy_ns: Counter[str] = Counter()
         self.blocks: Counter[str] = Counter()
         self.slices: deque[Slice] | None = deque(maxlen=MAX_SLICES) if trace else None
 
     def add(self, start: int, kind: str, epoch: int, position: int, rows: int) -> None:
         """Record work on ``rows`` rows at ``position`` from ``start`` until now."""
-        end = time.monotonic_ns()
+        end = self.now()
         self.busy_ns[kind] += end - start
         self.blocks[kind] += 1
         if self.slices is not None:

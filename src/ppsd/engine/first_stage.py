@@ -1,0 +1,100 @@
+"""Stage 0 as the engine uses it: rows forward, complete blocks to ship, drafts from its exit.
+
+It carries out ``Feed`` commands; it decides nothing and sends nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ppsd.engine.drafter import Drafter, Given, single_rows
+from ppsd.engine.sequence import Sequence
+from ppsd.errors import NonFiniteError, ProtocolError
+from ppsd.model.passes import Pass
+from ppsd.model.stage import StageModel
+from ppsd.speculation.policy import UNVERIFIED, Drafted, Feed
+from ppsd.speculation.sampling import Stream
+from ppsd.worker.judge import require_finite
+from ppsd.worker.messages import Block, Verdict
+from ppsd.worker.recorder import Recorder
+
+
+class FirstStage:
+    """The first stage's model and what drafts at its exit.
+
+    ``drafter`` may be changed between requests; ``drafting`` is off where no draft is ever used,
+    so that plain decoding pays nothing for a head.
+    """
+
+    def __init__(self, model: StageModel, drafter: Drafter | None, recorder: Recorder) -> None:
+        self.drafter = drafter
+        self.drafting = drafter is not None
+        self.recorder = recorder
+        self.draft_stream = Stream.TARGET
+        self._model = model
+
+    @property
+    def wants_feedback(self) -> bool:
+        """True if drafts are better with the last layer's rows."""
+        return self.drafting and self.drafter is not None and self.drafter.feedback
+
+    def start(self, sequence: Sequence, feed: Feed) -> Pass:
+        """Begin a pass of the rows of ``feed`` through the stage's layers."""
+        if feed.position == feed.block:
+            sequence.open_rows.clear()
+        sequence.history.write(feed.position, feed.tokens)
+        tokens = sequence.history.before(feed.position + len(feed.tokens), feed.position)
+        return self._model.start(tokens, feed.position, sequence.slot)
+
+    def finish(self, sequence: Sequence, feed: Feed, hidden: torch.Tensor) -> Block | None:
+        """Take the rows [n, C] that a pass gave; return the block that they complete, if any."""
+        require_finite(hidden, 0, feed.position)
+        sequence.open_rows.append(hidden)
+        if not feed.ship:
+            return None
+        rows = sequence.open_rows
+        hidden = torch.cat(rows) if len(rows) > 1 else rows[0]
+        rows.clear()
+        return Block(
+            slot=sequence.slot,
+            epoch=feed.epoch,
+            position=feed.block,
+            parent=feed.block - 1,
+            judge=feed.judge,
+            tokens=sequence.history.ids(feed.block, feed.position + len(feed.tokens)),
+            hidden=hidden,
+        )
+
+    def observe(self, sequence: Sequence, feed: Feed, hidden: torch.Tensor) -> None:
+        """Let the drafter see the rows [n, C] of a feed; forget feedback of no more use."""
+        if self.drafter is None or not self.drafting:
+            return
+        feedback = sequence.feedback
+        sequence.feedback = {p: row for p, row in feedback.items() if p >= feed.verified}
+        self.drafter.observe(sequence.draft, feed.position, hidden)
+
+    def draft(self, sequence: Sequence, feed: Feed) -> Drafted:
+        """Draft the token that follows the rows of ``feed``."""
+        assert self.drafter is not None
+        start = self.recorder.now()
+        position = feed.position + len(feed.tokens)
+        history = sequence.history.before(position)
+        known = self.wants_feedback and feed.verified != UNVERIFIED
+        verified = sequence.feedback[feed.verified] if known else None
+        try:
+            given = Given(sequence.sampler, history, self.draft_stream, verified)
+            token = self.drafter.draft(sequence.draft, given)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} (exit head, position {position})") from error
+        self.recorder.add(start, "draft", feed.epoch, position, 1)
+        return Drafted(feed.epoch, position, token)
+
+    def keep(self, sequence: Sequence, verdict: Verdict) -> None:
+        """Hold the feedback of a valid verdict for drafts to come; raises ProtocolError."""
+        if verdict.feedback is None:
+            if self.wants_feedback and len(verdict.tokens):
+                raise ProtocolError(f"a verdict at {verdict.position} lacks the last layer's rows")
+            return
+        first = verdict.position + verdict.rows - verdict.feedback.shape[0]
+        rows = single_rows(verdict.feedback)
+        sequence.feedback |= {first + i: row for i, row in enumerate(rows)}

@@ -1,0 +1,149 @@
+"""The engine with text on top: tickets in, chunks and completions out. Used by llm.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Items
+from copy import copy
+from typing import Any
+
+from ppsd.engine.answer import Answer, Chunk, Completion
+from ppsd.engine.engine import Engine
+from ppsd.engine.sequence import Request, Sequence
+from ppsd.engine.stats import RequestStats, stage_stats
+from ppsd.engine.text import Decoder, Transcript
+from ppsd.engine.thread import Job
+from ppsd.engine.trace import TraceLog
+from ppsd.errors import PipelineError
+from ppsd.speculation.policy import Emit
+
+
+class TextEngine:
+    """Lets tickets through ``engine``, which may be another one whenever nothing is under way.
+
+    ``bounds`` are the layers at which stages begin and end. The slices of all requests are
+    gathered in ``trace``.
+    """
+
+    def __init__(self, bounds: Items[int]) -> None:
+        self.engine: Engine
+        self.trace = TraceLog()
+        self._bounds = tuple(bounds)
+        self._tickets: dict[Sequence, Ticket] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._tickets)
+
+    @property
+    def has_room(self) -> bool:
+        """True if a ticket could begin at once."""
+        return not self._tickets or self.engine.has_room
+
+    def begin(self, ticket: Ticket) -> None:
+        """Let the engine begin with a ticket's request."""
+        ticket.answer.start = time.monotonic()
+        self._tickets[self.engine.add(ticket.request)] = ticket
+
+    def step(self) -> None:
+        """Do a step of the engine, and hand on what it made final."""
+        for sequence, ticket in self._tickets.items():
+            if ticket.cancelled:
+                self.engine.abort(sequence)
+                self._settle(sequence)
+                return
+        for sequence, output in self.engine.step():
+            ticket = self._tickets[sequence]
+            if isinstance(output, Emit):
+                self._take(sequence, ticket, output)
+            else:
+                self._finish(sequence, ticket)
+
+    def cancel(self, error: BaseException) -> None:
+        """End all that is under way with ``error``; of a working pipeline note what was done."""
+        for sequence, ticket in list(self._tickets.items()):
+            self.engine.abort(sequence)
+            if isinstance(error, PipelineError):
+                del self._tickets[sequence]
+                ticket.fail(copy(error))  # what is raised gathers frames, and with them the LLM
+            else:
+                self._settle(sequence)
+                ticket.fail(error)
+
+    def _take(self, sequence: Sequence, ticket: Ticket, emit: Emit) -> None:
+        chunk = ticket.answer.take(emit)
+        if not ticket.silent:
+            ticket.put(chunk)
+        if ticket.answer.transcript.stopped:
+            self.engine.abort(sequence, "stop")
+            self._finish(sequence, ticket)
+
+    def _finish(self, sequence: Sequence, ticket: Ticket) -> None:
+        """Complete the answer of a sequence that is over."""
+        answer, end = ticket.answer, time.monotonic()
+        if sequence.error is not None:
+            self._settle(sequence)
+            ticket.fail(sequence.error)
+            return
+        if (rest := answer.transcript.finish()) and not ticket.silent:
+            ticket.put(Chunk(tuple(rest)))
+        stats = self._settle(sequence, end)
+        ticket.finish(
+            Completion(
+                text=answer.transcript.text,
+                token_ids=tuple(answer.token_ids),
+                accepted=tuple(answer.accepted),
+                finish_reason=sequence.finish_reason,
+                stats=stats,
+            )
+        )
+
+    def _settle(self, sequence: Sequence, end: float | None = None) -> RequestStats:
+        """Let a sequence go, also one left early; collect what the stages did for it."""
+        answer = self._tickets.pop(sequence).answer
+        reports = self._report()
+        end = end or time.monotonic()
+        switches = None if self.engine.gate is None else self.engine.gate.switches
+        self.trace.add(reports, switches.pauses_until(end) if switches else [])
+        first = answer.first or end
+        return RequestStats(
+            prompt_tokens=len(sequence.request.prompt),
+            cached_tokens=sequence.cached,
+            new_tokens=len(answer.token_ids),
+            counts=sequence.policy.counts,
+            prefill_seconds=first - answer.start,
+            decode_seconds=end - first,
+            stages=stage_stats(reports, self._bounds, end - answer.start),
+            gate=switches,
+        )
+
+    def _report(self) -> list[dict[str, Any]]:
+        return [self.engine.stage.recorder.take(), *self.engine.links.report()]
+
+
+class Ticket(Job[Completion]):
+    """A request on its way through the engine, and its answer as it grows.
+
+    A ``silent`` one puts no chunks: only the completion counts.
+    """
+
+    def __init__(
+        self,
+        engine: TextEngine,
+        request: Request,
+        decoder: Decoder,
+        *,
+        silent: bool = False,
+    ) -> None:
+        super().__init__()
+        params = request.params
+        self.request = request
+        self.answer = Answer(Transcript(decoder, params.stop, params.min_tokens))
+        self.silent = silent
+        self._engine = engine
+
+    def can_begin(self) -> bool:
+        return self._engine.has_room
+
+    def begin(self) -> None:
+        self._engine.begin(self)

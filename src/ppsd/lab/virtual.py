@@ -1,0 +1,310 @@
+"""Stages and links of given costs on virtual clocks, for the real engine and the real stage loop.
+
+Every rank has a clock of its own, in whole nanoseconds, so equal times are equal. A message carries
+the time at which it arrives. All runs in one thread, by one observation: nothing that a stage does
+can change before rank 0 has taken the oldest answer under way. So a stage works only when rank 0
+asks for that answer, and then it knows already which epochs were published meanwhile, and when.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from ppsd.engine.drafter import DraftState, Given
+from ppsd.engine.links import Answer
+from ppsd.model.passes import Watch
+from ppsd.plan.model import CostModel
+from ppsd.worker.judge import Judge
+from ppsd.worker.messages import Begin, Block, Message, Refusal, Verdict
+from ppsd.worker.recorder import Recorder
+
+RIGHT, WRONG = 0, 1  # the toy target always says RIGHT; a draft says either
+NEVER = 2**62  # nanoseconds; when a cancel that takes for ever arrives
+SENDING = "send"  # what a recorder calls the time between two blocks
+NOISE_CHUNK = 4096  # random factors drawn at a time
+
+
+class Clock:
+    """The time of one rank, in nanoseconds."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+
+class VirtualPipeline:
+    """Clocks, messages on their way and published epochs of a pipeline of ``cost``.
+
+    ``jitter`` is the σ of a log-normal factor with mean 1 on every pass and draft.
+    """
+
+    def __init__(self, cost: CostModel, *, jitter: float, seed: int, trace: bool) -> None:
+        self.cost = cost
+        self.clocks = [Clock() for _ in cost.stages]
+        self.recorders = [Recorder(trace, clock) for clock in self.clocks]
+        self.inboxes: list[deque[tuple[int, Message]]] = [deque() for _ in cost.stages]
+        self.newest = 1  # epoch
+        self.seen_at, self.epochs = [0], [1]  # when stages see an epoch, and which
+        self.overhead = nanoseconds(cost.overhead) if cost.size > 1 else 0
+        self.cancel = NEVER if math.isinf(cost.cancel) else nanoseconds(cost.cancel)
+        self.noise = noise(jitter, seed) if jitter else None
+        self.workers: list[Any] = []  # the stages behind the first, set by whoever makes them
+
+    def factor(self) -> float:
+        """Return how many times as long as usual something takes."""
+        return 1.0 if self.noise is None else next(self.noise)
+
+    def deliver(self, source: int, to: int, message: Message) -> None:
+        """Send a message from ``source``, whose clock says when, to ``to``."""
+        clock = self.clocks[source]
+        delay = 0
+        if isinstance(message, Block | Verdict):
+            self.recorders[source].busy_ns[SENDING] += self.overhead
+            clock.now += self.overhead
+            rows = len(message.tokens) if isinstance(message, Block) else 0
+            delay = self.hop(source, rows)
+        self.inboxes[to].append((clock.now + delay, message))
+
+    @functools.cache  # noqa: B019 (as long-lived as the pipeline)
+    def hop(self, source: int, rows: int) -> int:
+        """Return nanoseconds on the link that leaves stage ``source``."""
+        return nanoseconds(self.cost.links[source].delay(rows * self.cost.row_bytes))
+
+    @functools.cache  # noqa: B019
+    def layer(self, rank: int, rows: int) -> int:
+        """Return nanoseconds of one layer for ``rows`` rows together."""
+        return nanoseconds(self.cost.layer_time(rank, rows))
+
+    @functools.cache  # noqa: B019
+    def lm_head(self, rows: int) -> int:
+        """Return nanoseconds of the LM head for ``rows`` rows together."""
+        return nanoseconds(self.cost.lm_head * self.cost.growth(rows)) if rows else 0
+
+    def publish(self, epoch: int) -> None:
+        """Let stages see a new epoch a moment from now."""
+        if epoch > self.newest:
+            self.newest = epoch
+            self.seen_at.append(self.clocks[0].now + self.cancel)
+            self.epochs.append(epoch)
+
+    def epoch(self, rank: int) -> int:
+        """Return the newest epoch that a stage behind the first sees now."""
+        return self.epochs[bisect_right(self.seen_at, self.clocks[rank].now) - 1]
+
+    def next_epoch(self, rank: int) -> int:
+        """Return when the stage sees another epoch than now, as far as is decided yet."""
+        following = bisect_right(self.seen_at, self.clocks[rank].now)
+        return self.seen_at[following] if following < len(self.seen_at) else NEVER
+
+    def next_answer(self) -> int:
+        """Return when the oldest answer under way is at rank 0: let the stages work for it."""
+        while not self.inboxes[0]:
+            if not self.work():
+                return NEVER
+        return self.inboxes[0][0][0]
+
+    def work(self) -> bool:
+        """Let the stage that holds the oldest message handle it; return False if none does."""
+        return any(worker.step(0.0) for worker in reversed(self.workers))
+
+
+class VirtualWatch(Watch):
+    """Knows when what a pass looks at will change next."""
+
+    def __init__(self, pipeline: VirtualPipeline, rank: int) -> None:
+        super().__init__(())
+        self._pipeline = pipeline
+        self._rank = rank
+
+    def look(self) -> None:
+        """Need nothing: the clock says what has been seen."""
+
+    def next_change(self) -> int:
+        """Return the time of the next change."""
+        if self._rank == 0:
+            return self._pipeline.next_answer()
+        return self._pipeline.next_epoch(self._rank)
+
+
+class VirtualStage:
+    """A stage whose layers take time and compute nothing."""
+
+    def __init__(self, pipeline: VirtualPipeline, rank: int) -> None:
+        self.is_last = rank == pipeline.cost.size - 1
+        self._pipeline = pipeline
+        self._rank = rank
+        self._watch = VirtualWatch(pipeline, rank)
+
+    def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> VirtualPass:
+        rows = inputs.shape[0]
+        pipeline, rank = self._pipeline, self._rank
+        layer = pipeline.layer(rank, rows)
+        if pipeline.noise is not None:
+            layer = round(layer * pipeline.factor())
+        layers = pipeline.cost.stages[rank].layers
+        return VirtualPass(self._watch, pipeline.clocks[rank], layer, layers, rows)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("a virtual judge asks for none")
+
+
+class VirtualPass:
+    """A pass of rows: it ends, or stops before the first layer that begins after a change.
+
+    It knows by itself what changes, and when.
+    """
+
+    def __init__(
+        self, watch: VirtualWatch, clock: Clock, layer: int, layers: int, rows: int
+    ) -> None:
+        self.hidden = _rows(rows)
+        self._watch = watch
+        self._clock = clock
+        self._layer = layer
+        self._layers = layers
+        self._start = clock.now
+
+    def advance(self, watch: Watch | None = None) -> bool:
+        change = self._watch.next_change()
+        if change < self._start + (self._layers - 1) * self._layer + 1:
+            begun = max(0, -((self._start - change) // self._layer))
+            self._clock.now = self._start + begun * self._layer
+            return False
+        self._clock.now = self._start + self._layers * self._layer
+        return True
+
+
+class VirtualJudge(Judge):
+    """The last stage's LM head, which takes time and always says RIGHT."""
+
+    def __init__(self, pipeline: VirtualPipeline) -> None:
+        self._last = pipeline.cost.size - 1
+        super().__init__(VirtualStage(pipeline, self._last), self._last, max_context=1)
+        self._pipeline = pipeline
+
+    def verdict(self, block: Block, hidden: torch.Tensor) -> Verdict:
+        pipeline, rows = self._pipeline, len(block.tokens)
+        lm_head = pipeline.lm_head(block.judge)
+        if pipeline.noise is not None:
+            lm_head = round(lm_head * pipeline.factor())
+        pipeline.clocks[self._last].now += lm_head
+        tokens = (RIGHT,) * block.judge
+        return Verdict(block.slot, block.epoch, self._last, block.position, rows, tokens)
+
+
+class VirtualDrafter:
+    """An exit head that takes time and is right where ``hits`` says so, from ``first`` on."""
+
+    feedback = False
+
+    def __init__(self, pipeline: VirtualPipeline, hits: bytes, first: int) -> None:
+        self._pipeline = pipeline
+        self._hits = hits
+        self._first = first
+        self._time = nanoseconds(pipeline.cost.head)
+
+    def observe(self, state: DraftState, position: int, hidden: torch.Tensor) -> None:
+        """Need nothing."""
+
+    def draft(self, state: DraftState, given: Given) -> int:
+        pipeline = self._pipeline
+        factor = pipeline.factor()
+        pipeline.clocks[0].now += self._time if factor == 1.0 else round(self._time * factor)
+        return RIGHT if self._hits[given.history.shape[0] - self._first] else WRONG
+
+
+class VirtualLinks:
+    """Rank 0's links to virtual stages (engine.links.Links)."""
+
+    def __init__(self, pipeline: VirtualPipeline) -> None:
+        self.size = pipeline.cost.size
+        self._pipeline = pipeline
+        self._clock = pipeline.clocks[0]
+        self._watch = VirtualWatch(pipeline, 0)
+
+    def epoch(self, slot: int) -> int:
+        return self._pipeline.newest
+
+    def publish(self, slot: int, epoch: int) -> None:
+        self._pipeline.publish(epoch)
+
+    def watch(self, slot: int) -> VirtualWatch:
+        return self._watch
+
+    def send(self, message: Begin | Block) -> None:
+        self._pipeline.deliver(0, 1, message)
+
+    def poll(self) -> Answer | None:
+        return self._take() if self._pipeline.next_answer() <= self._clock.now else None
+
+    def wait(self) -> Answer:
+        self._clock.now = max(self._clock.now, self._pipeline.next_answer())
+        return self._take()
+
+    def report(self) -> list[dict[str, Any]]:
+        """Let the stages finish what is on its way; return what each did."""
+        while self._pipeline.work():
+            pass
+        return [recorder.take() for recorder in self._pipeline.recorders[1:]]
+
+    def close(self) -> None:
+        """Need nothing."""
+
+    def _take(self) -> Answer:
+        _, answer = self._pipeline.inboxes[0].popleft()
+        assert isinstance(answer, Verdict | Refusal)
+        return answer
+
+
+class VirtualLink:
+    """The link of a stage behind the first (worker.link.Link)."""
+
+    def __init__(self, pipeline: VirtualPipeline, rank: int) -> None:
+        self._pipeline = pipeline
+        self._rank = rank
+        self._clock = pipeline.clocks[rank]
+        self._watch = VirtualWatch(pipeline, rank)
+
+    def receive(self, timeout: float) -> Message | None:
+        inbox = self._pipeline.inboxes[self._rank]
+        if not inbox:
+            return None
+        arrival, message = inbox.popleft()
+        self._clock.now = max(self._clock.now, arrival)
+        return message
+
+    def send(self, to: int, message: Message) -> None:
+        self._pipeline.deliver(self._rank, to, message)
+
+    def epoch(self, slot: int) -> int:
+        return self._pipeline.epoch(self._rank)
+
+    def watch(self, slot: int) -> VirtualWatch:
+        return self._watch
+
+
+@functools.cache
+def _rows(count: int) -> torch.Tensor:
+    return torch.zeros(count, 1)
+
+
+def nanoseconds(seconds: float) -> int:
+    """Return whole nanoseconds, so that equal times are equal."""
+    return round(seconds * 1e9)
+
+
+def noise(sigma: float, seed: int) -> Iterator[float]:
+    """Yield log-normal factors with mean 1."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from rng.lognormal(-(sigma**2) / 2, sigma, NOISE_CHUNK).tolist()
