@@ -9,6 +9,7 @@ import torch
 
 from ppsd.errors import ProtocolError
 from ppsd.model.cache import KVCache
+from ppsd.model.passes import Watch
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.stage import Stage, StagePlan, tensor_names
 from ppsd.model.transformer import reference_logits
@@ -89,12 +90,12 @@ def test_rewriting_a_position_rolls_back_everything_after_it(model, position) ->
 
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("position", [3, 8])
-def test_an_interrupted_forward_leaves_nothing_that_counts(model, layer, position) -> None:
+def test_a_dropped_pass_leaves_nothing_that_counts(model, layer, position) -> None:
     """Rows half written at ``position`` are void, and those before it are as they were."""
     stage = model.stage(0, LAYERS)
     run([stage], TOKENS)
-    asked = iter([False] * layer + [True])
-    assert stage.forward(torch.tensor([99, 98]), position, lambda: next(asked)) is None
+    dropped = stage.start(torch.tensor([99, 98]), position)
+    assert not any(dropped.advance(Watch()) for _ in range(layer))
     assert stage.cache.lengths == [position]
     with pytest.raises(ProtocolError, match="do not fit"):
         stage.forward(TOKENS[:1], position + 1)

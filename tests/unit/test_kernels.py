@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from ppsd.model import kernels, layers
 from ppsd.model.layers import FIELDS, LayerWeights
-from ppsd.model.passes import Asking, Watch, finish
+from ppsd.model.passes import Watch
 from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
 from ppsd.model.spec import ModelSpec, spec_from_config
 from ppsd.model.stage import StagePlan, new_cache
@@ -271,33 +271,6 @@ def test_a_dropped_pass_leaves_its_rows_void(watched) -> None:
     finished(runner, held.row)
     assert held.cache.lengths == [1]
     assert not runner.start(held.row, 0).advance(Watch())
-    assert held.cache.lengths == [0]
-
-
-def test_a_question_is_asked_before_the_first_layer_and_after_each_change(watched) -> None:
-    held, runner = watched
-    expected = finished(runner, held.row)
-    addresses = [ctypes.addressof(word) for word in held.words]
-
-    def run(changes: int, answers: Sequence[bool], words: Sequence[int]) -> object:
-        asked = iter(answers)
-        left = iter(range(changes))
-
-        def ask() -> bool:
-            if next(left, None) is not None:
-                held.words[0].value += 1
-            return next(asked)
-
-        found = finish(runner.start(held.row, 0), Asking(ask, words))
-        assert next(asked, None) is None, "it was asked as often as foreseen"
-        return found
-
-    for changes in range(3):
-        assert torch.equal(run(changes, [False] * (changes + 1), addresses), expected)
-    assert torch.equal(run(0, [False] * 3, []), expected)
-    assert run(0, [True], addresses) is None
-    assert run(1, [False, True], addresses) is None
-    assert finish(runner.start(held.row, 0), lambda: True) is None
     assert held.cache.lengths == [0]
 
 
