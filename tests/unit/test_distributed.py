@@ -21,7 +21,7 @@ from ppsd.errors import (
     StageLostError,
 )
 from ppsd.transport.base import Geometry
-from ppsd.transport.distributed import HEADER_BYTES, MAGIC, _Link
+from ppsd.transport.gloo_link import HEADER_BYTES, MAGIC, GlooLink
 from ppsd.transport.rendezvous import meet, meet_from_environment
 from tests.contract.transport_player import ROOT, RemoteRank, described, free_port, gloo_ranks
 
@@ -126,7 +126,7 @@ def test_another_protocol_is_refused(pair: list[RemoteRank]) -> None:
     ],
 )
 def test_a_damaged_header_is_refused(magic: int, length: int, rows: int) -> None:
-    link = _Link(peer=3, limit=100, frames=1)
+    link = GlooLink(peer=3, limit=100, frames=1)
     buffer = torch.zeros(HEADER_BYTES + 100, dtype=torch.uint8)
     buffer[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor([magic, length, rows, 0]))
     with pytest.raises(

@@ -130,8 +130,8 @@ def test_no_pickle_anywhere() -> None:
 
 
 def test_the_policy_and_the_command_line_do_not_import_torch() -> None:
-    """The simulator runs the policy alone, and --help has to be instant."""
-    pure = ("speculation.policy", "cli.app", "lab.cli.app", "config", "plan.planner", "lab.paper")
+    """The policy is pure, and --help has to be instant."""
+    pure = ("speculation.policy", "cli.app", "lab.cli.app", "config", "plan.planner")
     for module in (f"ppsd.{name}" for name in pure):
         code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, module

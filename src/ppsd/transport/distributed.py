@@ -31,19 +31,22 @@ from queue import Empty, SimpleQueue
 import torch
 import torch.distributed as dist
 
-from ppsd.errors import PipelineError, PipelineTimeoutError, ProtocolError, StageLostError
+from ppsd.errors import PipelineError, PipelineTimeoutError, StageLostError
 from ppsd.transport.base import Geometry, Part, frame_bytes, gather, part_bytes
+from ppsd.transport.gloo_link import (
+    FRAME_TAG,
+    GOODBYE,
+    HANG_UP_TAG,
+    HEADER_BYTES,
+    MAGIC,
+    ROWS_TAG,
+    Arrival,
+    GlooLink,
+    header,
+)
 from ppsd.transport.rendezvous import Group, Meeting, open_group
 
-MAGIC = int.from_bytes(b"ppsd-msg", "little")
-HEADER_BYTES = 32  # magic, payload length, bytes that travel apart, 0: int64 each
-# Every message is at least this long, or as long as its link allows: one token's hidden state up to
-# 8192 wide in bfloat16 needs one message a hop. The padding costs 0.13 ms at 1 Gbit/s.
-INLINE_BYTES = 16 * 1024 + 256
-
-FRAME_TAG, REST_TAG, ROWS_TAG, HANG_UP_TAG = range(1, 5)
 FRAME_ANSWER_TAG, CONTROL_TAG, CONTROL_ANSWER_TAG = range(5, 8)
-GOODBYE = -1  # in place of a frame's length: nothing more comes on this link
 ROWS_BACKEND = {"cuda": "nccl", "cpu": "gloo"}  # CPU rows travel apart in tests only
 ROWS_PART = 1  # a frame's parts are what describes it, and then rows of numbers
 NO_ROWS = torch.empty(0, dtype=torch.uint8)
@@ -87,10 +90,12 @@ class DistributedEndpoint:
         self._left: set[int] = set()
         self._failure: PipelineError | None = None
         self._heard = threading.Event()
-        self._arrived: SimpleQueue[_Arrival | None] = SimpleQueue()
-        self._lent: tuple[_Link, torch.Tensor] | None = None
-        self._senders = {to: _Link(to, n, geometry.frames) for to, n in self._outgoing.items()}
-        self._receivers = [_Link(k, n, geometry.frames) for k, n in geometry.incoming(rank).items()]
+        self._arrived: SimpleQueue[Arrival | None] = SimpleQueue()
+        self._lent: tuple[GlooLink, torch.Tensor] | None = None
+        self._senders = {to: GlooLink(to, n, geometry.frames) for to, n in self._outgoing.items()}
+        self._receivers = [
+            GlooLink(k, n, geometry.frames) for k, n in geometry.incoming(rank).items()
+        ]
         self._listeners = {to: threading.Event() for to in range(1, self.size)} if rank == 0 else {}
         self._answered = dict.fromkeys(self._listeners, time.monotonic())
         self._threads = self._start_threads()
@@ -190,13 +195,13 @@ class DistributedEndpoint:
             if peer not in self._left or job == self._complete_sends:
                 self._fail(_lost(peer))
 
-    def _complete_sends(self, link: _Link) -> None:
+    def _complete_sends(self, link: GlooLink) -> None:
         while (item := link.sending.get()) is not None:
             works, buffer, _ = item
             self._await_answer(link.peer, FRAME_ANSWER_TAG, works)
             link.free.put(buffer)
 
-    def _receive_frames(self, link: _Link) -> None:
+    def _receive_frames(self, link: GlooLink) -> None:
         # The sender never has more than ``frames`` unanswered, so older answers have arrived.
         answers: deque[dist.Work] = deque(maxlen=link.frames + 1)
         while (buffer := link.free.get()) is not None:
@@ -210,7 +215,7 @@ class DistributedEndpoint:
             if goodbye:
                 self._await_hang_up(link.peer)
 
-    def _receive_rest(self, link: _Link, buffer: torch.Tensor) -> None:
+    def _receive_rest(self, link: GlooLink, buffer: torch.Tensor) -> None:
         link.check(buffer)
         for rest, tag in link.pieces(buffer, link.length(buffer))[1:]:
             self._receive_piece(rest, link.peer, tag)
@@ -281,14 +286,14 @@ class DistributedEndpoint:
 
     def _send(
         self,
-        link: _Link,
+        link: GlooLink,
         length: int,
         parts: Sequence[Part],
         rows: torch.Tensor,
         timeout: float,
     ) -> None:
         buffer = self._free_buffer(link, timeout)
-        _header(buffer).copy_(torch.tensor([MAGIC, length, rows.numel(), 0]))
+        header(buffer).copy_(torch.tensor([MAGIC, length, rows.numel(), 0]))
         gather(parts, buffer.data_ptr() + HEADER_BYTES)
         pieces = link.pieces(buffer, length)
         try:
@@ -300,7 +305,7 @@ class DistributedEndpoint:
             raise self._failed() from error
         link.sending.put((works, buffer, rows))
 
-    def _free_buffer(self, link: _Link, timeout: float) -> torch.Tensor:
+    def _free_buffer(self, link: GlooLink, timeout: float) -> torch.Tensor:
         if self._failure is not None:
             raise self._failed()
         try:
@@ -343,63 +348,6 @@ class DistributedEndpoint:
         for peer in set(range(self.size)) - {self.rank}:
             with suppress(RuntimeError):  # the timeout, which is the purpose
                 self._receive_piece(torch.empty(1), peer, HANG_UP_TAG, timedelta(milliseconds=1))
-
-
-class _Link:
-    """The buffers of one direction of one pair of ranks.
-
-    A buffer is the header and the longest payload. On the wire it is one message of fixed size,
-    and a second one with the rest when the payload is longer than that.
-    """
-
-    def __init__(self, peer: int, limit: int, frames: int) -> None:
-        self.peer = peer
-        self.frames = frames
-        self._limit = limit
-        self._first_bytes = HEADER_BYTES + min(limit, INLINE_BYTES)
-        self.free: SimpleQueue[torch.Tensor | None] = SimpleQueue()
-        self.sending: SimpleQueue[_Departure | None] = SimpleQueue()
-        for _ in range(frames):
-            self.free.put(torch.zeros(HEADER_BYTES + limit, dtype=torch.uint8))
-
-    def first(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer[: self._first_bytes]
-
-    def pieces(self, buffer: torch.Tensor, length: int) -> list[tuple[torch.Tensor, int]]:
-        """Return the messages, and their tags, that carry a payload of ``length`` bytes."""
-        end = HEADER_BYTES + length
-        if end <= self._first_bytes:
-            return [(self.first(buffer), FRAME_TAG)]
-        return [(self.first(buffer), FRAME_TAG), (buffer[self._first_bytes : end], REST_TAG)]
-
-    def length(self, buffer: torch.Tensor) -> int:
-        return int(_header(buffer)[1])
-
-    def rows_bytes(self, buffer: torch.Tensor) -> int:
-        return int(_header(buffer)[2])
-
-    def payload(self, buffer: torch.Tensor) -> memoryview:
-        return buffer.numpy().data[HEADER_BYTES : HEADER_BYTES + self.length(buffer)]
-
-    def says_goodbye(self, buffer: torch.Tensor) -> bool:
-        return bool(_header(buffer)[:2].tolist() == [MAGIC, GOODBYE])
-
-    def check(self, buffer: torch.Tensor) -> None:
-        magic, length, rows, _ = _header(buffer).tolist()
-        if magic != MAGIC or length < 0 or rows < 0 or length + rows > self._limit:
-            raise ProtocolError(
-                f"rank {self.peer} sent a frame with magic {magic:#x} and {length} + {rows} bytes, "
-                f"expected {MAGIC:#x} and at most {self._limit}"
-            )
-
-
-def _header(buffer: torch.Tensor) -> torch.Tensor:
-    return buffer[:HEADER_BYTES].view(torch.int64)
-
-
-# The link, its buffer, and what travelled apart; for sends also the works to wait for.
-_Arrival = tuple[_Link, torch.Tensor, torch.Tensor | None]
-_Departure = tuple[list[dist.Work], torch.Tensor, torch.Tensor]
 
 
 def _lost(peer: int) -> StageLostError:
