@@ -29,11 +29,12 @@ def test_chat_keeps_conversation_and_rows(ppsd, tiny, tiny_model, expected) -> N
 
 def test_chat_goes_on_when_the_context_is_full(ppsd, tiny, expected) -> None:
     flags = ["--max-context", 40, "-n", 4, *tiny()]
-    result = ppsd("chat", *flags, stdin=f"fox\n{'five jugs ' * 20}\n/reset\nfox\n")
-    said = expected(user("fox"), max_tokens=4)
-    assert (result.code, result.out) == (0, f"{said}\n{said}\n")
-    assert "tokens (the context holds 40)" in result.err
-    assert result.err.count("/reset starts over") == 1
+    long, longer = "five jugs " * 3, "five jugs " * 20  # no room behind fox; no room at all
+    result = ppsd("chat", *flags, stdin=f"fox\n{longer}\n{long}\n/reset\n{long}\n")
+    said = [expected(user(text), max_tokens=4) for text in ("fox", long.strip())]
+    assert (result.code, result.out.splitlines()) == (0, said)
+    refused = [line for line in result.err.splitlines() if "(the context holds 40)" in line]
+    assert [line.endswith("/reset starts over.") for line in refused] == [False, True]
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_it(ppsd, tiny, expected, monkeypatch) -> None:

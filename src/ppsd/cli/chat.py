@@ -145,12 +145,20 @@ class Conversation:
                     print(flush=True)
                     _note("(stopped)")
         except ConfigError as error:
-            if self._turns and "context" in error.allowed:  # else there is nothing to forget
+            if self._turns and "context" in error.allowed and self._fits(turns[-1:]):
                 error.add_note("/reset starts over.")
             raise
         if text:
             self._turns = [*turns, {"role": "assistant", "content": text}]
             self.answers += 1
+
+    def _fits(self, turns: Messages) -> bool:
+        """Return True if these messages alone leave room for an answer."""
+        try:
+            self._llm.encode([*self._system, *turns])
+        except ConfigError:
+            return False
+        return True
 
     def _conclude(self, completion: Completion) -> None:
         self._last = completion
