@@ -89,13 +89,14 @@ def test_the_system_message_can_be_changed_and_removed(ppsd, tiny, expected) -> 
 
 def test_save_writes_the_conversation_and_no_file_twice(ppsd, tiny, expected, tmp_path) -> None:
     place = tmp_path / "talk.json"
-    lines = f"fox\n/save {place}\njugs\n/save {place}\n/save {tmp_path}/no/where\n"
+    lines = f"fox\n/save {place}\njugs\n/save {place}\n/save {tmp_path}/no/where\n/save a\0b\n"
     result = ppsd("chat", "--system", "be brief", "-n", 4, *tiny(), stdin=lines)
     system = {"role": "system", "content": "be brief"}
     answer = expected([system, *user("fox")], max_tokens=4)
     said = [system, *user("fox"), {"role": "assistant", "content": answer}]
     assert json.loads(place.read_text()) == said
     assert f"3 messages saved in {place}" in result.err
+    assert "/save must be a new file (embedded null byte), got 'a\\x00b'" in result.err
     assert "must be a new file (File exists)" in result.err
     assert "must be a new file (No such file or directory)" in result.err
     assert result.code == 0

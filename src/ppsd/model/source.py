@@ -46,6 +46,14 @@ def resolve_model(name: str | None) -> ModelFiles:
     """
     if name is None:
         return _default_model()
+    try:
+        return _resolved(name)
+    except OSError as error:  # a name too long, a directory that is not this user's
+        told = shortened(repr(name))
+        raise ModelError(f"model {told} cannot be read ({error.strerror})") from error
+
+
+def _resolved(name: str) -> ModelFiles:
     path = Path(os.path.expanduser(name))  # Path's own raises where there is no home
     if path.is_dir():
         return _directory(path)
