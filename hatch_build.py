@@ -18,6 +18,19 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 SOURCES = Path(__file__).parent / "src"
 
 
+def _system() -> str:
+    """Name the systems that can load what is compiled here: with this C library or a newer one.
+
+    An index takes no wheel for "linux". OpenMP's library, which is in no such name, comes with
+    PyTorch.
+    """
+    library, version = platform.libc_ver()
+    if library != "glibc":
+        return sysconfig.get_platform().replace("-", "_")
+    major, minor = version.split(".")[:2]
+    return f"manylinux_{major}_{minor}_{platform.machine()}"
+
+
 class KernelHook(BuildHookInterface):
     """Leave a library for each target beside kernels.c, and name the platform in the wheel's."""
 
@@ -46,6 +59,6 @@ class KernelHook(BuildHookInterface):
             if isinstance(made, bytes):
                 kernel_build.shipped_file(target).write_bytes(made)
                 build_data["pure_python"] = False
-                build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_')}"
+                build_data["tag"] = f"py3-none-{_system()}"
             else:
                 self.app.display_warning(f"no {target.name} kernels in the wheel: {made}")

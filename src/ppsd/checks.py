@@ -7,6 +7,7 @@ back as Python's own.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any, SupportsIndex
@@ -61,6 +62,17 @@ def items(name: str, value: object, allowed: str) -> tuple[Any, ...]:
         return tuple(value)
     except TypeError:  # an array of NumPy or PyTorch that holds a single number
         raise ConfigError(name, value, allowed) from None
+
+
+def text(name: str, value: object) -> str:
+    """Return a text, or a path as its text."""
+    try:
+        path = os.fspath(value)  # type: ignore[call-overload]  # what is no path raises
+    except TypeError:
+        raise ConfigError(name, value, "a text or a path") from None
+    if not isinstance(path, str):
+        raise ConfigError(name, value, "a text or a path")
+    return path
 
 
 def unicode(name: str, text: str) -> str:

@@ -86,6 +86,9 @@ class EngineConfig:
                 self._set_integer(name, 1, MAX_IN_SCHEDULE)
         for name in ("lookup", "gate", "trace", "force_head", "escape_special"):
             self._set(name, checks.truth(name, getattr(self, name)))
+        for name in ("model", "head", "plan", "chat_template"):
+            if getattr(self, name) is not None or name in ("head", "plan"):
+                self._set(name, checks.text(name, getattr(self, name)))
         for name in ("timeout", "init_timeout"):
             self._set(name, _seconds(name, getattr(self, name), 1e6, SECONDS))
         one = self.devices  # a text alone is one device, not one for each of its letters

@@ -19,12 +19,13 @@ PpsdError
 from __future__ import annotations
 
 MAX_TOLD = 300
+MAX_SENTENCE = 1500
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, limit: int = MAX_TOLD) -> str:
     """Return a text in one line, cut where a sentence about it would become unreadable."""
     line = " ".join(text.split())
-    return line if len(line) <= MAX_TOLD else line[:MAX_TOLD] + "…"
+    return line if len(line) <= limit else line[:limit] + "…"
 
 
 class PpsdError(Exception):
@@ -42,7 +43,11 @@ class ConfigError(PpsdError, ValueError):
 
 
 class ModelError(PpsdError):
-    """A model file is missing, corrupt or refused."""
+    """A model file is missing, corrupt or refused. The text may quote a stranger's file."""
+
+    def __init__(self, text: str) -> None:
+        bounded = len(text) <= MAX_SENTENCE and "\n" not in text
+        super().__init__(text if bounded else shortened(text, MAX_SENTENCE))
 
 
 class UnsupportedModelError(ModelError):

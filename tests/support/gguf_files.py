@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -33,7 +34,11 @@ def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def write_tokenizer(
-    path: Path, tokens: Sequence[str], types: Sequence[int] | None = None, **keys: Any
+    path: Path,
+    tokens: Sequence[str],
+    types: Sequence[int] | None = None,
+    templates: Mapping[str, str] = MappingProxyType({}),
+    **keys: Any,
 ) -> Path:
     """Write a file that holds a tokenizer only; a key is one of ``tokenizer.ggml``."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -42,6 +47,8 @@ def write_tokenizer(
         writer.add_token_types(list(types))
     for key, value in keys.items():
         add_value(writer, f"tokenizer.ggml.{key}", value)
+    for name, text in templates.items():
+        writer.add_string(f"tokenizer.chat_template.{name}", text)
     writer.add_tensor("nothing", np.zeros(1, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

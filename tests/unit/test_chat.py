@@ -29,11 +29,12 @@ def test_chat_keeps_conversation_and_rows(ppsd, tiny, tiny_model, expected) -> N
 
 def test_chat_goes_on_when_the_context_is_full(ppsd, tiny, expected) -> None:
     flags = ["--max-context", 40, "-n", 4, *tiny()]
-    result = ppsd("chat", *flags, stdin=f"fox\n{'five jugs ' * 20}\n/reset\nfox\n")
-    said = expected(user("fox"), max_tokens=4)
-    assert (result.code, result.out) == (0, f"{said}\n{said}\n")
-    assert "tokens (the context holds 40)" in result.err
-    assert result.err.count("/reset starts over") == 1
+    long, longer = "five jugs " * 3, "five jugs " * 20  # no room behind fox; no room at all
+    result = ppsd("chat", *flags, stdin=f"fox\n{longer}\n{long}\n/reset\n{long}\n")
+    said = [expected(user(text), max_tokens=4) for text in ("fox", long.strip())]
+    assert (result.code, result.out.splitlines()) == (0, said)
+    refused = [line for line in result.err.splitlines() if "(the context holds 40)" in line]
+    assert [line.endswith("/reset starts over.") for line in refused] == [False, True]
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_it(ppsd, tiny, expected, monkeypatch) -> None:
@@ -88,13 +89,14 @@ def test_the_system_message_can_be_changed_and_removed(ppsd, tiny, expected) -> 
 
 def test_save_writes_the_conversation_and_no_file_twice(ppsd, tiny, expected, tmp_path) -> None:
     place = tmp_path / "talk.json"
-    lines = f"fox\n/save {place}\njugs\n/save {place}\n/save {tmp_path}/no/where\n"
+    lines = f"fox\n/save {place}\njugs\n/save {place}\n/save {tmp_path}/no/where\n/save a\0b\n"
     result = ppsd("chat", "--system", "be brief", "-n", 4, *tiny(), stdin=lines)
     system = {"role": "system", "content": "be brief"}
     answer = expected([system, *user("fox")], max_tokens=4)
     said = [system, *user("fox"), {"role": "assistant", "content": answer}]
     assert json.loads(place.read_text()) == said
     assert f"3 messages saved in {place}" in result.err
+    assert "/save must be a new file (embedded null byte), got 'a\\x00b'" in result.err
     assert "must be a new file (File exists)" in result.err
     assert "must be a new file (No such file or directory)" in result.err
     assert result.code == 0

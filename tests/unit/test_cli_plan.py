@@ -75,8 +75,8 @@ def test_bad_plans_are_refused_by_name(arguments: list[str], message: str) -> No
 
 def test_profile_then_plan(tiny_model, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PPSD_CACHE", str(tmp_path))
-    monkeypatch.setattr("ppsd.measure.profiler.REPEATS", 2)
-    monkeypatch.setattr("ppsd.measure.profiler.PINGS", 2)
+    monkeypatch.setattr("ppsd.engine.profiler.REPEATS", 2)
+    monkeypatch.setattr("ppsd.engine.profiler.PINGS", 2)
     model = ("--model", tiny_model(), "--dtype", "float32", "--threads-per-stage", 1)
     printed = json.loads(ppsd("profile", *model, "--json").stdout)
     [written] = (tmp_path / "profiles").iterdir()

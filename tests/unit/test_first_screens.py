@@ -172,13 +172,15 @@ def test_env_prints_what_is_in_force(ppsd, places, tiny_model, monkeypatch) -> N
     monkeypatch.setattr("ppsd.model.catalog.embedded_file", lambda: tiny_model())
     out = " ".join(ppsd("env").out.split())
     cache = places / "cache"
-    for told in ("PPSD_KERNELS torch", "PPSD_HEADS not set", f"PPSD_CACHE {cache}"):
+    kernels = "kernels PyTorch, for bfloat16 on CPUs cache"
+    for told in (kernels, "PPSD_KERNELS torch", "PPSD_HEADS not set", f"PPSD_CACHE {cache}"):
         assert told in out
     record = json.loads(ppsd("env", "--json").out)
     assert record["cache"] == str(cache)
     assert record["heads"] == str(cache / "heads")
     assert (record["heads_shipped"], record["heads_local"]) == (5, 0)
     assert record["environment"]["PPSD_KERNELS"] == "torch"
+    assert record["kernels"] == "PyTorch"
     assert record["default_model"] == tiny_model().name
     assert set(record["versions"]) >= {"torch", "transformers", "tokenizers", "gguf"}
     assert 1 <= record["cores_usable"] <= record["cores"]

@@ -11,9 +11,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ppsd.errors import ModelError, UnsupportedModelError
+from ppsd.model import gguf_tokenizer
 from ppsd.model.gguf_config import end_ids
 from ppsd.model.gguf_header import read_header
 from ppsd.model.gguf_tokenizer import SPLITTINGS, convert
+from ppsd.model.tokenizer import Tokenizer
+from tests.support.command import user
 from tests.support.gguf_files import (
     BYTE,
     CONTROL,
@@ -89,7 +92,8 @@ def test_every_known_splitting_loses_no_byte(tmp_path: Path, name: str) -> None:
 def test_an_unknown_splitting_is_refused(tmp_path: Path, name: str | None) -> None:
     told = "is missing" if name is None else f"'{name}' is not supported"
     with pytest.raises(
-        UnsupportedModelError, match=rf"t.gguf: tokenizer.ggml.pre {told}, so te.*qw"
+        UnsupportedModelError,
+        match=rf"t.gguf: tokenizer.ggml.pre {told}, so te.*`gguf-new-metadata --pre-.*qw",
     ):
         byte_level(tmp_path, pre=name)
 
@@ -226,7 +230,7 @@ def test_the_best_score_merges_first(
 
 def ends(path: Path, tokens: list[str], **keys: Any) -> list[str]:
     header = read_header(write_tokenizer(path / "t.gguf", tokens, **keys))
-    return sorted(tokens[i] for i in end_ids(header, tokens))
+    return sorted(tokens[i] for i in end_ids(header, tokens, "here"))
 
 
 NAMES = ["a", "<|im_end|>", "<|endoftext|>", "b", "</s>", "<|end|>", "<|file_sep|>"]
@@ -269,3 +273,19 @@ def test_a_damaged_vocabulary_is_named(tmp_path: Path, keys: dict[str, Any], tol
 def test_too_few_scores_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="scores has 1 entries for 266 tokens"):
         sentencepiece(tmp_path, scores=[0.0])
+
+
+def test_a_file_of_several_templates_is_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PPSD_CACHE", str(tmp_path / "cache"))
+    templates = {"rag": "R{{ messages[0]['content'] }}", "../tool": "T{{ 1 }}"}
+    keys: dict[str, Any] = {"model": "gpt2", "pre": "gpt-2", "merges": ["a b"]}
+    path = write_tokenizer(tmp_path / "t.gguf", [*BYTES, "ab"], templates=templates, **keys)
+    made = Tokenizer.load(path, "rag").encode_chat(user("ab"))
+    monkeypatch.setattr(gguf_tokenizer, "convert", pytest.fail)
+    assert Tokenizer.load(path, "rag").encode_chat(user("ab")) == made
+    assert Tokenizer.load(path, "../tool").encode_chat(user("ab")) == [
+        BYTES.index("T"),
+        BYTES.index("1"),
+    ]

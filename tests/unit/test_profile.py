@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from ppsd.config import EngineConfig, core_shares
-from ppsd.engine.choose import choose
-from ppsd.errors import ConfigError
-from ppsd.measure import profiler as measuring
-from ppsd.measure.peer import Subject
-from ppsd.measure.profiler import profiler
+from ppsd.engine import profiler as measuring
+from ppsd.engine.choose import choose, times
+from ppsd.engine.peer import Subject
+from ppsd.engine.profiler import profiler
+from ppsd.engine.profiles import QUICK_S, RETAKEN
+from ppsd.errors import ConfigError, StageLostError
+from ppsd.model import kernels
 from ppsd.model.identity import Identity
+from ppsd.model.kernels import Kind
 from ppsd.model.source import describe, resolve_model
-from ppsd.model.weights import fingerprint, open_source
+from ppsd.model.weights import fingerprint, layer_prefix, open_source
 from ppsd.plan.profile import Profile, Timing, estimate, load_profile, profile_path
 from ppsd.plan.sizes import Sizes
 from ppsd.provenance import provenance
@@ -142,7 +148,8 @@ def test_timings_refuse_what_is_no_time() -> None:
 def plan(subject: Subject, **settings: object) -> tuple[EngineConfig, str]:
     fixed: dict[str, object] = {"dtype": "float32", "threads_per_stage": 1, "head": "untrained"}
     config = EngineConfig(**fixed | settings)
-    choice = choose(config, subject.spec, Identity(subject.fingerprint))
+    profile = times(config, subject.path, subject.spec, subject.source, subject.fingerprint)
+    choice = choose(config, subject.spec, Identity(subject.fingerprint), profile)
     assert choice.bounds == (0, *(choice.config.split or ()), subject.spec.num_layers)
     return choice.config, choice.reason
 
@@ -188,7 +195,6 @@ def test_a_plan_tells_the_age_of_its_profile(subject: Subject, made: Profile, da
     [
         ({"cpu": "abacus"}, "other processors"),
         ({"cores": 999}, "other cores"),
-        ({"kernels": "0123, torch 1"}, "other kernels"),
     ],
 )
 def test_a_kept_profile_of_another_machine_is_stale(
@@ -196,11 +202,81 @@ def test_a_kept_profile_of_another_machine_is_stale(
 ) -> None:
     other = replace(made, provenance={**made.provenance, **change})
     other.save(profile_path(subject.fingerprint, "float32", 1))
-    why = f"; parameter counts: the profile here was taken with {reason}, `ppsd profile` takes"
+    why = f"; parameter counts; the profile here was taken with {reason}, `ppsd profile` takes"
     assert why in plan(subject)[1]
     other.save(tmp_path / "named.json")  # whoever names it wants it
     told = plan(subject, plan=str(tmp_path / "named.json"))[1]
     assert told.endswith(f"; measured profile, taken today, with {reason})")
+
+
+@pytest.fixture
+def retaken(made: Profile, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Measure in a moment, and note in how many seconds that was to be."""
+    budgets: list[float] = []
+
+    @contextmanager
+    def profiler(subject: Subject, budget: float) -> Iterator[Callable[..., Profile]]:
+        budgets.append(budget)
+        yield lambda origin, progress: replace(made, provenance=origin)
+
+    monkeypatch.setattr(measuring, "profiler", profiler)
+    return budgets
+
+
+@pytest.mark.parametrize("change", [{"provenance": {"kernels": "0123, torch 1"}}, {"kernels": "x"}])
+def test_a_profile_is_taken_anew_when_kernels_change(
+    subject: Subject,
+    made: Profile,
+    retaken: list[float],
+    caplog: pytest.LogCaptureFixture,
+    change: dict[str, Any],
+) -> None:
+    origin = {
+        **made.provenance,
+        **change.get("provenance", {}),
+        "date": "2020-01-01T00:00:00+00:00",
+    }
+    replace(made, **change | {"provenance": origin}).save(subject.place)
+    for _ in range(2):
+        assert plan(subject)[1].endswith("; measured profile, taken today)")
+    assert retaken == [QUICK_S]
+    assert caplog.messages == [RETAKEN % subject.spec.name]
+    assert load_profile(subject.place).provenance["date"] > "2020-01-02"
+
+
+def test_a_profile_that_cannot_be_taken_anew_is_done_without(
+    subject: Subject, made: Profile, retaken: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace(made, kernels="x").save(subject.place)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # others wait, so rank 0 does not measure
+    monkeypatch.setenv("RANK", "0")
+    assert "counts; the profile here was taken with other kernels, `ppsd" in plan(subject)[1]
+    assert not retaken
+    monkeypatch.delenv("WORLD_SIZE")
+
+    def fail(subject: Subject, budget: float) -> None:
+        raise StageLostError("stage 1 is gone")
+
+    monkeypatch.setattr(measuring, "profiler", fail)
+    assert plan(subject)[1].endswith("; parameter counts; stage 1 is gone)")
+
+
+def test_weights_in_codes_have_a_profile_of_their_own(
+    subject: Subject, made: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "kind", lambda dtype: "packed")
+    weight = layer_prefix(0) + "self_attn.q_proj.weight"
+    source = SimpleNamespace(kind=lambda name: Kind.CODES_4 if name == weight else None)
+    coded = replace(subject, source=source)
+    assert coded.place != subject.place
+    assert subject.place == profile_path(subject.fingerprint, "float32", 1)
+    packed = replace(made, kernels="packed")
+    packed.save(tmp_path / "numbers.json")
+    with pytest.raises(ConfigError, match=f"one of codes {coded.codes}, not of none"):
+        plan(coded, plan=str(tmp_path / "numbers.json"))
+    replace(packed, codes=coded.codes).save(coded.place)
+    assert plan(coded)[1].endswith("; measured profile, taken today)")
+    assert plan(subject)[1].endswith("; parameter counts)")
 
 
 def test_a_profile_without_provenance_is_stale_and_of_unknown_age(
@@ -216,6 +292,9 @@ def test_a_given_profile_must_fit(subject: Subject, made: Profile, tmp_path: Pat
     place = tmp_path / "mine.json"
     made.save(place)
     assert plan(subject, plan=str(place))[1].endswith("; measured profile, taken today)")
+    old = replace(made, provenance={**made.provenance, "kernels": "0123, torch 1"})
+    old.save(place)
+    assert plan(subject, plan=str(place))[1].endswith("taken today, with other kernels)")
     for change, message in (
         ({"fingerprint": "other"}, "one of model .*, not of other"),
         ({"dtype": "float64"}, "one of dtype float32, not of float64"),

@@ -164,6 +164,12 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pwd.getpwuid", nobody)
 
 
+def test_an_empty_home_is_none(homeless: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(FileNotFoundError, match="no home directory for a cache; set PPSD_CACHE"):
+        cache_root()
+
+
 @pytest.mark.usefixtures("homeless")
 def test_a_user_without_a_home_has_no_cache(source, tiny_model) -> None:
     with pytest.raises(FileNotFoundError, match="set PPSD_CACHE"):

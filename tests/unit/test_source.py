@@ -50,6 +50,7 @@ def test_local_directories_and_files_come_first(tmp_path, monkeypatch):
         ("gpt2", "does not exist"),
         ("owner/model.gguf", "does not exist"),
         ("", "no config.json"),
+        ("x" * 5000, r"model 'x{200}.* cannot be read \(File name too long\)"),
         ("empty", "empty: this directory has no config.json"),
         ("weights.bin", "weights.bin: a model must be a directory or a file that ends in .gguf"),
     ],

@@ -221,7 +221,7 @@ def test_config_dictionary_becomes_the_builtin_class_and_never_remote_code():
         ({"rope_scaling": {"rope_type": [1]}}, "rope_type [1] is not supported"),
         ({"rope_theta": 0.0}, "rope settings give frequencies out of range"),
         ({"rope_theta": "big"}, "rope settings cannot be used (TypeError"),
-        ({"rope_scaling": [1]}, "not a valid llama configuration"),
+        ({"rope_scaling": [1]}, "rope settings must be an object, got [1]"),
         ({"hidden_act": "x" * 10_000}, "hidden_act 'xxx"),
     ],
     ids=str,

@@ -30,8 +30,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "plots",
         "config",
         "engine",
-        "worker",
-        "transport",
         "plan",
         "model",
         "speculation",

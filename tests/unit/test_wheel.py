@@ -27,6 +27,7 @@ class Hook:
         interface.__dict__["BuildHookInterface"] = object  # hatchling is not installed for tests
         patch.setitem(sys.modules, interface.__name__, interface)
         patch.setattr(platform, "machine", lambda: "x86_64")
+        patch.setattr(platform, "libc_ver", lambda: ("glibc", "2.28"))
         patch.setattr(kernel_build, "HERE", package)
         patch.setattr(kernel_build, "compile_kernels", self._compile)
         patch.setenv("CC", sys.executable)  # which is there
@@ -62,9 +63,14 @@ def test_every_target_has_a_library_and_the_wheel_a_platform(hook: Hook) -> None
     files, about = hook.build()
     assert files == {kernel_build.shipped_file(target) for target in (AVX512, AVX2)}
     assert about["pure_python"] is False
-    assert re.fullmatch(r"py3-none-linux_\w+", about["tag"])
+    assert about["tag"] == "py3-none-manylinux_2_28_x86_64"
     assert kernel_build.shipped(AVX2) == b"a library"
     assert hook.told == []
+
+
+def test_other_c_libraries_have_the_name_of_this_platform(hook: Hook, monkeypatch) -> None:
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))  # as musl's is told
+    assert re.fullmatch(r"py3-none-linux_\w+", hook.build()[1]["tag"])
 
 
 def test_pip_makes_an_editable_wheel_twice_and_compiles_once(hook: Hook) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
@@ -120,10 +120,11 @@ class Conversation:
         if not name:
             raise ConfigError("/save", name, "followed by the name of a file")
         try:
-            with Path(name).expanduser().open("x", encoding="utf-8") as file:
+            with open(os.path.expanduser(name), "x", encoding="utf-8") as file:
                 json.dump([*self._system, *self._turns], file, ensure_ascii=False, indent=1)
-        except OSError as error:
-            raise ConfigError("/save", name, f"a new file ({error.strerror})") from error
+        except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+            told = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigError("/save", name, f"a new file ({told})") from error
         _note(f"{len(self._system + self._turns)} messages saved in {name}")
 
     def _answer(self, line: str) -> None:
@@ -145,12 +146,20 @@ class Conversation:
                     print(flush=True)
                     _note("(stopped)")
         except ConfigError as error:
-            if self._turns and "context" in error.allowed:  # else there is nothing to forget
+            if self._turns and "context" in error.allowed and self._fits(turns[-1:]):
                 error.add_note("/reset starts over.")
             raise
         if text:
             self._turns = [*turns, {"role": "assistant", "content": text}]
             self.answers += 1
+
+    def _fits(self, turns: Messages) -> bool:
+        """Return True if these messages alone leave room for an answer."""
+        try:
+            self._llm.encode([*self._system, *turns])
+        except ConfigError:
+            return False
+        return True
 
     def _conclude(self, completion: Completion) -> None:
         self._last = completion

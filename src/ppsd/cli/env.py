@@ -55,8 +55,7 @@ def _record() -> dict[str, Any]:
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
         "accelerators": _accelerators(),
-        "bfloat16_kernels": origin["bfloat16_kernels"],
-        "kernels": origin["kernels"],
+        "kernels": origin["bfloat16_kernels"],
         "environment": {name: os.environ.get(name) for name in VARIABLES},
     } | _places()
 
@@ -94,6 +93,12 @@ def _bytes_below(root: Path) -> int:
     return sum(f.lstat().st_size for f in root.rglob("*") if f.is_file())
 
 
+def _kernels(name: str | None) -> str:
+    if name is None:
+        return "none: they could not be compiled; `ppsd generate` says why"
+    return f"{name}, for bfloat16 on CPUs"
+
+
 def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
     """The record as a person reads it."""
     commit = f" (commit {r['commit']})" if r["commit"] else ""
@@ -104,7 +109,7 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
         ("cpu", f"{r['cpu']}; {r['cores_usable']} of {r['cores']} cores"),
         ("memory", f"{size(r['memory_free_bytes'])} free of {size(r['memory_bytes'])}"),
         ("accelerators", ", ".join(r["accelerators"]) or "none"),
-        ("kernels", f"{r['bfloat16_kernels']} for bfloat16 on CPUs ({r['kernels']})"),
+        ("kernels", _kernels(r["kernels"])),
         ("cache", f"{r['cache']} ({size(r['cache_bytes'])})"),
         ("profiles", ", ".join(r["profiles"]) or "none; `ppsd profile` takes one"),
         ("heads", f"{r['heads_shipped']} shipped, {r['heads_local']} in {r['heads']}"),

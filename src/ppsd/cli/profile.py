@@ -16,7 +16,7 @@ from ppsd.cli.display import log_console
 from ppsd.cli.progress import TimeColumn
 
 if TYPE_CHECKING:
-    from ppsd.measure.peer import Subject
+    from ppsd.engine.peer import Subject
     from ppsd.plan.profile import Profile, Timing
 
 BUSY_LOAD = 0.5  # the load average from which on a measurement disturbs nobody but is disturbed
@@ -43,8 +43,6 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
 ) -> None:
     """Time layers, heads and messages; plans made later on this machine use the result."""
-    from ppsd.plan.profile import profile_path
-
     subject = subject_of(model, dtype, stages, threads_per_stage, transport)
     load = os.getloadavg()[0]
     if load > BUSY_LOAD:
@@ -52,8 +50,7 @@ def profile(
             f"the machine is busy (load {load:.1f}): times will be too long, contention above all"
         )
         log_console().print(text, style="yellow")
-    name = str(subject.dtype).removeprefix("torch.")
-    place = out or profile_path(subject.fingerprint, name, subject.threads)
+    place = out or subject.place
     measured = _measure(subject)
     if as_json:
         print(json.dumps(measured.to_json()))
@@ -71,7 +68,7 @@ def subject_of(model: str | None, dtype: str, stages: int, threads: int, transpo
     config = EngineConfig(model, stages=stages, dtype=dtype, threads_per_stage=threads)
     import torch
 
-    from ppsd.measure.peer import Subject
+    from ppsd.engine.peer import Subject
     from ppsd.model.source import describe, resolve_model
     from ppsd.model.weights import check_shapes, fingerprint, open_source
 
@@ -92,7 +89,7 @@ def subject_of(model: str | None, dtype: str, stages: int, threads: int, transpo
 
 
 def _measure(subject: Subject) -> Profile:
-    from ppsd.measure.profiler import profiler
+    from ppsd.engine.profiler import profiler
     from ppsd.provenance import provenance
 
     console = log_console()

@@ -17,7 +17,7 @@ import torch
 from ppsd import checks
 from ppsd.config import EngineConfig, core_shares
 from ppsd.engine.blame import raise_if_lost
-from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, threads_of
+from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, threads_of, times
 from ppsd.engine.drafter import Drafter, HeadDrafter, LookupDrafter, PacedDrafter
 from ppsd.engine.first_stage import FirstStage
 from ppsd.engine.links import Links, OwnLinks, StageLinks
@@ -111,7 +111,8 @@ def plan_layout(
     source = open_source(files.path)
     check_shapes(source, spec)
     identity = Identity.of(spec, source)
-    choice = choose(config, spec, identity)
+    profile = times(config, files.path, spec, source, identity.fingerprint)
+    choice = choose(config, spec, identity, profile)
     config, bounds = choice.config, choice.bounds
     head = _head_config(config, spec, identity)
     if head is not None and head.trained:

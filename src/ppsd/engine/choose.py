@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from ppsd.config import EngineConfig, available_cores
+from ppsd.config import EngineConfig, available_cores, core_shares
 from ppsd.engine.memory import default_context, stage_bytes
+from ppsd.engine.peer import Subject
+from ppsd.engine.profiles import profile_for
 from ppsd.errors import ConfigError
-from ppsd.model import kernels
 from ppsd.model.exit_head import HeadConfig, check_head, read_head_config
 from ppsd.model.head_library import FoundHead, find_heads, known_rate, suitable
 from ppsd.model.identity import Identity
@@ -35,9 +36,8 @@ from ppsd.plan.planner import (
     alternatives,
     check_split,
 )
-from ppsd.plan.profile import Profile, estimate, load_profile, profile_path
+from ppsd.plan.profile import Profile, estimate
 from ppsd.plan.sizes import Sizes
-from ppsd.provenance import machine
 from ppsd.speculation.policy import schedule_for
 from ppsd.transport.rendezvous import rank_from_environment
 
@@ -92,19 +92,21 @@ def head_sizes(sizes: Sizes, head: HeadConfig | None) -> int:
     return 0 if head is None else sizes.exit_head(head_layers(sizes, head), head.draft_vocab)
 
 
-def choose(config: EngineConfig, spec: ModelSpec, identity: Identity) -> Choice:
-    """Decide what ``config`` leaves open.
+def choose(
+    config: EngineConfig, spec: ModelSpec, identity: Identity, profile: Profile | None = None
+) -> Choice:
+    """Decide what ``config`` leaves open, by the times of a profile or by parameter counts.
 
-    With ``plan`` off, weights stand for times and an open mode is ``ppsd``. Raises ConfigError and
-    HeadError for settings that contradict each other or the model.
+    With ``plan`` off an open mode is ``ppsd``. Raises ConfigError and HeadError for settings that
+    contradict each other or the model.
     """
-    profile = _profile(config, spec, identity.fingerprint)
+    profile = profile or estimate(Sizes.of(spec))
     exits = _exits(config, spec, identity, profile)
     mode = _mode(config)
     plans = alternatives(_problem(config, mode, profile, exits))
     drafting = next((plan for plan in plans if plan.exit), None)
     if config.head == "auto" and drafting is None:
-        return choose(_plain(config), spec, identity)
+        return choose(_plain(config), spec, identity, profile)
     plain = next((plan for plan in plans if not plan.exit), None)
     faster = drafting if drafting and drafting.pays else plain
     best = {"auto": faster, "autoregressive": plain}.get(mode, drafting)
@@ -158,8 +160,8 @@ class Outlook:
 
 def outlook(config: EngineConfig) -> Outlook:
     """Return what ``config`` would be planned with; reads the model's files for that."""
-    spec, identity, source = _model(config)
-    profile = _profile(config, spec, identity.fingerprint)
+    path, spec, identity, source = _model(config)
+    profile = times(config, path, spec, source, identity.fingerprint)
     dtype = getattr(torch, dtype_name(config))
 
     def memory(plan: Plan) -> list[int]:
@@ -175,81 +177,32 @@ def outlook(config: EngineConfig) -> Outlook:
 
 def planned(config: EngineConfig) -> EngineConfig:
     """What ``choose`` makes of ``config``; reads the model's files for that."""
-    spec, identity, _ = _model(config)
-    return choose(config, spec, identity).config
+    path, spec, identity, source = _model(config)
+    profile = times(config, path, spec, source, identity.fingerprint)
+    return choose(config, spec, identity, profile).config
 
 
-def _model(config: EngineConfig) -> tuple[ModelSpec, Identity, TensorSource]:
+def _model(config: EngineConfig) -> tuple[Path, ModelSpec, Identity, TensorSource]:
     files = resolve_model(config.model)
     spec, source = describe(files), open_source(files.path)
-    return spec, Identity.of(spec, source), source
+    return files.path, spec, Identity.of(spec, source), source
 
 
-def _profile(config: EngineConfig, spec: ModelSpec, fingerprint: str) -> Profile:
-    """The profile to plan with; its ``source`` says how old it is, or why it is not this machine's.
-
-    A profile given by name is used whatever machine it was taken on.
-    """
-    dtype, threads = dtype_name(config), threads_of(config)
-    if config.plan not in ("auto", "off"):
-        profile = load_profile(Path(config.plan))
-        check_profile(profile, config.plan, fingerprint, dtype, threads)
-        notes = [note for note in (profile.age, _staleness(profile)) if note]
-        return replace(profile, source=", ".join([profile.source, *notes]))
-    counts = estimate(
-        Sizes.of(spec), ITEMSIZE[dtype], model=spec.name, fingerprint=fingerprint, dtype=dtype
+def times(
+    config: EngineConfig, path: Path, spec: ModelSpec, source: TensorSource, fingerprint: str
+) -> Profile:
+    """Return the times that the model at ``path`` is planned with (see profiles.py)."""
+    threads = threads_of(config)
+    subject = Subject(
+        path=path,
+        spec=spec,
+        source=source,
+        fingerprint=fingerprint,
+        dtype=getattr(torch, dtype_name(config)),
+        threads=threads,
+        cores=core_shares(2, threads),
     )
-    on_cpu = all(device == "cpu" for device in config.devices)
-    if config.plan == "off" or not on_cpu:
-        return counts
-    try:
-        place = profile_path(fingerprint, dtype, threads)
-        place.lstat()
-    except OSError:  # there is none, or no home for one
-        return counts
-    try:
-        profile = load_profile(place, own=True)
-        check_profile(profile, str(place), fingerprint, dtype, threads)
-    except ConfigError as error:
-        return replace(counts, source=f"{counts.source}; {error}")
-    if stale := _staleness(profile):
-        source = (
-            f"{counts.source}: the profile here was taken {stale}, `ppsd profile` takes it anew"
-        )
-        return replace(counts, source=source)
-    return replace(profile, source=f"{profile.source}, {profile.age}")
-
-
-def _staleness(profile: Profile) -> str:
-    """Why a profile does not tell times of this machine as it is now; nothing if it does."""
-    then, now = profile.provenance, machine()
-    for name, what in (("cpu", "processors"), ("cores", "cores"), ("kernels", "kernels")):
-        if then.get(name) != now[name]:
-            return f"with other {what}"
-    return ""
-
-
-def check_profile(
-    profile: Profile, where: str, fingerprint: str, dtype: str, threads: int | None = None
-) -> None:
-    """Raise ConfigError unless a profile is of this model, dtype, number of threads and kernels."""
-    ours = kernels.kind(dtype)
-    wanted = {
-        "model": fingerprint[:12],
-        "dtype": dtype,
-        "threads": threads or profile.threads,
-        "kernels": ours,
-    }
-    found = {
-        "model": profile.fingerprint[:12],
-        "dtype": profile.dtype,
-        "threads": profile.threads,
-        "kernels": profile.kernels if profile.measured else ours,
-    }
-    for name, value in wanted.items():
-        if found[name] != value:
-            allowed = f"one of {name} {value}, not of {found[name]} ({profile.model})"
-            raise ConfigError("profile", where, allowed)
+    return profile_for(config, subject, retake=not on_torchrun(config))
 
 
 def trained_exits(

@@ -59,11 +59,11 @@ class LLM:
         if serves_as(self.config) > 0:
             from ppsd.worker.process import serve_rank
 
-            serve_rank(model, self.config.init_timeout)
+            serve_rank(self.config.model, self.config.init_timeout)
             raise SystemExit(0)
         if drafter is not None and self.config.mode == "auto":
             self.config = self.config.replaced(mode="ppsd")
-        files = resolve_model(model)
+        files = resolve_model(self.config.model)
         self.config, self.layout, source = plan_layout(self.config, files)
         own = self.layout.head is not None or self.config.head == "lookup"
         self.drafts = own or drafter is not None

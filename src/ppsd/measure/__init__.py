@@ -1,1 +1,1 @@
-"""What a user measures: exactness, acceptance of heads, and times of this machine."""
+"""What a user measures: exactness, and the acceptance of heads."""

@@ -6,10 +6,10 @@ from the machine but not from running or growing without end.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -51,7 +51,7 @@ def _given(wanted: str, names: str) -> str:
     if any(mark in wanted for mark in JINJA):
         return wanted
     try:
-        with Path(wanted).expanduser().open(encoding="utf-8") as file:
+        with open(os.path.expanduser(wanted), encoding="utf-8") as file:
             return file.read(MAX_TEMPLATE + 1)
     except (OSError, ValueError) as error:
         among = f" or one of the model's own ({names})" if names else ""

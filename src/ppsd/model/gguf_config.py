@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ppsd.errors import ModelError, UnsupportedModelError
+from ppsd.errors import ModelError, UnsupportedModelError, shortened
 from ppsd.model.gguf_header import Header
 
 ROPE_KEYS = {
@@ -102,21 +102,21 @@ class _Keys:
             value = self._header.metadata.get(name)
             unknown = key.startswith("rope.") and key not in obeyed
             if unknown or (key in NEUTRAL and value not in NEUTRAL[key]):
-                told = "as an array" if value is None else repr(value)
+                told = "as an array" if value is None else shortened(repr(value))
                 raise UnsupportedModelError(
-                    f"{self.where}: metadata {name} {told} is not supported"
+                    f"{self.where}: metadata {shortened(name)} {told} is not supported"
                 )
 
     def _get(self, key: str, default: Sequence[Any]) -> Any:
         name = self._prefix + key
         if name in self._header.arrays or (name not in self._header.metadata and not default):
-            raise ModelError(f"{self.where}: metadata {name} is missing or not a single value")
+            told = f"metadata {shortened(name)} is missing or not a single value"
+            raise ModelError(f"{self.where}: {told}")
         return self._header.metadata.get(name, *default)
 
     def _refused(self, key: str, value: object, allowed: str) -> ModelError:
-        return ModelError(
-            f"{self.where}: metadata {self._prefix}{key} must be {allowed}, got {value!r}"
-        )
+        name, told = shortened(self._prefix + key), shortened(repr(value))
+        return ModelError(f"{self.where}: metadata {name} must be {allowed}, got {told}")
 
 
 def config_record(header: Header, where: str) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _rope_record(keys: _Keys) -> dict[str, Any]:
     kind = keys.text("rope.scaling.type", "linear")  # llama.cpp's default where a factor is given
     if kind not in ROPE_KINDS:
         raise UnsupportedModelError(
-            f"{keys.where}: metadata rope.scaling.type {kind!r} is not supported; "
+            f"{keys.where}: metadata rope.scaling.type {shortened(repr(kind))} is not supported; "
             f"supported are {', '.join(ROPE_KINDS)}"
         )
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
@@ -184,18 +184,26 @@ def _rope_record(keys: _Keys) -> dict[str, Any]:
     return scaled
 
 
-def end_ids(header: Header, tokens: Sequence[str]) -> set[int]:
-    """Return the ids that end an answer, by the file's keys and by the names of its ``tokens``."""
-    meta = header.metadata
+def end_ids(header: Header, tokens: Sequence[str], where: str) -> set[int]:
+    """Return the ids that end an answer, by the file's keys and by the names of its ``tokens``.
+
+    Raises ModelError for a key that holds no id.
+    """
+
+    def stated(key: str, default: int | None = None) -> int | None:
+        value = header.metadata.get(f"tokenizer.ggml.{key}", default)
+        if value is not None and type(value) is not int:
+            told = f"must be a token id, got {shortened(repr(value))}"
+            raise ModelError(f"{where}: metadata tokenizer.ggml.{key} {told}")
+        return value
+
     ids = {name: i for i, name in enumerate(tokens)}
-    default = 2 if meta.get("tokenizer.ggml.model") == "llama" else None
-    ends = {meta.get("tokenizer.ggml.eos_token_id", default)}
-    ends |= {meta.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom")}
+    default = 2 if header.metadata.get("tokenizer.ggml.model") == "llama" else None
+    ends = {stated("eos_token_id", default), stated("eot_token_id"), stated("eom_token_id")}
     ends |= {ids.get(name) for name in END_NAMES}
     for key, names in FILE_ENDS.items():
-        named = next((ids[name] for name in names if name in ids), None)
-        ends.add(meta.get(f"tokenizer.ggml.{key}", named))
-    spelled = {tokens[i] for i in ends if isinstance(i, int) and 0 <= i < len(tokens)}
+        ends.add(stated(key, next((ids[name] for name in names if name in ids), None)))
+    spelled = {tokens[i] for i in ends if i is not None and 0 <= i < len(tokens)}
     # Where an answer has several parts, these tokens end a part only.
     if {"<|return|>", "<|call|>"} <= spelled or {"<|calls|>", "<|flush|>"} <= spelled:
         ends.discard(ids.get("<|end|>"))

@@ -99,8 +99,10 @@ class GGUFSource:
         """Describe the model from the file's metadata, under the name ``name``."""
         where = str(self._path)
         config = config_from_dict(config_record(self._header, where), where)
-        tokens = read_header(self._path, {TOKENS}).metadata.get(TOKENS, ())
-        spec = spec_from_config(config, name, end_ids(self._header, tokens))
+        tokens = read_header(self._path, {TOKENS}).metadata.get(TOKENS, [])
+        if not isinstance(tokens, list):
+            raise ModelError(f"{where}: metadata {TOKENS} must be an array, got a single value")
+        spec = spec_from_config(config, name, end_ids(self._header, tokens, where))
         factors = self.rope_factors()
         if factors is None:
             return spec

@@ -19,7 +19,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quant_shape_to_byte_shape
 
-from ppsd.errors import ModelError
+from ppsd.errors import ModelError, shortened
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -98,7 +98,8 @@ def _part_files(path: Path, header: Header, count: object) -> list[Path]:
     """Return the files of all parts, which llama.cpp finds by their names."""
     number = header.metadata.get("split.no", 0)
     if not isinstance(count, int) or not isinstance(number, int) or not 0 <= number < count:
-        raise ModelError(f"{path}: split.no {number!r} and split.count {count!r} do not fit")
+        told = shortened(f"split.no {number!r} and split.count {count!r}")
+        raise ModelError(f"{path}: {told} do not fit")
     here = f"{path}: is part {number + 1} of {count} of a split model"
     match = PART.fullmatch(path.stem)
     if count > MAX_PARTS or match is None or (int(match[2]), int(match[3])) != (number + 1, count):
@@ -159,7 +160,7 @@ class _Reader:
         table = [self._tensor_info() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"general.alignment {alignment!r}")
+            raise ValueError(f"general.alignment {shortened(repr(alignment))}")
         start = -(-self._at // alignment) * alignment
         tensors = {info[0]: self._entry(*info, start) for info in table}
         if len(tensors) != tensor_count:

@@ -22,7 +22,7 @@ from tokenizers import (
     processors,
 )
 
-from ppsd.errors import ModelError, UnsupportedModelError
+from ppsd.errors import ModelError, UnsupportedModelError, shortened
 from ppsd.model.gguf_config import END_NAMES
 from ppsd.model.gguf_header import read_header
 
@@ -31,6 +31,10 @@ ARRAYS = [PREFIX + name for name in ("tokens", "token_type", "scores", "merges")
 TEMPLATE = "tokenizer.chat_template"
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # token types that text contains whole
 SPACE = "▁"  # in SentencePiece vocabularies
+REMEDY = (
+    "use a newer conversion of the model, or, if you know how it splits, "
+    "`gguf-new-metadata --pre-tokenizer NAME IN.gguf OUT.gguf`"
+)
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -123,9 +127,10 @@ class _Vocabulary:
         self._where = where
         self.model = self._key("model")
         if self.model not in ("gpt2", "llama"):
+            told = shortened(repr(self.model))
             raise UnsupportedModelError(
-                f"{where}: tokenizer.ggml.model {self.model!r} is not supported; supported are "
-                "'gpt2' and 'llama'"
+                f"{where}: tokenizer.ggml.model {told} is not supported; supported are 'gpt2' and "
+                "'llama'"
             )
         # An empty spelling would match everywhere; llama.cpp gives it the same name.
         spellings = self._array("tokens", str)
@@ -133,7 +138,7 @@ class _Vocabulary:
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             twice = next(t for i, t in enumerate(self.tokens) if self.ids[t] != i)
-            raise ModelError(f"{where}: tokenizer.ggml.tokens holds {twice!r} twice")
+            raise ModelError(f"{where}: tokenizer.ggml.tokens holds {shortened(repr(twice))} twice")
         types = self._array("token_type", int) if self._key("token_type") is not None else []
         self.types = [types[i] if types else 1 for i in range(len(self.tokens))]
         for name in END_NAMES:
@@ -199,8 +204,8 @@ class _Vocabulary:
             for token in (left, right, left + right):
                 if token not in self.ids:
                     raise ModelError(
-                        f"{self._where}: tokenizer.ggml.merges joins {left!r} and {right!r}, "
-                        f"but {token!r} is no token"
+                        f"{self._where}: tokenizer.ggml.merges joins {shortened(repr(left))} and "
+                        f"{shortened(repr(right))}, but {shortened(repr(token))} is no token"
                     )
         return models.BPE(vocab=self.ids, merges=merges, **settings)
 
@@ -239,10 +244,10 @@ class _Vocabulary:
     def _splitting(self) -> _Splitting:
         name = self._key("pre")
         if name not in SPLITTINGS:
-            told = "is missing" if name is None else f"{name!r} is not supported"
+            told = "is missing" if name is None else f"{shortened(repr(name))} is not supported"
             raise UnsupportedModelError(
                 f"{self._where}: tokenizer.ggml.pre {told}, so text cannot be split as the model "
-                f"learned it; supported are {', '.join(sorted(SPLITTINGS))}"
+                f"learned it; {REMEDY}, where NAME is one of {', '.join(sorted(SPLITTINGS))}"
             )
         return SPLITTINGS[name]
 
@@ -252,7 +257,8 @@ class _Vocabulary:
     def _flag(self, name: str, default: bool) -> bool:
         value = self._key(name, default)
         if not isinstance(value, bool):
-            raise ModelError(f"{self._where}: tokenizer.ggml.{name} must be a bool, got {value!r}")
+            told = shortened(repr(value))
+            raise ModelError(f"{self._where}: tokenizer.ggml.{name} must be a bool, got {told}")
         return value
 
     def _array(self, name: str, kind: type) -> Sequence[Any]:

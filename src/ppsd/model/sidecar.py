@@ -42,10 +42,13 @@ def cache_root() -> Path:
     if own := os.environ.get("PPSD_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
+    told = "no home directory for a cache; set PPSD_CACHE"
+    if not base and os.environ.get("HOME") == "":  # Path.home() would be the root directory
+        raise FileNotFoundError(told)
     try:
         return (Path(base) if base else Path.home() / ".cache") / "ppsd"
     except RuntimeError as error:
-        raise FileNotFoundError("no home directory for a cache; set PPSD_CACHE") from error
+        raise FileNotFoundError(told) from error
 
 
 def cached(

@@ -46,6 +46,14 @@ def resolve_model(name: str | None) -> ModelFiles:
     """
     if name is None:
         return _default_model()
+    try:
+        return _resolved(name)
+    except OSError as error:  # a name too long, a directory that is not this user's
+        told = shortened(repr(name))
+        raise ModelError(f"model {told} cannot be read ({error.strerror})") from error
+
+
+def _resolved(name: str) -> ModelFiles:
     path = Path(os.path.expanduser(name))  # Path's own raises where there is no home
     if path.is_dir():
         return _directory(path)
@@ -160,11 +168,11 @@ def _describe_directory(files: ModelFiles) -> ModelSpec:
     from ppsd.model.weights import own_head_notice
 
     config_file = files.path / "config.json"
-    record = _read_json(config_file)
+    record = read_json(config_file)
     token_ids(record.get("eos_token_id"), str(config_file))
     config = config_from_dict(record, str(config_file))
     generation = files.path / "generation_config.json"
-    ends = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
     spec = spec_from_config(config, files.name, token_ids(ends, str(generation)))
     notice = own_head_notice(files.path) if spec.tie_embeddings else ""
     if not notice:
@@ -172,7 +180,8 @@ def _describe_directory(files: ModelFiles) -> ModelSpec:
     return replace(spec, tie_embeddings=False, notices=(*spec.notices, notice))
 
 
-def _read_json(file: Path) -> Mapping[str, Any]:
+def read_json(file: Path) -> Mapping[str, Any]:
+    """Return the JSON object that a small file holds; raises ModelError."""
     try:
         if file.stat().st_size > MAX_JSON:
             raise ModelError(f"{file}: larger than {MAX_JSON >> 20} MiB, so no configuration")

@@ -40,12 +40,13 @@ LIMITS = {
     "head_dim": 1 << 14,
     "vocab_size": 1 << 24,
     "max_position_embeddings": (1 << 31) - 1,
+    "sliding_window": (1 << 31) - 1,
 }
 READ = {
     *("model_type", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "eos_token_id"),
     *("attention_bias", "mlp_bias", "quantization_config", "partial_rotary_factor"),
-    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-    *("rope_theta", "rope_scaling", "rope_parameters", ORIGINAL),
+    *("use_sliding_window", "max_window_layers", "layer_types"),
+    *("rope_theta", "rope_scaling", "rope_parameters", ORIGINAL, "tokenizer_class"),
 }
 
 
@@ -153,6 +154,8 @@ def config_from_dict(record: Mapping[str, Any], where: str) -> PretrainedConfig:
             f"supported are {SUPPORTED_TEXT}"
         )
     check_sizes(record, where)
+    for name in ("rope_parameters", "rope_scaling"):  # else transformers quotes all of it in a log
+        _check_rope(record.get(name) or {}, where)
     from transformers import CONFIG_MAPPING
 
     # Only what is read here: others can fill the memory, as num_labels does.
@@ -313,8 +316,10 @@ def _rope(config: PretrainedConfig, name: str) -> tuple[tuple[float, ...], float
     return frequencies, scale
 
 
-def _check_rope(rope: Mapping[str, Any], name: str) -> None:
-    kind = rope.get("rope_type")
+def _check_rope(rope: object, name: str) -> None:
+    if not isinstance(rope, Mapping):
+        raise ModelError(f"{name}: rope settings must be an object, got {shortened(repr(rope))}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise UnsupportedModelError(
             f"{name}: rope_type {shortened(repr(kind))} is not supported; "

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from ppsd import checks
-from ppsd.errors import ConfigError, ModelError
+from ppsd.errors import ConfigError, ModelError, shortened
 from ppsd.model.chat_template import choose_template, render
 from ppsd.model.escape import Escape
 from ppsd.model.sidecar import cached
-from ppsd.model.spec import ModelSpec, speakable
+from ppsd.model.source import read_json
+from ppsd.model.spec import ModelSpec, config_from_dict, speakable
 
 REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 CONTEXT = 4  # tokens; an unfinished UTF-8 character has at most three bytes, a token at least one
+MAX_LENGTH = 1 << 62  # the engine checks lengths: a tokenizer's own limit would only warn
 MOST = 3 * CONTEXT  # a window is cut back before it is so long
 
 
@@ -68,11 +70,12 @@ class Tokenizer:
         """
         try:
             inner = _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
-        except ModelError:
+        except (ModelError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:  # transformers and tokenizers raise many unrelated types
-            text = " ".join(str(error).split())[:300]
-            raise ModelError(f"{path}: has no tokenizer that can be read ({text})") from error
+        except BaseException as error:  # many unrelated types, and a panic of Rust is no Exception
+            told = shortened(str(error))
+            raise ModelError(f"{path}: has no tokenizer that can be read ({told})") from error
+        inner.model_max_length = MAX_LENGTH
         return cls(inner, str(path), chat_template, escape_special=escape_special)
 
     def fit(self, spec: ModelSpec) -> ModelSpec:
@@ -249,7 +252,12 @@ def _from_directory(path: Path) -> Any:
         )
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    file, config = path / "config.json", None
+    if file.is_file():  # transformers would read it whole, which can take minutes
+        config = config_from_dict(read_json(file), str(file))
+    return AutoTokenizer.from_pretrained(
+        path, config=config, trust_remote_code=False, local_files_only=True
+    )
 
 
 def _from_gguf(path: Path) -> Any:
@@ -259,7 +267,8 @@ def _from_gguf(path: Path) -> Any:
         path,
         "tokenizer",
         build=lambda: convert(path),
-        write=lambda inner, place: inner.save_pretrained(place),
+        # An entry holds files alone, and one for each of several templates would need a directory.
+        write=lambda inner, place: inner.save_pretrained(place, save_jinja_files=False),
         read=_restore,
     )
 

@@ -120,6 +120,13 @@ def fingerprint(spec: ModelSpec, source: TensorSource) -> str:
     return digest.hexdigest()
 
 
+def codes_digest(spec: ModelSpec, source: TensorSource) -> str:
+    """Return a short digest of which weights are stored in which codes; empty if none is."""
+    kinds = {name: source.kind(name) for name in sorted(expected_shapes(spec))}
+    coded = {name: kind for name, kind in kinds.items() if kind is not None}
+    return hashlib.sha256(json.dumps(coded).encode()).hexdigest()[:8] if coded else ""
+
+
 def own_head_notice(directory: Path) -> str:
     """Return a notice when a model that ties its LM head stores another one, else nothing.
 

@@ -96,8 +96,9 @@ class Profile:
     sending, receiving, laying out. ``latency`` is what a message takes longer than that when it is
     waited for, ``bandwidth`` in bytes a second.
     ``contention`` is a ratio: how much longer a layer takes while another worker works.
-    ``source`` says where the figures come from, ``measured`` whether they are measurements, and
-    ``kernels`` whose operations they time (model/kernels.py).
+    ``source`` says where the figures come from, ``measured`` whether they are measurements,
+    ``kernels`` whose operations they time (model/kernels.py), and ``codes`` which weights of the
+    file were read in its own codes: none if empty (``weights.codes_digest``).
     """
 
     model: str
@@ -118,6 +119,7 @@ class Profile:
     overhead: Timing
     contention: Timing
     kernels: str = ""
+    codes: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -237,9 +239,10 @@ def profile_root() -> Path:
     return cache_root() / "profiles"
 
 
-def profile_path(fingerprint: str, dtype: str, threads: int) -> Path:
+def profile_path(fingerprint: str, dtype: str, threads: int, codes: str = "") -> Path:
     """Return where the profile of a model on this machine is kept (see ``cache_root``)."""
-    return profile_root() / f"{fingerprint[:16]}-{dtype}-{threads}-threads.json"
+    weights = f"{dtype}-{codes}" if codes else dtype
+    return profile_root() / f"{fingerprint[:16]}-{weights}-{threads}-threads.json"
 
 
 def estimate(

@@ -82,7 +82,7 @@ def _profiler(pipeline: PipelineOptions) -> Iterator[Callable[[Measure], Measure
     """Take a profile between any two measurements, and note both neighbours with each."""
     from ppsd.cli.profile import subject_of
     from ppsd.config import EngineConfig
-    from ppsd.measure.profiler import profiler
+    from ppsd.engine.profiler import profiler
 
     c = EngineConfig(**pipeline.settings())
     subject = subject_of(c.model, c.dtype, c.stages, c.threads_per_stage, "shared-memory")

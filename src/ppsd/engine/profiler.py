@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ppsd.measure.peer import CONTEXTS, CURRENT, ROWS, Peer, Subject, worker
+from ppsd.engine.peer import CONTEXTS, CURRENT, ROWS, Peer, Subject, worker
 from ppsd.model import kernels
 from ppsd.model.exit_head import ExitHead, HeadConfig, head_tensor_shapes
 from ppsd.model.packed import first_rows
@@ -36,7 +36,7 @@ HEAD_LAYERS = (0, 1, 2)
 DRAFT_VOCABULARY = 8192
 REPEATS, LEAST_REPEATS = 15, 5
 PINGS = 30
-BUDGET_S = 60.0  # then LEAST_REPEATS have to do
+BUDGET_S = 60.0
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 Case = Callable[[], object]
@@ -46,17 +46,18 @@ Take = Callable[[Mapping[str, Any], Progress], Profile]  # with this provenance
 
 
 @contextmanager
-def profiler(subject: Subject) -> Iterator[Take]:
+def profiler(subject: Subject, budget: float = BUDGET_S) -> Iterator[Take]:
     """Load the layers, here and in a worker, and yield what measures profile after profile.
 
-    Each takes under two minutes for a model of 135 M on an idle core. Raises what loading a model
-    raises, and PipelineError when the worker fails.
+    Each takes under two minutes for a model of 135 M on an idle core. After ``budget`` seconds
+    LEAST_REPEATS have to do. Raises what loading a model raises, and PipelineError when the worker
+    fails.
     """
     with torch.inference_mode():
         stage = Stage(subject.spec, subject.plan, subject.source)
         cases = _cases(stage, subject)
     with worker(subject) as peer:
-        yield partial(_take, subject, cases, peer)
+        yield partial(_take, subject, cases, peer, budget)
 
 
 @torch.inference_mode()
@@ -64,6 +65,7 @@ def _take(
     subject: Subject,
     cases: Mapping[Key, Case],
     peer: Peer,
+    budget: float,
     provenance: Mapping[str, Any],
     progress: Progress,
 ) -> Profile:
@@ -73,7 +75,7 @@ def _take(
         return lambda more: progress(done + more, steps + 2 * PINGS)
 
     with _placed(subject):
-        times = _rounds(cases, after(0))
+        times = _rounds(cases, budget, after(0))
         contention, overhead = _busy(peer, cases[PASS], after(steps))
         latency, bandwidth = _link(peer, cases[PASS], overhead.median, after(steps + PINGS))
     layers = subject.plan.last - subject.plan.first
@@ -81,7 +83,7 @@ def _take(
         model=subject.spec.name,
         fingerprint=subject.fingerprint,
         sizes=Sizes.of(subject.spec),
-        dtype=str(subject.dtype).removeprefix("torch."),
+        dtype=subject.dtype_name,
         itemsize=subject.dtype.itemsize,
         threads=subject.threads,
         transport=subject.transport,
@@ -99,7 +101,8 @@ def _take(
         bandwidth=bandwidth,
         overhead=overhead,
         contention=contention,
-        kernels=kernels.kind(str(subject.dtype).removeprefix("torch.")),
+        kernels=kernels.kind(subject.dtype_name),
+        codes=subject.codes,
         provenance=dict(provenance),
     )
 
@@ -176,10 +179,12 @@ def _head(stage: Stage, subject: Subject, layers: int, scored: int) -> ExitHead:
     return ExitHead(config, spec, subject.plan, weights, table)
 
 
-def _rounds(cases: Mapping[Key, Case], progress: Callable[[int], None]) -> dict[Key, list[float]]:
+def _rounds(
+    cases: Mapping[Key, Case], budget: float, progress: Callable[[int], None]
+) -> dict[Key, list[float]]:
     """Time all cases in turn, over and over; what follows layers in decoding follows them here."""
     times: dict[Key, list[float]] = {key: [] for key in cases}
-    end = time.monotonic() + BUDGET_S
+    end = time.monotonic() + budget
     for repeat in range(-1, REPEATS):  # the first round only warms up
         if repeat >= LEAST_REPEATS and time.monotonic() > end:
             break

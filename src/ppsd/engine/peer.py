@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from ppsd.errors import ConfigError, PipelineTimeoutError, StageFailedError
 from ppsd.model import kernels
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan
-from ppsd.model.weights import TensorSource
+from ppsd.model.weights import TensorSource, codes_digest
+from ppsd.plan.profile import profile_path
 from ppsd.transport.base import Endpoint, Geometry, part_bytes
 from ppsd.types import SamplingParams
 from ppsd.worker.messages import (
@@ -64,6 +66,22 @@ class Subject:
         if self.transport not in ("shared-memory", "distributed"):
             allowed = "shared-memory or distributed: a profile needs a second process"
             raise ConfigError("transport", self.transport, allowed)
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as users write it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @cached_property
+    def codes(self) -> str:
+        """Which weights decoding reads in the codes of their file; empty if none."""
+        packed = kernels.kind(self.dtype_name) == "packed"
+        return codes_digest(self.spec, self.source) if packed else ""
+
+    @property
+    def place(self) -> Path:
+        """Where this machine keeps the profile."""
+        return profile_path(self.fingerprint, self.dtype_name, self.threads, self.codes)
 
     @property
     def plan(self) -> StagePlan:
