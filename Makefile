@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/.run
 DEV := $(VENV)/.dev
 TORCH ?= torch==2.13.0
+PYTEST ?=
 DEMO_TOKENS ?= 128
 DEMO_PROMPT ?= "Explain in simple words why the sky is blue."
 
@@ -14,8 +15,9 @@ DEMO_PROMPT ?= "Explain in simple words why the sky is blue."
 demo: $(RUN)
 	$(BIN)/ppsd generate $(DEMO_PROMPT) --stages 2 --max-tokens $(DEMO_TOKENS) --highlight
 
+# Two processes; the tests of a file stay together, as they share what they load.
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

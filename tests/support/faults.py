@@ -172,6 +172,7 @@ def _be_child(program: Callable[[], int], standard: Sequence[int], keep: Iterabl
 def gone(pids: Iterable[int]) -> bool:
     """Whether these processes have ended, or do within PATIENCE; zombies count as ended."""
     deadline = time.monotonic() + PATIENCE
+    pids = list(pids)
     while any(map(_running, pids)):
         if time.monotonic() > deadline:
             return False

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from ppsd import LLM, SamplingParams
 from ppsd.errors import PipelineError, PpsdError
+from ppsd.worker.process import Supervisor, WorkerConfig
 from tests.stress.lifecycle import PARAMS, PROMPT, Alarm, forks, interrupted_within
 from tests.support.faults import gone
 
@@ -65,11 +66,37 @@ def test_the_request_after_an_interrupt_is_right(open_llm: Open, transport: str)
     assert hit
 
 
-def test_an_interrupt_while_loading_leaves_no_worker(open_llm: Open) -> None:
-    for seconds in (0.05, 0.5):
-        with pytest.raises(Alarm), interrupted_within(seconds):
+@pytest.fixture
+def on_start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], object]], list[int]]:
+    """Let a test act on each worker the moment it runs; gives the list of their process ids."""
+
+    def prepare(act: Callable[[int], object]) -> list[int]:
+        start, started = Supervisor.start, []
+
+        def acting(supervisor: Supervisor, config: WorkerConfig) -> None:
+            start(supervisor, config)
+            started.append(supervisor.pids()[config.rank])
+            act(started[-1])
+
+        monkeypatch.setattr(Supervisor, "start", acting)
+        return started
+
+    return prepare
+
+
+def test_an_interrupt_while_loading_leaves_no_worker(open_llm: Open, on_start: Any) -> None:
+    before = set(psutil.Process().children())
+    with pytest.raises(Alarm), interrupted_within(0.05):
+        open_until_interrupted(open_llm)
+    assert gone(child.pid for child in set(psutil.Process().children()) - before)
+    delays = iter((1e-4, 0.2))  # the worker still imports PyTorch
+    started = on_start(lambda _: signal.setitimer(signal.ITIMER_REAL, next(delays)))
+    for _ in range(2):
+        with pytest.raises(Alarm), interrupted_within(3600.0):
             open_until_interrupted(open_llm)
-    assert gone(child.pid for child in psutil.Process().children())
+        assert gone(child.pid for child in set(psutil.Process().children()) - before)
+    assert len(started) == 2
+    assert gone(started)
 
 
 def open_until_interrupted(open_llm: Open) -> None:
@@ -208,18 +235,12 @@ def test_the_callers_own_settings_stay(open_llm: Open, transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", ["shared-memory", "distributed"])
-def test_a_worker_stopped_while_loading_is_named(open_llm: Open, transport: str) -> None:
-    def stop_it() -> None:
-        deadline = time.monotonic() + 60
-        while not (children := psutil.Process().children()) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        children[0].suspend()
-
-    stopper = threading.Thread(target=stop_it)
-    stopper.start()
+def test_a_worker_stopped_while_loading_is_named(
+    open_llm: Open, on_start: Any, transport: str
+) -> None:
+    on_start(lambda pid: os.kill(pid, signal.SIGSTOP))
     with pytest.raises(PpsdError, match=r"stage 1 \(pid \d+\) has been stopped for 1 s"):
         open_llm(transport, timeout=1.0)
-    stopper.join()
 
 
 SCRIPT = """
