@@ -98,14 +98,21 @@ def test_a_stream_may_outlive_its_llm(tiny_model) -> None:
     stream.close()
 
 
-def test_one_request_at_a_time(llm, plain) -> None:
-    first = llm.stream(PROMPT, PARAMS)
-    next(first)
-    for other in (lambda: llm.run([5], PARAMS), lambda: llm.use("autoregressive")):
-        with pytest.raises(PpsdError, match="at work on another request"):
-            other()
-    _, completion = drain(first)
-    assert completion.token_ids == plain.run(PROMPT, PARAMS).token_ids
+def test_requests_are_served_in_the_order_they_come(llm, plain) -> None:
+    want = plain.run(PROMPT, PARAMS).token_ids
+    streams = [llm.stream(PROMPT, PARAMS) for _ in range(3)]
+    for stream in streams:
+        next(stream)
+    assert llm.run([5], PARAMS).token_ids == plain.run([5], PARAMS).token_ids
+    for stream in reversed(streams):
+        assert drain(stream)[1].token_ids == want
+    mode = llm.config.mode, llm.config.block, llm.config.in_flight
+    last = llm.stream(PROMPT, PARAMS)
+    next(last)
+    llm.use("autoregressive")  # for what comes after the open stream
+    assert drain(last)[1].token_ids == want
+    assert llm.run(PROMPT, PARAMS).stats.counts.drafted == 0
+    llm.use(*mode)
     with pytest.raises(ConfigError, match="n must be 1 in a stream, got 2"):
         next(llm.stream(PROMPT, SamplingParams(n=2, temperature=1.0)))
 
