@@ -11,7 +11,7 @@ import pytest
 
 from ppsd import LLM, SamplingParams
 from ppsd.engine.llm import Chunk, Completion
-from ppsd.errors import ConfigError, PpsdError
+from ppsd.errors import ConfigError
 from ppsd.speculation.gate import Gate
 from tests.support.tiny_models import save_perfect_head, save_tiny
 
