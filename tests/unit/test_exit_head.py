@@ -26,14 +26,15 @@ from ppsd.model.exit_head import (
     untrained_head,
 )
 from ppsd.model.identity import Identity
+from ppsd.model.names import EMBEDDING, FINAL_NORM
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.stage import Stage, StagePlan
-from ppsd.model.transformer import reference_logits
-from ppsd.model.weights import EMBEDDING, FINAL_NORM, open_source
+from ppsd.model.weights import open_source
 from ppsd.plan.sizes import Sizes
 from ppsd.speculation.lookup import ODDS
 from ppsd.speculation.sampling import Sampler, Stream
 from ppsd.types import SamplingParams
+from tests.support.reference_model import reference_logits
 from tests.support.tiny_models import VOCAB, save_perfect_head
 
 WIDE = torch.float64
@@ -108,7 +109,7 @@ def test_saved_heads_come_back(tiny, tmp_path, changes) -> None:
     rows = hidden(5)
     got, expected = (said(h, rows) for h in (head, direct))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    assert torch.equal(head.norm, weights["norm.weight"])
+    assert torch.equal(head.tensors.norm, weights["norm.weight"])
 
 
 @pytest.mark.parametrize(

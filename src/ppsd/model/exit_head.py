@@ -8,23 +8,25 @@ model). Used by engine/ and train/.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from ppsd import checks
 from ppsd.errors import HeadError
 from ppsd.model import kernels
 from ppsd.model.head_codes import decode
 from ppsd.model.identity import Identity
 from ppsd.model.layers import LayerWeights, Norm, Product, Rope
+from ppsd.model.names import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
 from ppsd.model.packed import Weight, pack
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan, fuse_layer, new_cache, new_runner, packable
-from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSource, layer_prefix
+from ppsd.model.weights import TensorSource
 from ppsd.speculation.lookup import LENGTHS, ODDS, Match, likeliest
 
 FORMAT = 2
@@ -115,15 +117,14 @@ def read_head_config(directory: Path) -> HeadConfig:
 
 def _check_config(config: HeadConfig, path: Path) -> None:
     """Raise HeadError unless every field is of its type and kind and layers agree."""
-    for name, low in (("exit_layer", 1), ("layers", 0), ("draft_vocab", 1), ("mlp", 1)):
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            if name in ("draft_vocab", "mlp") and value is None:
-                continue
-            raise HeadError(f"{path}: {name} must be an integer of at least {low}, got {value!r}")
-    for name in ("base_model", "fingerprint"):
-        if not isinstance(getattr(config, name), str):
-            raise HeadError(f"{path}: {name} must be a text, got {getattr(config, name)!r}")
+    with checks.inside(str(path), HeadError):
+        checks.integer("exit_layer", config.exit_layer, 1)
+        checks.integer("layers", config.layers, 0)
+        for name, count in (("draft_vocab", config.draft_vocab), ("mlp", config.mlp)):
+            if count is not None:
+                checks.integer(name, count, 1)
+        checks.text("base_model", config.base_model)
+        checks.text("fingerprint", config.fingerprint)
     try:
         _ = config.identity
     except ValueError as error:
@@ -160,6 +161,46 @@ def check_head(
         )
 
 
+Shape = Callable[[HeadConfig, int], tuple[int, ...] | None]  # for a hidden size; None: no tensor
+
+
+def _in_file(name: str, shape: Shape) -> dict[str, Any]:
+    return {"name": name, "shape": shape}
+
+
+NORM = _in_file("norm.weight", lambda head, width: (width,))
+DRAFT_IDS = _in_file("draft_ids", lambda head, _: (head.draft_vocab,) if head.draft_vocab else None)
+INPUT = _in_file("input.weight", lambda head, width: (width, width) if head.layers else None)
+FEEDBACK_NORM = _in_file("feedback_norm.weight", lambda head, w: (w,) if head.feedback else None)
+FEEDBACK = _in_file("feedback.weight", lambda head, w: (w, w) if head.feedback else None)
+COPY = _in_file("copy.weight", lambda head, w: (len(LENGTHS), w) if head.copy_gate else None)
+COPY_BIAS = _in_file("copy.bias", lambda head, _: (len(LENGTHS),) if head.copy_gate else None)
+
+
+@dataclass(frozen=True)
+class HeadTensors:
+    """The tensors of a head beside its decoder layers, None for those that it does without."""
+
+    norm: torch.Tensor = field(metadata=NORM)
+    draft_ids: torch.Tensor | None = field(default=None, metadata=DRAFT_IDS)  # int64, ascending
+    input: torch.Tensor | None = field(default=None, metadata=INPUT)
+    feedback_norm: torch.Tensor | None = field(default=None, metadata=FEEDBACK_NORM)
+    feedback: torch.Tensor | None = field(default=None, metadata=FEEDBACK)
+    copy_weight: torch.Tensor | None = field(default=None, metadata=COPY)
+    copy_bias: torch.Tensor | None = field(default=None, metadata=COPY_BIAS)
+
+    @classmethod
+    def of(cls, weights: Mapping[str, torch.Tensor]) -> HeadTensors:
+        """Pick the tensors out of those of a file."""
+        held: dict[str, Any] = {f.name: weights.get(f.metadata["name"]) for f in fields(cls)}
+        return cls(**held)
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that there are by their names in a file."""
+        held = {f.metadata["name"]: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+
 class ExitHead:
     """Hidden rows after layer E to draft logits; rows are addressed by position like a stage's.
 
@@ -187,16 +228,14 @@ class ExitHead:
             name: t.to(plan.device) if name == "draft_ids" else t.to(plan.device, plan.dtype)
             for name, t in weights.items()
         }
-        self.norm = weights.pop("norm.weight")  # [C]
-        self._normed = Norm(self.norm, spec.rms_norm_eps)
-        self.draft_ids = weights.pop("draft_ids", None)  # [draft vocabulary] int64, ascending
-        ids = torch.arange(spec.vocab_size) if self.draft_ids is None else self.draft_ids.cpu()
+        self.tensors = held = HeadTensors.of(weights)
+        self._normed = Norm(held.norm, spec.rms_norm_eps)
+        ids = torch.arange(spec.vocab_size) if held.draft_ids is None else held.draft_ids.cpu()
         self._scored = ids.numpy()
         self.lm_head = lm_head  # [draft vocabulary or V, C]
-        self._enter = _product(weights.pop("input.weight", None))
-        recalled = weights.pop("feedback.weight", None), weights.pop("feedback_norm.weight", None)
-        self._recall = _product(recalled[0], None, recalled[1], spec.rms_norm_eps)
-        self._odds = _product(weights.pop("copy.weight", None), weights.pop("copy.bias", None))
+        self._enter = _product(held.input)
+        self._recall = _product(held.feedback, None, held.feedback_norm, spec.rms_norm_eps)
+        self._odds = _product(held.copy_weight, held.copy_bias)
         self._score = Product(lm_head)
         self.layers: list[LayerWeights] = [
             fuse_layer(weights, layer_prefix(i)) for i in range(config.layers)
@@ -252,10 +291,10 @@ class ExitHead:
 
     def spread(self, scores: torch.Tensor) -> torch.Tensor:
         """``logits`` from ``scores``."""
-        if self.draft_ids is None:
+        if self.tensors.draft_ids is None:
             return scores
         full = scores.new_full((scores.shape[0], self.spec.vocab_size), float("-inf"))
-        return full.index_copy_(1, self.draft_ids, scores)
+        return full.index_copy_(1, self.tensors.draft_ids, scores)
 
 
 def _product(weight: torch.Tensor | None, *rest: Any) -> Product | None:
@@ -269,16 +308,9 @@ def head_spec(config: HeadConfig, spec: ModelSpec) -> ModelSpec:
 
 def head_tensor_shapes(config: HeadConfig, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in ``head.safetensors``."""
-    width = spec.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (width,)}
-    if config.draft_vocab is not None:
-        shapes["draft_ids"] = (config.draft_vocab,)
-    if config.layers:
-        shapes["input.weight"] = (width, width)
-    if config.feedback:
-        shapes |= {"feedback_norm.weight": (width,), "feedback.weight": (width, width)}
-    if config.copy_gate:
-        shapes |= {"copy.weight": (len(LENGTHS), width), "copy.bias": (len(LENGTHS),)}
+    about = [tensor.metadata for tensor in fields(HeadTensors)]
+    every = {tensor["name"]: tensor["shape"](config, spec.hidden_size) for tensor in about}
+    shapes: dict[str, tuple[int, ...]] = {n: shape for n, shape in every.items() if shape}
     layer = head_spec(config, spec).layer_shapes()
     for i in range(config.layers):
         shapes |= {layer_prefix(i) + name: shape for name, shape in layer.items()}

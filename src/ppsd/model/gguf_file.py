@@ -19,9 +19,9 @@ from ppsd.model.gguf_codes import KINDS, codes_of
 from ppsd.model.gguf_config import config_record, end_ids
 from ppsd.model.gguf_header import read_header, read_parts
 from ppsd.model.kernels import Kind
+from ppsd.model.names import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
 from ppsd.model.packed import Codes
 from ppsd.model.spec import ModelSpec, config_from_dict, spec_from_config
-from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
 
 CHUNK = 1 << 20  # elements dequantised at a time: large tensors need no float32 copy
 GLOBAL_NAMES = {

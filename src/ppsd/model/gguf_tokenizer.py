@@ -22,6 +22,7 @@ from tokenizers import (
     processors,
 )
 
+from ppsd import checks
 from ppsd.errors import ModelError, UnsupportedModelError, shortened
 from ppsd.model.gguf_config import END_NAMES
 from ppsd.model.gguf_header import read_header
@@ -255,11 +256,8 @@ class _Vocabulary:
         return self._metadata.get(PREFIX + name, default)
 
     def _flag(self, name: str, default: bool) -> bool:
-        value = self._key(name, default)
-        if not isinstance(value, bool):
-            told = shortened(repr(value))
-            raise ModelError(f"{self._where}: tokenizer.ggml.{name} must be a bool, got {told}")
-        return value
+        with checks.inside(self._where, ModelError):
+            return checks.truth(f"tokenizer.ggml.{name}", self._key(name, default))
 
     def _array(self, name: str, kind: type) -> Sequence[Any]:
         values = self._key(name)

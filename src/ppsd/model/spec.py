@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
+from ppsd import checks
 from ppsd.errors import ModelError, UnsupportedModelError, shortened
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -114,18 +114,9 @@ class ModelSpec:
         return sum(prod(shape) for shape in self.layer_shapes().values())
 
     @property
-    def embedding_parameters(self) -> int:
-        """Parameters of the token embedding, which stage 0 holds."""
-        return self.vocab_size * self.hidden_size
-
-    @property
     def head_parameters(self) -> int:
         """Parameters of final norm and LM head, which the last stage holds even when tied."""
         return self.vocab_size * self.hidden_size + self.hidden_size
-
-    def kv_bytes_per_position(self, dtype: torch.dtype) -> int:
-        """Bytes of keys and values that one layer caches for one position."""
-        return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary from which ``from_json`` restores an equal object."""
@@ -174,10 +165,8 @@ def check_sizes(record: Mapping[str, Any], where: str) -> None:
         value = record.get(name)
         if value is None:  # left out: transformers has a default
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-            raise ModelError(
-                f"{where}: {name} must be an integer in [1, {limit}], got {shortened(repr(value))}"
-            )
+        with checks.inside(where, ModelError):
+            checks.integer(name, value, 1, limit)
 
 
 def token_ids(value: object, where: str) -> set[int]:

@@ -16,27 +16,25 @@ from ppsd.model import kernels
 from ppsd.model.cache import KVCache
 from ppsd.model.kernels import Kind
 from ppsd.model.layers import FIELDS, LayerWeights, Norm, Product, Rope
+from ppsd.model.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    FUSED,
+    NORMS,
+    expected_shapes,
+    layer_prefix,
+    layer_tensor_names,
+    lm_head_name,
+    tensor_names,
+)
 from ppsd.model.packed import Codes, Weight, can_pack, pack, packed_bytes
 from ppsd.model.passes import Interrupted, Pass, finish
 from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
 from ppsd.model.spec import ModelSpec
 from ppsd.model.steps import CudaGraphs, CudaRunner
-from ppsd.model.weights import (
-    EMBEDDING,
-    FINAL_NORM,
-    LM_HEAD,
-    TensorSource,
-    expected_shapes,
-    layer_prefix,
-)
+from ppsd.model.weights import TensorSource
 
 ALIGNMENT = 128  # bytes: a tensor begins with a cache line
-FUSED = {  # what LayerWeights holds together
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
 
 Progress = Callable[[int, int], None]
 Names = Sequence[str]
@@ -94,7 +92,7 @@ def packed_names(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> froz
         for i in range(plan.first, plan.last)
         for names in FUSED.values()
     ]
-    groups += [[_head_name(spec)]] if plan.last == spec.num_layers else []
+    groups += [[lm_head_name(spec)]] if plan.last == spec.num_layers else []
     kept = (names for names in groups if packable(source, plan, shapes, names))
     return frozenset(name for names in kept for name in names)
 
@@ -112,33 +110,10 @@ def weight_bytes(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> int:
     return size
 
 
-def _head_name(spec: ModelSpec) -> str:
-    return EMBEDDING if spec.tie_embeddings else LM_HEAD
-
-
-def tensor_names(spec: ModelSpec, first: int, last: int) -> list[str]:
-    """Names of the tensors that the stage of layers [first, last) owns, in loading order."""
-    names = [name for i in range(first, last) for name in layer_tensor_names(spec, i)]
-    if first == 0 or (last == spec.num_layers and spec.tie_embeddings):
-        names.insert(0, EMBEDDING)
-    if last == spec.num_layers:
-        names.append(FINAL_NORM)
-        names += [] if spec.tie_embeddings else [LM_HEAD]
-    return names
-
-
-def layer_tensor_names(spec: ModelSpec, layer: int) -> list[str]:
-    """Names of one layer's tensors."""
-    return [layer_prefix(layer) + name for name in spec.layer_shapes()]
-
-
 def fuse_layer(tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
     """One layer of tensors or Codes, whose names start with ``prefix``."""
     held: dict[str, Any] = {
-        "input_norm": tensors[f"{prefix}input_layernorm.weight"],
-        "post_norm": tensors[f"{prefix}post_attention_layernorm.weight"],
-        "q_norm": tensors.get(f"{prefix}self_attn.q_norm.weight"),
-        "k_norm": tensors.get(f"{prefix}self_attn.k_norm.weight"),
+        field: tensors.get(f"{prefix}{name}.weight") for field, name in NORMS.items()
     }
     for field, names in FUSED.items():
         held[field] = _joined([tensors[f"{prefix}{name}.weight"] for name in names])
@@ -252,7 +227,7 @@ class Stage:
         return self._memory.keep_layer(fuse_layer(tensors, layer_prefix(layer)))
 
     def _load_lm_head(self, embedding: torch.Tensor | None) -> Weight:
-        name = _head_name(self.spec)
+        name = lm_head_name(self.spec)
         if name in self._packed:
             return self._memory.keep_weight(pack([self._load_codes(name)]))
         if self.spec.tie_embeddings and embedding is not None:

@@ -17,14 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from ppsd.errors import ModelError, shortened
 from ppsd.model.kernels import Kind
+from ppsd.model.names import EMBEDDING, LM_HEAD, expected_shapes
 from ppsd.model.packed import Codes
 from ppsd.model.spec import ModelSpec
 
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-LM_HEAD = "lm_head.weight"
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-SIZES = (
+FINGERPRINTED = (
     "num_layers",
     "hidden_size",
     "intermediate_size",
@@ -56,23 +54,6 @@ class TensorSource(Protocol):
 
     def codes(self, name: str) -> Codes:
         """A weight as it is stored; its numbers rounded to bfloat16 are what ``load`` gives."""
-
-
-def layer_prefix(layer: int) -> str:
-    """Return what precedes the names of ``ModelSpec.layer_shapes`` for one decoder layer."""
-    return f"model.layers.{layer}."
-
-
-def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors a model of this spec has; a tied LM head is the embedding."""
-    table = (spec.vocab_size, spec.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, FINAL_NORM: (spec.hidden_size,)}
-    if not spec.tie_embeddings:
-        shapes[LM_HEAD] = table
-    layer = spec.layer_shapes()
-    for index in range(spec.num_layers):
-        shapes |= {layer_prefix(index) + name: shape for name, shape in layer.items()}
-    return shapes
 
 
 def check_shapes(source: TensorSource, spec: ModelSpec) -> None:
@@ -109,7 +90,7 @@ def fingerprint(spec: ModelSpec, source: TensorSource) -> str:
     ``identity.Identity``. A fine-tune that left all norms and biases untouched, as merged LoRA
     does, is *not* told apart.
     """
-    sizes = [getattr(spec, size) for size in SIZES]
+    sizes = [getattr(spec, size) for size in FINGERPRINTED]
     # Converters write 1e-6 as the float32 next to it: both are the same number to a model.
     sizes = [float(str(np.float32(x))) if isinstance(x, float) else x for x in sizes]
     digest = hashlib.sha256(json.dumps(sizes).encode())

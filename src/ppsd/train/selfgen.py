@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ppsd.errors import ConfigError
+from ppsd import checks
 from ppsd.model.layers import Attention, DecoderLayer, Product, RopeRows
 from ppsd.model.packed import whole
 from ppsd.model.stage import Stage
@@ -42,10 +42,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         for name, value in (("generate_batch", self.batch), ("max_new", self.max_new)):
-            if value < 1:
-                raise ConfigError(name, value, "an integer of at least 1")
-        if not 0 <= self.temperature <= 100:
-            raise ConfigError("temperature", self.temperature, "a number in [0, 100]")
+            checks.integer(name, value, 1)
+        checks.number("temperature", self.temperature, 0, 100)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ Within train/ and cli/. Does not import PyTorch.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ppsd import checks
 from ppsd.errors import ConfigError
 
 KINDS = ("transformer", "norm")
@@ -62,19 +62,19 @@ class DistillConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("head", self.kind, KINDS)
-        _one_of("init", self.init, INITS)
-        _one_of("dtype", self.dtype, DTYPES)
+        checks.one_of("head", self.kind, KINDS)
+        checks.one_of("init", self.init, INITS)
+        checks.one_of("dtype", self.dtype, DTYPES)
         for name in ("head_layers", "epochs", "batch_tokens", "validation"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("max_length", self.max_length, 2)
-        _at_least("seed", self.seed, 0)
-        _at_least("head_mlp", self.head_mlp, 0)
+            checks.integer(name, getattr(self, name), 1)
+        checks.integer("max_length", self.max_length, 2)
+        for name in ("seed", "head_mlp"):
+            checks.integer(name, getattr(self, name), 0)
         for name in ("kl_weight", "ce_weight", "weight_decay", "warmup", "minutes"):
-            _real(name, getattr(self, name))
-        _real("clip", self.clip, positive=True)
+            checks.number(name, getattr(self, name), 0)
+        checks.number("clip", self.clip, 0, low_open=True)
         if self.learning_rate is not None:
-            _real("learning_rate", self.learning_rate, positive=True)
+            checks.number("learning_rate", self.learning_rate, 0, low_open=True)
         if self.raw and self.chat_template is not None:
             raise ConfigError("chat_template", self.chat_template, "left out with raw texts")
         if self.kind == "norm":
@@ -142,18 +142,3 @@ class DistillConfig:
     def to_json(self) -> dict[str, Any]:
         """For provenance, and to tell whether a checkpoint belongs to this run."""
         return asdict(self) | {"exit_layers": list(self.exit_layers)}
-
-
-def _one_of(name: str, value: str, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(name, value, "one of " + ", ".join(allowed))
-
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if value < low:
-        raise ConfigError(name, value, f"an integer of at least {low}")
-
-
-def _real(name: str, value: float, *, positive: bool = False) -> None:
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ConfigError(name, value, "a number above 0" if positive else "a number, 0 or more")
