@@ -79,9 +79,8 @@ def part(name: str) -> str:
 def imported(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ppsd"):
-            if node.module == "ppsd":
-                yield from (f"ppsd.{alias.name}" for alias in node.names)
-            else:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            if node.module != "ppsd":
                 yield node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("ppsd."))
