@@ -1,4 +1,4 @@
-"""Exit heads: the small modules that read an early hidden state and guess the next token.
+"""Exit heads: small modules that read an early hidden state and guess the next token.
 
 A head directory holds ``head.json`` (what it is and for which model) and ``head.safetensors``
 (its own weights; matrices may be in 8-bit codes, head_codes.py; the LM head rows come from the
@@ -38,7 +38,7 @@ PROMPTS_FILE = "prompts.txt"
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What a head is: its kind, the exit layer it reads, and the model it belongs to.
+    """A head's kind, the exit layer it reads, and the model it belongs to.
 
     ``layers`` is the number of decoder layers (0 for ``norm``), ``mlp`` the neurons of their MLPs,
     None for the model's own; ``draft_vocab`` the number of tokens it scores, None for all.
@@ -63,11 +63,11 @@ class HeadConfig:
 
     @property
     def identity(self) -> Identity:
-        """Of the model it was trained on; raises ValueError."""
+        """Return the identity of the model that the head was trained on; raises ValueError."""
         return Identity.from_json(self.fingerprint, self.model)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of ``head.json``."""
+        """Return the content of ``head.json``."""
         return {"format": FORMAT, **asdict(self)}
 
 
@@ -202,7 +202,7 @@ class HeadTensors:
 
 
 class ExitHead:
-    """Hidden rows after layer E to draft logits; rows are addressed by position like a stage's.
+    """Hidden rows after layer E to draft logits, over a cache like a stage's.
 
     ``norm``: own norm, then LM head rows. ``transformer``: before that a matrix that brings rows
     of layer E near those of the last layer, and decoder layers with their own key/value cache.
@@ -255,7 +255,7 @@ class ExitHead:
         return started.hidden
 
     def finish(self, features: torch.Tensor, verified: torch.Tensor | None = None) -> torch.Tensor:
-        """``forward``'s rows [n, C] as ``logits`` and ``copy_odds`` want them [n, C].
+        """Add feedback to ``forward``'s rows [n, C] and norm them, for ``scores`` and ``copy_odds``.
 
         ``verified`` [n, C]: the last layer's row of each row's newest verified position, or None.
         """
@@ -264,23 +264,23 @@ class ExitHead:
         return self._normed(features)
 
     def copy_odds(self, finished: torch.Tensor) -> torch.Tensor:
-        """The ``odds`` [n, LENGTHS] of ``lookup.mixed`` for each finished row."""
+        """Return the ``odds`` [n, LENGTHS] of ``lookup.mixed`` for each finished row."""
         return ODDS.expand(len(finished), -1) if self._odds is None else self._odds(finished)
 
     def scores(self, finished: torch.Tensor) -> torch.Tensor:
-        """Draft logits of finished rows, for the draft vocabulary alone where there is one."""
+        """Return the draft logits of finished rows, for the draft vocabulary alone."""
         return self._score(finished)
 
     def logits(self, finished: torch.Tensor) -> torch.Tensor:
-        """Draft logits [n, V] of finished rows; -inf outside the draft vocabulary."""
+        """Return the draft logits [n, V] of finished rows; -inf outside the draft vocabulary."""
         return self.spread(self.scores(finished))
 
     def drafts_below(self, size: int) -> bool:
-        """Whether only tokens below ``size`` are scored."""
+        """Return True if only tokens below ``size`` are scored."""
         return bool(self._scored[-1] < size)
 
     def likeliest(self, scores: torch.Tensor, match: Match | None, odds: torch.Tensor) -> int:
-        """The token that ``mixed`` logits of one row of ``scores`` have their maximum at.
+        """Return the token with the largest ``mixed`` logit, for one row of ``scores``.
 
         Raises NonFiniteError like ``lookup.likeliest``.
         """
@@ -290,7 +290,7 @@ class ExitHead:
         return likeliest(values, self._scored, match, odds)
 
     def spread(self, scores: torch.Tensor) -> torch.Tensor:
-        """``logits`` from ``scores``."""
+        """Spread ``scores`` over the whole vocabulary; -inf outside the draft vocabulary."""
         if self.tensors.draft_ids is None:
             return scores
         full = scores.new_full((scores.shape[0], self.spec.vocab_size), float("-inf"))
@@ -302,12 +302,12 @@ def _product(weight: torch.Tensor | None, *rest: Any) -> Product | None:
 
 
 def head_spec(config: HeadConfig, spec: ModelSpec) -> ModelSpec:
-    """The shape of a head's decoder layers: the model's, but for its own MLP."""
+    """Return the sizes of a head's decoder layers: the model's, but for its own MLP."""
     return spec if config.mlp is None else replace(spec, intermediate_size=config.mlp)
 
 
 def head_tensor_shapes(config: HeadConfig, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in ``head.safetensors``."""
+    """Return the names and shapes of the tensors in ``head.safetensors``."""
     about = [tensor.metadata for tensor in fields(HeadTensors)]
     every = {tensor["name"]: tensor["shape"](config, spec.hidden_size) for tensor in about}
     shapes: dict[str, tuple[int, ...]] = {n: shape for n, shape in every.items() if shape}
@@ -374,7 +374,7 @@ def lm_head_rows(
     draft_ids: torch.Tensor | None,
     embedding: torch.Tensor | None,
 ) -> Weight:
-    """The model's LM head rows for ``draft_ids`` (all when None), [draft vocabulary or V, C]."""
+    """Return the model's LM head rows for ``draft_ids`` (None: all), [draft vocabulary or V, C]."""
     name = EMBEDDING if spec.tie_embeddings else LM_HEAD
     count = spec.vocab_size if draft_ids is None else len(draft_ids)
     if packable(source, plan, {name: (count, spec.hidden_size)}, [name]):
@@ -392,7 +392,7 @@ def untrained_head(
     fingerprint: str,
     embedding: torch.Tensor | None = None,
 ) -> ExitHead:
-    """A ``norm`` head made of the model's own final norm and LM head; it is rarely right."""
+    """Make a ``norm`` head of the model's own final norm and LM head, which is rarely right."""
     config = HeadConfig("norm", plan.last, 0, None, spec.name, fingerprint, trained=False)
     weights = {"norm.weight": source.load(FINAL_NORM, plan.dtype)}
     lm_head = lm_head_rows(spec, source, plan, None, embedding)

@@ -1,4 +1,4 @@
-"""What a GGUF file's metadata say about the model, as the contents of a config.json.
+"""Translate a GGUF file's metadata into the contents of a config.json.
 
 Keys that would change the numbers are obeyed or refused, as llama.cpp reads them.
 """

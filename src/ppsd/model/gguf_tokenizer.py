@@ -53,7 +53,7 @@ CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 @dataclass(frozen=True)
 class _Splitting:
-    """How text is cut before merging: patterns that are applied one after the other.
+    """Patterns that cut a text before merging, applied one after the other.
 
     ``whole``: a piece that is a token stays whole, whatever the merges say. ``bos``: a prompt
     begins with BOS unless the file says otherwise. ``nfc``: text is normalised first.

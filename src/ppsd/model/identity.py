@@ -1,4 +1,4 @@
-"""Which model a head was trained on, told in a way that survives conversion between formats.
+"""Tell models apart in a way that survives conversion between formats, for their heads.
 
 Imported by engine/, train/, plan/, measure/ and cli/.
 """
@@ -60,7 +60,7 @@ class Identity:
         return cls(mark, sizes, tuple(np.frombuffer(content, FLOAT32).tolist()))
 
     def to_json(self) -> dict[str, Any]:
-        """All but the fingerprint; the norm as base64 of little-endian float32."""
+        """Return all but the fingerprint; the norm as base64 of little-endian float32."""
         content = np.asarray(self.final_norm, FLOAT32).tobytes()
         return {"sizes": dict(self.sizes), "final_norm": base64.b64encode(content).decode()}
 

@@ -1,4 +1,4 @@
-"""Finds a model by name and describes it: embedded default, directory, GGUF file or hub id.
+"""Find a model by name and describe it: embedded default, directory, GGUF file or hub id.
 
 Imported by cli/ and engine/; uses the network only for a hub id.
 """

@@ -1,4 +1,4 @@
-"""What a model is: sizes, rotary frequencies and switches, as numbers without any library.
+"""Describe a model by sizes, rotary frequencies and switches, as numbers without any library.
 
 Rank 0 computes a ModelSpec once and sends it as JSON; workers never import transformers.
 """
@@ -85,7 +85,7 @@ class ModelSpec:
     notices: tuple[str, ...] = ()
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of one decoder layer's tensors by their names inside the layer."""
+        """Return the shapes of one decoder layer's tensors by their names inside the layer."""
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         linears = {
@@ -110,21 +110,20 @@ class ModelSpec:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one decoder layer."""
         return sum(prod(shape) for shape in self.layer_shapes().values())
 
     @property
     def head_parameters(self) -> int:
-        """Parameters of final norm and LM head, which the last stage holds even when tied."""
+        """Count final norm and LM head, which the last stage holds even when tied."""
         return self.vocab_size * self.hidden_size + self.hidden_size
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary from which ``from_json`` restores an equal object."""
+        """Return a JSON-ready dictionary from which ``from_json`` restores an equal object."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ModelSpec:
-        """The inverse of ``to_json``."""
+        """Restore what ``to_json`` returned."""
         values = {field.name: record[field.name] for field in fields(cls)}
         names = ("inv_freq", "eos_ids", "unused_ids", "notices")
         lists = {name: tuple(record[name]) for name in names}

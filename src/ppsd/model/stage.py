@@ -1,4 +1,4 @@
-"""A stage: contiguous decoder layers with the embedding or the LM head where it owns them.
+"""Stages: contiguous decoder layers, with the embedding or the LM head where they own it.
 
 Used by worker/ and engine/. A stage knows nothing of other stages or of how rows reach it.
 """
@@ -41,11 +41,11 @@ Names = Sequence[str]
 
 
 class StageModel(Protocol):
-    """What the pipeline asks of a stage; tests put a hash in its place."""
+    """The pipeline's view of a stage; tests put a hash in its place."""
 
     @property
     def is_last(self) -> bool:
-        """Whether ``logits`` may be called."""
+        """Return True if ``logits`` may be called."""
 
     def forward(
         self, inputs: torch.Tensor, position: int, interrupted: Interrupted
@@ -53,7 +53,7 @@ class StageModel(Protocol):
         """Run a pass to its end; return its rows [n, C], or None once ``interrupted`` is true."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Target logits [n, vocabulary] of the last stage's output rows [n, C]."""
+        """Return target logits [n, vocabulary] of the last stage's output rows [n, C]."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class StagePlan:
 def packable(
     source: TensorSource, plan: StagePlan, shapes: Mapping[str, tuple[int, ...]], names: Names
 ) -> bool:
-    """Whether the weights ``names``, held as one, can be kept in the codes of their file."""
+    """Return True if weights, held as one, can be kept in the codes of their file."""
     if not plan.packed or plan.dtype != torch.bfloat16 or plan.device.type != "cpu":
         return False
     kinds = {source.kind(name) for name in names}
@@ -85,7 +85,7 @@ def packable(
 
 
 def packed_names(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> frozenset[str]:
-    """Names of a stage's weights that stay in the codes of their file."""
+    """Return the names of a stage's weights that stay in the codes of their file."""
     shapes = expected_shapes(spec)
     groups = [
         [f"{layer_prefix(i)}{name}.weight" for name in names]
@@ -98,7 +98,7 @@ def packed_names(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> froz
 
 
 def weight_bytes(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> int:
-    """Memory of a stage's weights, without any of them read."""
+    """Return the bytes of a stage's weights, without reading any of them."""
     shapes, packed = expected_shapes(spec), packed_names(spec, plan, source)
     size = 0
     for name in tensor_names(spec, plan.first, plan.last):
@@ -111,7 +111,7 @@ def weight_bytes(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> int:
 
 
 def fuse_layer(tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
-    """One layer of tensors or Codes, whose names start with ``prefix``."""
+    """Fuse one layer's tensors or Codes, whose names start with ``prefix``."""
     held: dict[str, Any] = {
         field: tensors.get(f"{prefix}{name}.weight") for field, name in NORMS.items()
     }
@@ -123,7 +123,7 @@ def fuse_layer(tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
 
 
 def _joined(parts: list[Any]) -> Weight | None:
-    """Parts of a weight, tensors all or Codes all, one below the other."""
+    """Join parts of a weight, all tensors or all Codes, one below the other."""
     if not parts:
         return None
     return pack(parts) if isinstance(parts[0], Codes) else torch.cat(parts)
@@ -132,6 +132,8 @@ def _joined(parts: list[Any]) -> Weight | None:
 class _Memory:
     """One stretch of memory for all weights of a stage, taken and touched before any is read.
 
+    ``keep``, ``keep_weight`` and ``keep_layer`` return copies in it.
+
     Taken bit by bit, while other stages load theirs, it lies scattered and is read more slowly.
     """
 
@@ -139,19 +141,16 @@ class _Memory:
         self._rest = torch.empty(size, dtype=torch.uint8, device=device).zero_()
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy in this memory."""
         size = tensor.nbytes
         place, self._rest = self._rest[:size], self._rest[_aligned(size) :]
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def keep_weight(self, weight: Weight) -> Weight:
-        """A copy in this memory."""
         if isinstance(weight, torch.Tensor):
             return self.keep(weight)
         return replace(weight, data=self.keep(weight.data))
 
     def keep_layer(self, weights: LayerWeights) -> LayerWeights:
-        """A copy in this memory."""
         held = {field.name: getattr(weights, field.name) for field in FIELDS}
         kept: dict[str, Any] = {n: self.keep_weight(w) for n, w in held.items() if w is not None}
         return replace(weights, **kept)
@@ -162,7 +161,7 @@ def _aligned(size: int) -> int:
 
 
 class Stage:
-    """Layers [first, last) of a model with their key/value cache; see StageModel."""
+    """Layers [first, last) of a model with their key/value cache."""
 
     def __init__(
         self,
@@ -197,7 +196,6 @@ class Stage:
 
     @property
     def is_last(self) -> bool:
-        """Whether this stage ends with the final norm and LM head."""
         return self.plan.last == self.spec.num_layers
 
     def _load(self, name: str) -> torch.Tensor:
@@ -215,7 +213,7 @@ class Stage:
         self._progress(len(self._loaded), len(self._names))
 
     def _load_embedding(self) -> torch.Tensor | None:
-        """The embedding, where this stage has it or a tied LM head of the same numbers."""
+        """Load the embedding if this stage has it, or a tied LM head of the same numbers."""
         tied_head = self.is_last and self.spec.tie_embeddings and EMBEDDING not in self._packed
         if self.plan.first > 0 and not tied_head:
             return None

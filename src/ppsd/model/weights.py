@@ -1,4 +1,4 @@
-"""Tensors by their canonical Hugging Face names, read one at a time from safetensors.
+"""Read tensors by their canonical Hugging Face names, one at a time, from safetensors.
 
 Stages ask a TensorSource for what they own and for nothing else. GGUF is in gguf_file.py.
 """
@@ -38,7 +38,7 @@ class TensorSource(Protocol):
     """A model's tensors: what there is, and each of them on demand."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of all tensors by canonical name, read without touching the data."""
+        """Return the shapes of all tensors by canonical name, without touching the data."""
 
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return one tensor in its own contiguous memory, converted to ``dtype``.
@@ -50,10 +50,10 @@ class TensorSource(Protocol):
         """Return what the file calls a tensor, whether it is there or not."""
 
     def kind(self, name: str) -> Kind | None:
-        """What the codes are that a weight is stored in; None when ``codes`` cannot give them."""
+        """Return the kind of codes that a weight is stored in; None if ``codes`` would fail."""
 
     def codes(self, name: str) -> Codes:
-        """A weight as it is stored; its numbers rounded to bfloat16 are what ``load`` gives."""
+        """Return a weight as it is stored: ``load`` returns its numbers, rounded to bfloat16."""
 
 
 def check_shapes(source: TensorSource, spec: ModelSpec) -> None:
@@ -148,11 +148,9 @@ class SafetensorsSource:
         self._index = self._read_index()
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """See TensorSource."""
         return {name: tuple(self._slice(name).get_shape()) for name in self._index}
 
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """See TensorSource."""
         stored = self._slice(name).get_dtype()
         if stored not in FLOAT_TYPES:
             raise ModelError(
@@ -167,15 +165,14 @@ class SafetensorsSource:
         return mapped
 
     def name_in_file(self, name: str) -> str:
-        """See TensorSource: safetensors hold canonical names."""
+        """Return the same name: safetensors hold canonical ones."""
         return name
 
     def kind(self, name: str) -> Kind | None:
-        """See TensorSource: safetensors hold numbers."""
+        """Return None: safetensors hold numbers."""
         return None
 
     def codes(self, name: str) -> Codes:
-        """See TensorSource."""
         raise ModelError(f"{self._directory}: tensor {name} is not stored in codes")
 
     def _slice(self, name: str) -> Any:

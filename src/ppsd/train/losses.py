@@ -1,4 +1,4 @@
-"""What a head is trained on: KL(model ‖ head) and cross-entropy, plain and in bounded memory.
+"""Losses of heads: KL(model ‖ head) and cross-entropy, in bounded memory.
 
 Both distributions live on the draft vocabulary: the model's is renormalised over it. Labels are
 indices into it, -1 for tokens outside, which have no cross-entropy. The head's is the mixture that
@@ -51,7 +51,7 @@ def chunked_losses(
     weights: LossWeights,
     mixture: Mixture,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses [E], their KL [E] and cross-entropy [E] for E heads that share one teacher.
+    """Return losses [E], their KL [E] and cross-entropy [E] of E heads that share a teacher.
 
     ``features`` [E, n, C] and ``teacher`` [n, C] are normed rows; ``lm_head`` [Vd, C] turns
     either into logits and is frozen. Never more than three logit matrices of a chunk's rows
@@ -121,13 +121,13 @@ def _log_softmax(rows: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
 
 
 def _known(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows whose label is in the draft vocabulary, and those labels."""
+    """Return the rows whose label is in the draft vocabulary, and those labels."""
     known = (labels >= 0).nonzero()[:, 0]
     return known, labels[known]
 
 
 class _Copying(NamedTuple):
-    """What copies change for one head: in ``rows`` [k], where token ``ids`` [k] is copied.
+    """Changes by copies for one head: in ``rows`` [k], where token ``ids`` [k] is copied.
 
     ``gained`` [2]: how much KL and cross-entropy fall; ``by_odds`` [k]: the summed loss's
     derivative; ``pull`` [k]: the same by the log-probability of the copied token.
@@ -161,7 +161,7 @@ def _copying(
 
 
 def _softplus(x: torch.Tensor) -> torch.Tensor:
-    """log(1 + e^x), to the last digit; PyTorch's own gives up at x = 20."""
+    """Return log(1 + e^x) to the last digit; PyTorch's own gives up at x = 20."""
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
@@ -173,7 +173,7 @@ def _slope(
     weights: LossWeights,
     copies: _Copying,
 ) -> torch.Tensor:
-    """Derivative of the summed loss by the head's logits: softmax minus target, for each term.
+    """Return the summed loss's slope by the head's logits: softmax minus target, for each term.
 
     Consumes ``log_q``.
     """

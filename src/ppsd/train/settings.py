@@ -1,4 +1,4 @@
-"""What a training run is: every number that decides the weights, checked before work begins.
+"""Settings of a training run: all that decides the weights, checked before work begins.
 
 Within train/ and cli/. Does not import PyTorch.
 """
@@ -87,12 +87,11 @@ class DistillConfig:
 
     @property
     def layers(self) -> int:
-        """Decoder layers of each head."""
         return self.head_layers if self.kind == "transformer" else 0
 
     @property
     def mlp(self) -> int | None:
-        """Neurons of a head layer's MLP, None for as many as the model's."""
+        """Return the neurons of a head layer's MLP, None for as many as the model's."""
         return self.head_mlp or None if self.layers else None
 
     def check_model(self, num_layers: int, max_context: int, neurons: int) -> None:
@@ -112,7 +111,7 @@ class DistillConfig:
             raise ConfigError("max_length", self.max_length, allowed)
 
     def first_copied(self, exit_layer: int, num_layers: int) -> int:
-        """The model's layer that a head's first layer begins as."""
+        """Return the model's layer that a head's first layer begins as."""
         return exit_layer if self.init == "exit" else num_layers - self.layers
 
     def rate(self, done: float, steps: int, start: float) -> float:
@@ -129,7 +128,7 @@ class DistillConfig:
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
 
     def peak_rate(self, steps: int, start: float) -> float:
-        """Learning rate after the warm-up, of a head that began with a held-out α of ``start``.
+        """Return the rate after the warm-up, of a head that began with a held-out α of ``start``.
 
         Where least squares leads, a short run at the rate of a long one leaves its place and
         cannot come back; where it does not, there is little to lose.
@@ -140,5 +139,5 @@ class DistillConfig:
         return DEFAULT_RATE * min(1.0, short)
 
     def to_json(self) -> dict[str, Any]:
-        """For provenance, and to tell whether a checkpoint belongs to this run."""
+        """Return the settings for provenance, and to tell if a checkpoint belongs to this run."""
         return asdict(self) | {"exit_layers": list(self.exit_layers)}

@@ -23,7 +23,7 @@ ADDS = ("o", "o_bias", "down", "down_bias")  # what a layer adds to a row comes 
 
 @dataclass(frozen=True)
 class Options:
-    """What a transformer head may have or not; see HeadConfig."""
+    """Parts that a transformer head may have or not, as in HeadConfig."""
 
     mlp: int | None = None
     feedback: bool = False
@@ -58,7 +58,7 @@ class Student:
         )
 
     def reads(self, hidden: torch.Tensor, verified: torch.Tensor) -> torch.Tensor:
-        """What its matrices multiply, side by side: [n, C], with feedback [n, 2·C]."""
+        """Return what its matrices multiply, side by side: [n, C], with feedback [n, 2·C]."""
         if self.tensors.feedback_norm is None:
             return hidden
         return torch.cat([hidden, self._normed(verified)], 1)
@@ -77,7 +77,7 @@ class Student:
             self.tensors.feedback.copy_(solution[width:].T)
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All parameters with names that stay the same from run to run."""
+        """Yield all parameters with names that stay the same from run to run."""
         for name, tensor in self.tensors.named().items():
             known = "norm" if tensor is self.tensors.norm else name  # as in older checkpoints
             yield f"{self.exit_layer}.{known}", tensor
@@ -94,7 +94,7 @@ class Student:
         sequences: int,
         rows: torch.Tensor,
     ) -> torch.Tensor:
-        """Rows [B·T, C] after the exit layer to normed rows [len(rows), C] before the LM head.
+        """Run rows [B·T, C] after the exit layer to normed rows [len(rows), C] before the LM head.
 
         ``verified`` [len(rows), C]: see ``ExitHead.finish``.
         """
@@ -115,7 +115,7 @@ class Student:
         return linear(normed, weight, bias).gather(1, slots[:, None])[:, 0]
 
     def export(self) -> dict[str, torch.Tensor]:
-        """Tensors by the names and shapes of ``exit_head.head_tensor_shapes``, on the CPU."""
+        """Return tensors by the names and shapes of ``head_tensor_shapes``, on the CPU."""
         weights = self.tensors.named()
         for i, layer in enumerate(self.layers):
             weights |= unfuse_layer(layer, self.spec, layer_prefix(i))
@@ -134,7 +134,7 @@ def _parameter(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _pruned(weights: LayerWeights, neurons: int | None) -> LayerWeights:
-    """The layer with those ``neurons`` of its MLP whose weights are largest."""
+    """Return the layer with those ``neurons`` of its MLP whose weights are largest."""
     if neurons is None:
         return weights
     gate_up, down = whole(weights.gate_up), whole(weights.down)
@@ -162,7 +162,7 @@ def _trainable(weights: LayerWeights) -> LayerWeights:
 
 
 def unfuse_layer(weights: LayerWeights, spec: ModelSpec, prefix: str) -> dict[str, torch.Tensor]:
-    """The inverse of ``stage.fuse_layer``: one layer's tensors by their canonical names."""
+    """Undo ``stage.fuse_layer``: return one layer's tensors by their canonical names."""
     named = {f"{name}.weight": getattr(weights, field) for field, name in NORMS.items()}
     shapes = spec.layer_shapes()
     for field, names in FUSED.items():
