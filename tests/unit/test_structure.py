@@ -63,6 +63,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"engine"},
 }
 
+PLAIN_ENGLISH = {"model", "train"}
+RIDDLES = {"See", "What", "Whether", "Where", "Which", "Those", "How", "Everything", "As", "No"}
+NOUNS = {"A", "An", "The", "All", "Of", "In", "For", "Rows", "Names", "Number", "True"}
 KNOWN_CIRCLE = {"ppsd.lab.replay"}  # with the simulator
 
 
@@ -129,6 +132,19 @@ def test_files_are_short() -> None:
 
 def test_every_module_says_what_it_is_for() -> None:
     assert [p.name for p, tree in modules() if not ast.get_docstring(tree)] == []
+
+
+def test_docstrings_are_no_riddles() -> None:
+    """They begin with a verb and name the noun, in the rooms that have been gone through."""
+    wrong = []
+    for path, tree in modules():
+        for node in ast.walk(tree) if path.parent.name in PLAIN_ENGLISH else ():
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first = (ast.get_docstring(node) or "Do").split()[0].rstrip(".,:;")
+                riddles = RIDDLES | (NOUNS if isinstance(node, ast.FunctionDef) else set())
+                if first in riddles:
+                    wrong.append(f"{path.name}: {ast.get_docstring(node)}")
+    assert wrong == []
 
 
 def test_no_pickle_anywhere() -> None:

@@ -191,7 +191,7 @@ class HeadTensors:
 
     @classmethod
     def of(cls, weights: Mapping[str, torch.Tensor]) -> HeadTensors:
-        """Pick the tensors out of those of a file."""
+        """Pick the tensors out of a file's."""
         held: dict[str, Any] = {f.name: weights.get(f.metadata["name"]) for f in fields(cls)}
         return cls(**held)
 
@@ -255,7 +255,7 @@ class ExitHead:
         return started.hidden
 
     def finish(self, features: torch.Tensor, verified: torch.Tensor | None = None) -> torch.Tensor:
-        """Add feedback to ``forward``'s rows [n, C] and norm them, for ``scores`` and ``copy_odds``.
+        """Add feedback to ``forward``'s rows [n, C] and norm them, to be scored.
 
         ``verified`` [n, C]: the last layer's row of each row's newest verified position, or None.
         """

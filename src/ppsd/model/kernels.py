@@ -2,7 +2,7 @@
 
 A library of them comes with the package, or this machine's C compiler makes one (kernel_build.py).
 Without either, or with ``PPSD_KERNELS=torch``, PyTorch's operations are used instead. A process
-decides that once, rank 0 for all stages: what they use decides the bits of a result.
+chooses once, and rank 0 for all stages: the choice decides the bits of a result.
 
 A row has the same bits whatever rows come with it. Shapes are as in layers.py. Which weights and
 sizes the functions take, ``supports`` says; they take at most MAX_ROWS bfloat16 rows on a CPU.
@@ -236,7 +236,7 @@ def in_use() -> Kernels:
 def use(name: str, file: int | None) -> None:
     """Take rank 0's kernels ``name``: from ``file``, which it handed down, or else made here.
 
-    Raises KernelError if they cannot be had.
+    Raises KernelError if that fails, or if other kernels are found here.
     """
     global _in_use
     if name == PYTORCH:

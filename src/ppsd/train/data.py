@@ -15,7 +15,7 @@ from ppsd.errors import ConfigError, PpsdError
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.train.records import Record
 
-POOL_BATCHES = 32  # batches are cut from a shuffled pool of so many, sorted by length
+POOL_BATCHES = 32  # in a shuffled pool, which is sorted by length and cut into batches
 OUTSIDE = -1  # label of a token outside the draft vocabulary
 
 

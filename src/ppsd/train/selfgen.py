@@ -25,7 +25,7 @@ Keep = Callable[[int, torch.Tensor], None]  # layer, rows [n, C] that left it
 Noise = Callable[[int, int], torch.Tensor]  # position, count: standard Gumbel noise [count]
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 32768}  # padded prompt tokens that run at once
-REFILL_SHARE = 8  # new prompts wait until one row in so many is free: together they cost less
+REFILL_SHARE = 8  # a refill waits until one row in 8 is free: prompts cost less together
 
 
 @dataclass(frozen=True)
