@@ -67,7 +67,7 @@ def truth(name: str, value: object) -> bool:
     return bool(value)
 
 
-def text(name: str, value: object) -> str:
+def string(name: str, value: object) -> str:
     """Return a text."""
     if not isinstance(value, str):
         raise ConfigError(name, value, "a text")

@@ -10,7 +10,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ppsd.model.exit_head import HeadConfig, save_head
+from ppsd.model.head_files import HeadConfig, save_head
 from ppsd.model.identity import Identity
 from ppsd.model.names import FINAL_NORM, layer_prefix
 from ppsd.model.source import ModelFiles, describe

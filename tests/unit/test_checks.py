@@ -179,7 +179,7 @@ def test_command_lines_that_are_not_unicode_are_one_sentence(
         (lambda: checks.number("x", np.inf, 0), "x must be a number of at least 0, got inf"),
         (lambda: checks.number("x", 0, 0, low_open=True), "x must be a number above 0, got 0"),
         (lambda: checks.number("x", 2, 0, 1), r"x must be a number in \[0, 1\], got 2"),
-        (lambda: checks.text("t", 3), "t must be a text, got 3"),
+        (lambda: checks.string("t", 3), "t must be a text, got 3"),
         (lambda: checks.one_of("t", "c", ("a", "b")), "t must be one of a, b, got 'c'"),
     ],
     ids=range(9),

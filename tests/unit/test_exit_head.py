@@ -14,17 +14,8 @@ from hypothesis import strategies as st
 from ppsd.engine.choose import head_layers
 from ppsd.engine.drafter import MAX_LAG_ROWS, Given, HeadDrafter
 from ppsd.errors import HeadError
-from ppsd.model.exit_head import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    ExitHead,
-    HeadConfig,
-    head_tensor_shapes,
-    load_head,
-    read_head_config,
-    save_head,
-    untrained_head,
-)
+from ppsd.model.exit_head import ExitHead, head_tensor_shapes, load_head, untrained_head
+from ppsd.model.head_files import CONFIG_FILE, WEIGHTS_FILE, HeadConfig, read_head_config, save_head
 from ppsd.model.identity import Identity
 from ppsd.model.names import EMBEDDING, FINAL_NORM
 from ppsd.model.source import ModelFiles, describe

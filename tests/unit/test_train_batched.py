@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppsd.model.exit_head import HeadConfig, load_head, save_head
+from ppsd.model.exit_head import load_head
+from ppsd.model.head_files import HeadConfig, save_head
 from ppsd.model.names import layer_prefix
 from ppsd.model.stage import StagePlan, fuse_layer
 from ppsd.model.weights import open_source

@@ -302,7 +302,7 @@ def _write(out: Path, result: dict[str, Any], outcomes: Mapping[str, Sequence[Ou
 
 
 def _record(result: dict[str, Any], candidates: Sequence[Candidate]) -> None:
-    from ppsd.model.exit_head import record_metrics
+    from ppsd.model.head_files import record_metrics
 
     about = {name: result[name] for name in ("data", "max_tokens", "temperature", "dtype")}
     for c in candidates:

@@ -16,7 +16,7 @@ from ppsd.errors import PpsdError
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
-    from ppsd.model.exit_head import HeadConfig
+    from ppsd.model.head_files import HeadConfig
 
 UNTRAINED_NOTICE = "untrained exit head: few drafts will be accepted; exact, but no faster"
 HELD_OUT_NOTICE = (

@@ -81,7 +81,7 @@ class _Keys:
         """Return a text."""
         value = self._get(key, (default,))
         with checks.inside(self.where, ModelError):
-            return checks.text(self._named(key), value)
+            return checks.string(self._named(key), value)
 
     def __contains__(self, key: str) -> bool:
         name = self._prefix + key

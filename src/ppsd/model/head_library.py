@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ppsd.errors import HeadError
-from ppsd.model.exit_head import CONFIG_FILE, WEIGHTS_FILE, HeadConfig, read_head_config
+from ppsd.model.head_files import CONFIG_FILE, WEIGHTS_FILE, HeadConfig, read_head_config
 from ppsd.model.identity import Identity
 from ppsd.model.sidecar import cache_root
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ppsd.errors import PpsdError
-from ppsd.model.exit_head import HeadConfig, save_head
+from ppsd.model.head_files import HeadConfig, save_head
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppsd.model.exit_head import HeadConfig
 from ppsd.model.head_codes import encode
+from ppsd.model.head_files import HeadConfig
 from ppsd.model.identity import Identity
 from ppsd.provenance import provenance
 from ppsd.train.distill import Trainer
