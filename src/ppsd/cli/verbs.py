@@ -51,7 +51,7 @@ class Command:
         lines = [f"{self.name}: {self.title}", usage, ""]
         for section, verbs in self.sections.items():
             lines += [f"{section}:", *(f"  {verb:<12}{text}" for verb, text in verbs.items())]
-        lines += ["", f"`{self.name} --version` shows the version.", ""]
+        lines += ["", "Also: --version, and --install-completion of verbs and flags.", ""]
         return "\n".join(lines)
 
     def app(self) -> typer.Typer:
@@ -64,12 +64,11 @@ class Command:
 
         app = typer.Typer(
             cls=type("Verbs", (_Verbs,), {"of": self}),
-            add_completion=False,
             pretty_exceptions_enable=False,
         )
         shown = typer.Option(False, "--version", help="Show the version.", callback=show_version)
 
-        def root(version=shown):  # type: ignore[no-untyped-def]  # noqa: ANN
+        def root(version=shown):  # type: ignore[no-untyped-def]
             pass
 
         root.__annotations__ = {"version": bool, "return": None}
@@ -108,7 +107,7 @@ class _Verbs(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Show how to begin when nothing was asked, before typer imports what reads flags."""
-        if not args:
+        if not args and not ctx.resilient_parsing:  # as for a shell that completes a verb
             print(self.of.begin, end="")
             ctx.exit()
         return super().parse_args(ctx, args)
