@@ -24,7 +24,7 @@ SECONDS = "a number of seconds in (0, 1e6]"
 
 
 class _Checked:
-    """A frozen record that replaces what it was given by what it checked."""
+    """Replace what was given by what was checked, in a frozen record."""
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -43,7 +43,7 @@ class _Checked:
 
 @dataclass(frozen=True)
 class Placement(_Checked):
-    """Which model runs where, and how its stages talk to each other.
+    """Say which model runs where, and how its stages talk to each other.
 
     ``split`` gives the layers at which later stages begin (``(8, 16)`` is three stages);
     otherwise ``stages`` stages are cut where ``plan`` says. ``devices`` names one device for all
@@ -135,7 +135,7 @@ class Placement(_Checked):
 
 @dataclass(frozen=True)
 class Decoding(_Checked):
-    """How tokens are drafted and verified.
+    """Say how tokens are drafted and verified.
 
     ``plan`` is ``auto`` (times from this machine's profile, or else from parameter counts), a
     profile file, or ``off`` (evenly by parameters, no mode but the asked one); it decides what is
@@ -196,7 +196,7 @@ class Decoding(_Checked):
 
 @dataclass(frozen=True)
 class EngineConfig(Decoding, Placement):
-    """All settings of a run but the request's own: placement and decoding.
+    """Hold all settings of a run but the request's own: placement and decoding.
 
     Raises ConfigError for values that no model could make right. ``trace`` records what each
     stage does.

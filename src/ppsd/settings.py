@@ -1,4 +1,4 @@
-"""Records of settings: a field with its default, its help and its flag in one place.
+"""Describe settings: a field holds its default, its help and its flag in one place.
 
 The command line makes flags of such fields, and reads them from the environment and a file.
 Imported by all; imports nothing.

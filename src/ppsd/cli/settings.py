@@ -1,4 +1,4 @@
-"""Flags made of the records of settings; variables ``PPSD_*`` and a TOML file set them as well.
+"""Make flags of the records of settings; variables ``PPSD_*`` and a TOML file set them as well.
 
 A flag comes before the environment, that before the file, and that before the default.
 """
@@ -50,7 +50,7 @@ class Without:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a setting was given, and as what."""
+    """Remember where a setting was given, and as what."""
 
     place: str
     value: Any
@@ -58,13 +58,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The sampling settings that somebody gave; the model's file or a verb may set others."""
+    """Hold the sampling settings that were given; the model's file or a verb may set others."""
 
     origins: Mapping[str, Origin]
 
     @property
     def given(self) -> dict[str, Any]:
-        """Values by name."""
+        """Return the values by name."""
         return {name: origin.value for name, origin in self.origins.items()}
 
     def params(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
@@ -82,7 +82,7 @@ ALL = settings_of(EngineConfig) | settings_of(SamplingParams)
 
 
 class Group:
-    """A parameter of a verb that is a record of settings, each of which becomes a flag."""
+    """Make flags of a verb's parameter that is a record of settings, and the record of flags."""
 
     def __init__(self, hint: Any) -> None:
         annotated = get_args(hint)
@@ -104,12 +104,12 @@ class Group:
 
     @property
     def ambient(self) -> bool:
-        """True if the environment and a file set these settings as well."""
+        """Return True if the environment and a file set these settings as well."""
         return self._record in (EngineConfig, SamplingParams)
 
     @property
     def parameters(self) -> list[inspect.Parameter]:
-        """Flags as parameters that typer reads."""
+        """Return the flags as parameters that typer reads."""
         hints = get_type_hints(self._record)
         return [_parameter(f, hints[f.name], self._panel(f)) for f in self._fields.values()]
 
@@ -241,7 +241,7 @@ def _from_toml(name: str, value: Any) -> Any:
 
 @contextmanager
 def _named(origins: Mapping[str, Origin]) -> Iterator[None]:
-    """Say of a refused setting where it was given, unless that was the command line."""
+    """Note with a refused setting where it was given, unless that was the command line."""
     try:
         yield
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""A command made of verbs, and the one place where errors become exit codes.
+"""Run a command made of verbs; the one place where errors become exit codes.
 
 A verb's module is imported when that verb runs, so the first screens are instant.
 """
@@ -25,7 +25,7 @@ EXIT_FAILURE = 1
 
 @dataclass(frozen=True)
 class Command:
-    """A command's name, its first screens, and the package with a module for each verb.
+    """Hold a command's name, its first screens, and the package with a module for each verb.
 
     A verb's module has a function of the verb's name, or an ``app`` with verbs of its own.
     """
@@ -38,7 +38,7 @@ class Command:
 
     @property
     def verbs(self) -> list[str]:
-        """All verbs, in the order of ``--help``."""
+        """Return all verbs, in the order of ``--help``."""
         return [verb for section in self.sections.values() for verb in section]
 
     def load(self, verb: str) -> TyperCommand | TyperGroup:
@@ -97,7 +97,7 @@ class Command:
 
 
 class _Verbs(TyperGroup):
-    """The verbs of one command by name; each is imported when it is asked for."""
+    """Import a verb of one command when it is asked for."""
 
     of: ClassVar[Command]
 

@@ -1,4 +1,4 @@
-"""What the verbs share that measure with drafts of a chosen acceptance."""
+"""Share what verbs need that measure with drafts of a chosen acceptance."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ORACLE_LABEL = "ORACLE drafts: acceptance is chosen, not a head's"
 
 @dataclass
 class BenchOptions:
-    """What is measured how often, and where it goes."""
+    """Say what is measured how often, and where it goes."""
 
     prompts: Annotated[
         Path | None, benchmark("JSONL or text file of prompts; one short prompt if left out.")
@@ -48,7 +48,7 @@ class BenchOptions:
     as_json: Annotated[bool, benchmark("Print one JSON object.", "--json")] = False
 
     def tasks(self) -> list[Task]:
-        """The prompts."""
+        """Return the prompts."""
         from ppsd.measure.workload import default_tasks, load_tasks
 
         return default_tasks() if self.prompts is None else load_tasks(self.prompts, self.limit)
@@ -139,7 +139,7 @@ def measured(
 
 
 def label_of(llm: LLM, results: Results) -> str:
-    """What has to stand beside every figure."""
+    """Return the text that stands beside every figure."""
     from ppsd.lab.runner import total
 
     bounds = ",".join(map(str, llm.layout.bounds))
@@ -148,7 +148,7 @@ def label_of(llm: LLM, results: Results) -> str:
 
 
 def record_of(llm: LLM, results: Results) -> dict[str, Any]:
-    """What every ``--json`` object begins with."""
+    """Return the first keys of every ``--json`` object."""
     from ppsd.lab.runner import total
 
     return {
@@ -165,7 +165,7 @@ def record_of(llm: LLM, results: Results) -> dict[str, Any]:
 
 
 def table_console() -> Console:
-    """Standard output, wide enough for the tables where it is a file."""
+    """Return standard output, wide enough for the tables where it is a file."""
     width = None if Console().is_terminal else WIDTH
     return Console(highlight=False, markup=False, width=width)
 

@@ -1,4 +1,4 @@
-"""What the verbs share that measure trained heads on real prompts."""
+"""Share what verbs need that measure trained heads on real prompts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Pipeline = Annotated[EngineConfig, Without(("mode", "block"))]  # these verbs ru
 
 @dataclass
 class WorkOptions:
-    """What is decoded, how often, and where measurements go."""
+    """Say what is decoded, how often, and where measurements go."""
 
     prompts: Annotated[list[Path], benchmark("JSONL or text file of prompts; may be repeated.")]
     limit: Annotated[int | None, benchmark("Take so many prompts of each file, evenly.")] = None
@@ -46,7 +46,7 @@ class WorkOptions:
     as_json: Annotated[bool, benchmark("Print one JSON object.", "--json")] = False
 
     def tasks(self) -> list[Task]:
-        """All prompts; an id that two files share gets its file's name before it."""
+        """Return all prompts; an id that two files share gets its file's name before it."""
         from ppsd.measure.workload import load_tasks
 
         check_memory(self.memory)
@@ -112,7 +112,7 @@ def measured(
 
 
 def groups_of(tasks: Sequence[Task], settings: Sequence[str]) -> dict[str, list[str]]:
-    """Names of measured tasks by category, all of them first, for each way of sampling."""
+    """Return names of measured tasks by category, all of them first, for each way of sampling."""
     groups: dict[str, list[str]] = {}
     for setting in settings:
         for task in tasks:
