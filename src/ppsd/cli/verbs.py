@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any, ClassVar
 
 import typer
@@ -59,6 +58,8 @@ class Command:
 
         def show_version(asked: bool) -> None:
             if asked:
+                from importlib.metadata import version
+
                 print(f"{self.name} {version('ppsd-llm')}")
                 raise typer.Exit
 
