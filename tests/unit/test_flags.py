@@ -42,6 +42,7 @@ TASKS = (
     (f"{PIPELINE} --prompts --limit --max-tokens -n --repeats --out --memory --json")
     .replace(" --mode", "")
     .replace(" --block", "")
+    .replace(" --in-flight", "")
 )
 PRODUCT = {
     "generate": f"{PIPELINE} {SAMPLING} prompt --raw --system --samples --highlight --stats --json "

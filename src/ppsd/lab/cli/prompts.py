@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 ALL = "all"
 GREEDY, SAMPLED = "greedy", "T=1"
-Pipeline = Annotated[EngineConfig, Without(("mode", "block"))]  # these verbs run all modes
+Pipeline = Annotated[
+    EngineConfig, Without(("mode", "block", "in_flight"))
+]  # these verbs run all modes
 
 
 @dataclass
