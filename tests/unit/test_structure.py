@@ -12,10 +12,11 @@ from statistics import median
 
 SRC = Path(__file__).parents[2] / "src"
 MAX_FUNCTION, MAX_FILE, MEDIAN_FUNCTION = 60, 400, 10
-ANYONE = {"errors", "checks", "types", "provenance"}
+ANYONE = {"errors", "checks", "settings", "types", "provenance"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "checks": {"errors"},
+    "settings": set(),
     "types": {"errors"},
     "plots": {"errors"},
     "config": {"speculation"},

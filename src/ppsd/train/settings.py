@@ -11,9 +11,11 @@ from typing import Any
 
 from ppsd import checks
 from ppsd.errors import ConfigError
+from ppsd.settings import TEMPLATE_HELP, setting
 
 KINDS = ("transformer", "norm")
 INITS = ("exit", "last")
+HEAD, DATA, TRAINING = "Head", "Data", "Training"
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 DEFAULT_RATE = 1e-3
 LEADING, FULL_RATE_STEPS = 0.5, 1000  # held-out α at the start, and steps; see peak_rate
@@ -36,30 +38,45 @@ class DistillConfig:
     the learning rate has come down by then. Raises ConfigError.
     """
 
-    exit_layers: tuple[int, ...]
-    kind: str = "transformer"
+    exit_layers: tuple[int, ...] = setting(
+        "Layers to read, one head each: 4,8,15.", flag="--exit-layer", panel=HEAD, metavar="L,…"
+    )
+    kind: str = setting(
+        "transformer or norm.", "transformer", flag="--head", panel=HEAD, metavar="KIND"
+    )
+    head_mlp: int = setting(
+        "Neurons of a transformer head's MLP; 0 for as many as the model's.", 0, panel=HEAD
+    )
+    draft_vocab: int = setting(
+        "Score the most frequent target tokens only; 0 scores all.", 8192, panel=HEAD
+    )
+    learning_rate: float | None = setting(
+        "Peak of the schedule; 1e-3 if left out, less where a short run would lose by it.",
+        None,
+        panel=TRAINING,
+    )
+    epochs: int = setting("Passes over the data.", 1, panel=TRAINING)
+    minutes: float = setting("End after so long, however far; 0 is no limit.", 0.0, panel=TRAINING)
+    batch_tokens: int = setting("Padded tokens of a step.", 2048, panel=TRAINING)
+    seed: int = setting("Of data order, held-out choice and noise.", 0, panel=TRAINING)
+    dtype: str = setting(
+        "auto, bfloat16, float32 or float64.", "auto", panel=TRAINING, metavar="DTYPE"
+    )
+    max_length: int = setting("Tokens of an example; answers are cut.", 1024, panel=DATA)
+    all_positions: bool = setting("Prompts count too, not answers only.", False, panel=DATA)
+    raw: bool = setting("No chat template.", False, panel=DATA)
+    chat_template: str | None = setting(TEMPLATE_HELP, None, panel=DATA, metavar="FILE|TEXT")
+    validation: int = setting("Examples held out, at most a tenth.", 64, panel=DATA)
+    # In Python only: no other value is known to give a better head.
     head_layers: int = 1
-    head_mlp: int = 0
     feedback: bool = True
     copy_gate: bool = True
     init: str = "last"
-    draft_vocab: int = 8192
     kl_weight: float = 1.0
     ce_weight: float = 0.1
-    learning_rate: float | None = None
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 1.0
-    epochs: int = 1
-    minutes: float = 0.0
-    batch_tokens: int = 2048
-    max_length: int = 1024
-    all_positions: bool = False
-    raw: bool = False
-    chat_template: str | None = None
-    validation: int = 64
-    seed: int = 0
-    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         checks.one_of("head", self.kind, KINDS)
