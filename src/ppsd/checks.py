@@ -1,25 +1,37 @@
-"""Checks of what users pass, each a ConfigError that names field, value and what is allowed.
+"""Checks of what users pass and files hold: a ConfigError names field, value and what is allowed.
 
-Imported by all. Numbers of other libraries (NumPy's, PyTorch's) count as what they are, and come
-back as Python's own.
+For a file, ``inside`` makes it an error of that file. Imported by all. Numbers of other libraries
+(NumPy's, PyTorch's) count as what they are, and come back as Python's own.
 """
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from math import inf
 from numbers import Real
 from typing import Any, SupportsIndex
 
-from ppsd.errors import ConfigError
+from ppsd.errors import ConfigError, PpsdError
 
 
-def integer(name: str, value: object, low: int, high: int, allowed: str = "") -> int:
+@contextmanager
+def inside(where: str, kind: type[PpsdError]) -> Iterator[None]:
+    """Turn a ConfigError into an error of this ``kind``, whose text begins with the place."""
+    try:
+        yield
+    except ConfigError as error:
+        raise kind(f"{where}: {error}") from error
+
+
+def integer(name: str, value: object, low: int, high: float = inf, allowed: str = "") -> int:
     """Return an integer in [low, high] as an int; ``allowed`` replaces the words for that range."""
     number = _index(value)
     if number is None or not low <= number <= high:
-        raise ConfigError(name, value, allowed or f"an integer in [{low}, {high}]")
+        reach = f"of at least {low}" if high == inf else f"in [{low}, {high}]"
+        raise ConfigError(name, value, allowed or f"an integer {reach}")
     return number
 
 
@@ -27,21 +39,24 @@ def number(
     name: str,
     value: object,
     low: float,
-    high: float,
+    high: float = inf,
     *,
     low_open: bool = False,
     allowed: str = "",
 ) -> float:
-    """Return a real number in [low, high] as a float, an int as the int it is.
+    """Return a finite number in [low, high] as a float, an int as the int it is.
 
     ``low_open`` leaves ``low`` itself out; ``allowed`` replaces the words for the range.
     """
     real: float | None = _index(value)
     if real is None and isinstance(value, Real) and not isinstance(value, bool):
         real = float(value)
-    if real is None or not (low < real if low_open else low <= real) or not real <= high:
-        inside = f"a number in {'(' if low_open else '['}{low:g}, {high:g}]"
-        raise ConfigError(name, value, allowed or inside)
+    above = real is not None and (low < real if low_open else low <= real)
+    if real is None or not above or not real <= high or real == inf:
+        reach = f"in {'(' if low_open else '['}{low:g}, {high:g}]"
+        if high == inf:
+            reach = f"above {low:g}" if low_open else f"of at least {low:g}"
+        raise ConfigError(name, value, allowed or f"a number {reach}")
     return real
 
 
@@ -50,6 +65,20 @@ def truth(name: str, value: object) -> bool:
     if value is not True and value is not False and type(value).__name__ != "bool":
         raise ConfigError(name, value, "True or False")
     return bool(value)
+
+
+def string(name: str, value: object) -> str:
+    """Return a text."""
+    if not isinstance(value, str):
+        raise ConfigError(name, value, "a text")
+    return value
+
+
+def one_of(name: str, value: str, choices: Collection[str]) -> str:
+    """Return one of several texts."""
+    if value not in choices:
+        raise ConfigError(name, value, "one of " + ", ".join(choices))
+    return value
 
 
 def items(name: str, value: object, allowed: str) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from numbers import Real
 
 from ppsd import checks
 from ppsd.errors import ConfigError
+from ppsd.settings import TEMPLATE_HELP, setting
 from ppsd.speculation.policy import MAX_IN_SCHEDULE, MODES, Schedule, schedule_for
 
 TRANSPORTS = ("auto", "shared-memory", "distributed", "inprocess")
@@ -22,57 +23,74 @@ MAX_LAYERS = 1024
 SECONDS = "a number of seconds in (0, 1e6]"
 
 
+class _Checked:
+    """Replace what was given by what was checked, in a frozen record."""
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _set_integer(self, name: str, low: int, high: int) -> None:
+        self._set(name, checks.integer(name, getattr(self, name), low, high))
+
+    def _set_truths(self, *names: str) -> None:
+        for name in names:
+            self._set(name, checks.truth(name, getattr(self, name)))
+
+    def _set_texts(self, *names: str) -> None:
+        for name in names:
+            self._set(name, checks.text(name, getattr(self, name)))
+
+
 @dataclass(frozen=True)
-class EngineConfig:
-    """Everything about a run but the request.
+class Placement(_Checked):
+    """Say which model runs where, and how its stages talk to each other.
 
     ``split`` gives the layers at which later stages begin (``(8, 16)`` is three stages);
-    otherwise ``stages`` stages are cut where ``plan`` says, the first ending at ``exit_layer`` when
-    that is given. ``plan`` is ``auto`` (times from this machine's profile, or else from parameter
-    counts), a profile file, or ``off`` (evenly by parameters, no mode but the asked one); it
-    decides what is left open, among that ``mode`` when it is ``auto``. ``head`` is a head
-    directory, ``auto`` (the best one found), ``lookup`` (no head: repeat earlier text),
-    ``untrained`` or ``none``; ``force_head`` uses a directory's head though it was trained on
-    another model. ``devices`` names one device for all stages or one each.
-    ``threads_per_stage`` 0 shares the cores evenly. ``lookup`` mixes into a head's drafts what
-    followed the same tokens before. ``gate`` lets speculation pause while it does not pay. Times
-    are seconds; ``pace`` is what a stage takes for one block (LM head included, an exit head's
-    draft comes on top) on the emulated device, one for all stages or one each, nothing for real
-    time. ``escape_special`` takes control tokens in prompts and messages for plain text.
-    ``chat_template``, a file, Jinja text or the name of one that the model has, takes the place of
-    the model's default. Raises ConfigError for values that no model could make right.
+    otherwise ``stages`` stages are cut where ``plan`` says. ``devices`` names one device for all
+    stages or one each. ``threads_per_stage`` 0 shares the cores evenly. Times are seconds; ``pace``
+    is what a stage takes for one block (LM head included, an exit head's draft comes on top) on
+    the emulated device, one for all stages or one each, nothing for real time. ``escape_special``
+    takes control tokens in prompts and messages for plain text. ``chat_template``, a file, Jinja
+    text or the name of one that the model has, takes the place of the model's default.
     """
 
-    model: str | None = None
-    stages: int = 2
-    split: tuple[int, ...] | None = None
-    exit_layer: int | None = None
-    head: str = "auto"
-    force_head: bool = False
-    mode: str = "auto"
-    block: int | None = None
-    in_flight: int | None = None
-    plan: str = "auto"
-    acceptance: str = "coupled"
-    dtype: str = "auto"
-    devices: tuple[str, ...] = ("cpu",)
-    threads_per_stage: int = 0
-    transport: str = "auto"
-    max_context: int | None = None
-    prefill_chunk: int = 128
-    lookup: bool = True
-    gate: bool = True
-    timeout: float = 60.0
-    init_timeout: float = 300.0
-    trace: bool = False
-    escape_special: bool = False
-    pace: tuple[float, ...] = ()
-    chat_template: str | None = None
+    model: str | None = setting(
+        "Directory, .gguf file or hub id; the embedded SmolLM2-135M if left out.", None, short="-m"
+    )
+    chat_template: str | None = setting(TEMPLATE_HELP, None, metavar="FILE|TEXT")
+    stages: int = setting("Number of stages.", 2)
+    split: tuple[int, ...] | None = setting(
+        "Layers at which later stages begin, such as 8,16.", None, metavar="L,…"
+    )
+    dtype: str = setting("auto, float64, float32, bfloat16 or float16.", "auto", metavar="DTYPE")
+    devices: tuple[str, ...] = setting(
+        "One device, or one a stage: cpu or cuda:0,cuda:1.", ("cpu",), metavar="D,…"
+    )
+    threads_per_stage: int = setting("CPU threads a stage; 0 shares the cores evenly.", 0)
+    max_context: int | None = setting(
+        f"Positions the cache holds; the model's, at most {DEFAULT_CONTEXT}.", None
+    )
+    transport: str = setting(
+        "auto, shared-memory, distributed or inprocess.", "auto", metavar="KIND", expert=True
+    )
+    prefill_chunk: int = setting("Prompt tokens that travel together.", 128, expert=True)
+    pace: tuple[float, ...] = setting(
+        "Emulate devices: seconds a stage takes for a block, one or one a stage.",
+        (),
+        metavar="S,…",
+        expert=True,
+    )
+    escape_special: bool = setting(
+        "Take control tokens in prompts and messages for plain text.", False, expert=True
+    )
+    timeout: float = setting("Seconds to wait for a stage.", 60.0, expert=True)
+    init_timeout: float = setting("Seconds to wait for loading and joining.", 300.0, expert=True)
 
     def __post_init__(self) -> None:
-        _one_of("mode", self.mode, ("auto", *MODES))
+        for name in ("model", "chat_template"):
+            if getattr(self, name) is not None:
+                self._set_texts(name)
         _one_of("transport", self.transport, TRANSPORTS)
-        _one_of("acceptance", self.acceptance, ACCEPTANCES)
         _one_of("dtype", self.dtype, DTYPES)
         if self.split is not None:
             layers = checks.items("split", self.split, "the layers at which later stages begin")
@@ -81,16 +99,13 @@ class EngineConfig:
         self._set_integer("stages", 1, MAX_STAGES)
         self._set_integer("threads_per_stage", 0, 1024)
         self._set_integer("prefill_chunk", 1, 8192)
-        for name in ("block", "in_flight"):
-            if getattr(self, name) is not None:
-                self._set_integer(name, 1, MAX_IN_SCHEDULE)
-        for name in ("lookup", "gate", "trace", "force_head", "escape_special"):
-            self._set(name, checks.truth(name, getattr(self, name)))
-        for name in ("model", "head", "plan", "chat_template"):
-            if getattr(self, name) is not None or name in ("head", "plan"):
-                self._set(name, checks.text(name, getattr(self, name)))
+        self._set_truths("escape_special")
         for name in ("timeout", "init_timeout"):
             self._set(name, _seconds(name, getattr(self, name), 1e6, SECONDS))
+        self._check_devices()
+        self._check_pace()
+
+    def _check_devices(self) -> None:
         one = self.devices  # a text alone is one device, not one for each of its letters
         devices = (one,) if isinstance(one, str) else checks.items("devices", one, "device names")
         for device in devices:
@@ -99,16 +114,6 @@ class EngineConfig:
         self._set("devices", devices)
         if len(devices) not in (1, self.stages):
             raise ConfigError("devices", devices, f"one device or {self.stages}, one a stage")
-        if self.force_head and self.head in HEADS:
-            raise ConfigError("force_head", self.force_head, "used with head as a directory only")
-        self._check_pace()
-        self._check_schedule()
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    def _set_integer(self, name: str, low: int, high: int) -> None:
-        self._set(name, checks.integer(name, getattr(self, name), low, high))
 
     def _check_pace(self) -> None:
         allowed = f"seconds above 0 and below the timeout of {self.timeout:g}"
@@ -118,6 +123,92 @@ class EngineConfig:
             raise ConfigError("pace", times, f"one time or {self.stages}, one a stage")
         end = math.nextafter(self.timeout, 0.0)
         self._set("pace", tuple(_seconds("pace", s, end, allowed) for s in times))
+
+    def device(self, rank: int) -> str:
+        """Return the device of a stage."""
+        return self.devices[rank if len(self.devices) > 1 else 0]
+
+    def pace_of(self, rank: int) -> float:
+        """Return the seconds a block takes on a stage's emulated device, 0 for real time."""
+        return self.pace[rank if len(self.pace) > 1 else 0] if self.pace else 0.0
+
+
+@dataclass(frozen=True)
+class Decoding(_Checked):
+    """Say how tokens are drafted and verified.
+
+    ``plan`` is ``auto`` (times from this machine's profile, or else from parameter counts), a
+    profile file, or ``off`` (evenly by parameters, no mode but the asked one); it decides what is
+    left open, among that ``mode`` when it is ``auto``. ``exit_layer`` is where stage 0 ends.
+    ``head`` is a head directory, ``auto`` (the best one found), ``lookup`` (no head: repeat earlier
+    text), ``untrained`` or ``none``; ``force_head`` uses a directory's head though it was trained
+    on another model. ``lookup`` mixes into a head's drafts what followed the same tokens before.
+    ``gate`` lets speculation pause while it does not pay.
+    """
+
+    mode: str = setting("auto, autoregressive, draft-then-verify or ppsd.", "auto", metavar="MODE")
+    head: str = setting(
+        "Exit head: a name of `ppsd heads list` or a directory, auto (the best found), lookup "
+        "(repeat earlier text), untrained or none.",
+        "auto",
+        metavar="HEAD",
+    )
+    exit_layer: int | None = setting("Layer the exit head reads; the end of stage 0.", None)
+    plan: str = setting(
+        "What decides the rest: auto, off, or a file of `ppsd profile`.", "auto", metavar="PLAN"
+    )
+    block: int | None = setting(
+        "Tokens that travel together (m); set by the mode.", None, expert=True
+    )
+    in_flight: int | None = setting(
+        "Blocks in the pipeline at once (w); set by the mode.", None, expert=True
+    )
+    acceptance: str = setting(
+        "coupled (same tokens as plain decoding) or rejection.",
+        "coupled",
+        metavar="RULE",
+        expert=True,
+    )
+    lookup: bool = setting("Let drafts repeat earlier text.", True, expert=True)
+    gate: bool = setting("Pause speculation while it does not pay.", True, expert=True)
+    force_head: bool = setting(
+        "Use the head's directory though it was trained on another model; the output stays exact.",
+        False,
+        expert=True,
+    )
+
+    def __post_init__(self) -> None:
+        self._set_texts("head", "plan")
+        _one_of("mode", self.mode, ("auto", *MODES))
+        _one_of("acceptance", self.acceptance, ACCEPTANCES)
+        for name in ("block", "in_flight"):
+            if getattr(self, name) is not None:
+                self._set_integer(name, 1, MAX_IN_SCHEDULE)
+        self._set_truths("lookup", "gate", "force_head")
+        if self.force_head and self.head in HEADS:
+            raise ConfigError("force_head", self.force_head, "used with head as a directory only")
+
+    @property
+    def schedule_given(self) -> bool:
+        """Return True if the user fixed m or w."""
+        return self.block is not None or self.in_flight is not None
+
+
+@dataclass(frozen=True)
+class EngineConfig(Decoding, Placement):
+    """Hold all settings of a run but the request's own: placement and decoding.
+
+    Raises ConfigError for values that no model could make right. ``trace`` records what each
+    stage does.
+    """
+
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        Placement.__post_init__(self)
+        Decoding.__post_init__(self)
+        self._set_truths("trace")
+        self._check_schedule()
 
     def _check_schedule(self) -> None:
         if self.schedule.drafts and self.stages == 1:
@@ -131,25 +222,12 @@ class EngineConfig:
 
     @property
     def schedule(self) -> Schedule:
-        """The (m, w) of the mode; while that is open, of ``ppsd``."""
+        """Return the (m, w) of the mode; while that is open, of ``ppsd``."""
         mode = "ppsd" if self.mode == "auto" else self.mode
         return schedule_for(mode, self.stages, self.block, self.in_flight)
 
-    @property
-    def schedule_given(self) -> bool:
-        """Whether the user fixed m or w."""
-        return self.block is not None or self.in_flight is not None
-
-    def device(self, rank: int) -> str:
-        """Device of a stage."""
-        return self.devices[rank if len(self.devices) > 1 else 0]
-
-    def pace_of(self, rank: int) -> float:
-        """Seconds a block takes on a stage's emulated device, 0 for as fast as it goes."""
-        return self.pace[rank if len(self.pace) > 1 else 0] if self.pace else 0.0
-
     def replaced(self, **changes: object) -> EngineConfig:
-        """A checked copy with some fields changed."""
+        """Return a checked copy with some fields changed."""
         return replace(self, **changes)  # type: ignore[arg-type]  # checked by __post_init__
 
 

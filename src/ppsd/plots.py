@@ -1,4 +1,4 @@
-"""Matplotlib, if it is installed (the optional extra ``plot``): pictures are written to files."""
+"""Write pictures with matplotlib, if it is installed (the optional extra ``plot``)."""
 
 from __future__ import annotations
 

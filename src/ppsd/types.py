@@ -1,14 +1,15 @@
-"""Plain records shared by several layers. Imported by all; imports errors and checks."""
+"""Plain records shared by several layers. Imported by all; imports errors, checks and settings."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any
 
 from ppsd import checks
 from ppsd.errors import ConfigError
+from ppsd.settings import setting
 
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 16
@@ -28,20 +29,38 @@ class SamplingParams:
     means as many as the context has room for. Raises ConfigError for a value out of range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    max_tokens: int = 256
-    min_tokens: int = 0
+    temperature: float = setting(
+        "0 is greedy; this and the next four are the model's own if left out.",
+        0.0,
+        short="-t",
+        open_default=True,
+    )
+    top_k: int = setting("Keep the k most likely tokens; 0 keeps all.", 0, open_default=True)
+    top_p: float = setting("Keep the smallest set of this probability.", 1.0, open_default=True)
+    min_p: float = setting(
+        "Drop tokens below this share of the best one's.", 0.0, open_default=True
+    )
+    repetition_penalty: float = setting("Above 1 discourages repetition.", 1.0, open_default=True)
+    presence_penalty: float = setting("Subtracted once for a token used.", 0.0, expert=True)
+    frequency_penalty: float = setting("Subtracted for every use.", 0.0, expert=True)
+    logit_bias: Mapping[int, float] = setting(
+        "Added to logits, such as 42:-100,7:2.5.", factory=dict, metavar="ID:BIAS,…", expert=True
+    )
+    seed: int = setting("Noise is a function of seed and position.", 0)
+    stop: tuple[str, ...] = setting(
+        "Text that ends the output; may be repeated.", (), metavar="TEXT", repeated=True
+    )
+    stop_token_ids: tuple[int, ...] = setting(
+        "Token ids that end the output.", (), metavar="ID,…", expert=True
+    )
+    ignore_eos: bool = setting("Go on after end-of-sequence tokens.", False, expert=True)
+    max_tokens: int = setting(
+        "At most so many new tokens; 256 if left out, in chat what the context holds.",
+        256,
+        short="-n",
+        open_default=True,
+    )
+    min_tokens: int = setting("No end before so many new tokens.", 0, expert=True)
     n: int = 1
 
     def __post_init__(self) -> None:

@@ -13,10 +13,10 @@ import torch
 
 from ppsd import LLM, SamplingParams
 from ppsd.model.source import ModelFiles, describe
-from ppsd.model.transformer import reference_logits
 from ppsd.model.weights import open_source
 from ppsd.speculation.policy import Counts, Schedule
 from tests.support.hurried_gate import Hurried
+from tests.support.reference_model import reference_logits
 from tests.support.tiny_models import (
     FAMILIES,
     LAYERS,

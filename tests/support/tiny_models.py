@@ -10,10 +10,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ppsd.model.exit_head import HeadConfig, save_head
+from ppsd.model.head_files import HeadConfig, save_head
 from ppsd.model.identity import Identity
+from ppsd.model.names import FINAL_NORM, layer_prefix
 from ppsd.model.source import ModelFiles, describe
-from ppsd.model.weights import FINAL_NORM, layer_prefix, open_source
+from ppsd.model.weights import open_source
 
 LAYERS = 6
 VOCAB = 300  # byte-level: 256 bytes, some merges, three special tokens

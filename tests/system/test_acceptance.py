@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from ppsd.cli.app import app
 from ppsd.errors import PpsdError
 from ppsd.lab.cli.app import app as lab
-from ppsd.model.exit_head import read_head_config
+from ppsd.model.head_files import read_head_config
 from ppsd.model.head_library import known_rate
 from tests.support.tiny_models import save_perfect_head
 

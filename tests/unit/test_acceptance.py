@@ -33,7 +33,7 @@ from ppsd.measure.acceptance_summary import (
     summarize,
 )
 from ppsd.measure.workload import Task
-from ppsd.model.exit_head import HeadConfig, read_head_config, save_head
+from ppsd.model.head_files import HeadConfig, read_head_config, save_head
 from ppsd.model.source import describe, resolve_model
 from ppsd.speculation.lookup import ODDS
 from ppsd.train.interval import interval

@@ -104,9 +104,7 @@ def test_a_run_is_continued_and_shown_both_ways(tiny_model, tmp_path) -> None:
     [
         (["--alpha", "0:0.5"], "alpha"),
         (["--alpha", "half"], "alpha"),
-        (["--alpha", "2:0.5", "--split", "3"], "split"),
         (["--alpha", "2:0.5", "--stages", "1"], "stages"),
-        (["--alpha", "2:0.5", "--alphas", "0.5"], "alphas"),
     ],
 )
 def test_what_it_refuses(tiny_model, arguments, field) -> None:

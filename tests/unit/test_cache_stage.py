@@ -9,11 +9,12 @@ import torch
 
 from ppsd.errors import ProtocolError
 from ppsd.model.cache import KVCache
+from ppsd.model.names import expected_shapes, tensor_names
 from ppsd.model.passes import Watch
 from ppsd.model.source import ModelFiles, describe
-from ppsd.model.stage import Stage, StagePlan, tensor_names
-from ppsd.model.transformer import reference_logits
-from ppsd.model.weights import expected_shapes, open_source
+from ppsd.model.stage import Stage, StagePlan
+from ppsd.model.weights import open_source
+from tests.support.reference_model import reference_logits
 from tests.support.tiny_models import LAYERS
 
 WIDE, CPU = torch.float64, torch.device("cpu")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from ppsd import LLM, SamplingParams
+from ppsd import LLM, SamplingParams, checks
 from ppsd.cli import app
 from ppsd.config import EngineConfig
-from ppsd.errors import ConfigError, PpsdError, RequestError
+from ppsd.errors import ConfigError, ModelError, PpsdError, RequestError
 from ppsd.measure.workload import load_tasks
 from ppsd.train.records import read_data
 from tests.support.tiny_models import VOCAB
@@ -167,3 +167,28 @@ def test_command_lines_that_are_not_unicode_are_one_sentence(
     assert app.main() == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "must be valid Unicode, without lone surrogates, got" in last
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (lambda: checks.integer("n", 0, 1), "n must be an integer of at least 1, got 0"),
+        (lambda: checks.integer("n", 1.5, 1), "n must be an integer of at least 1, got 1.5"),
+        (lambda: checks.integer("n", True, 0), "n must be an integer of at least 0, got True"),
+        (lambda: checks.number("x", np.nan, 0), "x must be a number of at least 0, got nan"),
+        (lambda: checks.number("x", np.inf, 0), "x must be a number of at least 0, got inf"),
+        (lambda: checks.number("x", 0, 0, low_open=True), "x must be a number above 0, got 0"),
+        (lambda: checks.number("x", 2, 0, 1), r"x must be a number in \[0, 1\], got 2"),
+        (lambda: checks.string("t", 3), "t must be a text, got 3"),
+        (lambda: checks.one_of("t", "c", ("a", "b")), "t must be one of a, b, got 'c'"),
+    ],
+    ids=range(9),
+)
+def test_what_is_out_of_range_is_named(check: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        check()
+    with (
+        pytest.raises(ModelError, match=f"^some file: {message}$"),
+        checks.inside("some file", ModelError),
+    ):
+        check()

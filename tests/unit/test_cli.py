@@ -12,60 +12,22 @@ import pytest
 
 from ppsd import LLM, __version__
 from ppsd.cli import display
-from ppsd.cli.app import load
 from ppsd.cli.streams import visible
 from ppsd.engine.answer import Answer, Chunk
 from ppsd.engine.text import Piece
 from tests.support.command import user
 
 SGR = re.compile(r"\x1b\[(\d+)m([^\x1b]*)")
-PIPELINE = (
-    "--model -m --stages --split --exit-layer --head --force-head --mode --block --in-flight "
-    "--plan --acceptance --dtype --devices --threads-per-stage --transport --max-context "
-    "--prefill-chunk --pace --lookup --gate --escape-special --timeout --init-timeout "
-    "--chat-template"
-)
-SAMPLING = (
-    "--temperature -t --top-k --top-p --min-p --repetition-penalty --presence-penalty "
-    "--frequency-penalty --logit-bias --seed --stop --stop-token-ids --ignore-eos --max-tokens -n "
-    "--min-tokens"
-)
 RECORD = (
     "text token_ids finish_reason mode block in_flight stages exit_layer prompt_tokens "
     "cached_tokens new_tokens counts acceptance_rate prefill_seconds decode_seconds "
     "tokens_per_second speedup_bounds stage_busy_share gate memory_bytes memory_needed_bytes pace "
     "overruns sampling kernels"
 )
-FLAGS = {
-    "generate": "prompt --raw --system --samples --highlight --stats --json --trace",
-    "chat": "--system --highlight --stats",
-    "verify": "prompts --limit --json",
-}
-OWN_FLAGS = {
-    "acceptance": (
-        "--head --data --out --model -m --limit --max-tokens -n --temperature -t --seed --raw "
-        "--chat-template "
-        "--lookup --decode --stages --max-length --dtype --device --threads --generate-batch "
-        "--batch-tokens --by --record --json"
-    ),
-}
 
 
 def test_version(ppsd) -> None:
     assert ppsd("--version").out == f"ppsd {__version__}\n"
-
-
-@pytest.mark.parametrize("verb", [*FLAGS, *OWN_FLAGS])
-def test_flags_are_frozen_and_explained(ppsd, verb) -> None:
-    """Renaming a flag breaks scripts: this list changes only on purpose."""
-    parameters = [p for p in load(verb).params if p.name != "help"]
-    names = [name for p in parameters for name in p.opts]
-    shared = f"{PIPELINE} {SAMPLING} {FLAGS[verb]}" if verb in FLAGS else OWN_FLAGS[verb]
-    assert sorted(names) == sorted(shared.split())
-    shown = ppsd(verb, "--help").out
-    for parameter in parameters:
-        assert parameter.help.endswith((".", "…")), parameter.name
-        assert all(name in shown.lower() for name in parameter.opts)
 
 
 @pytest.mark.parametrize(

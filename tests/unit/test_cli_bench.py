@@ -7,18 +7,7 @@ import json
 import pytest
 
 from ppsd.errors import ConfigError, PpsdError
-from ppsd.lab.cli.app import load
 from tests.support.command import lab
-from tests.unit.test_cli import PIPELINE
-
-OWN = {
-    "efficiency": "--alphas --tokens --memory",
-    "predict": "--alphas --tokens --profile",
-    "splits": "--alphas --tokens --alpha",
-    "endurance": "--alphas --tokens --requests",
-    "tasks": "-n --max-tokens --gammas --sampled --memory",
-    "baselines": "-n --max-tokens --memory",
-}
 
 
 @pytest.fixture
@@ -26,14 +15,6 @@ def small(tiny_model) -> list[str]:
     """Flags of a pipeline of three tiny stages, and of a short measurement."""
     pipeline = f"--model {tiny_model()} --split 2,4 --dtype float64 --transport inprocess"
     return f"{pipeline} --tokens 9 --repeats 2 --alphas 1,0.5".split()
-
-
-@pytest.mark.parametrize("verb", OWN)
-def test_flags_are_frozen_and_explained(verb) -> None:
-    parameters = [p for p in load(verb).params if p.name != "help"]
-    flags = f"{PIPELINE} --prompts --limit --repeats --out --json {OWN[verb]}"
-    assert sorted(n for p in parameters for n in p.opts) == sorted(flags.split())
-    assert all(p.help.endswith((".", "…")) for p in parameters)
 
 
 @pytest.mark.parametrize("transport", ["inprocess", "shared-memory"])
@@ -100,12 +81,6 @@ def test_tables_carry_their_label(small, verb, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "cause"),
     [
-        (
-            ["--mode", "ppsd", "--head", "untrained"],
-            "head must be left out: this benchmark sets its",
-        ),
-        (["--mode", "autoregressive"], "mode must be left out: this benchmark sets its own"),
-        (["--block", "2"], "block must be left out: this benchmark sets its own"),
         (["--stages", "1"], "stages must be at least 2, got 1"),
         (["--alphas", "2"], "alphas must be rates in [0, 1] separated by commas, got '2'"),
         (["--alphas", "x"], "alphas must be numbers separated by commas, got 'x'"),
@@ -143,12 +118,6 @@ def test_all_modes_run_where_ppsd_would_be_cut(tiny_model, tmp_path) -> None:
     one, two = [json.loads(lab(verb, *flags, *short).stdout)["bounds"] for verb in verbs]
     assert one == two
     assert one[1] > 1
-
-
-def test_predict_sets_its_own_window(tiny_model) -> None:
-    error = lab("predict", "--model", tiny_model(), "--in-flight", 3).exception
-    assert isinstance(error, ConfigError)
-    assert error.field == "in_flight"
 
 
 def test_predict_takes_a_profile_between_any_two_requests(tiny_model, tmp_path) -> None:

@@ -54,7 +54,6 @@ def test_a_table_without_json(small) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--mode", "autoregressive"], "mode"),
         (["--head", "none"], "anything to draft with"),
         (["--gammas", "0"], "gamma"),
         (["--gammas", "x"], "gammas"),

@@ -14,26 +14,18 @@ from hypothesis import strategies as st
 from ppsd.engine.choose import head_layers
 from ppsd.engine.drafter import MAX_LAG_ROWS, Given, HeadDrafter
 from ppsd.errors import HeadError
-from ppsd.model.exit_head import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    ExitHead,
-    HeadConfig,
-    head_tensor_shapes,
-    load_head,
-    read_head_config,
-    save_head,
-    untrained_head,
-)
+from ppsd.model.exit_head import ExitHead, head_tensor_shapes, load_head, untrained_head
+from ppsd.model.head_files import CONFIG_FILE, WEIGHTS_FILE, HeadConfig, read_head_config, save_head
 from ppsd.model.identity import Identity
+from ppsd.model.names import EMBEDDING, FINAL_NORM
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.stage import Stage, StagePlan
-from ppsd.model.transformer import reference_logits
-from ppsd.model.weights import EMBEDDING, FINAL_NORM, open_source
+from ppsd.model.weights import open_source
 from ppsd.plan.sizes import Sizes
 from ppsd.speculation.lookup import ODDS
 from ppsd.speculation.sampling import Sampler, Stream
 from ppsd.types import SamplingParams
+from tests.support.reference_model import reference_logits
 from tests.support.tiny_models import VOCAB, save_perfect_head
 
 WIDE = torch.float64
@@ -108,7 +100,7 @@ def test_saved_heads_come_back(tiny, tmp_path, changes) -> None:
     rows = hidden(5)
     got, expected = (said(h, rows) for h in (head, direct))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    assert torch.equal(head.norm, weights["norm.weight"])
+    assert torch.equal(head.tensors.norm, weights["norm.weight"])
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,7 @@ def test_a_damaged_head_is_told(ppsd, places) -> None:
 
 def test_env_prints_what_is_in_force(ppsd, places, tiny_model, monkeypatch) -> None:
     monkeypatch.setenv("PPSD_KERNELS", "torch")
+    monkeypatch.setenv("PPSD_STAGES", "3")
     monkeypatch.delenv("PPSD_HEADS", raising=False)
     monkeypatch.setattr("ppsd.model.catalog.embedded_file", lambda: tiny_model())
     out = " ".join(ppsd("env").out.split())
@@ -181,6 +182,7 @@ def test_env_prints_what_is_in_force(ppsd, places, tiny_model, monkeypatch) -> N
     assert (record["heads_shipped"], record["heads_local"]) == (5, 0)
     assert record["environment"]["PPSD_KERNELS"] == "torch"
     assert record["kernels"] == "PyTorch"
+    assert record["environment"].pop("PPSD_STAGES") == "3"
     assert record["default_model"] == tiny_model().name
     assert set(record["versions"]) >= {"torch", "transformers", "tokenizers", "gguf"}
     assert 1 <= record["cores_usable"] <= record["cores"]

@@ -16,9 +16,10 @@ from transformers import LlamaConfig
 
 from ppsd.errors import ModelError, UnsupportedModelError
 from ppsd.model.gguf_file import GGUFSource, stored_name
+from ppsd.model.names import expected_shapes
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec, spec_from_config
-from ppsd.model.weights import check_shapes, expected_shapes
+from ppsd.model.weights import check_shapes
 from tests.support.gguf_files import add_value, random_model, write_model
 
 SIZES: dict[str, Any] = {

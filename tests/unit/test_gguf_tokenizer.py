@@ -261,7 +261,7 @@ def test_end_tokens_are_found_by_key_and_by_name(tmp_path: Path) -> None:
             {"add_bos_token": True},
             "add_bos_token is true, but tokenizer.ggml.bos_token_id names no",
         ),
-        ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token must be a bool, got 1"),
+        ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token must be True or False, got 1"),
         ({"more": {"a": NORMAL}}, "tokenizer.ggml.tokens holds 'a' twice"),
     ],
 )

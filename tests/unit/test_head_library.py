@@ -15,7 +15,7 @@ from ppsd.config import EngineConfig
 from ppsd.engine.choose import choose
 from ppsd.lab.oracle import OracleDrafter
 from ppsd.model import head_library
-from ppsd.model.exit_head import CONFIG_FILE, HeadConfig, record_metrics, save_head
+from ppsd.model.head_files import CONFIG_FILE, HeadConfig, record_metrics, save_head
 from ppsd.model.head_library import Rate, find_heads, known_rate, suitable
 from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model

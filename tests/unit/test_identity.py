@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ppsd import LLM, SamplingParams
 from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError, HeadError
-from ppsd.model.exit_head import CONFIG_FILE, read_head_config
+from ppsd.model.head_files import CONFIG_FILE, read_head_config
 from ppsd.model.head_library import SHIPPED
 from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model

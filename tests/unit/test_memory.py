@@ -67,7 +67,8 @@ def test_the_default_models_memory_is_what_was_estimated() -> None:
         told, counted = llm.memory, shares(before)
         assert told == pytest.approx(counted, rel=0.05)
         spec, first = llm.layout.spec, llm.layout.bounds[1]
-        row = spec.kv_bytes_per_position(llm.layout.dtype) * llm.layout.max_context
+        keys = spec.num_kv_heads * spec.head_dim * llm.layout.dtype.itemsize
+        row = 2 * keys * llm.layout.max_context
         untouched = (spec.num_layers - first) * row
         expected = llm.memory_needed[1] - untouched
         assert expected - 150 * MIB < told[1] <= expected + 20 * MIB

@@ -20,11 +20,12 @@ from ppsd.model import kernel_build, kernels
 from ppsd.model.gguf_codes import KINDS, codes_of
 from ppsd.model.kernels import Kind
 from ppsd.model.layers import LayerWeights, Product
+from ppsd.model.names import EMBEDDING, expected_shapes
 from ppsd.model.packed import Codes, PackedWeight, can_pack, first_rows, pack, packed_bytes, whole
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import spec_from_config
 from ppsd.model.stage import Stage, StagePlan, packable, weight_bytes
-from ppsd.model.weights import EMBEDDING, TensorSource, expected_shapes, open_source
+from ppsd.model.weights import TensorSource, open_source
 from tests.support.layers import rand, random_layer, run_layer
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")

@@ -24,8 +24,9 @@ from ppsd.errors import ConfigError, StageLostError
 from ppsd.model import kernels
 from ppsd.model.identity import Identity
 from ppsd.model.kernels import Kind
+from ppsd.model.names import layer_prefix
 from ppsd.model.source import describe, resolve_model
-from ppsd.model.weights import fingerprint, layer_prefix, open_source
+from ppsd.model.weights import fingerprint, open_source
 from ppsd.plan.profile import Profile, Timing, estimate, load_profile, profile_path
 from ppsd.plan.sizes import Sizes
 from ppsd.provenance import provenance

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ppsd.config import EngineConfig
-from ppsd.model.exit_head import PROMPTS_FILE
+from ppsd.model.head_files import PROMPTS_FILE
 from ppsd.model.head_library import SHIPPED, FoundHead, find_heads
 from ppsd.provenance import provenance
 from ppsd.train.records import prompt_digest

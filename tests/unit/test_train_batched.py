@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppsd.model.exit_head import HeadConfig, load_head, save_head
+from ppsd.model.exit_head import load_head
+from ppsd.model.head_files import HeadConfig, save_head
+from ppsd.model.names import layer_prefix
 from ppsd.model.stage import StagePlan, fuse_layer
-from ppsd.model.transformer import reference_logits
-from ppsd.model.weights import layer_prefix, open_source
+from ppsd.model.weights import open_source
 from ppsd.train.batched import teacher_forward, teacher_rows, whole_sequences
 from ppsd.train.data import make_batch
 from ppsd.train.student import Options, Student, unfuse_layer
+from tests.support.reference_model import reference_logits
 from tests.support.teachers import random_examples, tiny_config, tiny_teacher
 from tests.support.tiny_models import FAMILIES
 

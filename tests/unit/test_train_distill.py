@@ -150,7 +150,7 @@ def perfect_trainer(model: Path, out: Path, **changes: object) -> Trainer:
 @torch.no_grad()
 def set_odds(trainer: Trainer, odds: float) -> None:
     """What the copy gate says of every copy."""
-    bias = trainer.students[0].copy_bias
+    bias = trainer.students[0].tensors.copy_bias
     assert bias is not None
     bias.fill_(odds)
 
@@ -221,7 +221,7 @@ def test_a_head_begins_as_the_best_linear_guess(tiny_model: Models, tmp_path: Pa
         verified = trainer._verified(batch, features, step)
         rope = whole_sequences(teacher.stage.rope, *batch.tokens.shape)
         with torch.no_grad():
-            student.norm.fill_(1)
+            student.tensors.norm.fill_(1)
             rows = (features.exits[3], verified, rope, batch.tokens.shape[0], batch.rows)
             found.append(student.forward(*rows))
             read.append(student.reads(features.exits[3][batch.rows], verified))

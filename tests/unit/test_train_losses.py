@@ -5,7 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ppsd.train.losses import CHUNK_ROWS, LossWeights, Mixture, chunked_losses, reference_loss
+from ppsd.train.losses import CHUNK_ROWS, LossWeights, Mixture, chunked_losses
+
+
+def reference_loss(
+    scores: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    weights: LossWeights,
+    copied: torch.Tensor,
+    odds: torch.Tensor,
+) -> torch.Tensor:
+    """The loss as in the paper, a mean over rows: logits [n, Vd] of head and model, labels [n].
+
+    ``copied`` and ``odds`` [n]: see Mixture.
+    """
+    copy = torch.zeros_like(scores)
+    offered = copied >= 0
+    copy[offered, copied[offered]] = odds[offered].exp()
+    mixture = scores.softmax(-1) + copy
+    log_q = (mixture / mixture.sum(-1, keepdim=True)).log()
+    log_p = teacher.log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    picked = log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    surprise = -picked * (labels >= 0)
+    return (weights.kl * divergence + weights.ce * surprise).mean()
 
 
 @pytest.mark.parametrize("rows", [1, CHUNK_ROWS, CHUNK_ROWS + 7])

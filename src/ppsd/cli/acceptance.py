@@ -16,9 +16,10 @@ from rich.table import Table
 
 from ppsd.cli import progress
 from ppsd.cli.display import log_console
-from ppsd.cli.options import TEMPLATE_HELP, flag
+from ppsd.cli.flags import flag
 from ppsd.config import DEFAULT_CONTEXT
 from ppsd.errors import ConfigError
+from ppsd.settings import TEMPLATE_HELP
 from ppsd.train.settings import DistillConfig
 
 if TYPE_CHECKING:
@@ -43,9 +44,16 @@ class SubjectOptions:
         list[Path], _measured("JSONL or text file of prompts; may be repeated.", metavar="FILE")
     ]
     out: Annotated[Path, _measured("Directory of results; a stopped run goes on there.")]
-    model: Annotated[str | None, _measured("Directory, .gguf file or hub id.", "-m", "--model")] = (
-        None
-    )
+    model: Annotated[
+        str | None,
+        _measured(
+            "Directory, .gguf file or hub id.",
+            "-m",
+            "--model",
+            envvar="PPSD_MODEL",
+            show_envvar=False,
+        ),
+    ] = None
     limit: Annotated[
         int | None, _measured("Take so many prompts of each file, evenly from it.")
     ] = None
@@ -302,7 +310,7 @@ def _write(out: Path, result: dict[str, Any], outcomes: Mapping[str, Sequence[Ou
 
 
 def _record(result: dict[str, Any], candidates: Sequence[Candidate]) -> None:
-    from ppsd.model.exit_head import record_metrics
+    from ppsd.model.head_files import record_metrics
 
     about = {name: result[name] for name in ("data", "max_tokens", "temperature", "dtype")}
     for c in candidates:

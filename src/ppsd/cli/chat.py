@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ppsd.cli.display import conclude, cut, log_console, painter, show
-from ppsd.cli.options import PipelineOptions, SamplingOptions
 from ppsd.cli.session import open_llm
+from ppsd.cli.settings import Sampling
+from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError, PipelineError, PpsdError
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ Messages = list[dict[str, str]]
 
 
 def chat(
-    pipeline: PipelineOptions,
-    sampling: SamplingOptions,
+    config: EngineConfig,
+    sampling: Sampling,
     system: Annotated[str | None, typer.Option(help="System message.", metavar="TEXT")] = None,
     highlight: Annotated[
         bool, typer.Option("--highlight", help="Accepted drafts green, the target's own red.")
@@ -57,7 +58,7 @@ def chat(
     unlimited = {"max_tokens": MOST_TOKENS}
     sampling.params(unlimited)  # refuses now what would only fail once the model is loaded
     typed = sys.stdin.isatty()
-    with open_llm(pipeline) as llm:
+    with open_llm(config) as llm:
         params = sampling.params(unlimited | dict(llm.defaults.values))
         talk = Conversation(llm, params, painter(highlight), stats)
         talk.set_system(system or "")

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ppsd.cli import progress
 from ppsd.cli.display import log_console
-from ppsd.cli.options import TEMPLATE_HELP, flag, integers
+from ppsd.cli.flags import flag
 from ppsd.train.settings import DistillConfig
 
 if TYPE_CHECKING:
@@ -27,79 +27,7 @@ if TYPE_CHECKING:
 
 GENERATED = "generated.jsonl"
 WRITING_SHARE = 0.4  # of a time budget, where the model writes its own targets first
-HEAD, DATA, TRAINING, GENERATION = "Head", "Data", "Training", "Self-generation"
-
-
-@dataclass
-class TrainingOptions:
-    """The fields of DistillConfig as text."""
-
-    exit_layer: Annotated[
-        str, flag("Layers to read, one head each: 4,8,15.", panel=HEAD, metavar="L,…")
-    ]
-    head: Annotated[str, flag("transformer or norm.", panel=HEAD, metavar="KIND")] = "transformer"
-    head_layers: Annotated[int, flag("Decoder layers of a transformer head.", panel=HEAD)] = 1
-    head_mlp: Annotated[
-        int, flag("Neurons of their MLPs; 0 for as many as the model's.", panel=HEAD)
-    ] = 0
-    feedback: Annotated[
-        bool,
-        flag(
-            "Read the last layer's newest verified row too (transformer heads).",
-            "--feedback/--no-feedback",
-            panel=HEAD,
-        ),
-    ] = True
-    copy_gate: Annotated[
-        bool,
-        flag(
-            "Learn as one half of a mixture with prompt lookup (transformer heads).",
-            "--copy-gate/--no-copy-gate",
-            panel=HEAD,
-        ),
-    ] = True
-    init: Annotated[
-        str,
-        flag("Begin as the model's last layers, or those after the exit.", panel=HEAD,
-             metavar="last|exit"),
-    ] = "last"  # fmt: skip
-    draft_vocab: Annotated[
-        int, flag("Score the most frequent target tokens only; 0 scores all.", panel=HEAD)
-    ] = 8192
-    max_length: Annotated[int, flag("Tokens of an example; answers are cut.", panel=DATA)] = 1024
-    all_positions: Annotated[
-        bool, flag("Prompts count too, not answers only.", "--all-positions", panel=DATA)
-    ] = False
-    raw: Annotated[bool, flag("No chat template.", "--raw", panel=DATA)] = False
-    chat_template: Annotated[str | None, flag(TEMPLATE_HELP, panel=DATA, metavar="FILE|TEXT")] = (
-        None
-    )
-    validation: Annotated[int, flag("Examples held out, at most a tenth.", panel=DATA)] = 64
-    kl_weight: Annotated[float, flag("Weight of KL(model ‖ head).", panel=TRAINING)] = 1.0
-    ce_weight: Annotated[float, flag("Weight of cross-entropy.", panel=TRAINING)] = 0.1
-    learning_rate: Annotated[
-        float | None,
-        flag("Peak of the schedule; 1e-3 if left out, less where a short run would lose by it.",
-             panel=TRAINING),
-    ] = None  # fmt: skip
-    warmup: Annotated[float, flag("Share of the steps with a rising rate.", panel=TRAINING)] = 0.05
-    weight_decay: Annotated[float, flag("Of AdamW.", panel=TRAINING)] = 0.01
-    clip: Annotated[float, flag("Largest gradient norm of a head.", panel=TRAINING)] = 1.0
-    epochs: Annotated[int, flag("Passes over the data.", panel=TRAINING)] = 1
-    minutes: Annotated[
-        float, flag("End after so long, however far; 0 is no limit.", panel=TRAINING)
-    ] = 0.0
-    batch_tokens: Annotated[int, flag("Padded tokens of a step.", panel=TRAINING)] = 2048
-    seed: Annotated[int, flag("Of data order, held-out choice and noise.", panel=TRAINING)] = 0
-    dtype: Annotated[
-        str, flag("auto, bfloat16, float32 or float64.", panel=TRAINING, metavar="DTYPE")
-    ] = "auto"
-
-    def config(self) -> DistillConfig:
-        """The checked configuration."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        exits = integers("exit_layer", fields.pop("exit_layer"))
-        return DistillConfig(exits, kind=fields.pop("head"), **fields)
+GENERATION = "Self-generation"
 
 
 @dataclass
@@ -119,7 +47,7 @@ class GenerationOptions:
 
 
 def distill(
-    training: TrainingOptions,
+    config: DistillConfig,
     generation: GenerationOptions,
     data: Annotated[
         list[str],
@@ -133,7 +61,9 @@ def distill(
     ],
     out: Annotated[Path, typer.Option(help="Directory of the run; a stopped run goes on there.")],
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="Directory, .gguf file or hub id.")
+        str | None,
+        typer.Option("-m", "--model", help="Directory, .gguf file or hub id.",
+                     envvar="PPSD_MODEL", show_envvar=False),
     ] = None,
     features: Annotated[
         Path | None,
@@ -145,7 +75,6 @@ def distill(
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
 ) -> None:  # fmt: skip
     """Train exit heads by self-distillation; the same command continues a stopped run."""
-    config = training.config()
     from ppsd.train.records import read_data
 
     records, files = read_data(data)

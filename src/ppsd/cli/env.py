@@ -15,7 +15,7 @@ from ppsd.cli.display import size
 
 NAMES, WIDTH = 17, 80  # columns
 VARIABLES = (
-    *("PPSD_CACHE", "PPSD_HEADS", "PPSD_KERNELS"),
+    *("PPSD_CACHE", "PPSD_HEADS", "PPSD_KERNELS", "PPSD_CONFIG"),
     *("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "CC", "OMP_NUM_THREADS"),
 )
 
@@ -56,8 +56,13 @@ def _record() -> dict[str, Any]:
         "memory_free_bytes": memory.available,
         "accelerators": _accelerators(),
         "kernels": origin["bfloat16_kernels"],
-        "environment": {name: os.environ.get(name) for name in VARIABLES},
+        "environment": {name: os.environ.get(name) for name in (*VARIABLES, *_settings())},
     } | _places()
+
+
+def _settings() -> list[str]:
+    """Return the variables that set something else."""
+    return sorted(name for name in os.environ if name.startswith("PPSD_") and name not in VARIABLES)
 
 
 def _accelerators() -> list[str]:

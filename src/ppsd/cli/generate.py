@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ppsd.cli.display import conclude, log_console, painter, show
-from ppsd.cli.options import PipelineOptions, SamplingOptions
 from ppsd.cli.session import open_llm
+from ppsd.cli.settings import Sampling
+from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError, PpsdError
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def generate(
-    pipeline: PipelineOptions,
-    sampling: SamplingOptions,
+    config: EngineConfig,
+    sampling: Sampling,
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; '-' reads it from stdin.", metavar="[PROMPT]")
     ] = None,
@@ -50,9 +51,9 @@ def generate(
 ) -> None:
     """Complete a prompt and stream the answer."""
     text = _read(prompt)
-    _check(raw, system, pipeline.chat_template, trace)
+    _check(raw, system, config.chat_template, trace)
     _params(sampling, samples)
-    with open_llm(pipeline, trace=trace is not None) as llm:
+    with open_llm(config, trace=trace is not None) as llm:
         params = _params(sampling, samples, llm.defaults.values)
         message = text if raw else _messages(text, system)
         if as_json:
@@ -88,11 +89,11 @@ def _check(raw: bool, system: str | None, template: str | None, trace: Path | No
 
 
 def _params(
-    sampling: SamplingOptions, samples: int, defaults: Mapping[str, Any] | None = None
+    sampling: Sampling, samples: int, defaults: Mapping[str, Any] | None = None
 ) -> SamplingParams:
     """The parameters of all samples; the model's ``defaults`` are known once it is loaded."""
     params = replace(sampling.params(defaults), n=samples)
-    known = defaults is not None or sampling.temperature is not None
+    known = defaults is not None or "temperature" in sampling.given
     if known and samples > 1 and params.greedy:
         raise ConfigError("samples", samples, "1 at temperature 0, where all are equal")
     return params

@@ -47,7 +47,7 @@ def show(
     head: Annotated[str, typer.Argument(help="A head by the name that list shows, or directory.")],
 ) -> None:
     """Print what a head is: model, exit, vocabulary, training and measured agreement, as JSON."""
-    from ppsd.model.exit_head import read_head_config
+    from ppsd.model.head_files import read_head_config
     from ppsd.model.head_library import head_directory
 
     print(json.dumps(read_head_config(head_directory(head)).to_json(), indent=1))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from rich.table import Table
 
-from ppsd.cli.options import flag, integers, pairs
+from ppsd.cli.flags import flag, integers, pairs
 from ppsd.cli.streams import visible
 from ppsd.errors import ConfigError
 
@@ -38,7 +38,7 @@ class WorkerOptions:
     model: Annotated[
         str | None,
         _model("Directory, .gguf file or hub id, or a named shape with --hardware.", "-m",
-               "--model"),
+               "--model", envvar="PPSD_MODEL", show_envvar=False),
     ] = None  # fmt: skip
     workers: Annotated[int, _model("Number of workers; each is a stage.")] = 2
     profile: Annotated[

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from ppsd.cli.display import log_console
 from ppsd.cli.progress import TimeColumn
+from ppsd.cli.settings import Only
+from ppsd.config import EngineConfig
 
 if TYPE_CHECKING:
     from ppsd.engine.peer import Subject
@@ -23,27 +25,16 @@ BUSY_LOAD = 0.5  # the load average from which on a measurement disturbs nobody 
 
 
 def profile(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help="Directory, .gguf file or hub id; embedded one if left out."
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="As in generate.", metavar="DTYPE")] = "auto",
-    stages: Annotated[int, typer.Option(help="Shares the cores among so many stages.")] = 2,
-    threads_per_stage: Annotated[
-        int, typer.Option(help="CPU threads a stage; 0 shares the cores evenly.")
-    ] = 0,
-    transport: Annotated[
-        str, typer.Option(help="shared-memory or distributed.", metavar="KIND")
-    ] = "shared-memory",
+    config: Annotated[
+        EngineConfig, Only(("model", "dtype", "stages", "threads_per_stage", "transport"))
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Write here, not into ppsd's cache.", metavar="FILE")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
 ) -> None:
     """Time layers, heads and messages; plans made later on this machine use the result."""
-    subject = subject_of(model, dtype, stages, threads_per_stage, transport)
+    subject = subject_of(config)
     load = os.getloadavg()[0]
     if load > BUSY_LOAD:
         text = (
@@ -60,19 +51,17 @@ def profile(
     log_console().print(f"profile written to {place}")
 
 
-def subject_of(model: str | None, dtype: str, stages: int, threads: int, transport: str) -> Subject:
-    """What is measured, by the flags of a pipeline; raises ConfigError."""
-    from ppsd.config import EngineConfig, core_shares
-    from ppsd.engine.choose import dtype_name, threads_of
-
-    config = EngineConfig(model, stages=stages, dtype=dtype, threads_per_stage=threads)
+def subject_of(config: EngineConfig) -> Subject:
+    """Return what is measured for the settings of a pipeline; raises ConfigError."""
     import torch
 
+    from ppsd.config import core_shares
+    from ppsd.engine.choose import dtype_name, threads_of
     from ppsd.engine.peer import Subject
     from ppsd.model.source import describe, resolve_model
     from ppsd.model.weights import check_shapes, fingerprint, open_source
 
-    files = resolve_model(model)
+    files = resolve_model(config.model)
     spec, source = describe(files), open_source(files.path)
     check_shapes(source, spec)
     threads = threads_of(config)
@@ -84,7 +73,7 @@ def subject_of(model: str | None, dtype: str, stages: int, threads: int, transpo
         dtype=getattr(torch, dtype_name(config)),
         threads=threads,
         cores=core_shares(2, threads),
-        transport=transport,
+        transport="shared-memory" if config.transport == "auto" else config.transport,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ppsd.cli.display import log_console
-from ppsd.cli.options import PipelineOptions
 from ppsd.cli.streams import visible
+from ppsd.config import EngineConfig
 from ppsd.errors import PpsdError
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
-    from ppsd.model.exit_head import HeadConfig
+    from ppsd.model.head_files import HeadConfig
 
 UNTRAINED_NOTICE = "untrained exit head: few drafts will be accepted; exact, but no faster"
 HELD_OUT_NOTICE = (
@@ -30,23 +31,30 @@ NO_HEAD_NOTICE = (
 )
 
 
+def with_head(config: EngineConfig) -> EngineConfig:
+    """Return the settings with the directory of the head that they name."""
+    from ppsd.model.head_library import head_directory
+
+    return config.replaced(head=str(head_directory(config.head)))
+
+
 @contextmanager
-def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
+def open_llm(config: EngineConfig, **more: Any) -> Iterator[LLM]:
     """Load the model with a progress bar; closed at the end, whatever happens."""
     console = log_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        tasks = [
-            bar.add_task(f"loading stage {rank}", total=None) for rank in range(_stages(options))
-        ]
+        tasks = [bar.add_task(f"loading stage {rank}", total=None) for rank in range(config.stages)]
 
         def progress(rank: int, done: int, total: int) -> None:
             bar.update(tasks[rank], completed=done, total=total)
 
         from ppsd.engine.llm import LLM  # takes seconds, so the bar is up first
 
-        llm = LLM(progress=progress, **options.settings(), **more)
+        resolved = with_head(config)
+        settings = {f.name: getattr(resolved, f.name) for f in dataclasses.fields(resolved)}
+        llm = LLM(progress=progress, **settings | more)
     with llm:
         if llm.layout.reason:
             console.print(visible(llm.layout.reason), style="dim")
@@ -54,7 +62,7 @@ def open_llm(options: PipelineOptions, **more: Any) -> Iterator[LLM]:
             console.print(visible(f"sampling as {llm.defaults.origin} asks: {asked}"), style="dim")
         for notice in _notices(llm):
             console.print(visible(notice), style="yellow")
-        with _afterwards(visible(_advice(options, llm))):
+        with _afterwards(visible(_advice(config, llm))):
             yield llm
 
 
@@ -88,17 +96,13 @@ def _held_out(head: HeadConfig) -> bool:
     return rate is not None and not rate.measured
 
 
-def _advice(options: PipelineOptions, llm: LLM) -> str:
+def _advice(config: EngineConfig, llm: LLM) -> str:
     """Return how to get a head where one is missed, nothing where none is."""
-    missing = options.head == "auto" and options.stages > 1 and llm.layout.head is None
-    return _no_head_notice(options, llm) if missing else ""
+    missing = config.head == "auto" and config.stages > 1 and llm.layout.head is None
+    return _no_head_notice(config, llm) if missing else ""
 
 
-def _stages(options: PipelineOptions) -> int:
-    return options.stages if options.split is None else options.split.count(",") + 2
-
-
-def _no_head_notice(options: PipelineOptions, llm: LLM) -> str:
+def _no_head_notice(config: EngineConfig, llm: LLM) -> str:
     from ppsd.model.head_library import local_root
 
     name, place = llm.layout.spec.name, Path("DIR")
@@ -107,8 +111,8 @@ def _no_head_notice(options: PipelineOptions, llm: LLM) -> str:
     wanted = llm.layout.bounds[1]
     return NO_HEAD_NOTICE.format(
         model=name,
-        exit="" if options.exit_layer is None else f" at exit layer {wanted}",
-        option="" if options.model is None else f" --model {options.model}",
+        exit="" if config.exit_layer is None else f" at exit layer {wanted}",
+        option="" if config.model is None else f" --model {config.model}",
         layer=wanted,
         place=place,
     )

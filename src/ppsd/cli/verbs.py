@@ -1,4 +1,4 @@
-"""A command made of verbs, and the one place where errors become exit codes.
+"""Run a command made of verbs; the one place where errors become exit codes.
 
 A verb's module is imported when that verb runs, so the first screens are instant.
 """
@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any, ClassVar
 
 import typer
@@ -25,7 +24,7 @@ EXIT_FAILURE = 1
 
 @dataclass(frozen=True)
 class Command:
-    """A command's name, its first screens, and the package with a module for each verb.
+    """Hold a command's name, its first screens, and the package with a module for each verb.
 
     A verb's module has a function of the verb's name, or an ``app`` with verbs of its own.
     """
@@ -38,7 +37,7 @@ class Command:
 
     @property
     def verbs(self) -> list[str]:
-        """All verbs, in the order of ``--help``."""
+        """Return all verbs, in the order of ``--help``."""
         return [verb for section in self.sections.values() for verb in section]
 
     def load(self, verb: str) -> TyperCommand | TyperGroup:
@@ -51,7 +50,7 @@ class Command:
         lines = [f"{self.name}: {self.title}", usage, ""]
         for section, verbs in self.sections.items():
             lines += [f"{section}:", *(f"  {verb:<12}{text}" for verb, text in verbs.items())]
-        lines += ["", f"`{self.name} --version` shows the version.", ""]
+        lines += ["", "Also: --version, and --install-completion of verbs and flags.", ""]
         return "\n".join(lines)
 
     def app(self) -> typer.Typer:
@@ -59,17 +58,18 @@ class Command:
 
         def show_version(asked: bool) -> None:
             if asked:
+                from importlib.metadata import version
+
                 print(f"{self.name} {version('ppsd-llm')}")
                 raise typer.Exit
 
         app = typer.Typer(
             cls=type("Verbs", (_Verbs,), {"of": self}),
-            add_completion=False,
             pretty_exceptions_enable=False,
         )
         shown = typer.Option(False, "--version", help="Show the version.", callback=show_version)
 
-        def root(version=shown):  # type: ignore[no-untyped-def]  # noqa: ANN
+        def root(version=shown):  # type: ignore[no-untyped-def]
             pass
 
         root.__annotations__ = {"version": bool, "return": None}
@@ -98,7 +98,7 @@ class Command:
 
 
 class _Verbs(TyperGroup):
-    """The verbs of one command by name; each is imported when it is asked for."""
+    """Import a verb of one command when it is asked for."""
 
     of: ClassVar[Command]
 
@@ -108,7 +108,7 @@ class _Verbs(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Show how to begin when nothing was asked, before typer imports what reads flags."""
-        if not args:
+        if not args and not ctx.resilient_parsing:  # as for a shell that completes a verb
             print(self.of.begin, end="")
             ctx.exit()
         return super().parse_args(ctx, args)

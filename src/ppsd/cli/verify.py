@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from ppsd.cli.options import PipelineOptions, SamplingOptions
 from ppsd.cli.session import open_llm
+from ppsd.cli.settings import Sampling
+from ppsd.config import EngineConfig
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def verify(
-    pipeline: PipelineOptions,
-    sampling: SamplingOptions,
+    config: EngineConfig,
+    sampling: Sampling,
     prompts: Annotated[
         Path, typer.Argument(help="JSONL or text file of prompts.", metavar="PROMPTS")
     ],
@@ -29,8 +30,8 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Decode prompts plainly and in --mode, else ppsd; exit with 1 unless all tokens are equal."""
-    if pipeline.mode == "auto":  # a plan of plain decoding would leave nothing to compare
-        pipeline.mode = "ppsd"
+    if config.mode == "auto":  # a plan of plain decoding would leave nothing to compare
+        config = config.replaced(mode="ppsd")
     from ppsd.measure.workload import load_tasks
     from ppsd.provenance import provenance
 
@@ -43,7 +44,7 @@ def verify(
     def done(comparison: Comparison) -> None:
         console.print(_line(comparison))
 
-    with open_llm(pipeline) as llm:
+    with open_llm(config) as llm:
         params = sampling.params(llm.defaults.values)
         result = measurement.verify(llm, tasks, params, done)
     if as_json:

@@ -24,14 +24,8 @@ from ppsd.engine.links import Links, OwnLinks, StageLinks
 from ppsd.engine.memory import check_free, default_context, stage_bytes
 from ppsd.errors import ConfigError, KernelError
 from ppsd.model import kernels
-from ppsd.model.exit_head import (
-    ExitHead,
-    HeadConfig,
-    check_head,
-    load_head,
-    read_head_config,
-    untrained_head,
-)
+from ppsd.model.exit_head import ExitHead, load_head, untrained_head
+from ppsd.model.head_files import HeadConfig, check_head, read_head_config
 from ppsd.model.identity import Identity
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec

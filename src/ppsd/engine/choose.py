@@ -18,7 +18,7 @@ from ppsd.engine.memory import default_context, stage_bytes
 from ppsd.engine.peer import Subject
 from ppsd.engine.profiles import profile_for
 from ppsd.errors import ConfigError
-from ppsd.model.exit_head import HeadConfig, check_head, read_head_config
+from ppsd.model.head_files import HeadConfig, check_head, read_head_config
 from ppsd.model.head_library import FoundHead, find_heads, known_rate, suitable
 from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model

@@ -18,7 +18,8 @@ import torch
 
 from ppsd.engine.peer import CONTEXTS, CURRENT, ROWS, Peer, Subject, worker
 from ppsd.model import kernels
-from ppsd.model.exit_head import ExitHead, HeadConfig, head_tensor_shapes
+from ppsd.model.exit_head import ExitHead, head_tensor_shapes
+from ppsd.model.head_files import HeadConfig
 from ppsd.model.packed import first_rows
 from ppsd.model.stage import Stage
 from ppsd.plan.profile import HeadTime, LayerTime, Profile, RowsTime, Timing

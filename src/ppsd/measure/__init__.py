@@ -1,1 +1,1 @@
-"""What a user measures: exactness, and the acceptance of heads."""
+"""Measure for users: exactness and acceptance of heads."""

@@ -20,7 +20,8 @@ import torch
 
 from ppsd.errors import ConfigError, HeadError, PpsdError
 from ppsd.measure.workload import Task
-from ppsd.model.exit_head import WEIGHTS_FILE, ExitHead, load_head, read_head_config
+from ppsd.model.exit_head import ExitHead, load_head
+from ppsd.model.head_files import WEIGHTS_FILE, read_head_config
 from ppsd.model.stage import StagePlan
 from ppsd.speculation.lookup import CONFIDENCE, LENGTHS, find, mixed
 from ppsd.speculation.sampling import Sampler, Stream, gumbel

@@ -14,7 +14,7 @@ from ppsd.engine.choose import head_layers
 from ppsd.engine.llm import LLM
 from ppsd.measure.acceptance import OUTSIDE, Answer, Outcome
 from ppsd.measure.verify import first_difference
-from ppsd.model.exit_head import HeadConfig
+from ppsd.model.head_files import HeadConfig
 from ppsd.model.spec import ModelSpec
 from ppsd.plan.planner import Exit, Problem, choose
 from ppsd.plan.profile import estimate

@@ -1,4 +1,4 @@
-"""Lists the models that can be used here: the embedded one, local ones, the hub's cache.
+"""List the models that can be used here: the embedded one, local ones, the hub's cache.
 
 Imported by cli/. Reads configurations and headers, never weights, and never the network.
 """

@@ -1,4 +1,4 @@
-"""Chat templates: which one applies, and its rendering within bounds.
+"""Choose a chat template, and render it within bounds.
 
 A template is a program that comes with a model. transformers runs it in a sandbox, which keeps it
 from the machine but not from running or growing without end.
@@ -124,7 +124,7 @@ def _bounded(call: Callable[[], T]) -> T:
 
 
 def _hold_memory() -> Callable[[], object]:
-    """Let this process grow by MAX_BYTES at most, where the system can; return what ends it."""
+    """Limit this process's growth to MAX_BYTES where possible; return what lifts the limit."""
     try:
         import resource
 

@@ -1,4 +1,4 @@
-"""Reads how a model's authors want it sampled: generation_config.json, or a GGUF file's keys.
+"""Read how a model's authors want it sampled: generation_config.json, or a GGUF file's keys.
 
 Imported by engine/.
 """

@@ -74,6 +74,6 @@ class Escape:
 
     @cached_property
     def _originals(self) -> dict[int, int]:
-        """The id of each token by that of its stand-in."""
+        """Return the id of each token by the id of its stand-in."""
         pairs = self._templates.items()
         return {self._copy.token_to_id(stand_in): self._ids[name] for name, stand_in in pairs}

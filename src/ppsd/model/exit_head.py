@@ -1,167 +1,73 @@
-"""Exit heads: the small modules that read an early hidden state and guess the next token.
+"""Exit heads: small modules that read an early hidden state and guess the next token.
 
-A head directory holds ``head.json`` (what it is and for which model) and ``head.safetensors``
-(its own weights; matrices may be in 8-bit codes, head_codes.py; the LM head rows come from the
-model). Used by engine/ and train/.
+Their files are in head_files.py. Used by engine/ and train/.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ppsd.errors import HeadError
 from ppsd.model import kernels
 from ppsd.model.head_codes import decode
+from ppsd.model.head_files import WEIGHTS_FILE, HeadConfig, check_head, read_head_config
 from ppsd.model.identity import Identity
 from ppsd.model.layers import LayerWeights, Norm, Product, Rope
+from ppsd.model.names import FINAL_NORM, layer_prefix, lm_head_name
 from ppsd.model.packed import Weight, pack
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan, fuse_layer, new_cache, new_runner, packable
-from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSource, layer_prefix
+from ppsd.model.weights import TensorSource
 from ppsd.speculation.lookup import LENGTHS, ODDS, Match, likeliest
 
-FORMAT = 2
-KINDS = ("norm", "transformer")
-CONFIG_FILE = "head.json"
-WEIGHTS_FILE = "head.safetensors"
-PROMPTS_FILE = "prompts.txt"
+Shape = Callable[[HeadConfig, int], tuple[int, ...] | None]  # for a hidden size; None: no tensor
+
+
+def _in_file(name: str, shape: Shape) -> dict[str, Any]:
+    return {"name": name, "shape": shape}
+
+
+NORM = _in_file("norm.weight", lambda head, width: (width,))
+DRAFT_IDS = _in_file("draft_ids", lambda head, _: (head.draft_vocab,) if head.draft_vocab else None)
+INPUT = _in_file("input.weight", lambda head, width: (width, width) if head.layers else None)
+FEEDBACK_NORM = _in_file("feedback_norm.weight", lambda head, w: (w,) if head.feedback else None)
+FEEDBACK = _in_file("feedback.weight", lambda head, w: (w, w) if head.feedback else None)
+COPY = _in_file("copy.weight", lambda head, w: (len(LENGTHS), w) if head.copy_gate else None)
+COPY_BIAS = _in_file("copy.bias", lambda head, _: (len(LENGTHS),) if head.copy_gate else None)
 
 
 @dataclass(frozen=True)
-class HeadConfig:
-    """What a head is: its kind, the exit layer it reads, and the model it belongs to.
+class HeadTensors:
+    """The tensors of a head beside its decoder layers, None for those that it does without."""
 
-    ``layers`` is the number of decoder layers (0 for ``norm``), ``mlp`` the neurons of their MLPs,
-    None for the model's own; ``draft_vocab`` the number of tokens it scores, None for all.
-    ``feedback`` says that it also reads the last layer's rows of verified positions, ``copy_gate``
-    that it tells when earlier text is worth copying, ``trained`` whether drafts can be expected to
-    be accepted. ``model`` is the content of the model's ``Identity``, empty in older heads.
-    """
+    norm: torch.Tensor = field(metadata=NORM)
+    draft_ids: torch.Tensor | None = field(default=None, metadata=DRAFT_IDS)  # int64, ascending
+    input: torch.Tensor | None = field(default=None, metadata=INPUT)
+    feedback_norm: torch.Tensor | None = field(default=None, metadata=FEEDBACK_NORM)
+    feedback: torch.Tensor | None = field(default=None, metadata=FEEDBACK)
+    copy_weight: torch.Tensor | None = field(default=None, metadata=COPY)
+    copy_bias: torch.Tensor | None = field(default=None, metadata=COPY_BIAS)
 
-    kind: str
-    exit_layer: int
-    layers: int
-    draft_vocab: int | None
-    base_model: str
-    fingerprint: str
-    mlp: int | None = None
-    feedback: bool = False
-    copy_gate: bool = False
-    trained: bool = True
-    model: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    @classmethod
+    def of(cls, weights: Mapping[str, torch.Tensor]) -> HeadTensors:
+        """Pick the tensors out of a file's."""
+        held: dict[str, Any] = {f.name: weights.get(f.metadata["name"]) for f in fields(cls)}
+        return cls(**held)
 
-    @property
-    def identity(self) -> Identity:
-        """Of the model it was trained on; raises ValueError."""
-        return Identity.from_json(self.fingerprint, self.model)
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of ``head.json``."""
-        return {"format": FORMAT, **asdict(self)}
-
-
-def save_head(
-    directory: Path,
-    config: HeadConfig,
-    weights: dict[str, torch.Tensor],
-    prompts: Iterable[str] = (),
-) -> None:
-    """Write a head directory; ``weights`` are those of ``head_tensor_shapes``.
-
-    ``prompts`` are digests of what it was trained on, so that others can check for overlap.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in weights.items()}, directory / WEIGHTS_FILE)
-    (directory / PROMPTS_FILE).write_text("".join(f"{digest}\n" for digest in prompts))
-    (directory / CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=1) + "\n")
-
-
-def record_metrics(directory: Path, name: str, figures: dict[str, Any]) -> None:
-    """Put ``figures`` under ``name`` into a head's metrics; raises HeadError."""
-    config = read_head_config(directory)
-    config = replace(config, metrics={**config.metrics, name: figures})
-    draft = directory / f"{CONFIG_FILE}.new"
-    try:
-        draft.write_text(json.dumps(config.to_json(), indent=1) + "\n")
-        draft.replace(directory / CONFIG_FILE)
-    except OSError as error:
-        raise HeadError(f"cannot write {directory / CONFIG_FILE}: {error.strerror}") from error
-
-
-def read_head_config(directory: Path) -> HeadConfig:
-    """Read and check ``head.json``; raises HeadError naming the file and what is wrong."""
-    path = directory / CONFIG_FILE
-    try:
-        record = json.loads(path.read_text())
-        if record.pop("format") != FORMAT:
-            raise HeadError(f"{path} is not of head format {FORMAT}")
-        config = HeadConfig(**record)
-    except FileNotFoundError as error:
-        raise HeadError(f"no exit head at {directory}: {CONFIG_FILE} is missing") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise HeadError(f"{path} is not a head configuration: {error}") from error
-    _check_config(config, path)
-    return config
-
-
-def _check_config(config: HeadConfig, path: Path) -> None:
-    """Raise HeadError unless every field is of its type and kind and layers agree."""
-    for name, low in (("exit_layer", 1), ("layers", 0), ("draft_vocab", 1), ("mlp", 1)):
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            if name in ("draft_vocab", "mlp") and value is None:
-                continue
-            raise HeadError(f"{path}: {name} must be an integer of at least {low}, got {value!r}")
-    for name in ("base_model", "fingerprint"):
-        if not isinstance(getattr(config, name), str):
-            raise HeadError(f"{path}: {name} must be a text, got {getattr(config, name)!r}")
-    try:
-        _ = config.identity
-    except ValueError as error:
-        raise HeadError(f"{path}: {error}") from error
-    if config.kind not in KINDS or (config.layers > 0) != (config.kind == "transformer"):
-        raise HeadError(f"{path} names kind {config.kind!r} with {config.layers!r} layers")
-    for name in ("feedback", "copy_gate"):
-        if getattr(config, name) not in (False, config.kind == "transformer"):
-            raise HeadError(f"{path}: {name} must be true or false, and false for a norm head")
-
-
-def check_head(
-    config: HeadConfig,
-    spec: ModelSpec,
-    identity: Identity,
-    exit_layer: int,
-    where: str,
-    *,
-    force: bool = False,
-) -> None:
-    """Raise HeadError unless the head was made for this exit layer and, without ``force``, model.
-
-    Another model's head costs acceptance, never exactness.
-    """
-    if not force and (difference := config.identity.difference(identity)):
-        raise HeadError(
-            f"exit head {where} belongs to {config.base_model}, not to {spec.name}: {difference}; "
-            "ppsd generate --force-head uses it all the same"
-        )
-    if config.exit_layer != exit_layer:
-        raise HeadError(
-            f"exit head {where} reads layer {config.exit_layer}, but stage 0 ends at layer "
-            f"{exit_layer}; choose the split or the head so that both agree"
-        )
+    def named(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that there are by their names in a file."""
+        held = {f.metadata["name"]: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
 class ExitHead:
-    """Hidden rows after layer E to draft logits; rows are addressed by position like a stage's.
+    """Hidden rows after layer E to draft logits, over a cache like a stage's.
 
     ``norm``: own norm, then LM head rows. ``transformer``: before that a matrix that brings rows
     of layer E near those of the last layer, and decoder layers with their own key/value cache.
@@ -187,16 +93,14 @@ class ExitHead:
             name: t.to(plan.device) if name == "draft_ids" else t.to(plan.device, plan.dtype)
             for name, t in weights.items()
         }
-        self.norm = weights.pop("norm.weight")  # [C]
-        self._normed = Norm(self.norm, spec.rms_norm_eps)
-        self.draft_ids = weights.pop("draft_ids", None)  # [draft vocabulary] int64, ascending
-        ids = torch.arange(spec.vocab_size) if self.draft_ids is None else self.draft_ids.cpu()
+        self.tensors = held = HeadTensors.of(weights)
+        self._normed = Norm(held.norm, spec.rms_norm_eps)
+        ids = torch.arange(spec.vocab_size) if held.draft_ids is None else held.draft_ids.cpu()
         self._scored = ids.numpy()
         self.lm_head = lm_head  # [draft vocabulary or V, C]
-        self._enter = _product(weights.pop("input.weight", None))
-        recalled = weights.pop("feedback.weight", None), weights.pop("feedback_norm.weight", None)
-        self._recall = _product(recalled[0], None, recalled[1], spec.rms_norm_eps)
-        self._odds = _product(weights.pop("copy.weight", None), weights.pop("copy.bias", None))
+        self._enter = _product(held.input)
+        self._recall = _product(held.feedback, None, held.feedback_norm, spec.rms_norm_eps)
+        self._odds = _product(held.copy_weight, held.copy_bias)
         self._score = Product(lm_head)
         self.layers: list[LayerWeights] = [
             fuse_layer(weights, layer_prefix(i)) for i in range(config.layers)
@@ -216,7 +120,7 @@ class ExitHead:
         return started.hidden
 
     def finish(self, features: torch.Tensor, verified: torch.Tensor | None = None) -> torch.Tensor:
-        """``forward``'s rows [n, C] as ``logits`` and ``copy_odds`` want them [n, C].
+        """Add feedback to ``forward``'s rows [n, C] and norm them, to be scored.
 
         ``verified`` [n, C]: the last layer's row of each row's newest verified position, or None.
         """
@@ -225,23 +129,23 @@ class ExitHead:
         return self._normed(features)
 
     def copy_odds(self, finished: torch.Tensor) -> torch.Tensor:
-        """The ``odds`` [n, LENGTHS] of ``lookup.mixed`` for each finished row."""
+        """Return the ``odds`` [n, LENGTHS] of ``lookup.mixed`` for each finished row."""
         return ODDS.expand(len(finished), -1) if self._odds is None else self._odds(finished)
 
     def scores(self, finished: torch.Tensor) -> torch.Tensor:
-        """Draft logits of finished rows, for the draft vocabulary alone where there is one."""
+        """Return the draft logits of finished rows, for the draft vocabulary alone."""
         return self._score(finished)
 
     def logits(self, finished: torch.Tensor) -> torch.Tensor:
-        """Draft logits [n, V] of finished rows; -inf outside the draft vocabulary."""
+        """Return the draft logits [n, V] of finished rows; -inf outside the draft vocabulary."""
         return self.spread(self.scores(finished))
 
     def drafts_below(self, size: int) -> bool:
-        """Whether only tokens below ``size`` are scored."""
+        """Return True if only tokens below ``size`` are scored."""
         return bool(self._scored[-1] < size)
 
     def likeliest(self, scores: torch.Tensor, match: Match | None, odds: torch.Tensor) -> int:
-        """The token that ``mixed`` logits of one row of ``scores`` have their maximum at.
+        """Return the token with the largest ``mixed`` logit, for one row of ``scores``.
 
         Raises NonFiniteError like ``lookup.likeliest``.
         """
@@ -251,11 +155,11 @@ class ExitHead:
         return likeliest(values, self._scored, match, odds)
 
     def spread(self, scores: torch.Tensor) -> torch.Tensor:
-        """``logits`` from ``scores``."""
-        if self.draft_ids is None:
+        """Spread ``scores`` over the whole vocabulary; -inf outside the draft vocabulary."""
+        if self.tensors.draft_ids is None:
             return scores
         full = scores.new_full((scores.shape[0], self.spec.vocab_size), float("-inf"))
-        return full.index_copy_(1, self.draft_ids, scores)
+        return full.index_copy_(1, self.tensors.draft_ids, scores)
 
 
 def _product(weight: torch.Tensor | None, *rest: Any) -> Product | None:
@@ -263,22 +167,15 @@ def _product(weight: torch.Tensor | None, *rest: Any) -> Product | None:
 
 
 def head_spec(config: HeadConfig, spec: ModelSpec) -> ModelSpec:
-    """The shape of a head's decoder layers: the model's, but for its own MLP."""
+    """Return the sizes of a head's decoder layers: the model's, but for its own MLP."""
     return spec if config.mlp is None else replace(spec, intermediate_size=config.mlp)
 
 
 def head_tensor_shapes(config: HeadConfig, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in ``head.safetensors``."""
-    width = spec.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (width,)}
-    if config.draft_vocab is not None:
-        shapes["draft_ids"] = (config.draft_vocab,)
-    if config.layers:
-        shapes["input.weight"] = (width, width)
-    if config.feedback:
-        shapes |= {"feedback_norm.weight": (width,), "feedback.weight": (width, width)}
-    if config.copy_gate:
-        shapes |= {"copy.weight": (len(LENGTHS), width), "copy.bias": (len(LENGTHS),)}
+    """Return the names and shapes of the tensors in ``head.safetensors``."""
+    about = [tensor.metadata for tensor in fields(HeadTensors)]
+    every = {tensor["name"]: tensor["shape"](config, spec.hidden_size) for tensor in about}
+    shapes: dict[str, tuple[int, ...]] = {n: shape for n, shape in every.items() if shape}
     layer = head_spec(config, spec).layer_shapes()
     for i in range(config.layers):
         shapes |= {layer_prefix(i) + name: shape for name, shape in layer.items()}
@@ -342,8 +239,8 @@ def lm_head_rows(
     draft_ids: torch.Tensor | None,
     embedding: torch.Tensor | None,
 ) -> Weight:
-    """The model's LM head rows for ``draft_ids`` (all when None), [draft vocabulary or V, C]."""
-    name = EMBEDDING if spec.tie_embeddings else LM_HEAD
+    """Return the model's LM head rows for ``draft_ids`` (None: all), [draft vocabulary or V, C]."""
+    name = lm_head_name(spec)
     count = spec.vocab_size if draft_ids is None else len(draft_ids)
     if packable(source, plan, {name: (count, spec.hidden_size)}, [name]):
         codes = source.codes(name)
@@ -360,7 +257,7 @@ def untrained_head(
     fingerprint: str,
     embedding: torch.Tensor | None = None,
 ) -> ExitHead:
-    """A ``norm`` head made of the model's own final norm and LM head; it is rarely right."""
+    """Make a ``norm`` head of the model's own final norm and LM head, which is rarely right."""
     config = HeadConfig("norm", plan.last, 0, None, spec.name, fingerprint, trained=False)
     weights = {"norm.weight": source.load(FINAL_NORM, plan.dtype)}
     lm_head = lm_head_rows(spec, source, plan, None, embedding)

@@ -18,7 +18,7 @@ HALF = 2  # bytes of a float16
 
 
 def codes_of(rows: np.ndarray, quant: Quant) -> Codes:
-    """The weight [out, in] whose blocks are ``rows`` uint8 [out, bytes]; ``quant`` is in KINDS."""
+    """Return the weight [out, in] of blocks ``rows``, uint8 [out, bytes]; ``quant`` is in KINDS."""
     out = len(rows)
     codes, scales, offsets = _READERS[quant](rows.reshape(-1, GGML_QUANT_SIZES[quant][1]))
 
@@ -30,7 +30,7 @@ def codes_of(rows: np.ndarray, quant: Quant) -> Codes:
 
 
 def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The float16 at byte ``at`` of every block, [n, 1]."""
+    """Return the float16 at byte ``at`` of every block, [n, 1]."""
     return np.ascontiguousarray(blocks[:, at : at + HALF]).view(np.float16)
 
 
@@ -39,7 +39,7 @@ def _floats(blocks: np.ndarray, at: int) -> np.ndarray:
 
 
 def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """All low nibbles of each [n, k], then all high ones, [n, 2k]."""
+    """Return all low nibbles of each row [n, k], then all high ones, [n, 2k]."""
     return np.concatenate([packed & 0xF, packed >> 4], 1)
 
 

@@ -1,14 +1,14 @@
-"""What a GGUF file's metadata say about the model, as the contents of a config.json.
+"""Translate a GGUF file's metadata into the contents of a config.json.
 
 Keys that would change the numbers are obeyed or refused, as llama.cpp reads them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from ppsd import checks
 from ppsd.errors import ModelError, UnsupportedModelError, shortened
 from ppsd.model.gguf_header import Header
 
@@ -68,24 +68,20 @@ class _Keys:
     def integer(self, key: str, *default: int) -> int:
         """Return a positive integer; without default it must exist."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._refused(key, value, "a positive integer")
-        return value
+        with checks.inside(self.where, ModelError):
+            return checks.integer(self._named(key), value, 1, allowed="a positive integer")
 
     def number(self, key: str, *default: float) -> float:
         """Return a finite number that is not negative; without default it must exist."""
-        value = self._get(key, default)
-        real = isinstance(value, int | float) and not isinstance(value, bool)
-        if not real or not 0 <= value < math.inf:
-            raise self._refused(key, value, "a finite number, not negative")
-        return float(value)
+        value, allowed = self._get(key, default), "a finite number, not negative"
+        with checks.inside(self.where, ModelError):
+            return float(checks.number(self._named(key), value, 0, allowed=allowed))
 
     def text(self, key: str, default: str) -> str:
         """Return a text."""
         value = self._get(key, (default,))
-        if not isinstance(value, str):
-            raise self._refused(key, value, "a text")
-        return value
+        with checks.inside(self.where, ModelError):
+            return checks.string(self._named(key), value)
 
     def __contains__(self, key: str) -> bool:
         name = self._prefix + key
@@ -114,9 +110,8 @@ class _Keys:
             raise ModelError(f"{self.where}: {told}")
         return self._header.metadata.get(name, *default)
 
-    def _refused(self, key: str, value: object, allowed: str) -> ModelError:
-        name, told = shortened(self._prefix + key), shortened(repr(value))
-        return ModelError(f"{self.where}: metadata {name} must be {allowed}, got {told}")
+    def _named(self, key: str) -> str:
+        return f"metadata {shortened(self._prefix + key)}"
 
 
 def config_record(header: Header, where: str) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from ppsd.model.gguf_codes import KINDS, codes_of
 from ppsd.model.gguf_config import config_record, end_ids
 from ppsd.model.gguf_header import read_header, read_parts
 from ppsd.model.kernels import Kind
+from ppsd.model.names import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
 from ppsd.model.packed import Codes
 from ppsd.model.spec import ModelSpec, config_from_dict, spec_from_config
-from ppsd.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
 
 CHUNK = 1 << 20  # elements dequantised at a time: large tensors need no float32 copy
 GLOBAL_NAMES = {
@@ -56,11 +56,10 @@ class GGUFSource:
         self._stored = {canonical_name(name): name for name in names}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """See TensorSource; a tensor without a canonical name keeps its own."""
+        """Return all shapes; a tensor without a canonical name keeps its own."""
         return {name: self._header.tensors[own].shape for name, own in self._stored.items()}
 
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """See TensorSource."""
         if name not in self._stored:
             raise ModelError(f"{self._path}: tensor {stored_name(name)} is missing")
         tensor = self._dequantise(self._stored[name], dtype)
@@ -68,15 +67,12 @@ class GGUFSource:
         return unpermute(tensor, heads) if heads else tensor
 
     def name_in_file(self, name: str) -> str:
-        """See TensorSource."""
         return self._stored.get(name) or stored_name(name)
 
     def kind(self, name: str) -> Kind | None:
-        """See TensorSource."""
         return KINDS.get(self._header.tensors[self._stored[name]].kind)
 
     def codes(self, name: str) -> Codes:
-        """See TensorSource."""
         stored = self._stored[name]
         found = codes_of(self._rows(stored), self._header.tensors[stored].kind)
         if not all(bool(numbers.isfinite().all()) for numbers in found.numbers()):
@@ -125,7 +121,7 @@ class GGUFSource:
         return meta.get("llama.attention.head_count_kv", heads) if ".k_proj." in name else 0
 
     def _rows(self, stored: str) -> np.ndarray:
-        """A tensor's bytes, row by row."""
+        """Return a tensor's bytes, row by row."""
         entry = self._header.tensors[stored]
         rows = np.frombuffer(self._parts[entry.part], np.uint8, entry.nbytes, entry.offset)
         return rows.reshape(-1, quant_shape_to_byte_shape(entry.shape, entry.kind)[-1])

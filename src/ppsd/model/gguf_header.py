@@ -134,7 +134,7 @@ def _parse(data: mmap.mmap, path: Path, arrays: Collection[str] = ()) -> Header:
 
 
 class _Reader:
-    """Reads a header front to back; every length is checked against the file before its use."""
+    """Read a header front to back; check every length against the file before its use."""
 
     def __init__(self, data: mmap.mmap, arrays: Collection[str]) -> None:
         self._data = data

@@ -22,6 +22,7 @@ from tokenizers import (
     processors,
 )
 
+from ppsd import checks
 from ppsd.errors import ModelError, UnsupportedModelError, shortened
 from ppsd.model.gguf_config import END_NAMES
 from ppsd.model.gguf_header import read_header
@@ -52,7 +53,7 @@ CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 @dataclass(frozen=True)
 class _Splitting:
-    """How text is cut before merging: patterns that are applied one after the other.
+    """Patterns that cut a text before merging, applied one after the other.
 
     ``whole``: a piece that is a token stays whole, whatever the merges say. ``bos``: a prompt
     begins with BOS unless the file says otherwise. ``nfc``: text is normalised first.
@@ -255,11 +256,8 @@ class _Vocabulary:
         return self._metadata.get(PREFIX + name, default)
 
     def _flag(self, name: str, default: bool) -> bool:
-        value = self._key(name, default)
-        if not isinstance(value, bool):
-            told = shortened(repr(value))
-            raise ModelError(f"{self._where}: tokenizer.ggml.{name} must be a bool, got {told}")
-        return value
+        with checks.inside(self._where, ModelError):
+            return checks.truth(f"tokenizer.ggml.{name}", self._key(name, default))
 
     def _array(self, name: str, kind: type) -> Sequence[Any]:
         values = self._key(name)

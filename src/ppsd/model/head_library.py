@@ -1,4 +1,4 @@
-"""Where exit heads are found: those shipped with the package, and the user's own.
+"""Find exit heads: those shipped with the package, and the user's own.
 
 Imported by engine/ and cli/. Loads no weights.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ppsd.errors import HeadError
-from ppsd.model.exit_head import CONFIG_FILE, WEIGHTS_FILE, HeadConfig, read_head_config
+from ppsd.model.head_files import CONFIG_FILE, WEIGHTS_FILE, HeadConfig, read_head_config
 from ppsd.model.identity import Identity
 from ppsd.model.sidecar import cache_root
 
@@ -21,7 +21,7 @@ SHIPPED = Path(__file__).parents[1] / "heads"
 
 @dataclass(frozen=True)
 class Rate:
-    """How often a head's drafts are right: ``measured`` on a prompt file, else ``held out``.
+    """A head's rate of right drafts, ``measured`` on a prompt file or else ``held out``.
 
     What training held out is text like its own: other text is often drafted worse.
     ``interval`` is the 95 % interval of ``alpha`` over prompts, None where none is known.
@@ -33,12 +33,12 @@ class Rate:
 
     @property
     def origin(self) -> str:
-        """The mark that stands beside ``alpha`` wherever it is shown."""
+        """Return the mark that stands beside ``alpha`` wherever it is shown."""
         return "measured" if self.measured else "held out"
 
     @property
     def expected(self) -> tuple[float, str]:
-        """The rate to plan with, and its mark: the low end of what was only held out."""
+        """Return the rate to plan with, and its mark: the low end of what was only held out."""
         if self.measured or self.interval is None:
             return self.alpha, self.origin
         return self.interval[0], f"low end of {self.alpha:.2f} held out"
@@ -55,7 +55,7 @@ class FoundHead:
 
     @property
     def name(self) -> str:
-        """What --head takes: short below the places that are searched, else the path."""
+        """Return what --head takes: short below the places that are searched, else the path."""
         for root in _roots():
             if self.path.is_relative_to(root):
                 short = str(self.path.relative_to(root))
@@ -64,17 +64,15 @@ class FoundHead:
 
     @property
     def rate(self) -> Rate | None:
-        """See ``known_rate``."""
         return None if self.config is None else known_rate(self.config)
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
         return sum(f.stat().st_size for f in self.path.iterdir() if f.is_file())
 
 
 def known_rate(config: HeadConfig, *, lookup: bool = True) -> Rate | None:
-    """Acceptance as recorded by ``ppsd acceptance``, else agreement in training; None for neither.
+    """Return what ``ppsd acceptance`` recorded, else agreement in training; None for neither.
 
     Without prompt ``lookup`` training says nothing.
     """
@@ -108,7 +106,7 @@ def head_directory(name: str) -> Path:
 
 
 def find_heads() -> list[FoundHead]:
-    """All head directories: shipped ones first, each group by path."""
+    """Return all head directories, shipped ones first, each group by path."""
     found = _below(SHIPPED, shipped=True)
     with suppress(OSError):  # there is no home, or it is not ours to look into
         found += _below(local_root(), shipped=False)
@@ -116,7 +114,7 @@ def find_heads() -> list[FoundHead]:
 
 
 def _below(root: Path, *, shipped: bool) -> list[FoundHead]:
-    """Heads anywhere below ``root``, without those a run is just writing."""
+    """Yield heads anywhere below ``root``, without those that a run is just writing."""
     places = sorted(file.parent for file in root.rglob(CONFIG_FILE))
     return [_describe(p, shipped) for p in places if not p.name.startswith(".")]
 
@@ -143,7 +141,7 @@ def _check_owner(path: Path) -> None:
 def suitable(
     heads: Iterable[FoundHead], identity: Identity, exit_layer: int | None
 ) -> list[FoundHead]:
-    """Trained heads for a model, and for one exit layer unless that is None; the best α first.
+    """Return trained heads for a model (and exit layer, unless None), the best α first.
 
     Heads of unknown α come last; among equals the shipped one wins.
     """

@@ -1,4 +1,4 @@
-"""Which model a head was trained on, told in a way that survives conversion between formats.
+"""Tell models apart in a way that survives conversion between formats, for their heads.
 
 Imported by engine/, train/, plan/, measure/ and cli/.
 """
@@ -12,18 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from ppsd.model.names import FINAL_NORM
 from ppsd.model.spec import ModelSpec
-from ppsd.model.weights import FINAL_NORM, TensorSource, fingerprint
+from ppsd.model.weights import FINGERPRINTED, TensorSource, fingerprint
 
-SIZES = (  # no vocabulary: conversions pad it, and a head checks its own token ids
-    "num_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "rms_norm_eps",
-)
+# Conversions pad the vocabulary, and a head checks its own token ids.
+SIZES = tuple(name for name in FINGERPRINTED if name != "vocab_size")
 SAMPLED = 256  # values of the final norm: 1.4 kB of text
 # A bfloat16 copy is off by at most 2^-8; one step in bfloat16, the least that training changes, is
 # more. The slack is for float32, the floor for float16, which cannot hold smaller values.
@@ -66,7 +60,7 @@ class Identity:
         return cls(mark, sizes, tuple(np.frombuffer(content, FLOAT32).tolist()))
 
     def to_json(self) -> dict[str, Any]:
-        """All but the fingerprint; the norm as base64 of little-endian float32."""
+        """Return all but the fingerprint; the norm as base64 of little-endian float32."""
         content = np.asarray(self.final_norm, FLOAT32).tobytes()
         return {"sizes": dict(self.sizes), "final_norm": base64.b64encode(content).decode()}
 

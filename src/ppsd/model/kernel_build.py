@@ -226,7 +226,7 @@ def _attempt(command: list[str], machine: Target) -> bytes | str:
                 stdout=output,
                 stderr=output,
                 env=os.environ | {"TMPDIR": work, "LC_ALL": "C"},
-                process_group=0,  # a compiler has children, which have to end with it
+                process_group=0,  # its children must end with it
             )
             code = _ending(child, command[0])
         if code < 0:

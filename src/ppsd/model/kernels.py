@@ -2,7 +2,7 @@
 
 A library of them comes with the package, or this machine's C compiler makes one (kernel_build.py).
 Without either, or with ``PPSD_KERNELS=torch``, PyTorch's operations are used instead. A process
-decides that once, rank 0 for all stages: what they use decides the bits of a result.
+chooses once, and rank 0 for all stages: the choice decides the bits of a result.
 
 A row has the same bits whatever rows come with it. Shapes are as in layers.py. Which weights and
 sizes the functions take, ``supports`` says; they take at most MAX_ROWS bfloat16 rows on a CPU.
@@ -53,7 +53,7 @@ SIGNATURES = {
 
 
 class Kind(IntEnum):
-    """What a weight is made of, as in products.h."""
+    """The format of a weight, as in products.h."""
 
     NUMBERS = 0  # a tensor
     CODES_4 = 1  # of 4 bits, with float16 scales and offsets
@@ -62,27 +62,22 @@ class Kind(IntEnum):
 
 
 class Packed(Protocol):
-    """A weight of codes, PackedWeight of packed.py."""
+    """A weight [out, in] in codes: PackedWeight of packed.py, whose module imports this one."""
 
     @property
-    def data(self) -> torch.Tensor:
-        """The codes, scales and offsets."""
+    def data(self) -> torch.Tensor: ...  # codes, scales and offsets
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Outputs and inputs."""
+    def shape(self) -> tuple[int, int]: ...
 
     @property
-    def kind(self) -> Kind:
-        """What they are."""
+    def kind(self) -> Kind: ...
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of its numbers."""
+    def dtype(self) -> torch.dtype: ...
 
     @property
-    def requires_grad(self) -> bool:
-        """No."""
+    def requires_grad(self) -> bool: ...
 
 
 def supports(weight: torch.Tensor | Packed, *sizes: int) -> bool:
@@ -101,7 +96,7 @@ def supports(weight: torch.Tensor | Packed, *sizes: int) -> bool:
 
 
 class Product:
-    """Rows times a weight [out, in] transposed, plus a bias; before that normed, with a ``norm``.
+    """Rows times a weight [out, in] transposed, plus a bias; normed first if there is a ``norm``.
 
     Called with rows [n, in]. Made once for a weight that is used again and again: between two
     passes little of Python's code is in the caches, and all that can be is looked up here. By the
@@ -139,20 +134,20 @@ class Product:
 
 
 def _stored(weight: torch.Tensor | Packed) -> tuple[torch.Tensor, Kind]:
-    """What kernels.c reads, and what it is made of."""
+    """Return the tensor that kernels.c reads for a weight, and its kind."""
     if isinstance(weight, torch.Tensor):
         return weight, Kind.NUMBERS
     return weight.data, weight.kind
 
 
 def packs() -> bool:
-    """Whether products with packed weights are faster here than with whole ones."""
+    """Return True if products with packed weights are faster here than with whole ones."""
     kernels = loaded()
     return kernels is not None and bool(kernels.packs())
 
 
 def unpack(data: torch.Tensor, shape: tuple[int, int], kind: Kind) -> torch.Tensor:
-    """The numbers [out, in] of a packed weight's contiguous ``data``."""
+    """Return the numbers [out, in] of a packed weight's contiguous ``data``."""
     kernels = loaded()
     assert kernels is not None
     y = torch.empty(shape, dtype=torch.bfloat16, device="cpu")
@@ -161,7 +156,7 @@ def unpack(data: torch.Tensor, shape: tuple[int, int], kind: Kind) -> torch.Tens
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm of ``x`` […, C] over its last dimension."""
+    """Return the root-mean-square norm of ``x`` […, C] over its last dimension."""
     kernels = loaded()
     assert kernels is not None
     x = x.contiguous()
@@ -172,17 +167,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def all_finite(x: torch.Tensor) -> bool:
-    """Whether ``x`` is known to hold neither NaN nor infinity: only bfloat16 on a CPU can be."""
+    """Return True if ``x`` is known to hold no NaN or infinity, which takes bfloat16 on a CPU."""
     if (kernels := _readable(x)) is None:
         return False
     return bool(kernels.all_finite(x.data_ptr(), x.numel()))
 
 
 def largest(x: torch.Tensor, among: int) -> tuple[int, ...] | None:
-    """Where rows ``x`` [n, V] have their largest number ``among`` the first, the first of equals.
+    """Return the index of the largest of the first ``among`` numbers of each row of ``x`` [n, V].
 
-    None for other rows than of bfloat16 on a CPU, and where a number is NaN, or the largest is not
-    finite.
+    Of equals the first counts. Returns None for rows other than bfloat16 on a CPU, if a number is
+    NaN, or if the largest is not finite.
     """
     if (kernels := _readable(x)) is None:
         return None
@@ -193,7 +188,7 @@ def largest(x: torch.Tensor, among: int) -> tuple[int, ...] | None:
 
 
 def _readable(x: torch.Tensor) -> ctypes.CDLL | None:
-    """What can read ``x``."""
+    """Return the library if it can read ``x``."""
     if x.dtype != torch.bfloat16 or not x.is_cpu or not x.is_contiguous():
         return None
     return loaded()
@@ -205,7 +200,7 @@ Pointers = ctypes.Array[ctypes.c_void_p]
 def pointers(
     weights: Sequence[torch.Tensor | Packed | None], matrices: Sequence[torch.Tensor | Packed]
 ) -> Pointers:
-    """Where weights lie, and what the ``matrices`` are made of; they have to outlive it."""
+    """Return the addresses of weights, which must outlive it, and the kinds of the ``matrices``."""
     places = [None if weight is None else _stored(weight)[0].data_ptr() for weight in weights]
     kinds = [_stored(matrix)[1] for matrix in matrices]
     return (POINTER * (len(places) + len(kinds)))(*places, *kinds)
@@ -213,7 +208,7 @@ def pointers(
 
 @dataclass(frozen=True)
 class Kernels:
-    """What computes bfloat16 in a process: a compiled library, or PyTorch where there is none.
+    """A process's bfloat16 arithmetic: a compiled library, or PyTorch where there is none.
 
     Equal names are equal bits: ``name`` is PyTorch, or the kind of the library and the start of its
     digest. ``file`` is a descriptor of the library.
@@ -241,7 +236,7 @@ def in_use() -> Kernels:
 def use(name: str, file: int | None) -> None:
     """Take rank 0's kernels ``name``: from ``file``, which it handed down, or else made here.
 
-    Raises KernelError if they cannot be had.
+    Raises KernelError if that fails, or if other kernels are found here.
     """
     global _in_use
     if name == PYTORCH:

@@ -149,7 +149,7 @@ class Product:
 
 
 def causal_mask(position: int, rows: int, device: torch.device) -> torch.Tensor | None:
-    """Which of T = position + rows positions each row may see, [rows, T]; None for one row."""
+    """Return which of T = position + rows positions each row may see; None for one row."""
     if rows == 1:
         return None
     total = position + rows
@@ -159,7 +159,7 @@ def causal_mask(position: int, rows: int, device: torch.device) -> torch.Tensor 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention of ``q`` [n, H, D] over ``k``, ``v`` [K, T, D] under ``mask`` [n, T]; [n, H·D].
+    """Attend with ``q`` [n, H, D] to ``k``, ``v`` [K, T, D] under ``mask`` [n, T]; [n, H·D].
 
     The H/K query heads that share a key/value head are taken as extra rows of it: one plain
     product a head group, without repeating keys.

@@ -1,4 +1,4 @@
-"""Weights as small as their file has them: codes of 4 or 8 bits, a scale for every 32 of a row.
+"""Keep weights as small as in their file: 4- or 8-bit codes, a scale for every 32 of a row.
 
 A number is ``code · scale + offset``, rounded to bfloat16. products.h makes the numbers while it
 multiplies, so a product has the same bits as one with the whole weight, for a third or a half of
@@ -36,17 +36,17 @@ class Codes:
 
     @property
     def kind(self) -> Kind:
-        """What products.h calls them."""
+        """Return the format by the name that products.h has for it."""
         if self.offsets is None:
             return Kind.CODES_8
         return Kind.CODES_4 if self.scales.dtype == torch.float16 else Kind.CODES_4_WIDE
 
     def numbers(self) -> list[torch.Tensor]:
-        """Scales and any offsets."""
+        """Return the scales and any offsets."""
         return [self.scales] if self.offsets is None else [self.scales, self.offsets]
 
     def rows(self, rows: torch.Tensor) -> Codes:
-        """Some of the rows."""
+        """Return the codes of some rows."""
         offsets = None if self.offsets is None else self.offsets[rows]
         return Codes(self.codes[rows], self.scales[rows], offsets)
 
@@ -62,7 +62,7 @@ class PackedWeight:
     requires_grad: bool = False
 
     def whole(self) -> torch.Tensor:
-        """The bfloat16 numbers, [out, in]."""
+        """Return the bfloat16 numbers, [out, in]."""
         return kernels.unpack(self.data, self.shape, self.kind)
 
 
@@ -70,12 +70,12 @@ Weight = torch.Tensor | PackedWeight
 
 
 def whole(weight: Weight) -> torch.Tensor:
-    """A weight as a tensor [out, in]."""
+    """Return a weight as a tensor [out, in]."""
     return weight if isinstance(weight, torch.Tensor) else weight.whole()
 
 
 def first_rows(weight: Weight, rows: int) -> Weight:
-    """A copy of the first ``rows``, a multiple of 4, of a weight."""
+    """Copy the first ``rows``, a multiple of 4, of a weight."""
     if isinstance(weight, torch.Tensor):
         return weight[:rows].clone()
     data = weight.data[: rows // TOGETHER].clone()
@@ -83,17 +83,17 @@ def first_rows(weight: Weight, rows: int) -> Weight:
 
 
 def can_pack(rows: int, size: int) -> bool:
-    """Whether a weight [rows, size] that a file has in codes can and should be kept so."""
+    """Return True if a weight [rows, size] can stay in its file's codes, and is faster so."""
     return rows % TOGETHER == 0 and size % BLOCK == 0 and kernels.packs()
 
 
 def packed_bytes(rows: int, size: int, kind: Kind) -> int:
-    """Memory of a packed weight [rows, size]."""
+    """Return the bytes of a packed weight [rows, size]."""
     return rows // TOGETHER * (size // BLOCK * BLOCK_BYTES[kind] + _padding(size, kind))
 
 
 def pack(parts: Sequence[Codes]) -> PackedWeight:
-    """One weight of all rows of ``parts``, which are all of one kind."""
+    """Join ``parts`` of one kind into one weight of all their rows."""
     codes = torch.cat([part.codes.view(torch.uint8) for part in parts])
     scales = torch.cat([torch.stack(part.numbers(), 2) for part in parts])  # [out, blocks, 1 or 2]
     kind, (rows, size) = parts[0].kind, codes.shape
@@ -106,5 +106,5 @@ def pack(parts: Sequence[Codes]) -> PackedWeight:
 
 
 def _padding(size: int, kind: Kind) -> int:
-    """Bytes after a tile of ``size`` inputs."""
+    """Return how many bytes fill up a tile of ``size`` inputs."""
     return -(size // BLOCK * BLOCK_BYTES[kind]) % ALIGNMENT

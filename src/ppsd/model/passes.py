@@ -1,4 +1,4 @@
-"""A pass of rows through decoder layers that its caller can pause, go on with, or drop."""
+"""Passes of rows through decoder layers, which their caller can pause, go on with, or drop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Watch:
 
     @property
     def blind(self) -> bool:
-        """True if there are no words to watch."""
+        """Return True if there are no words to watch."""
         return not self._sources
 
     def look(self) -> None:
@@ -50,7 +50,7 @@ class Pass(Protocol):
 
     @property
     def hidden(self) -> torch.Tensor:
-        """The rows [n, C] after the last layer, once ``advance`` has returned True."""
+        """Return the rows [n, C] after the last layer, once ``advance`` has returned True."""
 
     def advance(self, watch: Watch | None = None) -> bool:
         """Run on, by a layer at least; return True at the end of the last layer.

@@ -1,4 +1,4 @@
-"""Finds a model by name and describes it: embedded default, directory, GGUF file or hub id.
+"""Find a model by name and describe it: embedded default, directory, GGUF file or hub id.
 
 Imported by cli/ and engine/; uses the network only for a hub id.
 """
@@ -42,7 +42,7 @@ class ModelFiles:
 def resolve_model(name: str | None) -> ModelFiles:
     """Return the files of a local directory, a .gguf file or a hub id; None is the default model.
 
-    Raises ModelError, in one sentence, when there is no such model or it cannot be had.
+    Raises ModelError, in one sentence, when there is no such model or it cannot be downloaded.
     """
     if name is None:
         return _default_model()

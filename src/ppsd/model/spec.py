@@ -1,4 +1,4 @@
-"""What a model is: sizes, rotary frequencies and switches, as numbers without any library.
+"""Describe a model by sizes, rotary frequencies and switches, as numbers without any library.
 
 Rank 0 computes a ModelSpec once and sends it as JSON; workers never import transformers.
 """
@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
+from ppsd import checks
 from ppsd.errors import ModelError, UnsupportedModelError, shortened
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -85,7 +85,7 @@ class ModelSpec:
     notices: tuple[str, ...] = ()
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of one decoder layer's tensors by their names inside the layer."""
+        """Return the shapes of one decoder layer's tensors by their names inside the layer."""
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         linears = {
@@ -110,30 +110,20 @@ class ModelSpec:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one decoder layer."""
         return sum(prod(shape) for shape in self.layer_shapes().values())
 
     @property
-    def embedding_parameters(self) -> int:
-        """Parameters of the token embedding, which stage 0 holds."""
-        return self.vocab_size * self.hidden_size
-
-    @property
     def head_parameters(self) -> int:
-        """Parameters of final norm and LM head, which the last stage holds even when tied."""
+        """Count final norm and LM head, which the last stage holds even when tied."""
         return self.vocab_size * self.hidden_size + self.hidden_size
 
-    def kv_bytes_per_position(self, dtype: torch.dtype) -> int:
-        """Bytes of keys and values that one layer caches for one position."""
-        return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
-
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary from which ``from_json`` restores an equal object."""
+        """Return a JSON-ready dictionary from which ``from_json`` restores an equal object."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ModelSpec:
-        """The inverse of ``to_json``."""
+        """Restore what ``to_json`` returned."""
         values = {field.name: record[field.name] for field in fields(cls)}
         names = ("inv_freq", "eos_ids", "unused_ids", "notices")
         lists = {name: tuple(record[name]) for name in names}
@@ -174,10 +164,8 @@ def check_sizes(record: Mapping[str, Any], where: str) -> None:
         value = record.get(name)
         if value is None:  # left out: transformers has a default
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-            raise ModelError(
-                f"{where}: {name} must be an integer in [1, {limit}], got {shortened(repr(value))}"
-            )
+        with checks.inside(where, ModelError):
+            checks.integer(name, value, 1, limit)
 
 
 def token_ids(value: object, where: str) -> set[int]:

@@ -1,4 +1,4 @@
-"""A stage: contiguous decoder layers with the embedding or the LM head where it owns them.
+"""Stages: contiguous decoder layers, with the embedding or the LM head where they own it.
 
 Used by worker/ and engine/. A stage knows nothing of other stages or of how rows reach it.
 """
@@ -16,38 +16,36 @@ from ppsd.model import kernels
 from ppsd.model.cache import KVCache
 from ppsd.model.kernels import Kind
 from ppsd.model.layers import FIELDS, LayerWeights, Norm, Product, Rope
+from ppsd.model.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    FUSED,
+    NORMS,
+    expected_shapes,
+    layer_prefix,
+    layer_tensor_names,
+    lm_head_name,
+    tensor_names,
+)
 from ppsd.model.packed import Codes, Weight, can_pack, pack, packed_bytes
 from ppsd.model.passes import Pass
 from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
 from ppsd.model.spec import ModelSpec
 from ppsd.model.steps import CudaGraphs, CudaRunner
-from ppsd.model.weights import (
-    EMBEDDING,
-    FINAL_NORM,
-    LM_HEAD,
-    TensorSource,
-    expected_shapes,
-    layer_prefix,
-)
+from ppsd.model.weights import TensorSource
 
 ALIGNMENT = 128  # bytes: a tensor begins with a cache line
-FUSED = {  # what LayerWeights holds together
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
 
 Progress = Callable[[int, int], None]
 Names = Sequence[str]
 
 
 class StageModel(Protocol):
-    """What the pipeline asks of a stage; tests put a hash in its place."""
+    """The pipeline's view of a stage; tests put a hash in its place."""
 
     @property
     def is_last(self) -> bool:
-        """Whether ``logits`` may be called."""
+        """Return True if ``logits`` may be called."""
 
     def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
         """Start a pass of token ids [n] (first stage) or hidden rows [n, C] of a slot.
@@ -57,7 +55,7 @@ class StageModel(Protocol):
         """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Target logits [n, vocabulary] of the last stage's output rows [n, C]."""
+        """Return target logits [n, vocabulary] of the last stage's output rows [n, C]."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class StagePlan:
 def packable(
     source: TensorSource, plan: StagePlan, shapes: Mapping[str, tuple[int, ...]], names: Names
 ) -> bool:
-    """Whether the weights ``names``, held as one, can be kept in the codes of their file."""
+    """Return True if weights, held as one, can be kept in the codes of their file."""
     if not plan.packed or plan.dtype != torch.bfloat16 or plan.device.type != "cpu":
         return False
     kinds = {source.kind(name) for name in names}
@@ -89,20 +87,20 @@ def packable(
 
 
 def packed_names(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> frozenset[str]:
-    """Names of a stage's weights that stay in the codes of their file."""
+    """Return the names of a stage's weights that stay in the codes of their file."""
     shapes = expected_shapes(spec)
     groups = [
         [f"{layer_prefix(i)}{name}.weight" for name in names]
         for i in range(plan.first, plan.last)
         for names in FUSED.values()
     ]
-    groups += [[_head_name(spec)]] if plan.last == spec.num_layers else []
+    groups += [[lm_head_name(spec)]] if plan.last == spec.num_layers else []
     kept = (names for names in groups if packable(source, plan, shapes, names))
     return frozenset(name for names in kept for name in names)
 
 
 def weight_bytes(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> int:
-    """Memory of a stage's weights, without any of them read."""
+    """Return the bytes of a stage's weights, without reading any of them."""
     shapes, packed = expected_shapes(spec), packed_names(spec, plan, source)
     size = 0
     for name in tensor_names(spec, plan.first, plan.last):
@@ -114,33 +112,10 @@ def weight_bytes(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> int:
     return size
 
 
-def _head_name(spec: ModelSpec) -> str:
-    return EMBEDDING if spec.tie_embeddings else LM_HEAD
-
-
-def tensor_names(spec: ModelSpec, first: int, last: int) -> list[str]:
-    """Names of the tensors that the stage of layers [first, last) owns, in loading order."""
-    names = [name for i in range(first, last) for name in layer_tensor_names(spec, i)]
-    if first == 0 or (last == spec.num_layers and spec.tie_embeddings):
-        names.insert(0, EMBEDDING)
-    if last == spec.num_layers:
-        names.append(FINAL_NORM)
-        names += [] if spec.tie_embeddings else [LM_HEAD]
-    return names
-
-
-def layer_tensor_names(spec: ModelSpec, layer: int) -> list[str]:
-    """Names of one layer's tensors."""
-    return [layer_prefix(layer) + name for name in spec.layer_shapes()]
-
-
 def fuse_layer(tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
-    """One layer of tensors or Codes, whose names start with ``prefix``."""
+    """Fuse one layer's tensors or Codes, whose names start with ``prefix``."""
     held: dict[str, Any] = {
-        "input_norm": tensors[f"{prefix}input_layernorm.weight"],
-        "post_norm": tensors[f"{prefix}post_attention_layernorm.weight"],
-        "q_norm": tensors.get(f"{prefix}self_attn.q_norm.weight"),
-        "k_norm": tensors.get(f"{prefix}self_attn.k_norm.weight"),
+        field: tensors.get(f"{prefix}{name}.weight") for field, name in NORMS.items()
     }
     for field, names in FUSED.items():
         held[field] = _joined([tensors[f"{prefix}{name}.weight"] for name in names])
@@ -150,7 +125,7 @@ def fuse_layer(tensors: Mapping[str, Any], prefix: str) -> LayerWeights:
 
 
 def _joined(parts: list[Any]) -> Weight | None:
-    """Parts of a weight, tensors all or Codes all, one below the other."""
+    """Join parts of a weight, all tensors or all Codes, one below the other."""
     if not parts:
         return None
     return pack(parts) if isinstance(parts[0], Codes) else torch.cat(parts)
@@ -159,6 +134,8 @@ def _joined(parts: list[Any]) -> Weight | None:
 class _Memory:
     """One stretch of memory for all weights of a stage, taken and touched before any is read.
 
+    ``keep``, ``keep_weight`` and ``keep_layer`` return copies in it.
+
     Taken bit by bit, while other stages load theirs, it lies scattered and is read more slowly.
     """
 
@@ -166,19 +143,16 @@ class _Memory:
         self._rest = torch.empty(size, dtype=torch.uint8, device=device).zero_()
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy in this memory."""
         size = tensor.nbytes
         place, self._rest = self._rest[:size], self._rest[_aligned(size) :]
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def keep_weight(self, weight: Weight) -> Weight:
-        """A copy in this memory."""
         if isinstance(weight, torch.Tensor):
             return self.keep(weight)
         return replace(weight, data=self.keep(weight.data))
 
     def keep_layer(self, weights: LayerWeights) -> LayerWeights:
-        """A copy in this memory."""
         held = {field.name: getattr(weights, field.name) for field in FIELDS}
         kept: dict[str, Any] = {n: self.keep_weight(w) for n, w in held.items() if w is not None}
         return replace(weights, **kept)
@@ -189,7 +163,7 @@ def _aligned(size: int) -> int:
 
 
 class Stage:
-    """Layers [first, last) of a model with their key/value cache; see StageModel."""
+    """Layers [first, last) of a model with their key/value cache."""
 
     def __init__(
         self,
@@ -224,7 +198,6 @@ class Stage:
 
     @property
     def is_last(self) -> bool:
-        """Whether this stage ends with the final norm and LM head."""
         return self.plan.last == self.spec.num_layers
 
     def _load(self, name: str) -> torch.Tensor:
@@ -242,7 +215,7 @@ class Stage:
         self._progress(len(self._loaded), len(self._names))
 
     def _load_embedding(self) -> torch.Tensor | None:
-        """The embedding, where this stage has it or a tied LM head of the same numbers."""
+        """Load the embedding if this stage has it, or a tied LM head of the same numbers."""
         tied_head = self.is_last and self.spec.tie_embeddings and EMBEDDING not in self._packed
         if self.plan.first > 0 and not tied_head:
             return None
@@ -254,7 +227,7 @@ class Stage:
         return self._memory.keep_layer(fuse_layer(tensors, layer_prefix(layer)))
 
     def _load_lm_head(self, embedding: torch.Tensor | None) -> Weight:
-        name = _head_name(self.spec)
+        name = lm_head_name(self.spec)
         if name in self._packed:
             return self._memory.keep_weight(pack([self._load_codes(name)]))
         if self.spec.tie_embeddings and embedding is not None:

@@ -1,4 +1,4 @@
-"""A stage's decode step for GPUs: buffers that stay, rows of one width, a graph a context bucket.
+"""Run decode steps on GPUs: fixed buffers, rows of one width, a graph for each context bucket.
 
 Every step runs the same kernels over ``width`` rows, so a row's bits depend neither on how many
 rows came with it nor on what they are. Positions and cells live on the device: nothing on the way
@@ -28,7 +28,7 @@ Replay = Callable[[], None]
 
 
 class Graphs(Protocol):
-    """Turns work over fixed buffers into something that can be run again and again."""
+    """Recorder of work over fixed buffers that can be run again and again."""
 
     def capture(self, work: Replay) -> Replay:
         """Record ``work`` and return what repeats it; raises RuntimeError where that fails."""
@@ -56,7 +56,7 @@ class CudaGraphs:
 
 
 class Step:
-    """Rows of one sequence through consecutive layers, ``width`` at a time; see the module.
+    """A step of up to ``width`` rows of one sequence through consecutive layers.
 
     ``keys``, ``values`` are [K, capacity, D] for each layer; their last cell is given to the rows
     that only fill up the width. ``finish`` maps the layers' rows [width, C] to what is wanted of
@@ -86,7 +86,6 @@ class Step:
 
     @property
     def width(self) -> int:
-        """Rows of a step."""
         return len(self._rows)
 
     def start(self, rows: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, also one token at a time, on top of transformers' tokenizers.
+"""Turn text into token ids and back, also one at a time, by transformers' tokenizers.
 
 Imported by engine/ and cli/; transformers is imported only when a tokenizer is loaded.
 """
@@ -122,12 +122,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens; a model may have fewer rows or more."""
+        """Count the tokens; a model may have fewer rows or more."""
         return len(self._inner)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The tokenizer's own end of sequence, if any; stop at these and at ModelSpec.eos_ids."""
+        """Return the tokenizer's own end of sequence, if any; ModelSpec.eos_ids end a text, too."""
         end = self._inner.eos_token_id
         return () if end is None else (end,)
 
@@ -198,7 +198,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes one growing sequence; what it returns adds up to ``decode`` of all its ids.
+    """Decoder of one growing sequence; what it returns adds up to ``decode`` of all its ids.
 
     Only the last few tokens are decoded again for each new one, so the cost of a token does not
     depend on the length of the text. Held back until they are settled: the last U+FFFD, which may

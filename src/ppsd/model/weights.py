@@ -1,4 +1,4 @@
-"""Tensors by their canonical Hugging Face names, read one at a time from safetensors.
+"""Read tensors by their canonical Hugging Face names, one at a time, from safetensors.
 
 Stages ask a TensorSource for what they own and for nothing else. GGUF is in gguf_file.py.
 """
@@ -17,14 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from ppsd.errors import ModelError, shortened
 from ppsd.model.kernels import Kind
+from ppsd.model.names import EMBEDDING, LM_HEAD, expected_shapes
 from ppsd.model.packed import Codes
 from ppsd.model.spec import ModelSpec
 
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-LM_HEAD = "lm_head.weight"
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-SIZES = (
+FINGERPRINTED = (
     "num_layers",
     "hidden_size",
     "intermediate_size",
@@ -40,7 +38,7 @@ class TensorSource(Protocol):
     """A model's tensors: what there is, and each of them on demand."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of all tensors by canonical name, read without touching the data."""
+        """Return the shapes of all tensors by canonical name, without touching the data."""
 
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return one tensor in its own contiguous memory, converted to ``dtype``.
@@ -52,27 +50,10 @@ class TensorSource(Protocol):
         """Return what the file calls a tensor, whether it is there or not."""
 
     def kind(self, name: str) -> Kind | None:
-        """What the codes are that a weight is stored in; None when ``codes`` cannot give them."""
+        """Return the kind of codes that a weight is stored in; None if ``codes`` would fail."""
 
     def codes(self, name: str) -> Codes:
-        """A weight as it is stored; its numbers rounded to bfloat16 are what ``load`` gives."""
-
-
-def layer_prefix(layer: int) -> str:
-    """Return what precedes the names of ``ModelSpec.layer_shapes`` for one decoder layer."""
-    return f"model.layers.{layer}."
-
-
-def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors a model of this spec has; a tied LM head is the embedding."""
-    table = (spec.vocab_size, spec.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, FINAL_NORM: (spec.hidden_size,)}
-    if not spec.tie_embeddings:
-        shapes[LM_HEAD] = table
-    layer = spec.layer_shapes()
-    for index in range(spec.num_layers):
-        shapes |= {layer_prefix(index) + name: shape for name, shape in layer.items()}
-    return shapes
+        """Return a weight as it is stored: ``load`` returns its numbers, rounded to bfloat16."""
 
 
 def check_shapes(source: TensorSource, spec: ModelSpec) -> None:
@@ -109,7 +90,7 @@ def fingerprint(spec: ModelSpec, source: TensorSource) -> str:
     ``identity.Identity``. A fine-tune that left all norms and biases untouched, as merged LoRA
     does, is *not* told apart.
     """
-    sizes = [getattr(spec, size) for size in SIZES]
+    sizes = [getattr(spec, size) for size in FINGERPRINTED]
     # Converters write 1e-6 as the float32 next to it: both are the same number to a model.
     sizes = [float(str(np.float32(x))) if isinstance(x, float) else x for x in sizes]
     digest = hashlib.sha256(json.dumps(sizes).encode())
@@ -167,11 +148,9 @@ class SafetensorsSource:
         self._index = self._read_index()
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """See TensorSource."""
         return {name: tuple(self._slice(name).get_shape()) for name in self._index}
 
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """See TensorSource."""
         stored = self._slice(name).get_dtype()
         if stored not in FLOAT_TYPES:
             raise ModelError(
@@ -186,15 +165,14 @@ class SafetensorsSource:
         return mapped
 
     def name_in_file(self, name: str) -> str:
-        """See TensorSource: safetensors hold canonical names."""
+        """Return the same name: safetensors hold canonical ones."""
         return name
 
     def kind(self, name: str) -> Kind | None:
-        """See TensorSource: safetensors hold numbers."""
+        """Return None: safetensors hold numbers."""
         return None
 
     def codes(self, name: str) -> Codes:
-        """See TensorSource."""
         raise ModelError(f"{self._directory}: tensor {name} is not stored in codes")
 
     def _slice(self, name: str) -> Any:

@@ -49,11 +49,6 @@ def expected_tokens(alpha: ArrayLike, block: ArrayLike) -> Array:
         return _array(np.where(a < 1, (1 - a**m) / (1 - a), m))
 
 
-def plain_token_time(latency: ArrayLike) -> Array:
-    """A = Σ t_k − t_head + P·c: plain decoding makes a token as often as one passes all stages."""
-    return _array(np.asarray(latency, dtype=np.float64))
-
-
 def token_time(
     alpha: ArrayLike,
     block: ArrayLike,

@@ -1,4 +1,4 @@
-"""The frozen model and its heads over batches of whole sequences, without a key/value cache.
+"""Run the frozen model and its heads over whole sequences, without a key/value cache.
 
 Imported by measure/.
 
@@ -20,12 +20,12 @@ from ppsd.model.stage import Stage
 
 
 def by_sequence(rows: torch.Tensor, sequences: int) -> torch.Tensor:
-    """Flattened rows [B·T, heads, D] as [B, heads, T, D]."""
+    """Return flattened rows [B·T, heads, D] as [B, heads, T, D]."""
     return rows.reshape(sequences, -1, *rows.shape[1:]).transpose(1, 2)
 
 
 def causal_attention(sequences: int) -> Attention:
-    """Attention of every row to its own sequence's rows up to itself; rows are [B·T, …]."""
+    """Return attention of every row [B·T, …] to its own sequence's rows up to itself."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (by_sequence(t, sequences) for t in (q, k, v))
@@ -36,14 +36,14 @@ def causal_attention(sequences: int) -> Attention:
 
 
 def whole_sequences(rope: Rope, sequences: int, length: int) -> RopeRows:
-    """Rotary rows of ``sequences`` flattened sequences that all begin at position 0."""
+    """Return the rotary rows of flattened sequences that all begin at position 0."""
     device = rope.cos.device
     return RopeRows(rope, torch.arange(length, device=device).repeat(sequences))
 
 
 @dataclass(frozen=True)
 class Features:
-    """What one frozen forward gives: rows [B·T, C] after each exit layer, and at its end."""
+    """Rows [B·T, C] of one frozen forward: after each exit layer, and at its end."""
 
     exits: dict[int, torch.Tensor]
     last: torch.Tensor
@@ -72,7 +72,7 @@ def teacher_forward(
 
 @torch.no_grad()
 def head_forward(head: ExitHead, hidden: torch.Tensor, sequences: int) -> torch.Tensor:
-    """``ExitHead.forward`` for whole sequences: rows [B·T, C] after the exit layer to [B·T, C]."""
+    """Run rows [B·T, C] of whole sequences through a head, as ``ExitHead.forward`` does."""
     rope = whole_sequences(head.rope, sequences, len(hidden) // sequences)
     x = head.enter(hidden)
     for weights in head.layers:
@@ -81,6 +81,6 @@ def head_forward(head: ExitHead, hidden: torch.Tensor, sequences: int) -> torch.
 
 
 def teacher_rows(model: Stage, features: Features, rows: torch.Tensor) -> torch.Tensor:
-    """Final-normed rows [len(rows), C] of the teacher: times an LM head they are its logits."""
+    """Return final-normed ``rows`` of the teacher: times an LM head they are its logits."""
     with torch.no_grad():
         return model.final_norm()(features.last[rows])

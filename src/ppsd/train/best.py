@@ -1,4 +1,4 @@
-"""The best validated state of each head, kept while training goes on. Within train/ only."""
+"""Keep the best validated state of each head while training goes on. Within train/ only."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Best:
                 self._tensors |= {n: p.detach().clone() for n, p in student.parameters()}
 
     def start(self, student: Student) -> float:
-        """Held-out α of a head before any step."""
+        """Return the held-out α of a head before any step."""
         return self.kept[student.exit_layer].start
 
     @torch.no_grad()
@@ -54,12 +54,12 @@ class Best:
             student.round()
 
     def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """For a checkpoint: figures by exit layer, and tensors."""
+        """Return what a checkpoint keeps: figures by exit layer, and tensors."""
         figures = {str(layer): [k.step, k.alpha, k.start] for layer, k in self.kept.items()}
         return figures, {PREFIX + name: tensor for name, tensor in self._tensors.items()}
 
     def load(self, figures: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what ``state`` gave."""
+        """Restore what ``state`` returned."""
         self.kept = {int(layer): Kept(*values) for layer, values in figures.items()}
         kept = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
         self._tensors = kept

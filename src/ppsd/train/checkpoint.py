@@ -1,4 +1,4 @@
-"""A run's directory: checkpoints and metrics that survive a kill, a full disk and a restart.
+"""Keep a run's checkpoints and metrics through a kill, a full disk and a restart.
 
 Imported by cli/ and measure/ too. Nothing is ever overwritten in place: a file is whole, or is the
 one before.
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ppsd.errors import PpsdError
-from ppsd.model.exit_head import HeadConfig, save_head
+from ppsd.model.head_files import HeadConfig, save_head
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -29,7 +29,7 @@ FINISHED = "finished.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that changes while training; the data position is a function of ``step``."""
+    """The state of training that changes; the data position is a function of ``step``."""
 
     step: int
     tokens: int
@@ -56,7 +56,7 @@ class RunDirectory:
         write_whole(self.path / CHECKPOINT, save(tensors, {"state": json.dumps(state)}))
 
     def load(self) -> Checkpoint | None:
-        """The last checkpoint, None in a fresh directory; raises PpsdError for another run's."""
+        """Return the last checkpoint, None if there is none; raises PpsdError for another run's."""
         path = self.path / CHECKPOINT
         if not path.exists():
             return None
@@ -103,7 +103,7 @@ class RunDirectory:
         append_line(self.path / METRICS, record)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All metrics so far; an unfinished last line is left out."""
+        """Return all metrics so far, without an unfinished last line."""
         return read_lines(self.path / METRICS)
 
     def rewind_metrics(self, step: int) -> None:
@@ -163,7 +163,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def continue_lines(path: Path) -> list[dict[str, Any]]:
-    """``read_lines`` of a file to be appended to: a last line that a kill cut short is removed."""
+    """Read a file to be appended to; a last line that a kill cut short is removed from it."""
     rows = read_lines(path)
     if path.exists() and not path.read_bytes().endswith(b"\n"):
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -171,7 +171,7 @@ def continue_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file that grows; none if it is absent, and no torn last line."""
+    """Read a JSONL file that grows; nothing if it is absent, and no torn last line."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

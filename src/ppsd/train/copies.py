@@ -1,4 +1,4 @@
-"""What prompt lookup would copy at each position that counts: run time, repeated in training.
+"""Find what prompt lookup would copy at each position that counts, as at run time.
 
 Within train/ only.
 """
@@ -39,7 +39,7 @@ def copies_of(batch: Batch) -> Copies:
 
 
 def _agreement(tokens: torch.Tensor) -> torch.Tensor:
-    """How many tokens agree up to places i < j of one text, at most LONGEST: [B, i, j] int32.
+    """Count tokens that agree up to places i < j of a text, at most LONGEST: [B, i, j] int32.
 
     Doubling: ends of 2·n tokens agree if those of n do, here and n tokens before.
     """
@@ -55,6 +55,6 @@ def _agreement(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def no_copies(batch: Batch) -> Copies:
-    """As if nothing stood twice, for heads that learn alone."""
+    """Return copies as if nothing stood twice, for heads that learn alone."""
     nothing = torch.full_like(batch.rows, NONE)
     return Copies(nothing, torch.zeros_like(nothing))

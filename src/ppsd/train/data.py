@@ -1,4 +1,4 @@
-"""From records to padded batches: tokens, which positions count, order, and draft vocabulary.
+"""Turn records into padded batches: tokens, positions that count, order, draft vocabulary.
 
 Within train/ only. Everything here is a function of its arguments, seeds included, so a resumed
 run sees the same batches.
@@ -15,7 +15,7 @@ from ppsd.errors import ConfigError, PpsdError
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.train.records import Record
 
-POOL_BATCHES = 32  # batches are cut from a shuffled pool of so many, sorted by length
+POOL_BATCHES = 32  # in a shuffled pool, which is sorted by length and cut into batches
 OUTSIDE = -1  # label of a token outside the draft vocabulary
 
 
@@ -32,7 +32,7 @@ class Example:
 
     @property
     def targets(self) -> torch.Tensor:
-        """The tokens to be guessed."""
+        """Return the tokens to be guessed."""
         return self.tokens[self.start :]
 
 
@@ -47,7 +47,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How records become tokens; ``model`` is the fingerprint whose ``target_ids`` are valid."""
+    """Encoder of records; ``model`` is the fingerprint whose ``target_ids`` are valid."""
 
     tokenizer: Tokenizer
     max_length: int
@@ -57,13 +57,13 @@ class Encoding:
     all_positions: bool = False
 
     def prompt(self, record: Record) -> list[int]:
-        """Prompt ids as inference makes them: by chat template, or the plain text."""
+        """Return prompt ids as inference makes them: by chat template, or of the plain text."""
         if self.raw:
             return self.tokenizer.encode("\n".join(m["content"] for m in record.messages))
         return self.tokenizer.encode_chat(list(record.messages))
 
     def target(self, record: Record) -> list[int]:
-        """The answer's ids: exactly those the model wrote, or the text's with its end token."""
+        """Return the answer's ids: those the model wrote, or the text's with its end token."""
         if record.target is None:
             raise PpsdError(
                 f"{record.where} has a prompt but no target; add --self-generate to let the "
@@ -74,27 +74,27 @@ class Encoding:
         return self._plain(record.target) + ([] if self.eos is None else [self.eos])
 
     def windows(self, record: Record) -> list[Example]:
-        """Running text in windows of ``max_length``; every token but the first counts."""
+        """Cut running text into windows of ``max_length``; every token but the first counts."""
         assert record.text is not None
         ids = torch.tensor(self.tokenizer.encode(record.text), dtype=torch.int32)
         return [Example(part, 1) for part in torch.split(ids, self.max_length) if len(part) > 1]
 
     def all_tokens(self, record: Record) -> torch.Tensor:
-        """Every token of a record, whatever its length; a prompt needs no target here."""
+        """Return every token of a record, whatever its length; a prompt needs no target here."""
         if record.text is not None:
             return torch.tensor(self.tokenizer.encode(record.text), dtype=torch.int32)
         target = [] if record.target is None else self.target(record)
         return torch.tensor([*self.prompt(record), *target], dtype=torch.int32)
 
     def _plain(self, text: str) -> list[int]:
-        """Ids of a continuation: without the special tokens that begin a prompt."""
+        """Return ids of a continuation: without the special tokens that begin a prompt."""
         opening = self.tokenizer.encode("")
         ids = self.tokenizer.encode(text)
         return ids[len(opening) :] if ids[: len(opening)] == opening else ids
 
 
 def joined(prompt: Sequence[int], target: Sequence[int], encoding: Encoding) -> Example:
-    """An example of a prompt and its answer, cut at the encoding's ``max_length``."""
+    """Make an example of a prompt and its answer, cut at the encoding's ``max_length``."""
     given = max(1, len(prompt))
     ids = [*prompt, *target][: encoding.max_length]
     return Example(
@@ -103,7 +103,7 @@ def joined(prompt: Sequence[int], target: Sequence[int], encoding: Encoding) -> 
 
 
 def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
-    """Tokenise; raises PpsdError when nothing is left that fits."""
+    """Encode all records; raises PpsdError when nothing is left that fits."""
     examples: list[Example] = []
     cut = dropped = 0
     prompts: dict[str, list[int]] = {}  # several answers may share one
@@ -153,7 +153,7 @@ def hold_out(
 
 
 def count_tokens(texts: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
-    """How often each token occurs in ``texts`` (int32 ids each): [V] int64."""
+    """Count each token in ``texts`` (int32 ids each): [V] int64."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for ids in texts:
         counts += torch.bincount(ids.long(), minlength=vocab_size)
@@ -163,7 +163,7 @@ def count_tokens(texts: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor
 def choose_draft_vocab(
     targets: torch.Tensor, size: int, more: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
-    """The ``size`` most frequent tokens, ascending [size], and the share of targets lost.
+    """Return the ``size`` most frequent tokens, ascending, and the share of targets lost.
 
     ``targets`` [V] counts tokens to be guessed, ``more`` [V] those of other text, for a vocabulary
     that also covers what the targets are too few to show. Among equally frequent tokens the lower
@@ -179,7 +179,7 @@ def choose_draft_vocab(
 def plan_epoch(
     lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int
 ) -> list[tuple[int, ...]]:
-    """Indices of each batch of one epoch: shuffled, but alike in length within a batch.
+    """Return each batch's indices for one epoch: shuffled, but alike in length within a batch.
 
     A batch holds at most ``batch_tokens`` padded tokens, or one longer example.
     """
@@ -218,7 +218,7 @@ class Batch:
 
 
 def make_batch(examples: Sequence[Example], device: torch.device) -> Batch:
-    """Pad to the longest example and list the positions that count."""
+    """Make a batch padded to its longest example, and list the positions that count."""
     length = max(len(e.tokens) for e in examples)
     tokens = torch.zeros(len(examples), length, dtype=torch.int64)
     rows = []
@@ -232,7 +232,7 @@ def make_batch(examples: Sequence[Example], device: torch.device) -> Batch:
 
 
 def label_table(draft_ids: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
-    """Each token's index in the draft vocabulary [V], OUTSIDE where it has none."""
+    """Return each token's index in the draft vocabulary [V], OUTSIDE where it has none."""
     if draft_ids is None:
         return torch.arange(vocab_size)
     table = torch.full((vocab_size,), OUTSIDE)

@@ -1,4 +1,4 @@
-"""The training loop: one frozen forward a batch teaches a head at each exit layer.
+"""Train heads: one frozen forward a batch teaches a head at each exit layer.
 
 Imported by cli/. The only randomness is the order of the data, a function of the seed, so a run
 that is killed and continued ends with the same weights on the same CPU and thread count, unless
@@ -40,7 +40,7 @@ START_TOKENS = 200_000  # of the training data, for where training begins
 
 @dataclass(frozen=True)
 class StepReport:
-    """Where a run stands: ``alpha`` holds the newest validation, by exit layer."""
+    """The state of a run: ``alpha`` holds the newest validation, by exit layer."""
 
     step: int
     steps: int
@@ -63,7 +63,7 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is trained on: examples, their rows, and the draft vocabulary [Vd] (None for all)."""
+    """Data to train on: examples, their rows, and the draft vocabulary [Vd] (None for all)."""
 
     train: Sequence[Example]
     held_out: Sequence[Example]
@@ -124,7 +124,7 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Count the optimizer steps of the whole run."""
         return len(self._plan)
 
     @property
@@ -136,7 +136,7 @@ class Trainer:
         return max(by_steps, (time.monotonic() - self._began) / (60 * self.config.minutes))
 
     def _spent(self) -> float:
-        """Seconds of training before the run was stopped and continued."""
+        """Return the seconds of training before the run was stopped and continued."""
         return math.fsum(r["seconds"] for r in self.directory.metrics() if "loss" in r)
 
     def run(self, report: Report) -> dict[int, Agreement]:
@@ -188,7 +188,7 @@ class Trainer:
         return make_batch(examples, self._model.plan.device)
 
     def _verified(self, batch: Batch, features: Features, step: int) -> torch.Tensor:
-        """The verified rows [len(batch.rows), C] that heads read in this step."""
+        """Return the verified rows [len(batch.rows), C] that heads read in this step."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         return take_verified(features.last, sample_verified(batch, generator))
 
@@ -216,7 +216,7 @@ class Trainer:
         return by_exit
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Losses [exits], and what else is worth logging of the step."""
+        """Return the losses [exits], and what else is worth logging of the step."""
         started = time.perf_counter()
         sequences, length = batch.tokens.shape
         features = self._lesson.features(batch)
@@ -248,7 +248,7 @@ class Trainer:
             torch.cuda.synchronize(self._model.plan.device)
 
     def _precision(self) -> AbstractContextManager[object]:
-        """Parameters stay float32; products are taken in the model's dtype where it is narrower."""
+        """Take products in the model's dtype where it is narrower; parameters stay float32."""
         plan = self._model.plan
         if plan.dtype != torch.bfloat16:
             return nullcontext()
@@ -284,7 +284,7 @@ class Trainer:
 
     @torch.no_grad()
     def _resume(self) -> bool:
-        """Go on from the newest checkpoint, if there is one."""
+        """Resume from the newest checkpoint, if there is one."""
         checkpoint = self.directory.load()
         if checkpoint is None:
             self.directory.rewind_metrics(-1)

@@ -1,4 +1,4 @@
-"""How often a head agrees with the model on held-out text, teacher forced. Within train/ only.
+"""Measure a head's agreement with the model on held-out text. Within train/ only.
 
 The frozen model runs over the held-out data once; only its features stay in memory: one row of C
 numbers a token and exit, and one more.
@@ -40,7 +40,7 @@ class Agreement:
     examples: int
 
     def to_json(self) -> dict[str, Any]:
-        """Rounded for people; a percent has four digits."""
+        """Return the figures, rounded for people; a percent has four digits."""
         between = None if self.between is None else [round(x, 6) for x in self.between]
         shares = {"alpha": round(self.alpha, 6), "top4": round(self.top4, 6)}
         return shares | {"interval": between, "examples": self.examples}
@@ -94,7 +94,7 @@ def evaluate(
     draft_ids: torch.Tensor | None,
     precision: AbstractContextManager[object],
 ) -> Agreement:
-    """Agreement of one head mixed with lookup, as it drafts by default.
+    """Measure the agreement of one head mixed with lookup, as it drafts by default.
 
     Tokens outside its draft vocabulary count as misses, unless they are copied.
     """
@@ -126,7 +126,7 @@ def evaluate(
 def _best(
     scores: torch.Tensor, draft_ids: torch.Tensor | None, copied: torch.Tensor, odds: torch.Tensor
 ) -> torch.Tensor:
-    """The most likely tokens [n, TOP] of ``lookup.mixed`` for ``scores`` [n, Vd], best first."""
+    """Return the likeliest tokens [n, TOP] of ``lookup.mixed`` ``scores`` [n, Vd], best first."""
     ids = torch.arange(scores.shape[1], device=scores.device) if draft_ids is None else draft_ids
     same = ids == copied[:, None]
     own = scores.masked_fill(~same, -torch.inf).amax(-1)

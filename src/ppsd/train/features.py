@@ -1,4 +1,4 @@
-"""Rows of the frozen model kept on disk, so that later epochs and runs need not compute them.
+"""Keep rows of the frozen model on disk, so that later epochs need not compute them.
 
 Within train/ only. A directory holds one file of bfloat16 rows for each kept layer, and an index:
 a header line, then a line for each example that is whole in all files. Files only grow; what a
@@ -30,7 +30,7 @@ FeatureSource = Callable[[Batch], Features]
 
 
 def live_features(model: Stage, exits: Collection[int]) -> FeatureSource:
-    """Rows computed when they are needed."""
+    """Return a source of rows that are computed when they are needed."""
     return lambda batch: teacher_forward(model, batch.tokens, exits)
 
 
@@ -70,7 +70,7 @@ class FeatureStore:
         self._layers = kept
 
     def _read_index(self) -> list[dict[str, Any]]:
-        """Lines of the index; one that a kill cut short is taken out of the file."""
+        """Read the index; a line that a kill cut short is removed from the file."""
         path = self._path / INDEX
         lines = read_lines(path)
         if path.exists() and not path.read_bytes().endswith(b"\n"):
@@ -121,7 +121,7 @@ class FeatureStore:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers whose rows are kept, counted from 1; the last is the model's."""
+        """Return the layers whose rows are kept, counted from 1; the last is the model's."""
         return (*self._layers, self._model.spec.num_layers)
 
     def _write(self, layer: int, rows: torch.Tensor) -> None:
@@ -141,7 +141,7 @@ class FeatureStore:
         return self._path / f"layer-{layer}.bf16"
 
     def __call__(self, batch: Batch) -> Features:
-        """Rows of a batch, zero where it is padded."""
+        """Return the rows of a batch, zero where it is padded."""
         last = self._model.spec.num_layers
         exits = {layer: self._read(layer, batch) for layer in self._wanted}
         return Features(exits, self._read(last, batch))

@@ -1,4 +1,4 @@
-"""Which of the last layer's rows a head can read when it drafts: run time, imitated in training.
+"""Choose the last layer's rows that a head reads in training, as far behind as at run time.
 
 Within train/ and measure/. Text is taken as decoded by PPSD: the draft after position p can rest on
 the verdicts of all positions up to p - w, with w blocks in flight, and of those before the newest
@@ -17,7 +17,7 @@ MISSES = 0.45  # share of drafts that are wrong
 
 
 def newest_verified(corrected: torch.Tensor, prompt: int, in_flight: int) -> torch.Tensor:
-    """The newest position [L] whose verdict a draft after each of L positions can rest on.
+    """Return the newest position whose verdict a draft after each of L positions can rest on.
 
     ``corrected`` [L] (bool): tokens that replaced a draft. No verdict comes before the one of
     position ``prompt`` - 1; UNVERIFIED where that is still on its way.
@@ -29,7 +29,7 @@ def newest_verified(corrected: torch.Tensor, prompt: int, in_flight: int) -> tor
 
 
 def sample_verified(batch: Batch, generator: torch.Generator) -> torch.Tensor:
-    """For each of ``batch.rows`` a flattened row of the newest verified position, or UNVERIFIED."""
+    """Draw the flattened row of the newest verified position, or UNVERIFIED, per batch row."""
     length = batch.tokens.shape[1]
     found = []
     for i, example in enumerate(batch.examples):
@@ -44,5 +44,5 @@ def sample_verified(batch: Batch, generator: torch.Generator) -> torch.Tensor:
 
 
 def take_verified(last: torch.Tensor, verified: torch.Tensor) -> torch.Tensor:
-    """Rows of ``last`` [B·T, C] that ``verified`` [n] names; zeros for UNVERIFIED and below."""
+    """Take the rows of ``last`` [B·T, C] that ``verified`` [n] names; zeros for UNVERIFIED."""
     return last[verified.clamp(min=0)] * (verified > UNVERIFIED)[:, None]

@@ -1,4 +1,4 @@
-"""How far a rate of accepted drafts may be off, judged from some prompts."""
+"""Estimate from some prompts how far a rate of accepted drafts may be off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RESAMPLES, COVERAGE = 2000, 0.95
 
 
 def interval(accepted: Sequence[int], judged: Sequence[int]) -> tuple[float, float] | None:
-    """The 95 % percentile bootstrap interval of Σ accepted / Σ judged over prompts (Efron 1979).
+    """Return the 95 % bootstrap interval of Σ accepted / Σ judged over prompts (Efron 1979).
 
     Prompts are drawn anew, not positions, because positions of one prompt are alike. None for a
     single prompt. The same numbers always give the same interval.

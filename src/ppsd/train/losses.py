@@ -1,4 +1,4 @@
-"""What a head is trained on: KL(model ‖ head) and cross-entropy, plain and in bounded memory.
+"""Losses of heads: KL(model ‖ head) and cross-entropy, in bounded memory.
 
 Both distributions live on the draft vocabulary: the model's is renormalised over it. Labels are
 indices into it, -1 for tokens outside, which have no cross-entropy. The head's is the mixture that
@@ -43,30 +43,6 @@ class Mixture:
     odds: torch.Tensor
 
 
-def reference_loss(
-    scores: torch.Tensor,
-    teacher: torch.Tensor,
-    labels: torch.Tensor,
-    weights: LossWeights,
-    copied: torch.Tensor,
-    odds: torch.Tensor,
-) -> torch.Tensor:
-    """The loss as in the paper, a mean over rows: logits [n, Vd] of head and model, labels [n].
-
-    ``copied`` and ``odds`` [n]: see Mixture.
-    """
-    copy = torch.zeros_like(scores)
-    offered = copied >= 0
-    copy[offered, copied[offered]] = odds[offered].exp()
-    mixture = scores.softmax(-1) + copy
-    log_q = (mixture / mixture.sum(-1, keepdim=True)).log()
-    log_p = teacher.log_softmax(-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-    picked = log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    surprise = -picked * (labels >= 0)
-    return (weights.kl * divergence + weights.ce * surprise).mean()
-
-
 def chunked_losses(
     features: torch.Tensor,
     teacher: torch.Tensor,
@@ -75,7 +51,7 @@ def chunked_losses(
     weights: LossWeights,
     mixture: Mixture,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses [E], their KL [E] and cross-entropy [E] for E heads that share one teacher.
+    """Return losses [E], their KL [E] and cross-entropy [E] of E heads that share a teacher.
 
     ``features`` [E, n, C] and ``teacher`` [n, C] are normed rows; ``lm_head`` [Vd, C] turns
     either into logits and is frozen. Never more than three logit matrices of a chunk's rows
@@ -145,13 +121,13 @@ def _log_softmax(rows: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
 
 
 def _known(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows whose label is in the draft vocabulary, and those labels."""
+    """Return the rows whose label is in the draft vocabulary, and those labels."""
     known = (labels >= 0).nonzero()[:, 0]
     return known, labels[known]
 
 
 class _Copying(NamedTuple):
-    """What copies change for one head: in ``rows`` [k], where token ``ids`` [k] is copied.
+    """Changes by copies for one head: in ``rows`` [k], where token ``ids`` [k] is copied.
 
     ``gained`` [2]: how much KL and cross-entropy fall; ``by_odds`` [k]: the summed loss's
     derivative; ``pull`` [k]: the same by the log-probability of the copied token.
@@ -185,7 +161,7 @@ def _copying(
 
 
 def _softplus(x: torch.Tensor) -> torch.Tensor:
-    """log(1 + e^x), to the last digit; PyTorch's own gives up at x = 20."""
+    """Return log(1 + e^x) to the last digit; PyTorch's own gives up at x = 20."""
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
@@ -197,7 +173,7 @@ def _slope(
     weights: LossWeights,
     copies: _Copying,
 ) -> torch.Tensor:
-    """Derivative of the summed loss by the head's logits: softmax minus target, for each term.
+    """Return the summed loss's slope by the head's logits: softmax minus target, for each term.
 
     Consumes ``log_q``.
     """

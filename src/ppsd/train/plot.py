@@ -1,4 +1,4 @@
-"""A run's curves as a picture: loss of every head and its agreement with the model.
+"""Plot a run: the loss of every head and its agreement with the model.
 
 Imported by cli/.
 """
@@ -42,14 +42,14 @@ def plot_run(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 
 def _means(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most POINTS points, each the mean of the steps since the one before."""
+    """Return at most POINTS points, each the mean of the steps since the one before."""
     size = -(-len(points) // POINTS)
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(part[-1][0], fmean(loss for _, loss in part)) for part in parts]
 
 
 def _series(records: Iterable[Mapping[str, Any]], kind: str) -> dict[str, list[tuple[int, Any]]]:
-    """Values of one kind of record by exit layer, each with its training tokens."""
+    """Return values of one kind of record by exit layer, each with its training tokens."""
     found: dict[str, list[tuple[int, Any]]] = {}
     for record in records:
         for layer, value in record.get(kind, {}).items():

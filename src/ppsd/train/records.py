@@ -1,4 +1,4 @@
-"""Reading training data: JSONL of prompts, chats or texts, plain text files, hub datasets.
+"""Read training data: JSONL of prompts, chats or texts, plain text files, hub datasets.
 
 Within train/ only. Nothing is tokenised here.
 """
@@ -42,18 +42,18 @@ class Record:
 
     @cached_property
     def key(self) -> str:
-        """A digest of the conversation, the same in whatever file it stands."""
+        """Return a digest of the conversation, the same in whatever file it stands."""
         content = json.dumps(self.messages, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def prompt_digest(text: str) -> str:
-    """Sixteen hexadecimal digits of a prompt, the same whatever its case and white space."""
+    """Return sixteen hexadecimal digits of a prompt, whatever its case and white space."""
     return hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest()[:16]
 
 
 def prompt_digests(records: Iterable[Record]) -> list[str]:
-    """Digests of everything users say in ``records``, and of running texts; ascending."""
+    """Return digests of everything users say in ``records``, and of running texts; ascending."""
     texts = {r.text for r in records if r.text is not None}
     said = {m["content"] for r in records for m in r.messages if m["role"] == "user"}
     return sorted({prompt_digest(text) for text in texts | said})
@@ -61,7 +61,7 @@ def prompt_digests(records: Iterable[Record]) -> list[str]:
 
 @dataclass(frozen=True)
 class DataFile:
-    """Where records came from, for provenance, and what they were for."""
+    """A source of records and its use, for provenance."""
 
     name: str
     sha256: str
@@ -69,7 +69,6 @@ class DataFile:
     use: str = "training"
 
     def to_json(self) -> dict[str, Any]:
-        """What provenance keeps."""
         return asdict(self)
 
 
@@ -114,7 +113,7 @@ def _parse_lines(name: str, lines: Iterable[str]) -> Iterator[Record]:
 
 
 def parse_row(row: Any, where: str) -> Iterator[Record]:
-    """Records of one JSON object; a chat gives one for each of the assistant's messages."""
+    """Return the records of a JSON object; a chat has one for each message of the assistant."""
     try:
         about = tuple((name, row[name]) for name in KEPT if name in row)
         if "messages" in row:
@@ -154,7 +153,7 @@ def _text(value: object) -> str:
 
 
 def _read_hub(name: str) -> tuple[list[Record], str]:
-    """Rows of a hub dataset's train split; the digest is the dataset's own fingerprint."""
+    """Read a hub dataset's train split; the digest is the dataset's own fingerprint."""
     if importlib.util.find_spec("datasets") is None:
         allowed = "a file, or a hub dataset with the package `datasets` installed (it is not)"
         raise ConfigError("data", name, allowed)

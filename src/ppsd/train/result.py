@@ -1,4 +1,4 @@
-"""What a run leaves behind: head directories with their origin and measured agreement.
+"""Write the heads of a run, with their origin and measured agreement.
 
 Imported by cli/.
 """
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppsd.model.exit_head import HeadConfig
 from ppsd.model.head_codes import encode
+from ppsd.model.head_files import HeadConfig
 from ppsd.model.identity import Identity
 from ppsd.provenance import provenance
 from ppsd.train.distill import Trainer
@@ -21,7 +21,7 @@ from ppsd.train.records import DataFile
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of a run beyond its settings; ``prompts`` are digests (see save_head)."""
+    """A run's origin beyond its settings; ``prompts`` are digests (see save_head)."""
 
     base_model: str
     identity: Identity

@@ -1,4 +1,4 @@
-"""Putting a run together: the frozen teacher, the data, and the trainer in its directory.
+"""Put a run together: the frozen teacher, the data, and the trainer in its directory.
 
 Imported by cli/ and measure/.
 """
@@ -36,18 +36,17 @@ class Teacher:
 
     @property
     def fingerprint(self) -> str:
-        """The model's exact mark."""
         return self.identity.fingerprint
 
     @property
     def compute(self) -> str:
-        """In what the frozen model is computed: results differ between these."""
+        """Return what computes the frozen model: results differ between these."""
         return f"{self.stage.plan.dtype} on {self.stage.plan.device.type}"
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What the data amounts to, in examples and tokens."""
+    """The size of the data, in examples and tokens."""
 
     examples: int
     held_out: int
@@ -100,7 +99,7 @@ def open_device(name: str) -> torch.device:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device multiplies it natively, else float32."""
+    """Return a dtype; ``auto`` is bfloat16 if the device multiplies it natively, else float32."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
@@ -112,7 +111,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def open_features(teacher: Teacher, config: DistillConfig, path: Path) -> FeatureStore:
-    """The rows kept in ``path`` that heads at the run's exits need."""
+    """Open the rows kept in ``path`` that heads at the run's exits need."""
     mark = f"{teacher.fingerprint} in {teacher.compute}"
     return FeatureStore(path, teacher.stage, config.exit_layers, mark)
 
@@ -128,7 +127,7 @@ def prepare_run(
     filling: Callable[[int, int], None] = lambda done, total: None,
     vocabulary: Sequence[Record] = (),
 ) -> tuple[Trainer, DataSummary]:
-    """Tokenise, hold out, choose the draft vocabulary, and open the run's directory.
+    """Prepare a run: encode, hold out, choose the draft vocabulary, and open its directory.
 
     Tokens of ``vocabulary`` are counted for the draft vocabulary, and for nothing else; ``files``
     are those of both. With a ``store`` the frozen model runs now, over what that directory does

@@ -1,4 +1,4 @@
-"""The model writes its own training targets: many sequences at once, finished rows replaced.
+"""Let the model write its own training targets, many sequences at once.
 
 Imported by cli/. Rows are addressed by position, as everywhere: row i of the cache is one
 sequence whose next token is written at its own length, so no padding is ever attended to.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ppsd.errors import ConfigError
+from ppsd import checks
 from ppsd.model.layers import Attention, DecoderLayer, Product, RopeRows
 from ppsd.model.packed import whole
 from ppsd.model.stage import Stage
@@ -25,12 +25,12 @@ Keep = Callable[[int, torch.Tensor], None]  # layer, rows [n, C] that left it
 Noise = Callable[[int, int], torch.Tensor]  # position, count: standard Gumbel noise [count]
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 32768}  # padded prompt tokens that run at once
-REFILL_SHARE = 8  # new prompts wait until one row in so many is free: together they cost less
+REFILL_SHARE = 8  # a refill waits until one row in 8 is free: prompts cost less together
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How targets are written: ``temperature`` 0 is greedy; ``batch`` rows at once.
+    """Settings of generation: ``temperature`` 0 is greedy; ``batch`` rows at once.
 
     The batch a prompt shares never matters.
     """
@@ -42,10 +42,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         for name, value in (("generate_batch", self.batch), ("max_new", self.max_new)):
-            if value < 1:
-                raise ConfigError(name, value, "an integer of at least 1")
-        if not 0 <= self.temperature <= 100:
-            raise ConfigError("temperature", self.temperature, "a number in [0, 100]")
+            checks.integer(name, value, 1)
+        checks.number("temperature", self.temperature, 0, 100)
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Request:
 
     @property
     def tokens(self) -> list[int]:
-        """What the model reads before it writes."""
+        """Return what the model reads before it writes."""
         return [*self.prompt, *self.begun]
 
 
@@ -86,7 +84,6 @@ class _Row:
 
     @property
     def length(self) -> int:
-        """Tokens so far."""
         return len(self.request.prompt) + len(self.output)
 
 
@@ -111,14 +108,14 @@ class BatchCache:
             tensor[target, :length] = tensor[source, :length]
 
     def taken(self, row: int, length: int) -> dict[int, torch.Tensor]:
-        """Copies of one sequence's kept rows [length, C]; the last, never computed, is zero."""
+        """Copy one sequence's kept rows [length, C]; the last, never computed, is zero."""
         copies = {layer: tensor[row, :length].clone() for layer, tensor in self.kept.items()}
         for copy in copies.values():
             copy[-1] = 0
         return copies
 
     def filling(self, layer: int, first: int, sequences: int) -> Attention:
-        """Attention of new prompts, whose keys and values go to rows ``first``…."""
+        """Return attention of new prompts, whose keys and values go to rows ``first``…."""
         inner = causal_attention(sequences)
 
         def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -130,7 +127,7 @@ class BatchCache:
         return attention
 
     def keep_filled(self, first: int, sequences: int) -> Keep:
-        """Where the rows of new prompts go."""
+        """Return what keeps the rows of new prompts."""
 
         def keep(layer: int, x: torch.Tensor) -> None:
             rows = x.view(sequences, -1, x.shape[1])
@@ -139,7 +136,7 @@ class BatchCache:
         return keep
 
     def keep_extended(self, positions: torch.Tensor) -> Keep:
-        """Where one new row a sequence goes."""
+        """Return what keeps one new row a sequence."""
 
         def keep(layer: int, x: torch.Tensor) -> None:
             self.kept[layer][torch.arange(len(positions)), positions.cpu()] = x.to(
@@ -149,7 +146,7 @@ class BatchCache:
         return keep
 
     def extending(self, layer: int, positions: torch.Tensor, longest: int) -> Attention:
-        """Attention of one new token a sequence, at ``positions`` [rows in use]."""
+        """Return attention of one new token a sequence, at ``positions`` [rows in use]."""
         count = len(positions)
         rows = torch.arange(count, device=positions.device)
         reach = torch.arange(longest, device=positions.device)
@@ -179,7 +176,7 @@ class Waiting:
 
     @property
     def first(self) -> Request:
-        """The next request; there must be one."""
+        """Return the next request; there must be one."""
         assert self._first is not None
         return self._first
 
@@ -249,12 +246,12 @@ class BatchGenerator:
                 yield from self._finished()
 
     def under_way(self) -> dict[str, list[int]]:
-        """Answers so far, of the requests that are being answered, by key."""
+        """Return the answers so far of the requests at work, by key."""
         return {row.request.key: row.output for row in self._rows}
 
     @property
     def under_way_share(self) -> float:
-        """How many answers those under way amount to, at most."""
+        """Return how many answers the requests at work amount to, at most."""
         return sum(len(row.output) / row.limit for row in self._rows)
 
     def _refill(self, waiting: Waiting) -> None:
@@ -339,7 +336,7 @@ class BatchGenerator:
         self.written += len(rows)
 
     def _drawn(self, rows: Sequence[_Row], scores: torch.Tensor) -> torch.Tensor:
-        """Each row's next token [rows], from ``scores`` [rows, V]."""
+        """Draw each row's next token [rows] from ``scores`` [rows, V]."""
         if self._config.temperature == 0:
             return scores.argmax(-1)
         scores /= self._config.temperature

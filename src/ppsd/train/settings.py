@@ -1,4 +1,4 @@
-"""What a training run is: every number that decides the weights, checked before work begins.
+"""Settings of a training run: all that decides the weights, checked before work begins.
 
 Within train/ and cli/. Does not import PyTorch.
 """
@@ -6,14 +6,16 @@ Within train/ and cli/. Does not import PyTorch.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ppsd import checks
 from ppsd.errors import ConfigError
+from ppsd.settings import TEMPLATE_HELP, setting
 
 KINDS = ("transformer", "norm")
 INITS = ("exit", "last")
+HEAD, DATA, TRAINING = "Head", "Data", "Training"
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 DEFAULT_RATE = 1e-3
 LEADING, FULL_RATE_STEPS = 0.5, 1000  # held-out α at the start, and steps; see peak_rate
@@ -36,45 +38,60 @@ class DistillConfig:
     the learning rate has come down by then. Raises ConfigError.
     """
 
-    exit_layers: tuple[int, ...]
-    kind: str = "transformer"
+    exit_layers: tuple[int, ...] = setting(
+        "Layers to read, one head each: 4,8,15.", flag="--exit-layer", panel=HEAD, metavar="L,…"
+    )
+    kind: str = setting(
+        "transformer or norm.", "transformer", flag="--head", panel=HEAD, metavar="KIND"
+    )
+    head_mlp: int = setting(
+        "Neurons of a transformer head's MLP; 0 for as many as the model's.", 0, panel=HEAD
+    )
+    draft_vocab: int = setting(
+        "Score the most frequent target tokens only; 0 scores all.", 8192, panel=HEAD
+    )
+    learning_rate: float | None = setting(
+        "Peak of the schedule; 1e-3 if left out, less where a short run would lose by it.",
+        None,
+        panel=TRAINING,
+    )
+    epochs: int = setting("Passes over the data.", 1, panel=TRAINING)
+    minutes: float = setting("End after so long, however far; 0 is no limit.", 0.0, panel=TRAINING)
+    batch_tokens: int = setting("Padded tokens of a step.", 2048, panel=TRAINING)
+    seed: int = setting("Of data order, held-out choice and noise.", 0, panel=TRAINING)
+    dtype: str = setting(
+        "auto, bfloat16, float32 or float64.", "auto", panel=TRAINING, metavar="DTYPE"
+    )
+    max_length: int = setting("Tokens of an example; answers are cut.", 1024, panel=DATA)
+    all_positions: bool = setting("Prompts count too, not answers only.", False, panel=DATA)
+    raw: bool = setting("No chat template.", False, panel=DATA)
+    chat_template: str | None = setting(TEMPLATE_HELP, None, panel=DATA, metavar="FILE|TEXT")
+    validation: int = setting("Examples held out, at most a tenth.", 64, panel=DATA)
+    # In Python only: no other value is known to give a better head.
     head_layers: int = 1
-    head_mlp: int = 0
     feedback: bool = True
     copy_gate: bool = True
     init: str = "last"
-    draft_vocab: int = 8192
     kl_weight: float = 1.0
     ce_weight: float = 0.1
-    learning_rate: float | None = None
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 1.0
-    epochs: int = 1
-    minutes: float = 0.0
-    batch_tokens: int = 2048
-    max_length: int = 1024
-    all_positions: bool = False
-    raw: bool = False
-    chat_template: str | None = None
-    validation: int = 64
-    seed: int = 0
-    dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("head", self.kind, KINDS)
-        _one_of("init", self.init, INITS)
-        _one_of("dtype", self.dtype, DTYPES)
+        checks.one_of("head", self.kind, KINDS)
+        checks.one_of("init", self.init, INITS)
+        checks.one_of("dtype", self.dtype, DTYPES)
         for name in ("head_layers", "epochs", "batch_tokens", "validation"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("max_length", self.max_length, 2)
-        _at_least("seed", self.seed, 0)
-        _at_least("head_mlp", self.head_mlp, 0)
+            checks.integer(name, getattr(self, name), 1)
+        checks.integer("max_length", self.max_length, 2)
+        for name in ("seed", "head_mlp"):
+            checks.integer(name, getattr(self, name), 0)
         for name in ("kl_weight", "ce_weight", "weight_decay", "warmup", "minutes"):
-            _real(name, getattr(self, name))
-        _real("clip", self.clip, positive=True)
+            checks.number(name, getattr(self, name), 0)
+        checks.number("clip", self.clip, 0, low_open=True)
         if self.learning_rate is not None:
-            _real("learning_rate", self.learning_rate, positive=True)
+            checks.number("learning_rate", self.learning_rate, 0, low_open=True)
         if self.raw and self.chat_template is not None:
             raise ConfigError("chat_template", self.chat_template, "left out with raw texts")
         if self.kind == "norm":
@@ -87,12 +104,11 @@ class DistillConfig:
 
     @property
     def layers(self) -> int:
-        """Decoder layers of each head."""
         return self.head_layers if self.kind == "transformer" else 0
 
     @property
     def mlp(self) -> int | None:
-        """Neurons of a head layer's MLP, None for as many as the model's."""
+        """Return the neurons of a head layer's MLP, None for as many as the model's."""
         return self.head_mlp or None if self.layers else None
 
     def check_model(self, num_layers: int, max_context: int, neurons: int) -> None:
@@ -112,7 +128,7 @@ class DistillConfig:
             raise ConfigError("max_length", self.max_length, allowed)
 
     def first_copied(self, exit_layer: int, num_layers: int) -> int:
-        """The model's layer that a head's first layer begins as."""
+        """Return the model's layer that a head's first layer begins as."""
         return exit_layer if self.init == "exit" else num_layers - self.layers
 
     def rate(self, done: float, steps: int, start: float) -> float:
@@ -129,7 +145,7 @@ class DistillConfig:
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
 
     def peak_rate(self, steps: int, start: float) -> float:
-        """Learning rate after the warm-up, of a head that began with a held-out α of ``start``.
+        """Return the rate after the warm-up, of a head that began with a held-out α of ``start``.
 
         Where least squares leads, a short run at the rate of a long one leaves its place and
         cannot come back; where it does not, there is little to lose.
@@ -140,20 +156,5 @@ class DistillConfig:
         return DEFAULT_RATE * min(1.0, short)
 
     def to_json(self) -> dict[str, Any]:
-        """For provenance, and to tell whether a checkpoint belongs to this run."""
+        """Return the settings for provenance, and to tell if a checkpoint belongs to this run."""
         return asdict(self) | {"exit_layers": list(self.exit_layers)}
-
-
-def _one_of(name: str, value: str, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(name, value, "one of " + ", ".join(allowed))
-
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if value < low:
-        raise ConfigError(name, value, f"an integer of at least {low}")
-
-
-def _real(name: str, value: float, *, positive: bool = False) -> None:
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ConfigError(name, value, "a number above 0" if positive else "a number, 0 or more")

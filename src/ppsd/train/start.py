@@ -1,4 +1,4 @@
-"""Where a transformer head's training begins: the best linear guess, found without any descent.
+"""Begin a transformer head as the best linear guess, found without any descent.
 
 Within train/ only. The last layer's rows are fitted to the rows that a head reads by least squares
 with a small ridge. Fits weigh rows by the length of what is to be fitted, as the norm that follows
@@ -27,7 +27,7 @@ class LeastSquares:
         self._products = self._products.to(inputs.device) + (scaled.T @ wanted).double()
 
     def solve(self) -> torch.Tensor:
-        """The matrix [k, C] that inputs are to be multiplied by."""
+        """Return the matrix [k, C] that inputs are to be multiplied by."""
         ridge = (
             RIDGE
             * self._squares.diagonal().mean()

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from ppsd.model.exit_head import HeadTensors
 from ppsd.model.head_codes import rounded
 from ppsd.model.layers import DecoderLayer, LayerWeights, RopeRows, linear, rms_norm
+from ppsd.model.names import FUSED, NORMS, layer_prefix
 from ppsd.model.packed import whole
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage
-from ppsd.model.weights import layer_prefix
 from ppsd.speculation.lookup import ODDS
 from ppsd.train.batched import causal_attention
 
@@ -22,7 +23,7 @@ ADDS = ("o", "o_bias", "down", "down_bias")  # what a layer adds to a row comes 
 
 @dataclass(frozen=True)
 class Options:
-    """What a transformer head may have or not; see HeadConfig."""
+    """Parts that a transformer head may have or not, as in HeadConfig."""
 
     mlp: int | None = None
     feedback: bool = False
@@ -42,58 +43,48 @@ class Student:
         assert model.norm is not None
         self.exit_layer = exit_layer
         self.spec = model.spec
-        self.norm = _parameter(model.norm)
         copied = model.layers[first_copied : first_copied + layers]
         self.layers = [_trainable(_pruned(weights, options.mlp)) for weights in copied]
-        feedback = options.feedback
-        square = torch.eye(model.spec.hidden_size, dtype=model.norm.dtype, device=model.plan.device)
-        self.input = _parameter(square) if layers else None
-        self.feedback = _parameter(torch.zeros_like(square)) if feedback else None
-        self.feedback_norm = _parameter(model.norm) if feedback else None
-        gate = options.copy_gate
-        flat = square.new_zeros(len(ODDS), model.spec.hidden_size)
-        self.copy_weight = _parameter(flat) if gate else None
-        self.copy_bias = _parameter(ODDS.to(square)) if gate else None
+        width = model.spec.hidden_size
+        square = torch.eye(width, dtype=model.norm.dtype, device=model.plan.device)
+        zeros, gate = square.new_zeros, options.copy_gate
+        self.tensors = HeadTensors(
+            norm=_parameter(model.norm),
+            input=_parameter(square) if layers else None,
+            feedback_norm=_parameter(model.norm) if options.feedback else None,
+            feedback=_parameter(zeros(width, width)) if options.feedback else None,
+            copy_weight=_parameter(zeros(len(ODDS), width)) if gate else None,
+            copy_bias=_parameter(ODDS.to(square)) if gate else None,
+        )
 
     def reads(self, hidden: torch.Tensor, verified: torch.Tensor) -> torch.Tensor:
-        """What its matrices multiply, side by side: [n, C], with feedback [n, 2·C]."""
-        if self.feedback_norm is None:
+        """Return what its matrices multiply, side by side: [n, C], with feedback [n, 2·C]."""
+        if self.tensors.feedback_norm is None:
             return hidden
         return torch.cat([hidden, self._normed(verified)], 1)
 
     def _normed(self, verified: torch.Tensor) -> torch.Tensor:
-        assert self.feedback_norm is not None
-        return rms_norm(verified, self.feedback_norm, self.spec.rms_norm_eps)
+        assert self.tensors.feedback_norm is not None
+        return rms_norm(verified, self.tensors.feedback_norm, self.spec.rms_norm_eps)
 
     @torch.no_grad()
     def begin(self, solution: torch.Tensor) -> None:
         """Say what ``solution`` [C or 2·C, C], a transposed input (and feedback), makes of rows."""
-        assert self.input is not None
+        assert self.tensors.input is not None
         width = self.spec.hidden_size
-        self.input.copy_(solution[:width].T)
-        if self.feedback is not None:
-            self.feedback.copy_(solution[width:].T)
+        self.tensors.input.copy_(solution[:width].T)
+        if self.tensors.feedback is not None:
+            self.tensors.feedback.copy_(solution[width:].T)
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All parameters with names that stay the same from run to run."""
-        yield f"{self.exit_layer}.norm", self.norm
-        for name, tensor in self._matrices().items():
-            yield f"{self.exit_layer}.{name}", tensor
+        """Yield all parameters with names that stay the same from run to run."""
+        for name, tensor in self.tensors.named().items():
+            known = "norm" if tensor is self.tensors.norm else name  # as in older checkpoints
+            yield f"{self.exit_layer}.{known}", tensor
         for i, weights in enumerate(self.layers):
             for field in fields(weights):
                 if (tensor := getattr(weights, field.name)) is not None:
                     yield f"{self.exit_layer}.{i}.{field.name}", tensor
-
-    def _matrices(self) -> dict[str, torch.Tensor]:
-        """Those of the tensors around the layers that this head has, by their exported names."""
-        found = {
-            "input.weight": self.input,
-            "feedback_norm.weight": self.feedback_norm,
-            "feedback.weight": self.feedback,
-            "copy.weight": self.copy_weight,
-            "copy.bias": self.copy_bias,
-        }
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def forward(
         self,
@@ -103,27 +94,29 @@ class Student:
         sequences: int,
         rows: torch.Tensor,
     ) -> torch.Tensor:
-        """Rows [B·T, C] after the exit layer to normed rows [len(rows), C] before the LM head.
+        """Run rows [B·T, C] after the exit layer to normed rows [len(rows), C] before the LM head.
 
         ``verified`` [len(rows), C]: see ``ExitHead.finish``.
         """
-        x = hidden if self.input is None else linear(hidden, self.input)
+        tensors = self.tensors
+        x = hidden if tensors.input is None else linear(hidden, tensors.input)
         for weights in self.layers:
             x = DecoderLayer(weights, self.spec)(x, rope, causal_attention(sequences))
         x = x[rows]
-        if self.feedback is not None:
-            x = x + linear(self._normed(verified), self.feedback)
-        return rms_norm(x, self.norm, self.spec.rms_norm_eps)
+        if tensors.feedback is not None:
+            x = x + linear(self._normed(verified), tensors.feedback)
+        return rms_norm(x, tensors.norm, self.spec.rms_norm_eps)
 
     def odds(self, normed: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Log weights [n] of copies for rows of ``forward`` [n, C]; ``slots`` [n] into LENGTHS."""
-        if self.copy_weight is None:
+        weight, bias = self.tensors.copy_weight, self.tensors.copy_bias
+        if weight is None:
             return ODDS.to(normed)[slots]
-        return linear(normed, self.copy_weight, self.copy_bias).gather(1, slots[:, None])[:, 0]
+        return linear(normed, weight, bias).gather(1, slots[:, None])[:, 0]
 
     def export(self) -> dict[str, torch.Tensor]:
-        """Tensors by the names and shapes of ``exit_head.head_tensor_shapes``, on the CPU."""
-        weights = {"norm.weight": self.norm, **self._matrices()}
+        """Return tensors by the names and shapes of ``head_tensor_shapes``, on the CPU."""
+        weights = self.tensors.named()
         for i, layer in enumerate(self.layers):
             weights |= unfuse_layer(layer, self.spec, layer_prefix(i))
         return {name: t.detach().cpu() for name, t in weights.items()}
@@ -141,7 +134,7 @@ def _parameter(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _pruned(weights: LayerWeights, neurons: int | None) -> LayerWeights:
-    """The layer with those ``neurons`` of its MLP whose weights are largest."""
+    """Return the layer with those ``neurons`` of its MLP whose weights are largest."""
     if neurons is None:
         return weights
     gate_up, down = whole(weights.gate_up), whole(weights.down)
@@ -169,25 +162,16 @@ def _trainable(weights: LayerWeights) -> LayerWeights:
 
 
 def unfuse_layer(weights: LayerWeights, spec: ModelSpec, prefix: str) -> dict[str, torch.Tensor]:
-    """The inverse of ``stage.fuse_layer``: one layer's tensors by their canonical names."""
-    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    projections = {
-        ("q_proj", "k_proj", "v_proj"): ("self_attn", whole(weights.qkv), weights.qkv_bias),
-        ("o_proj",): ("self_attn", whole(weights.o), weights.o_bias),
-        ("gate_proj", "up_proj"): ("mlp", whole(weights.gate_up), weights.gate_up_bias),
-        ("down_proj",): ("mlp", whole(weights.down), weights.down_bias),
-    }
-    sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-    named = {
-        "input_layernorm.weight": weights.input_norm,
-        "post_attention_layernorm.weight": weights.post_norm,
-        "self_attn.q_norm.weight": weights.q_norm,
-        "self_attn.k_norm.weight": weights.k_norm,
-    }
-    for names, (block, weight, bias) in projections.items():
-        rows = [sizes.get(name, weight.shape[0] // len(names)) for name in names]
+    """Undo ``stage.fuse_layer``: return one layer's tensors by their canonical names."""
+    named = {f"{name}.weight": getattr(weights, field) for field, name in NORMS.items()}
+    shapes = spec.layer_shapes()
+    for field, names in FUSED.items():
+        weight, bias = whole(getattr(weights, field)), getattr(weights, f"{field}_bias")
+        rows = [shapes[f"{name}.weight"][0] for name in names]
+        if field == "gate_up":  # the head's MLP may have fewer neurons than the model's
+            rows = [len(weight) // 2] * 2
         for kind, fused in (("weight", weight), ("bias", bias)):
             parts = [None] * len(names) if fused is None else torch.split(fused, rows)
             for name, part in zip(names, parts, strict=True):
-                named[f"{block}.{name}.{kind}"] = part
+                named[f"{name}.{kind}"] = part
     return {prefix + name: tensor for name, tensor in named.items() if tensor is not None}

@@ -1,4 +1,4 @@
-"""Self-generated targets as a file that grows: written as answers finish, continued after a stop.
+"""Write self-generated targets to a file as answers finish, and continue it after a stop.
 
 Imported by cli/ and measure/.
 """
@@ -30,7 +30,7 @@ POOL = 1024  # prompts are encoded, and those of like length answered together, 
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """Where generation stands: prompts answered, of how many, and tokens written by this call.
+    """Progress of generation: prompts answered, of how many, and tokens written by this call.
 
     ``share`` of the work is done, answers under way counted as if they were to use all their room.
     """
@@ -156,12 +156,12 @@ class _Draft:
 
 
 def _stamp(config: GenerateConfig) -> dict[str, Any]:
-    """What decides an answer; the batch does not."""
+    """Return what decides an answer; the batch does not."""
     return {name: value for name, value in asdict(config).items() if name != "batch"}
 
 
 def _answered(path: Path, stamp: dict[str, Any]) -> set[str]:
-    """Keys in ``path``."""
+    """Return the keys in ``path``."""
     try:
         rows = continue_lines(path)
         for name, value in stamp.items():

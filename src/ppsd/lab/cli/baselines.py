@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from ppsd.cli.options import PipelineOptions
-from ppsd.lab.cli.prompts import GREEDY, WorkOptions, groups_of, measured, planned_pipeline, show
+from ppsd.lab.cli.prompts import (
+    GREEDY,
+    Pipeline,
+    WorkOptions,
+    groups_of,
+    measured,
+    planned_pipeline,
+    show,
+)
 
 
-def baselines(pipeline: PipelineOptions, work: WorkOptions) -> None:
+def baselines(config: Pipeline, work: WorkOptions) -> None:
     """Compare the pipeline with other decoders on the same cores, greedily and in one dtype."""
     tasks = work.tasks()
     from ppsd.lab.baselines import BaselineBench, OutsiderProcess, outsiders
@@ -16,7 +23,7 @@ def baselines(pipeline: PipelineOptions, work: WorkOptions) -> None:
     from ppsd.types import SamplingParams
 
     chosen = variants(())
-    with planned_pipeline(pipeline, chosen) as llm, ExitStack() as stack:
+    with planned_pipeline(config, chosen) as llm, ExitStack() as stack:
         path = llm.layout.files.path
         dtype = str(llm.layout.dtype).removeprefix("torch.")
         others = []

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
 
-from ppsd.cli.options import PipelineOptions
+from ppsd.cli.settings import Without
+from ppsd.config import EngineConfig
 from ppsd.lab.cli.memory import Memory, check_memory
 from ppsd.lab.cli.oracle import (
+    SET_HERE,
     BenchOptions,
-    check,
+    Rates,
+    check_stages,
     label_of,
     measured,
     number,
     quartiles,
+    rates_of,
     record_of,
     share,
     table_console,
@@ -28,19 +32,20 @@ if TYPE_CHECKING:
 
 
 def efficiency(
-    pipeline: PipelineOptions,
+    config: Annotated[EngineConfig, Without((*SET_HERE, "block"))],
     options: BenchOptions,
     memory: Memory = "any",
+    alphas: Rates = None,
 ) -> None:
     """Compare PPSD's speedup over plain decoding with theory, and say where the rest goes."""
     from ppsd.lab import efficiency as study
     from ppsd.lab.memory import label as memory_label
     from ppsd.lab.memory import with_memory
 
-    check(pipeline, ("mode", "block", "head", "gate"))
+    check_stages(config)
     check_memory(memory)
-    variants = study.variants(options.rates(study.ALPHAS), pipeline.in_flight)
-    with measured("efficiency", pipeline, options, variants, block=1) as (llm, everything):
+    variants = study.variants(rates_of(alphas, study.ALPHAS), config.in_flight)
+    with measured("efficiency", config, options, variants, block=1) as (llm, everything):
         results = with_memory(everything, memory)
         fast = [v for v in variants if v.alpha is not None]
         rows = study.summarize(results, [v.name for v in fast if not v.gate])

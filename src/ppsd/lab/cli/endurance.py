@@ -9,33 +9,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 
 from ppsd.cli import progress
-from ppsd.cli.options import PipelineOptions
+from ppsd.cli.settings import Without
+from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError
-from ppsd.lab.cli.oracle import BenchOptions, benchmark, check, measured, record_of, table_console
+from ppsd.lab.cli.oracle import (
+    SET_HERE,
+    BenchOptions,
+    benchmark,
+    check_stages,
+    measured,
+    record_of,
+    table_console,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ppsd.engine.llm import LLM
     from ppsd.lab.endurance import Drift, Memory
 
 
+OWN = (*SET_HERE, "block", "in_flight", "pace")
+
+
 def endurance(
-    pipeline: PipelineOptions,
+    config: Annotated[EngineConfig, Without(OWN)],
     options: BenchOptions,
     requests: Annotated[int, benchmark("Short requests whose memory is watched.")] = 100,
 ) -> None:
     """Compare the last tokens of a long request with the first, and memory over many requests."""
-    check(pipeline, ("mode", "block", "in_flight", "head", "gate", "pace"))
-    if options.alphas is not None:
-        raise ConfigError("alphas", options.alphas, "left out: drafts are always right here")
+    check_stages(config)
     from ppsd.lab import endurance as study
 
-    with measured("endurance", pipeline, options, study.VARIANTS, block=1) as (llm, results):
+    with measured("endurance", config, options, study.VARIANTS, block=1) as (llm, results):
         prompts = [llm.encode(task.messages) for task in options.tasks()]
         length = sum(map(len, prompts)) // len(prompts)
         ratios = study.explained(
-            _profile(pipeline, llm), llm.layout.bounds, study.schedules(llm), length,
+            _profile(config), llm.layout.bounds, study.schedules(llm), length,
             options.tokens,
         )  # fmt: skip
         rows = study.drifts(results, ratios)
@@ -49,14 +58,13 @@ def endurance(
             _show(rows, memory)
 
 
-def _profile(pipeline: PipelineOptions, llm: LLM) -> Any:
-    from ppsd.config import EngineConfig
+def _profile(config: EngineConfig) -> Any:
     from ppsd.engine.choose import read_profile
 
-    profile = read_profile(EngineConfig(**pipeline.settings()))
+    profile = read_profile(config)
     if not profile.measured:
         allowed = "a file of `ppsd profile`, or auto once that has been run here"
-        raise ConfigError("plan", pipeline.plan, allowed)
+        raise ConfigError("plan", config.plan, allowed)
     return profile
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ppsd.cli.options import flag
+from ppsd.cli.flags import flag
 from ppsd.errors import ConfigError
 
 Memory = Annotated[

@@ -1,8 +1,7 @@
-"""What the verbs share that measure with drafts of a chosen acceptance."""
+"""Share what verbs need that measure with drafts of a chosen acceptance."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,9 @@ from rich.console import Console
 
 from ppsd.cli import progress
 from ppsd.cli.display import pace_label
-from ppsd.cli.options import PipelineOptions, flag, numbers
+from ppsd.cli.flags import flag, numbers
 from ppsd.cli.session import open_llm
+from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,20 +27,19 @@ if TYPE_CHECKING:
 benchmark = functools.partial(flag, panel="Benchmark")
 
 WIDTH = 120
+# An oracle takes the place of heads, and the verbs set modes and gates themselves.
+SET_HERE = ("mode", "head", "force_head", "lookup", "gate")
 ORACLE_LABEL = "ORACLE drafts: acceptance is chosen, not a head's"
 
 
 @dataclass
 class BenchOptions:
-    """What is measured how often, and where it goes."""
+    """Say what is measured how often, and where it goes."""
 
     prompts: Annotated[
         Path | None, benchmark("JSONL or text file of prompts; one short prompt if left out.")
     ] = None
     limit: Annotated[int | None, benchmark("Take so many prompts, evenly from the file.")] = None
-    alphas: Annotated[
-        str | None, benchmark("Acceptance rates of the oracle's drafts.", metavar="α,…")
-    ] = None
     tokens: Annotated[int, benchmark("Timed tokens of each request.")] = 128
     repeats: Annotated[int, benchmark("Repeats of every mode, interleaved.")] = 7
     out: Annotated[
@@ -49,17 +48,21 @@ class BenchOptions:
     as_json: Annotated[bool, benchmark("Print one JSON object.", "--json")] = False
 
     def tasks(self) -> list[Task]:
-        """The prompts."""
+        """Return the prompts."""
         from ppsd.measure.workload import default_tasks, load_tasks
 
         return default_tasks() if self.prompts is None else load_tasks(self.prompts, self.limit)
 
-    def rates(self, default: tuple[float, ...]) -> tuple[float, ...]:
-        """The oracle's acceptance rates."""
-        rates = default if self.alphas is None else numbers("alphas", self.alphas)
-        if not rates or not all(0 <= rate <= 1 for rate in rates):
-            raise ConfigError("alphas", self.alphas, "rates in [0, 1] separated by commas")
-        return rates
+
+Rates = Annotated[str | None, benchmark("Acceptance rates of the oracle's drafts.", metavar="α,…")]
+
+
+def rates_of(alphas: str | None, default: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the oracle's acceptance rates; raises ConfigError."""
+    rates = default if alphas is None else numbers("alphas", alphas)
+    if not rates or not all(0 <= rate <= 1 for rate in rates):
+        raise ConfigError("alphas", alphas, "rates in [0, 1] separated by commas")
+    return rates
 
 
 Measure = Callable[["Cell"], "Measurement"]
@@ -70,13 +73,9 @@ def unchanged(measure: Measure) -> Measure:
     return measure
 
 
-def check(pipeline: PipelineOptions, own: Sequence[str]) -> None:
-    """Refuse flags that the benchmark would have to ignore."""
-    for field in dataclasses.fields(pipeline):
-        value = getattr(pipeline, field.name)
-        if field.name in own and value != field.default:
-            raise ConfigError(field.name, value, "left out: this benchmark sets its own")
-    if pipeline.stages == 1 and pipeline.split is None:
+def check_stages(config: EngineConfig) -> None:
+    """Refuse a pipeline that has nothing to speculate with."""
+    if config.stages == 1:
         raise ConfigError("stages", 1, "at least 2")
 
 
@@ -85,24 +84,22 @@ def _check_out(out: Path | None) -> None:
         raise ConfigError("out", str(out), "a file in a directory that exists")
 
 
-def _decided(pipeline: PipelineOptions, block: int) -> PipelineOptions:
-    """All modes run where ``ppsd`` would be cut, with room for blocks of ``block`` rows."""
-    from ppsd.config import EngineConfig
+def _decided(config: EngineConfig, block: int) -> EngineConfig:
+    """Return where ``ppsd`` would be cut, with room for blocks of ``block`` rows, for all modes."""
     from ppsd.engine.build import plan_layout
     from ppsd.model.source import resolve_model
 
-    wanted = dataclasses.replace(pipeline, head="none", mode="ppsd", block=None)
-    config = EngineConfig(**wanted.settings())
-    _, layout, _ = plan_layout(config, resolve_model(config.model))
-    split = ",".join(map(str, layout.bounds[1:-1]))
+    wanted = config.replaced(head="none", mode="ppsd", block=None)
+    _, layout, _ = plan_layout(wanted, resolve_model(wanted.model))
     mode = "ppsd" if block == 1 else "draft-then-verify"
-    return dataclasses.replace(wanted, mode=mode, block=block, plan="off", split=split)
+    split = tuple(layout.bounds[1:-1])
+    return wanted.replaced(mode=mode, block=block, plan="off", split=split)
 
 
 @contextmanager
 def measured(
     verb: str,
-    pipeline: PipelineOptions,
+    config: EngineConfig,
     options: BenchOptions,
     variants: Sequence[Variant],
     block: int,
@@ -115,7 +112,7 @@ def measured(
     from ppsd.lab.memory import noted
     from ppsd.provenance import portable, provenance
 
-    with open_llm(_decided(pipeline, block), trace=True, drafter=oracle.placeholder()) as llm:
+    with open_llm(_decided(config, block), trace=True, drafter=oracle.placeholder()) as llm:
         config = llm.config
         settings = {
             "verb": verb,
@@ -142,7 +139,7 @@ def measured(
 
 
 def label_of(llm: LLM, results: Results) -> str:
-    """What has to stand beside every figure."""
+    """Return the text that stands beside every figure."""
     from ppsd.lab.runner import total
 
     bounds = ",".join(map(str, llm.layout.bounds))
@@ -151,7 +148,7 @@ def label_of(llm: LLM, results: Results) -> str:
 
 
 def record_of(llm: LLM, results: Results) -> dict[str, Any]:
-    """What every ``--json`` object begins with."""
+    """Return the first keys of every ``--json`` object."""
     from ppsd.lab.runner import total
 
     return {
@@ -168,7 +165,7 @@ def record_of(llm: LLM, results: Results) -> dict[str, Any]:
 
 
 def table_console() -> Console:
-    """Standard output, wide enough for the tables where it is a file."""
+    """Return standard output, wide enough for the tables where it is a file."""
     width = None if Console().is_terminal else WIDTH
     return Console(highlight=False, markup=False, width=width)
 

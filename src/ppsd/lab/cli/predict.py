@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
 
-from ppsd.cli.options import PipelineOptions
+from ppsd.cli.settings import Without
+from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError
 from ppsd.lab.cli.oracle import (
+    SET_HERE,
     BenchOptions,
     Measure,
+    Rates,
     benchmark,
-    check,
+    check_stages,
     label_of,
     measured,
     number,
+    rates_of,
     record_of,
     table_console,
     unchanged,
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    pipeline: PipelineOptions,
+    config: Annotated[EngineConfig, Without((*SET_HERE, "in_flight"))],
     options: BenchOptions,
     profile: Annotated[
         bool,
@@ -42,20 +46,21 @@ def predict(
             "ten seconds more a request."
         ),
     ] = False,
+    alphas: Rates = None,
 ) -> None:
     """Compare the simulator's token times with the engine's, in all three modes."""
     from ppsd.lab import predict as study
     from ppsd.speculation.policy import DEFAULT_BLOCK, schedule_for
 
-    check(pipeline, ("mode", "in_flight", "head", "gate"))
+    check_stages(config)
     if profile:
-        _check_profiled(pipeline)
-    block = pipeline.block or DEFAULT_BLOCK
-    variants = study.variants(options.rates(study.ALPHAS), block)
+        _check_profiled(config)
+    block = config.block or DEFAULT_BLOCK
+    variants = study.variants(rates_of(alphas, study.ALPHAS), block)
     verb = "predict by profile" if profile else "predict"
     with (
-        _profiler(pipeline) if profile else nullcontext(unchanged) as around,
-        measured(verb, pipeline, options, variants, block, around) as (llm, results),
+        _profiler(config) if profile else nullcontext(unchanged) as around,
+        measured(verb, config, options, variants, block, around) as (llm, results),
     ):
         stages = llm.layout.stages
         schedules = {v.name: schedule_for(v.mode, stages, v.block, v.in_flight) for v in variants}
@@ -69,23 +74,21 @@ def predict(
             _show(label_of(llm, results), rows)
 
 
-def _check_profiled(pipeline: PipelineOptions) -> None:
+def _check_profiled(config: EngineConfig) -> None:
     """Refuse pipelines that a profile says nothing of."""
-    if pipeline.transport not in ("auto", "shared-memory"):
-        raise ConfigError("transport", pipeline.transport, "auto or shared-memory with --profile")
-    if pipeline.devices != "cpu":
-        raise ConfigError("devices", pipeline.devices, "cpu with --profile")
+    if config.transport not in ("auto", "shared-memory"):
+        raise ConfigError("transport", config.transport, "auto or shared-memory with --profile")
+    if set(config.devices) != {"cpu"}:
+        raise ConfigError("devices", config.devices, "cpu with --profile")
 
 
 @contextmanager
-def _profiler(pipeline: PipelineOptions) -> Iterator[Callable[[Measure], Measure]]:
+def _profiler(config: EngineConfig) -> Iterator[Callable[[Measure], Measure]]:
     """Take a profile between any two measurements, and note both neighbours with each."""
     from ppsd.cli.profile import subject_of
-    from ppsd.config import EngineConfig
     from ppsd.engine.profiler import profiler
 
-    c = EngineConfig(**pipeline.settings())
-    subject = subject_of(c.model, c.dtype, c.stages, c.threads_per_stage, "shared-memory")
+    subject = subject_of(config)
     newest: list[dict[str, Any]] = []
     with profiler(subject) as take:
 

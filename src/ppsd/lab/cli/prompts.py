@@ -1,4 +1,4 @@
-"""What the verbs share that measure trained heads on real prompts."""
+"""Share what verbs need that measure trained heads on real prompts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ppsd.cli import progress
-from ppsd.cli.options import PipelineOptions
-from ppsd.cli.session import open_llm
+from ppsd.cli.session import open_llm, with_head
+from ppsd.cli.settings import Without
+from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError
 from ppsd.lab.cli.memory import Memory, check_memory
 from ppsd.lab.cli.oracle import benchmark
@@ -27,11 +28,14 @@ if TYPE_CHECKING:
 
 ALL = "all"
 GREEDY, SAMPLED = "greedy", "T=1"
+Pipeline = Annotated[
+    EngineConfig, Without(("mode", "block", "in_flight"))
+]  # these verbs run all modes
 
 
 @dataclass
 class WorkOptions:
-    """What is decoded, how often, and where measurements go."""
+    """Say what is decoded, how often, and where measurements go."""
 
     prompts: Annotated[list[Path], benchmark("JSONL or text file of prompts; may be repeated.")]
     limit: Annotated[int | None, benchmark("Take so many prompts of each file, evenly.")] = None
@@ -44,7 +48,7 @@ class WorkOptions:
     as_json: Annotated[bool, benchmark("Print one JSON object.", "--json")] = False
 
     def tasks(self) -> list[Task]:
-        """All prompts; an id that two files share gets its file's name before it."""
+        """Return all prompts; an id that two files share gets its file's name before it."""
         from ppsd.measure.workload import load_tasks
 
         check_memory(self.memory)
@@ -56,24 +60,22 @@ class WorkOptions:
 
 
 @contextmanager
-def planned_pipeline(pipeline: PipelineOptions, chosen: Sequence[Variant]) -> Iterator[LLM]:
-    """A pipeline planned for PPSD whose buffers suit every variant.
+def planned_pipeline(config: EngineConfig, chosen: Sequence[Variant]) -> Iterator[LLM]:
+    """Open a pipeline planned for PPSD whose buffers suit every variant.
 
     Raises ConfigError when it has no drafts.
     """
-    if pipeline.mode != "auto" or pipeline.block is not None:
-        raise ConfigError("mode", pipeline.mode, "left out: this benchmark runs all modes")
-    from ppsd.config import EngineConfig
     from ppsd.engine.choose import planned
 
-    config = planned(EngineConfig(**replace(pipeline, mode="ppsd").settings()))
-    split = None if config.split is None else ",".join(map(str, config.split))
-    fixed = replace(pipeline, split=split, exit_layer=None, head=config.head)
+    best = planned(with_head(config).replaced(mode="ppsd"))
     largest = max((v.block or 1 for v in chosen), default=1)
     mode = "draft-then-verify" if largest > 1 else "ppsd"
-    with open_llm(replace(fixed, mode=mode, block=largest)) as llm:
+    fixed = config.replaced(
+        split=best.split, exit_layer=None, head=best.head, mode=mode, block=largest
+    )
+    with open_llm(fixed) as llm:
         if not llm.drafts:
-            raise ConfigError("head", pipeline.head, "an exit head: drafts are what is measured")
+            raise ConfigError("head", config.head, "an exit head: drafts are what is measured")
         yield llm
 
 
@@ -112,7 +114,7 @@ def measured(
 
 
 def groups_of(tasks: Sequence[Task], settings: Sequence[str]) -> dict[str, list[str]]:
-    """Names of measured tasks by category, all of them first, for each way of sampling."""
+    """Return names of measured tasks by category, all of them first, for each way of sampling."""
     groups: dict[str, list[str]] = {}
     for setting in settings:
         for task in tasks:

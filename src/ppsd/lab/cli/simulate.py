@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.console import Console
 from rich.table import Table
 
-from ppsd.cli.options import flag
+from ppsd.cli.flags import flag
 from ppsd.errors import ConfigError
 
 if TYPE_CHECKING:

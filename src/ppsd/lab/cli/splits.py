@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 
 from ppsd.cli import progress
-from ppsd.cli.options import PipelineOptions, pairs
+from ppsd.cli.flags import pairs
 from ppsd.cli.session import open_llm
+from ppsd.cli.settings import Without
+from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError
-from ppsd.lab.cli.oracle import ORACLE_LABEL, BenchOptions, benchmark, check, table_console
+from ppsd.lab.cli.oracle import (
+    ORACLE_LABEL,
+    SET_HERE,
+    BenchOptions,
+    benchmark,
+    check_stages,
+    table_console,
+)
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
@@ -22,26 +31,24 @@ if TYPE_CHECKING:
     from ppsd.lab.splits import Row
     from ppsd.plan.planner import Plan, Problem
 
-OWN = ("split", "exit_layer", "mode", "block", "in_flight", "head", "gate", "pace")
+OWN = (*SET_HERE, "split", "exit_layer", "block", "in_flight", "pace")
 
 
 def splits(
-    pipeline: PipelineOptions,
+    config: Annotated[EngineConfig, Without(OWN)],
     options: BenchOptions,
     alpha: Annotated[
         str, benchmark("Acceptance by exit; linear between the exits given.", metavar="EXIT:α,…")
     ],
 ) -> None:
     """Decode with every split there is, and compare the planned one with the best."""
-    check(pipeline, OWN)
-    if options.alphas is not None:
-        raise ConfigError("alphas", options.alphas, "left out: --alpha gives rates by exit")
+    check_stages(config)
     rates = pairs("alpha", alpha, "exit:rate")
     from ppsd.lab import splits as study
 
-    problem = _problem(pipeline, options, rates)
+    problem = _problem(config, options, rates)
     tried = study.trials(problem)
-    results = _measure(pipeline, options, tried, problem)
+    results = _measure(config, options, tried, problem)
     rows = study.summarize(results, tried)
     behind, curve = study.behind_best(rows), study.behind_curve(results, tried)
     if options.as_json:
@@ -57,15 +64,11 @@ def splits(
         _show(rows, behind, curve)
 
 
-def _problem(
-    pipeline: PipelineOptions, options: BenchOptions, rates: Mapping[int, float]
-) -> Problem:
-    from ppsd.config import EngineConfig
+def _problem(config: EngineConfig, options: BenchOptions, rates: Mapping[int, float]) -> Problem:
     from ppsd.engine.choose import read_profile
     from ppsd.lab.splits import exits_along
     from ppsd.plan.planner import Problem
 
-    config = EngineConfig(**pipeline.settings())
     found = read_profile(config)
     last = found.sizes.layers - 1
     if not all(1 <= layer <= last for layer in rates):
@@ -75,22 +78,17 @@ def _problem(
 
 
 def _measure(
-    pipeline: PipelineOptions, options: BenchOptions, tried: Mapping[str, Plan], problem: Problem
+    config: EngineConfig, options: BenchOptions, tried: Mapping[str, Plan], problem: Problem
 ) -> Any:
     tasks = options.tasks()
     from ppsd.lab import oracle, runner
     from ppsd.lab import splits as study
-    from ppsd.provenance import provenance
+    from ppsd.provenance import portable, provenance
 
     @contextmanager
     def opened(plan: Plan) -> Iterator[LLM]:
-        split = ",".join(map(str, plan.bounds[1:-1]))
-        asked: dict[str, Any] = {
-            "split": split,
-            "in_flight": plan.schedule.in_flight,
-            "plan": "off",
-        }
-        fixed = dataclasses.replace(pipeline, **asked, head="none", mode="ppsd")
+        split, window = tuple(plan.bounds[1:-1]), plan.schedule.in_flight
+        fixed = config.replaced(split=split, in_flight=window, plan="off", head="none", mode="ppsd")
         with open_llm(fixed, trace=True, drafter=oracle.placeholder()) as llm:
             yield llm
 
@@ -101,7 +99,7 @@ def _measure(
         "tasks": [task.id for task in tasks],
         "tokens": options.tokens,
         "rates": rates,
-        "pipeline": dataclasses.asdict(pipeline),
+        "pipeline": portable(config),
     }
     results = runner.Results(options.out, settings, provenance())
     cells = runner.interleaved(list(tried), [task.id for task in tasks], options.repeats)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ppsd.cli.options import PipelineOptions, integers
+from ppsd.cli.flags import integers
 from ppsd.lab.cli.oracle import benchmark
 from ppsd.lab.cli.prompts import (
     GREEDY,
     SAMPLED,
+    Pipeline,
     WorkOptions,
     groups_of,
     measured,
@@ -18,7 +19,7 @@ from ppsd.lab.cli.prompts import (
 
 
 def tasks(
-    pipeline: PipelineOptions,
+    config: Pipeline,
     work: WorkOptions,
     gammas: Annotated[
         str, benchmark("Draft lengths of draft-then-verify.", metavar="γ,…")
@@ -35,7 +36,7 @@ def tasks(
     params = {GREEDY: SamplingParams(max_tokens=work.max_tokens)}
     if sampled:
         params[SAMPLED] = SamplingParams(1.0, max_tokens=work.max_tokens)
-    with planned_pipeline(pipeline, chosen) as llm:
+    with planned_pipeline(config, chosen) as llm:
         bench = TaskBench(llm, chosen, tasks, params)
         names = [v.name for v in chosen]
         results = measured("tasks", llm, work, names, tasks, list(params), bench.measure)

@@ -1,7 +1,7 @@
-"""The plain, unsplit, uncached reference model: what every stage split must equal. For tests.
+"""The plain, unsplit, uncached reference model: what every stage split must equal.
 
 It reads like the paper (one function, unfused weights, whole sequence at once) and shares no
-forward code with layers.py.
+forward code with the product.
 """
 
 from __future__ import annotations

@@ -1,0 +1,292 @@
+"""Make flags of the records of settings; variables ``PPSD_*`` and a TOML file set them as well.
+
+A flag comes before the environment, that before the file, and that before the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import Field, dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from ppsd.cli.flags import integers, numbers, pairs
+from ppsd.config import Decoding, EngineConfig, Placement
+from ppsd.errors import ConfigError, PpsdError
+from ppsd.types import SamplingParams
+
+PREFIX = "PPSD_"
+CONFIG_FILE, FILE_VARIABLE = "config_file", f"{PREFIX}CONFIG"
+EXPERTS = "For experts"
+TRUTHS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
+    ("0", "false", "no", "off"), False
+)
+PANELS = {Placement: "Placement", Decoding: "Decoding", SamplingParams: "Sampling"}
+FILE_HELP = "TOML file of settings; flags and variables PPSD_… come first."
+
+
+@dataclass(frozen=True)
+class Only:
+    """Offer these settings of a record; the others keep their defaults."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Without:
+    """Offer all settings of a record but these."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Remember where a setting was given, and as what."""
+
+    place: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Hold the sampling settings that were given; the model's file or a verb may set others."""
+
+    origins: Mapping[str, Origin]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Return the values by name."""
+        return {name: origin.value for name, origin in self.origins.items()}
+
+    def params(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+        """Return the checked SamplingParams; ``defaults`` are for settings that nobody gave."""
+        with _named(self.origins):
+            return SamplingParams(**{**(defaults or {}), **self.given})
+
+
+def settings_of(record: Any) -> dict[str, Field[Any]]:
+    """Return the fields of a record that are flags, by name."""
+    return {f.name: f for f in dataclasses.fields(record) if "help" in f.metadata}
+
+
+ALL = settings_of(EngineConfig) | settings_of(SamplingParams)
+
+
+class Group:
+    """Make flags of a verb's parameter that is a record of settings, and the record of flags."""
+
+    def __init__(self, hint: Any) -> None:
+        annotated = get_args(hint)
+        self._made = annotated[0] if annotated else hint
+        self._record = SamplingParams if self._made is Sampling else self._made
+        choice = next((each for each in annotated[1:] if isinstance(each, Only | Without)), None)
+        fields = settings_of(self._record)
+        if isinstance(choice, Only):
+            fields = {name: fields[name] for name in choice.names}
+        elif choice is not None:
+            fields = {name: f for name, f in fields.items() if name not in choice.names}
+        self._fields = fields
+
+    @staticmethod
+    def suits(hint: Any) -> bool:
+        """Return True if a parameter of this type is a group of settings."""
+        kind = (get_args(hint) or (hint,))[0]
+        return kind is Sampling or (dataclasses.is_dataclass(kind) and bool(settings_of(kind)))
+
+    @property
+    def ambient(self) -> bool:
+        """Return True if the environment and a file set these settings as well."""
+        return self._record in (EngineConfig, SamplingParams)
+
+    @property
+    def parameters(self) -> list[inspect.Parameter]:
+        """Return the flags as parameters that typer reads."""
+        hints = get_type_hints(self._record)
+        return [_parameter(f, hints[f.name], self._panel(f)) for f in self._fields.values()]
+
+    def _panel(self, field: Field[Any]) -> str:
+        if field.metadata["expert"]:
+            return EXPERTS
+        if panel := field.metadata["panel"]:
+            return str(panel)
+        return next(panel for part, panel in PANELS.items() if field.name in settings_of(part))
+
+    def take(self, ctx: typer.Context, flags: dict[str, Any], file: Mapping[str, Any]) -> Any:
+        """Return the record of what was given, and remove its flags from ``flags``."""
+        origins, hints = {}, get_type_hints(self._record)
+        for name, field in self._fields.items():
+            ambient = file if self.ambient else None
+            if origin := _given(ctx, field, hints[name], flags.pop(name), ambient):
+                origins[name] = origin
+        if self._made is Sampling:
+            return Sampling(origins)
+        with _named(origins):
+            return self._made(**{name: origin.value for name, origin in origins.items()})
+
+
+def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
+    """Return a flag for a field, with its name, help and default."""
+    about, default = field.metadata, field.default
+    kind, flag = hint, _dashed(field)
+    names = [about["short"], flag] if about["short"] else [flag]
+    if about["repeated"]:
+        kind, default = list[str] | None, None
+    elif _reader(hint) is not None:
+        kind, default = str | None, None
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            kind, default = str, inspect.Parameter.empty
+        elif isinstance(field.default, tuple) and field.default:
+            default = ",".join(map(str, field.default))
+    elif hint is bool and default:
+        names = [f"{flag}/--no-{flag.removeprefix('--')}"]
+    option = typer.Option(
+        *names,
+        help=about["help"],
+        metavar=about["metavar"],
+        rich_help_panel=panel,
+        show_default=not about["open_default"],
+    )
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, option],
+    )
+
+
+def _dashed(field: Field[Any]) -> str:
+    """Return the long name of a field's flag."""
+    return str(field.metadata["flag"] or "--" + field.name.replace("_", "-"))
+
+
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+@functools.cache
+def _reader(hint: Any) -> Callable[[str, str], Any] | None:
+    """Return how to read the text of a setting that is a list or a mapping, None for others."""
+    for kind in (hint, *get_args(hint)):
+        if kind == tuple[int, ...]:
+            return integers
+        if kind == tuple[float, ...]:
+            return numbers
+        if kind == tuple[str, ...]:
+            return lambda name, text: tuple(text.split(","))
+        if kind == Mapping[int, float]:
+            return lambda name, text: pairs(name, text, "id:bias")
+    return None
+
+
+def _given(
+    ctx: typer.Context, field: Field[Any], hint: Any, value: Any, file: Mapping[str, Any] | None
+) -> Origin | None:
+    """Return what was given for a setting, and where; None if nothing was.
+
+    Without a ``file`` only the command line counts.
+    """
+    name, repeated = field.name, field.metadata["repeated"]
+    source = ctx.get_parameter_source(name)
+    told = _dashed(field).removeprefix("--").replace("-", "_")  # in errors
+    if source is not None and source.name == "COMMANDLINE":
+        return Origin("", tuple(value) if repeated else _from_text(told, hint, value))
+    if file is None:
+        return None
+    if text := os.environ.get(_variable(name)):
+        return Origin(_variable(name), (text,) if repeated else _from_text(name, hint, text))
+    if name in file:
+        return Origin(str(ctx.params[CONFIG_FILE]), _from_toml(name, file[name]))
+    return None
+
+
+def _from_text(name: str, hint: Any, value: Any) -> Any:
+    """Return a value as the record takes it; the record refuses what stays a text.
+
+    What comes from the command line is a number or bool already, unless its flag takes a list.
+    """
+    if not isinstance(value, str):
+        return value
+    if reader := _reader(hint):
+        return reader(name, value)
+    kinds = get_args(hint) or (hint,)
+    if bool in kinds:
+        return TRUTHS.get(value.lower(), value)
+    for kind in (int, float):
+        if kind in kinds:
+            with suppress(ValueError):
+                return kind(value)
+    return value
+
+
+def _from_toml(name: str, value: Any) -> Any:
+    """Return a value as the record takes it: TOML has lists, and keys that are texts."""
+    if not isinstance(value, dict):
+        return tuple(value) if isinstance(value, list) else value
+    if name != "logit_bias":
+        raise ConfigError(name, value, "a value or a list, no table")
+    try:
+        return {int(token): bias for token, bias in value.items()}
+    except ValueError:
+        raise ConfigError(name, value, "a table of token ids and numbers") from None
+
+
+@contextmanager
+def _named(origins: Mapping[str, Origin]) -> Iterator[None]:
+    """Note with a refused setting where it was given, unless that was the command line."""
+    try:
+        yield
+    except ConfigError as error:
+        if (origin := origins.get(error.field)) and origin.place:
+            error.add_note(f"{error.field} is set by {origin.place}")
+        raise
+
+
+def check_environment() -> None:
+    """Refuse a variable that is none, as a misspelt one would be ignored; raises PpsdError."""
+    from ppsd.cli.env import VARIABLES
+
+    known = [*map(_variable, ALL), *VARIABLES]
+    for name in os.environ:
+        if name.startswith(PREFIX) and name not in known:
+            raise PpsdError(f"{name} is no variable of ppsd{_near(name, known)}")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def file_parameter() -> inspect.Parameter:
+    """Return the flag ``--config``."""
+    option = typer.Option(
+        "--config", help=FILE_HELP, metavar="FILE", envvar=FILE_VARIABLE, show_envvar=False
+    )
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    kind = Annotated[Path | None, option]
+    return inspect.Parameter(CONFIG_FILE, keyword, default=None, annotation=kind)
+
+
+def read_file(path: Path | None) -> dict[str, Any]:
+    """Read a TOML file of settings; raises PpsdError for what is none."""
+    if path is None:
+        return {}
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PpsdError(f"cannot read settings from {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # no TOML, or no UTF-8
+        raise PpsdError(f"{path} is not a TOML file: {error}") from error
+    for name in values:
+        if name not in ALL:
+            near = _near(name.replace("-", "_"), ALL)
+            raise PpsdError(f"{path}: {name!r} is no setting{near}")
+    return values
