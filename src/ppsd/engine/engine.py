@@ -100,7 +100,8 @@ class Engine:
             self._running.rotate(-1)
             if sequence.commands:
                 return self._carry_out(sequence)
-        return self._take(self.links.wait())
+        self._take(self.links.wait())
+        return []
 
     def abort(self, sequence: Sequence, reason: str = "abort") -> None:
         """End a sequence with ``reason``; what has not been returned yet is dropped."""
@@ -164,20 +165,22 @@ class Engine:
             self._take(answer)
         return sequence.policy.epoch == feed.epoch
 
-    def _take(self, answer: Answer) -> list[tuple[Sequence, Output]]:
+    def _take(self, answer: Answer) -> None:
         """Act on an answer of the stages; of old work it means nothing."""
         for sequence in self._running:
             if (sequence.slot, sequence.policy.epoch) == (answer.slot, answer.epoch):
                 if isinstance(answer, Refusal):
-                    return [(sequence, self._fail(sequence, answer))]
-                self._judge(sequence, answer)
-                break
-        return []
+                    self._fail(sequence, answer)
+                else:
+                    self._judge(sequence, answer)
+                return
 
-    def _fail(self, sequence: Sequence, refusal: Refusal) -> Finish:
+    def _fail(self, sequence: Sequence, refusal: Refusal) -> None:
+        """Let the next step end a sequence that a stage refuses to go on with."""
         sequence.error = RequestError(refusal.message)
-        self.abort(sequence, "error")
-        return Finish("error")
+        sequence.commands.clear()
+        sequence.commands.extend(sequence.policy.stop("error"))
+        self.links.publish(sequence.slot, sequence.policy.epoch)
 
     def _judge(self, sequence: Sequence, verdict: Verdict) -> None:
         self.stage.keep(sequence, verdict)
