@@ -160,8 +160,9 @@ class Rig:
         self.sequence = self.engine.add(request)
         tokens: list[int] = []
         while self.engine.busy and len(tokens) < most:
-            for _, self.output in self.engine.step():
-                tokens += self.output.tokens if isinstance(self.output, Emit) else ()
+            for _, output in self.engine.step():
+                tokens += output.tokens if isinstance(output, Emit) else ()
+                self.output = output
         self.engine.abort(self.sequence)
         return tokens
 

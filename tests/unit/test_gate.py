@@ -226,8 +226,9 @@ def test_ppsd_with_the_gate_is_as_fast_as_the_better_of_both(
 ) -> None:
     """Within 2 % of plain and of ungated decoding, whichever is faster, at every α."""
     cost, schedule = costs(stages, head, hop, late), Schedule(1, stages)
+    tokens = 2 * TOKENS if jitter else TOKENS  # with noise a gate needs longer to be sure
     for alpha in (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0):
-        plain, free, gated = token_times(cost, schedule, acceptance(alpha, TOKENS, 7), jitter)
+        plain, free, gated = token_times(cost, schedule, acceptance(alpha, tokens, 7), jitter)
         best = min(plain, free)
         assert gated.token_time < best / 0.98, (alpha, plain, free, gated.token_time)
         if alpha >= 0.6:

@@ -12,7 +12,6 @@ import functools
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,8 @@ from ppsd.worker.recorder import Recorder
 RIGHT, WRONG = 0, 1  # the toy target always says RIGHT; a draft says either
 NEVER = 2**62  # nanoseconds; when a cancel that takes for ever arrives
 SENDING = "send"  # what a recorder calls the time between two blocks
-NOISE_CHUNK = 4096  # random factors drawn at a time
+NOISE_POSITIONS = 4096  # after so many the same factors come again
+HEAD, LM_HEAD = -2, -1  # lanes of noise
 
 
 class Clock:
@@ -57,12 +57,18 @@ class VirtualPipeline:
         self.seen_at, self.epochs = [0], [1]  # when stages see an epoch, and which
         self.overhead = nanoseconds(cost.overhead) if cost.size > 1 else 0
         self.cancel = NEVER if math.isinf(cost.cancel) else nanoseconds(cost.cancel)
-        self.noise = noise(jitter, seed) if jitter else None
+        self._noise = noise(jitter, seed, cost.size + 2) if jitter else None
         self.workers: list[Any] = []  # the stages behind the first, set by whoever makes them
 
-    def factor(self) -> float:
-        """Return how many times as long as usual something takes."""
-        return 1.0 if self.noise is None else next(self.noise)
+    def jittered(self, time: int, lane: int, position: int) -> int:
+        """Return ``time`` as it turns out at a position: the same in every schedule.
+
+        ``lane`` is a rank for its layers; then come the exit head (HEAD) and the LM head.
+        """
+        if self._noise is None:
+            return time
+        factors = self._noise[lane]
+        return round(time * factors[position % len(factors)])
 
     def deliver(self, source: int, to: int, message: Message) -> None:
         """Send a message from ``source``, whose clock says when, to ``to``."""
@@ -149,8 +155,7 @@ class VirtualStage:
         rows = inputs.shape[0]
         pipeline, rank = self._pipeline, self._rank
         layer = pipeline.layer(rank, rows)
-        if pipeline.noise is not None:
-            layer = round(layer * pipeline.factor())
+        layer = pipeline.jittered(layer, rank, position)
         layers = pipeline.cost.stages[rank].layers
         return VirtualPass(self._watch, pipeline.clocks[rank], layer, layers, rows)
 
@@ -195,8 +200,7 @@ class VirtualJudge(Judge):
     def verdict(self, block: Block, hidden: torch.Tensor) -> Verdict:
         pipeline, rows = self._pipeline, len(block.tokens)
         lm_head = pipeline.lm_head(block.judge)
-        if pipeline.noise is not None:
-            lm_head = round(lm_head * pipeline.factor())
+        lm_head = pipeline.jittered(lm_head, LM_HEAD, block.position)
         pipeline.clocks[self._last].now += lm_head
         tokens = (RIGHT,) * block.judge
         return Verdict(block.slot, block.epoch, self._last, block.position, rows, tokens)
@@ -217,10 +221,9 @@ class VirtualDrafter:
         """Need nothing."""
 
     def draft(self, state: DraftState, given: Given) -> int:
-        pipeline = self._pipeline
-        factor = pipeline.factor()
-        pipeline.clocks[0].now += self._time if factor == 1.0 else round(self._time * factor)
-        return RIGHT if self._hits[given.history.shape[0] - self._first] else WRONG
+        position = given.history.shape[0]
+        self._pipeline.clocks[0].now += self._pipeline.jittered(self._time, HEAD, position)
+        return RIGHT if self._hits[position - self._first] else WRONG
 
 
 class VirtualLinks:
@@ -303,8 +306,10 @@ def nanoseconds(seconds: float) -> int:
     return round(seconds * 1e9)
 
 
-def noise(sigma: float, seed: int) -> Iterator[float]:
-    """Yield log-normal factors with mean 1."""
+def noise(sigma: float, seed: int, lanes: int) -> list[list[float]]:
+    """Return log-normal factors with mean 1 for each lane, by position."""
     rng = np.random.default_rng(seed)
-    while True:
-        yield from rng.lognormal(-(sigma**2) / 2, sigma, NOISE_CHUNK).tolist()
+    factors: list[list[float]] = rng.lognormal(
+        -(sigma**2) / 2, sigma, (lanes, NOISE_POSITIONS)
+    ).tolist()
+    return factors
