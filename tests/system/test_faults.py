@@ -65,10 +65,14 @@ def sabotage(monkeypatch: pytest.MonkeyPatch) -> Sabotage:
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     """Compare what this process holds before and after, whatever happened in between."""
-    before = holdings()
+    before, others = holdings(), children()  # of tests before in the same process
     yield
     assert holdings() == before
-    assert gone(child.pid for child in psutil.Process().children(recursive=True))
+    assert gone(child.pid for child in children() - others)
+
+
+def children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
 
 
 def holdings() -> dict[str, object]:

@@ -167,6 +167,7 @@ def test_a_damaged_head_is_told(ppsd, places) -> None:
 
 
 def test_env_prints_what_is_in_force(ppsd, places, tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr("ppsd.model.kernels._in_use", None)  # decided by a test before, maybe
     monkeypatch.setenv("PPSD_KERNELS", "torch")
     monkeypatch.setenv("PPSD_STAGES", "3")
     monkeypatch.delenv("PPSD_HEADS", raising=False)

@@ -20,7 +20,7 @@ from ppsd.engine.engine import Engine
 from ppsd.engine.prompt import Prompt, encode
 from ppsd.engine.sequence import LogitsSink, Request
 from ppsd.engine.text_engine import TextEngine, Ticket
-from ppsd.engine.thread import EngineThread
+from ppsd.engine.thread import EngineThread, apart
 from ppsd.errors import ConfigError
 from ppsd.model.defaults import sampling_defaults
 from ppsd.model.source import resolve_model
@@ -64,7 +64,8 @@ class LLM:
         if drafter is not None and self.config.mode == "auto":
             self.config = self.config.replaced(mode="ppsd")
         files = resolve_model(self.config.model)
-        self.config, self.layout, source = plan_layout(self.config, files)
+        config = self.config
+        self.config, self.layout, source = apart(lambda: plan_layout(config, files))
         own = self.layout.head is not None or self.config.head == "lookup"
         self.drafts = own or drafter is not None
         self._check_head(self.config)

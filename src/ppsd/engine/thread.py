@@ -22,6 +22,27 @@ from ppsd.errors import PipelineError, PpsdError
 T = TypeVar("T")
 
 
+def apart(function: Callable[[], T]) -> T:
+    """Call a function on a thread of its own and return its result.
+
+    Where signal handlers run, an extension that calls back into Python may turn what one raises
+    into an error of its own (safetensors: ValueError). Interrupted, the caller leaves at once.
+    """
+    outcome: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((function(), None))
+        except BaseException as error:  # it is raised again, where the result is awaited
+            outcome.put((None, error))
+
+    threading.Thread(target=run, name="ppsd-plan", daemon=True).start()
+    result, error = outcome.get()
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]  # None only if the function returns that
+
+
 class Work(Protocol):
     """What the thread goes on with between two jobs; ``busy`` while there is anything."""
 
