@@ -23,7 +23,7 @@ PACKAGES = ("ppsd-llm", "torch", "transformers", "tokenizers", "safetensors", "g
 
 
 def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
-    """Everything needed to run the same again; JSON-ready."""
+    """Return everything needed to run the same again; JSON-ready."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([_program(), *sys.argv[1:]]),
@@ -59,7 +59,7 @@ def _bfloat16_kernels(config: EngineConfig | None) -> str | None:
 
 
 def portable(config: EngineConfig) -> dict[str, Any]:
-    """The fields of a configuration; a head that ships without where ppsd is installed."""
+    """Return the fields of a configuration; a head that ships without where ppsd is installed."""
     shipped, head = Path(__file__).parent / "heads", Path(config.head)
     if not head.is_relative_to(shipped):
         return asdict(config)
@@ -67,7 +67,7 @@ def portable(config: EngineConfig) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, marked when files differ from it; None outside a checkout."""
+    """Return the checkout's commit, marked when files differ from it; None outside a checkout."""
     try:
         _git("ls-files", "--error-unmatch", Path(__file__).name)  # fails where ppsd is installed
         commit = _git("rev-parse", "--short=12", "HEAD")
@@ -103,7 +103,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    """The processor's name, with family and model where the system tells them."""
+    """Return the processor's name, with family and model where the system tells them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

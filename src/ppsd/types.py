@@ -94,17 +94,17 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken, without noise."""
+        """Return True if the most likely token is taken, without noise."""
         return self.temperature == 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary from which ``from_json`` restores an equal object."""
+        """Return a JSON-ready dictionary from which ``from_json`` restores an equal object."""
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         return record | {"logit_bias": {str(k): v for k, v in self.logit_bias.items()}}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> SamplingParams:
-        """The inverse of ``to_json``."""
+        """Restore what ``to_json`` was called on."""
         bias = {int(k): float(v) for k, v in record["logit_bias"].items()}
         lists = {name: tuple(record[name]) for name in ("stop", "stop_token_ids")}
         return cls(**{**record, **lists, "logit_bias": bias})

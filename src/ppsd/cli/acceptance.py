@@ -73,7 +73,7 @@ class SubjectOptions:
     stages: Annotated[int, _measured("Stages of that, and of the expected speedup.", min=2)] = 2
 
     def paths(self) -> list[Path]:
-        """The head directories; raises ConfigError when there is none."""
+        """Return the head directories; raises ConfigError when there is none."""
         from ppsd.model.head_library import head_directory
 
         paths = [head_directory(part) for part in self.head.split(",") if part]
@@ -82,7 +82,7 @@ class SubjectOptions:
         return paths
 
     def params(self) -> SamplingParams:
-        """How answers are decoded."""
+        """Return the sampling parameters of the answers."""
         from ppsd.types import SamplingParams
 
         if self.max_tokens < 2:
@@ -91,7 +91,7 @@ class SubjectOptions:
         return SamplingParams(self.temperature, seed=self.seed, max_tokens=self.max_tokens)
 
     def tasks(self) -> list[Task]:
-        """All prompts."""
+        """Return all prompts."""
         from ppsd.measure.workload import load_tasks
 
         return [task for path in self.data for task in load_tasks(path, self.limit)]
@@ -153,7 +153,7 @@ def acceptance(
 
 
 def _settings(subject: SubjectOptions, work: WorkOptions, paths: Sequence[Path]) -> DistillConfig:
-    """How the frozen model is loaded; raises before any weights are."""
+    """Return how to load the frozen model; raises before any weights are loaded."""
     from ppsd.measure.acceptance import exit_layers, labels
     from ppsd.model.source import describe, resolve_model
 

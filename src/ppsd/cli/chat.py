@@ -178,7 +178,7 @@ def _note(text: str, style: str = "dim") -> None:
 
 
 def _lines(typed: bool) -> Iterator[str]:
-    """The user's lines that say something, until the end."""
+    """Yield the user's lines that say something, until the end."""
     prompt = "> " if typed else ""
     if typed:
         with contextlib.suppress(ImportError):  # not on every system

@@ -66,7 +66,7 @@ def conclude(llm: LLM, completion: Completion, *, stats: bool) -> None:
 
 
 def _compared(llm: LLM, request: RequestStats) -> str:
-    """How many times as fast as plain decoding: measured by the gate, or its bounds."""
+    """Return how many times as fast as plain decoding: measured by the gate, or its bounds."""
     if not llm.config.schedule.drafts:
         return "plain decoding"
     if request.speedup_bounds is None:
@@ -115,7 +115,7 @@ def size(count: int) -> str:
 
 
 def pace_label(config: EngineConfig, overruns: int = 0, blocks: int = 0) -> str:
-    """What has to stand beside every figure of paced stages; nothing for real time."""
+    """Return what has to stand beside every figure of paced stages; nothing for real time."""
     if not config.pace:
         return ""
     pace = ", ".join(f"{seconds:g}" for seconds in config.pace)

@@ -73,7 +73,7 @@ def _accelerators() -> list[str]:
 
 
 def _places() -> dict[str, Any]:
-    """The directories in use, and what is in them."""
+    """Return the directories in use, and what is in them."""
     from ppsd.model.catalog import find_models, hub_cache
     from ppsd.model.head_library import find_heads, local_root
     from ppsd.model.sidecar import cache_root
@@ -105,7 +105,7 @@ def _kernels(name: str | None) -> str:
 
 
 def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
-    """The record as a person reads it."""
+    """Return the record as a person reads it."""
     commit = f" (commit {r['commit']})" if r["commit"] else ""
     lines = [
         ("ppsd", f"{r['ppsd']}{commit}"),

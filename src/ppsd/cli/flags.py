@@ -10,7 +10,7 @@ from ppsd.errors import ConfigError
 
 
 def flag(help_text: str, *names: str, panel: str, **limits: Any) -> Any:
-    """A command-line option shown in the given panel of --help."""
+    """Return a command-line option shown in the given panel of --help."""
     return typer.Option(*names, help=help_text, rich_help_panel=panel, **limits)
 
 

@@ -91,7 +91,7 @@ def _check(raw: bool, system: str | None, template: str | None, trace: Path | No
 def _params(
     sampling: Sampling, samples: int, defaults: Mapping[str, Any] | None = None
 ) -> SamplingParams:
-    """The parameters of all samples; the model's ``defaults`` are known once it is loaded."""
+    """Return the parameters of all samples; ``defaults`` are known once a model is loaded."""
     params = replace(sampling.params(defaults), n=samples)
     known = defaults is not None or "temperature" in sampling.given
     if known and samples > 1 and params.greedy:
@@ -120,7 +120,7 @@ def _show(
 
 
 def _record(llm: LLM, params: SamplingParams, completion: Completion) -> dict[str, Any]:
-    """The ``--json`` object."""
+    """Return the ``--json`` object."""
     from ppsd.model.defaults import NAMES
 
     config = llm.config

@@ -115,6 +115,6 @@ def _expand(group: Any) -> list[inspect.Parameter]:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    """A flag without a default must be given."""
+    """Return the default of a flag; one without a default must be given."""
     missing = field.default is dataclasses.MISSING
     return inspect.Parameter.empty if missing else field.default

@@ -174,7 +174,7 @@ def _predicted(workers: WorkerOptions, name: str) -> Profile:
 
 
 def _sizes(model: str | None) -> tuple[str, Sizes]:
-    """Of a named shape or a config.json; of a model on disk or the hub otherwise."""
+    """Return sizes of a named shape, a config.json, or a model on disk or in the hub."""
     from ppsd.plan.presets import find_shape
     from ppsd.plan.sizes import Sizes
 
@@ -248,7 +248,7 @@ def _links(workers: WorkerOptions, profile: Profile) -> tuple[Any, ...]:
 
 
 def _verdict(plans: Sequence[Plan]) -> str:
-    """Whether speculation pays, in a sentence."""
+    """Return a sentence that says if speculation pays."""
     drafting = next((plan for plan in plans if plan.exit), None)
     exact = next((plan for plan in plans if plan.exit and plan.bitwise), drafting)
     if drafting is None or exact is None:
@@ -274,7 +274,7 @@ def _words(plan: Plan) -> str:
 
 
 def _record(plan: Plan, memory: Sequence[int]) -> dict[str, Any]:
-    """A plan in plain numbers; memory with a full cache of the default context."""
+    """Return a plan in plain numbers; memory with a full cache of the default context."""
     return {
         "mode": plan.mode,
         "block": plan.schedule.block,
@@ -333,7 +333,7 @@ def _show(
 
 
 def _absolute(profile: Profile) -> bool:
-    """Whether its seconds are seconds: those of parameter counts are only good for ratios."""
+    """Return True if its seconds are seconds; parameter counts are good for ratios only."""
     from ppsd.plan.profile import COUNTS
 
     return not profile.source.startswith(COUNTS)

@@ -95,7 +95,7 @@ def _measure(subject: Subject) -> Profile:
 
 
 def _show(profile: Profile) -> None:
-    """A table of medians with their quartiles, in milliseconds."""
+    """Return a table of medians with their quartiles, in milliseconds."""
     table = Table("part", "median", "quartiles", box=None)
     for part, time in _parts(profile):
         spread = f"{time.low * 1e3:.3f} – {time.high * 1e3:.3f}"

@@ -42,7 +42,7 @@ class TimeColumn(TimeRemainingColumn):
 
 @contextmanager
 def bar(description: str, total: int, fields: str) -> Iterator[tuple[Progress, TaskID]]:
-    """A bar with its time; ``fields`` is rich's format of what else it shows."""
+    """Show a bar with its time; ``fields`` is rich's format of what else it shows."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
@@ -75,7 +75,7 @@ class _Bar(Progress):
 
 
 def speed(count: int, seconds: float | None) -> str:
-    """How many a second, for a bar."""
+    """Return how many a second, for a bar."""
     return f"{count / seconds:.0f}" if seconds else "–"
 
 
@@ -102,7 +102,7 @@ def load(model: str | None, config: DistillConfig, device: str) -> Teacher:
 
 @contextmanager
 def writing() -> Iterator[Callable[[GenerateReport], None]]:
-    """A bar for ``write_targets``, whose ``report`` this gives."""
+    """Show a bar for ``write_targets``, whose ``report`` this gives."""
     with bar("writing targets", 1, "{task.fields[note]}") as (shown, task):
 
         def report(r: GenerateReport) -> None:

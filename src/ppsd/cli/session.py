@@ -80,7 +80,7 @@ def _afterwards(advice: str) -> Iterator[None]:
 
 
 def _notices(llm: LLM) -> list[str]:
-    """What the user should know before the answer."""
+    """Return what the user should know before the answer."""
     head, notices = llm.layout.head, list(llm.defaults.ignored)
     if head is not None and not head.trained and llm.config.schedule.drafts:
         notices.append(UNTRAINED_NOTICE)

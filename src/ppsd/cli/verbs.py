@@ -69,7 +69,7 @@ class Command:
         )
         shown = typer.Option(False, "--version", help="Show the version.", callback=show_version)
 
-        def root(version=shown):  # type: ignore[no-untyped-def]
+        def root(version=shown):  # type: ignore[no-untyped-def]  # Typer reads what is set below
             pass
 
         root.__annotations__ = {"version": bool, "return": None}

@@ -25,7 +25,7 @@ class Chunk:
 
     @property
     def text(self) -> str:
-        """The released text."""
+        """Return the released text."""
         return "".join(piece.text for piece in self.pieces)
 
 

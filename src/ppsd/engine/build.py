@@ -82,7 +82,7 @@ class Layout:
         return len(self.bounds) - 1
 
     def plan(self, rank: int, device: str) -> StagePlan:
-        """How to hold the layers of one stage."""
+        """Return how to hold the layers of one stage."""
         return StagePlan(
             first=self.bounds[rank],
             last=self.bounds[rank + 1],
@@ -176,7 +176,7 @@ def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> 
 
 
 def _own_gpus(config: EngineConfig) -> bool:
-    """Whether every stage has a GPU that no other stage uses."""
+    """Return True if every stage has a GPU that no other stage uses."""
     devices = {config.device(rank) for rank in range(config.stages)}
     return len(devices) == config.stages and all(d.startswith("cuda") for d in devices)
 

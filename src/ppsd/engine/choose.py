@@ -73,7 +73,7 @@ def serves_as(config: EngineConfig) -> int:
 
 
 def dtype_name(config: EngineConfig) -> str:
-    """The dtype, with ``auto`` decided."""
+    """Return the dtype, with ``auto`` decided."""
     return AUTO_DTYPE if config.dtype == "auto" else config.dtype
 
 
@@ -83,7 +83,7 @@ def threads_of(config: EngineConfig) -> int:
 
 
 def head_layers(sizes: Sizes, head: HeadConfig) -> float:
-    """How many of the model's layers a head's own weights amount to."""
+    """Return how many of the model's layers a head's own weights amount to."""
     return sizes.head_layers(head.layers, head.mlp, head.feedback)
 
 
@@ -129,7 +129,7 @@ def _plain(config: EngineConfig) -> EngineConfig:
 
 
 def _mode(config: EngineConfig) -> str:
-    """The mode, ``auto`` if the planner may choose: a head or schedule asked for is to be used."""
+    """Return the mode: ``auto`` unless a head or schedule was asked for, which is to be used."""
     if config.mode != "auto":
         return config.mode
     if config.head == "none" or config.stages == 1:
@@ -140,7 +140,7 @@ def _mode(config: EngineConfig) -> str:
 
 
 def read_profile(config: EngineConfig) -> Profile:
-    """The profile that ``config`` would be planned with; reads the model's files for that."""
+    """Read the model's files and return the profile that ``config`` would be planned with."""
     return outlook(config).profile
 
 
@@ -176,7 +176,7 @@ def outlook(config: EngineConfig) -> Outlook:
 
 
 def planned(config: EngineConfig) -> EngineConfig:
-    """What ``choose`` makes of ``config``; reads the model's files for that."""
+    """Read the model's files and return what ``choose`` makes of ``config``."""
     path, spec, identity, source = _model(config)
     profile = times(config, path, spec, source, identity.fingerprint)
     return choose(config, spec, identity, profile).config
@@ -220,7 +220,7 @@ def trained_exits(
 def _exits(
     config: EngineConfig, spec: ModelSpec, identity: Identity, profile: Profile
 ) -> tuple[Exit, ...]:
-    """The heads that could draft; one that fits anywhere stands at every layer."""
+    """Return the heads that could draft; one that fits anywhere stands at every layer."""
     if config.stages == 1:
         return ()
     if config.head == "auto":
@@ -261,7 +261,7 @@ def _anywhere(exit_: Exit, spec: ModelSpec) -> tuple[Exit, ...]:
 
 
 def _problem(config: EngineConfig, mode: str, profile: Profile, exits: tuple[Exit, ...]) -> Problem:
-    """What is decided, as the planner takes it; only schedules whose output is bitwise plain."""
+    """Return the planner's task; only schedules whose output is bitwise plain are allowed."""
     drafting = mode in ("ppsd", "draft-then-verify") and config.stages > 1
     block, in_flight = config.block, config.in_flight
     if drafting and (config.plan == "off" or mode == "draft-then-verify"):  # the mode's own numbers
@@ -284,7 +284,7 @@ def _problem(config: EngineConfig, mode: str, profile: Profile, exits: tuple[Exi
 
 
 def _at_once(config: EngineConfig) -> int | None:
-    """How many stages can compute at the same time; None: all, or nothing is known."""
+    """Return how many stages can compute at the same time; None: all, or nothing is known."""
     if config.transport == "inprocess":
         return 1
     if config.pace or on_torchrun(config) or any(device != "cpu" for device in config.devices):
@@ -316,7 +316,7 @@ def _reason(
     drafting: Plan | None,
     origin: str,
 ) -> str:
-    """The choice in one line, with what its prediction assumes."""
+    """Return the choice in one line, with what its prediction assumes."""
     stages = f"{config.stages} stage{'s' if config.stages > 1 else ''}"
     given = f"({origin})" if config.stages == 1 else f"({_together(config)}; {origin})"
     if best.exit is not None:
@@ -329,7 +329,7 @@ def _reason(
 
 
 def prediction(plan: Plan) -> str:
-    """What a plan with an exit promises, and at which α."""
+    """Return what a plan with an exit promises, and at which α."""
     assert plan.exit is not None
     if plan.exit.origin == UNKNOWN:
         return (

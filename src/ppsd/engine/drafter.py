@@ -50,7 +50,7 @@ class DraftState:
 
 
 def single_rows(x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The rows of ``x`` [n, C], each [1, C]; mostly it is one."""
+    """Return the rows of ``x`` [n, C], each [1, C]; mostly it is one."""
     return (x,) if x.shape[0] == 1 else torch.split(x, 1)
 
 

@@ -242,6 +242,6 @@ class LLM:
 
 
 def collect_logits() -> tuple[LogitsSink, dict[int, torch.Tensor]]:
-    """A sink and the dictionary it fills: the final target logits by position."""
+    """Return a sink and the dictionary it fills: the final target logits by position."""
     rows: dict[int, torch.Tensor] = {}
     return rows.__setitem__, rows

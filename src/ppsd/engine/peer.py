@@ -69,23 +69,23 @@ class Subject:
 
     @property
     def dtype_name(self) -> str:
-        """The dtype as users write it."""
+        """Return the dtype as users write it."""
         return str(self.dtype).removeprefix("torch.")
 
     @cached_property
     def codes(self) -> str:
-        """Which weights decoding reads in the codes of their file; empty if none."""
+        """Return which weights decoding reads in the codes of their file; empty if none."""
         packed = kernels.kind(self.dtype_name) == "packed"
         return codes_digest(self.spec, self.source) if packed else ""
 
     @property
     def place(self) -> Path:
-        """Where this machine keeps the profile."""
+        """Return where this machine keeps the profile."""
         return profile_path(self.fingerprint, self.dtype_name, self.threads, self.codes)
 
     @property
     def plan(self) -> StagePlan:
-        """The last layers of the model, as many as STAGE_BYTES hold; not the first (token ids)."""
+        """Return the last layers of the model, as many as STAGE_BYTES hold, without the first."""
         spec = self.spec
         fitting = STAGE_BYTES // (spec.layer_parameters * self.dtype.itemsize)
         first = max(1, spec.num_layers - max(2, fitting))

@@ -109,7 +109,7 @@ def _take(
 
 
 def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
-    """What is timed, by part and its two numbers (context and rows; layers and vocabulary)."""
+    """Return the timed cases by part and two numbers (context, rows; layers, vocabulary)."""
     spec, room = subject.spec, subject.plan.max_context - max(ROWS)
     at = min(ROWS_CONTEXT, room)
     hidden = torch.randn(max(ROWS), spec.hidden_size).to(subject.dtype)
@@ -151,7 +151,7 @@ def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
 
 
 def _entry(table: torch.Tensor) -> Case:
-    """What rank 0 does for a token beside layers and messages: it decides, looks up, checks."""
+    """Return rank 0's work for a token beside layers and messages: decide, look up, check."""
     schedule = Schedule(1, 2)
     gate, policy = Gate(schedule), Policy(schedule, max_tokens=sys.maxsize, stop_ids=frozenset())
     policy.start([0])
@@ -167,7 +167,7 @@ def _entry(table: torch.Tensor) -> Case:
 
 
 def _head(stage: Stage, subject: Subject, layers: int, scored: int) -> ExitHead:
-    """A head of random weights: they cost what trained ones cost."""
+    """Return a head of random weights: they cost what trained ones cost."""
     spec, table = subject.spec, stage.lm_head
     assert table is not None
     kind = "transformer" if layers else "norm"

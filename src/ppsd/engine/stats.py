@@ -65,7 +65,7 @@ class RequestStats:
         return sum(stage.blocks.get(OVERRUN, 0) for stage in self.stages)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that ``ppsd generate --json`` prints about a request."""
+        """Return the fields that ``ppsd generate --json`` prints about a request."""
         counts, gate = self.counts, self.gate
         return {
             "prompt_tokens": self.prompt_tokens,

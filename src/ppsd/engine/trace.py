@@ -72,7 +72,7 @@ class TraceLog:
             raise PpsdError(f"cannot write the trace to {path}: {error.strerror}") from error
 
     def _gate_lane(self, origin: int) -> Iterator[Event]:
-        """A lane below the stages that shows when speculation was paused, if it ever was."""
+        """Yield a lane below the stages that shows when speculation was paused, if it ever was."""
         if self._pauses:
             rank = len(self._lanes)
             yield _meta("thread_name", rank, {"name": "gate"})
@@ -98,7 +98,7 @@ class TraceLog:
 
 
 def _by_row(lane: list[Piece]) -> dict[tuple[int, int], Piece]:
-    """The slice that worked on each (epoch, position)."""
+    """Return the slice that worked on each (epoch, position)."""
     return {
         (piece.epoch, piece.position + i): piece
         for piece in lane
@@ -128,7 +128,7 @@ def _slice(rank: int, start: int, end: int, origin: int, kind: str, args: Event)
 
 
 def _flow(phase: str, number: int, rank: int, piece: Piece, origin: int) -> Event:
-    """An arrow's beginning (s), step (t) or end (f), bound to the slice around it."""
+    """Return an arrow's beginning (s), step (t) or end (f), bound to the slice around it."""
     event = {"ph": phase, "id": number, "name": "token", "cat": "flow", "bp": "e"}
     return event | _place(rank, (piece.start + piece.end) // 2, origin)
 

@@ -43,10 +43,7 @@ class Outsider:
 
 
 def outsiders(exit_layer: int, gguf: bool) -> list[Outsider]:
-    """Those that can run here; llama.cpp when it is installed and the model is a GGUF file.
-
-    Raises PpsdError where transformers could not read the model.
-    """
+    """Return the outsiders that can run here: llama.cpp only if installed, for a GGUF file."""
     from ppsd.lab.outsider import PROMPT_LOOKUP_TOKENS
 
     if gguf and importlib.util.find_spec("accelerate") is None:

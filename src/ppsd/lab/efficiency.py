@@ -41,7 +41,7 @@ class Budget:
 
     @property
     def total(self) -> float:
-        """The token time as measured."""
+        """Return the token time as measured."""
         return float(sum(asdict(self).values()))
 
 
@@ -111,7 +111,7 @@ def efficiency(fast: Measurement, plain: Measurement) -> Efficiency:
 
 
 def budget(fast: Measurement, plain: Measurement) -> Budget:
-    """Where the time of a PPSD request went, per token."""
+    """Return where the time of a PPSD request went, per token."""
     times, path, tokens = alone(plain), fast.details["path"], fast.tokens
     ideal = sum(times) / ideal_speedup(fast.alpha, len(times))
     needed = sum(n * t for n, t in zip(path["blocks"], times, strict=True)) / tokens

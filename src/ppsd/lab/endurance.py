@@ -35,7 +35,7 @@ class Drift:
 
     @property
     def beyond(self) -> float:
-        """What of the ratio the context does not explain, as a share."""
+        """Return what of the ratio the context does not explain, as a share."""
         return self.ratio.median / self.explained - 1
 
 
@@ -60,7 +60,7 @@ def explained(
     prompt: int,
     new: int,
 ) -> dict[str, float]:
-    """How much longer the last window's tokens take than the first's by the profile, by variant."""
+    """Return the ratio of the last window's token time to the first's that a profile predicts."""
     free = Exit(bounds[1], alpha=1.0, draft=0.0)
 
     def token_time(context: int, schedule: Schedule) -> float:
@@ -84,7 +84,7 @@ class Memory:
 
     @property
     def growth(self) -> list[int]:
-        """What each process gained between request SETTLED and the last."""
+        """Return what each process gained between request SETTLED and the last."""
         return [b - a for a, b in zip(self.resident[SETTLED - 1], self.resident[-1], strict=True)]
 
 

@@ -39,7 +39,7 @@ class MemoryProbe:
         self._find.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 
     def share(self) -> float:
-        """The rate at which the slowest core reads while all do, over its rate alone."""
+        """Return the rate at which the slowest core reads while all do, over its rate alone."""
         time.sleep(SETTLING_S)
         alone = {core: self._rates([core])[core] for core in self._buffers}
         together = self._rates(list(self._buffers))
@@ -69,7 +69,7 @@ class MemoryProbe:
 
 
 def probe_of(cores: Sequence[Sequence[int]]) -> MemoryProbe | None:
-    """A probe of the first core of every stage; None where stages do not stay on cores."""
+    """Return a probe of the first core of every stage; None where stages do not stay on cores."""
     firsts = [own[0] for own in cores if own]
     return MemoryProbe(firsts) if len(firsts) == len(cores) else None
 
@@ -101,7 +101,7 @@ def memory_of(measurement: Measurement) -> str | None:
 
 
 def with_memory(results: Results, memory: str) -> Results:
-    """The results without requests whose stages had other memory; ``any`` keeps all.
+    """Return the results without requests whose stages had other memory; ``any`` keeps all.
 
     Plain ones stay, whatever they had: no two stages work at once. Raises PpsdError when nothing
     else does.
@@ -113,7 +113,7 @@ def with_memory(results: Results, memory: str) -> Results:
 
 
 def label(results: Results, memory: str) -> str:
-    """What memory requests had and which of them count; nothing where it is not known."""
+    """Return what memory requests had and which of them count; nothing where it is not known."""
     counts = Counter(map(memory_of, results.measurements.values()))
     known = sorted((kind, count) for kind, count in counts.items() if kind)
     kinds = ", ".join(f"{count} {kind}" for kind, count in known)

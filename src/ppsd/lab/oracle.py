@@ -61,13 +61,13 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """What measurements of it are called."""
+        """Return what measurements of it are called."""
         gated = " gated" if self.gate else ""
         return PLAIN if self.alpha is None else f"{self.mode}{gated} α={self.alpha:g}"
 
 
 def placeholder() -> OracleDrafter:
-    """A drafter to open a pipeline with, that has no exit head of its own."""
+    """Return a drafter to open a pipeline with, that has no exit head of its own."""
     return OracleDrafter([], 0.0, 2)
 
 
@@ -140,7 +140,7 @@ class OracleBench:
     def _timed(
         self, prompt: list[int], variant: Variant
     ) -> tuple[list[int], list[int], Completion]:
-        """The tokens, and when each of them came (ns)."""
+        """Return the tokens, and when each of them came (ns)."""
         self._llm.use(variant.mode, variant.block, variant.in_flight, variant.gate)
         stream = self._llm.stream(prompt, self._params)
         arrivals: list[int] = []

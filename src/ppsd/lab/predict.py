@@ -46,7 +46,7 @@ class Shape:
 
 
 def shape_of(layout: Layout, config: EngineConfig) -> Shape:
-    """The shape of a pipeline; a paced stage looks for a cancel every POLL_S, not every layer."""
+    """Return the shape of a pipeline; a paced stage looks for a cancel every POLL_S."""
     spec = layout.spec
     layers = tuple(b - a for a, b in pairwise(layout.bounds))
     head_layers = spec.head_parameters / spec.layer_parameters
@@ -59,7 +59,7 @@ def shape_of(layout: Layout, config: EngineConfig) -> Shape:
 
 
 def variants(alphas: Sequence[float], block: int) -> list[Variant]:
-    """The three modes, the drafting ones at each α."""
+    """Return the three modes, the drafting ones at each α."""
     drafting = [
         variant
         for alpha in alphas
@@ -118,7 +118,7 @@ def row_times(run: Measurement, plain: Measurement) -> tuple[list[float], float]
 
 
 def _rows(stage: dict[str, Any]) -> int:
-    """The number of rows that most of a stage's blocks had."""
+    """Return the number of rows that most of a stage's blocks had."""
     return int(max(stage, key=lambda rows: stage[rows]["count"]))
 
 

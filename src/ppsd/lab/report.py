@@ -21,7 +21,7 @@ PROFILED = " by profile"  # ends the verb of a predict record with profiles of i
 
 
 def read_result(path: Path) -> Record:
-    """A result file; raises PpsdError when it is none of those a report can show."""
+    """Read a result file; raises PpsdError when it is none of those a report can show."""
     try:
         record: Record = json.loads(path.read_text(encoding="utf-8"))
         kind(record)
@@ -31,7 +31,7 @@ def read_result(path: Path) -> Record:
 
 
 def kind(record: Record) -> str:
-    """What a record holds: a bench verb, or ``acceptance``; KeyError for anything else."""
+    """Return what a record holds: a bench verb, or ``acceptance``; KeyError for anything else."""
     verb = "acceptance" if "first_right" in record else str(record["settings"]["verb"])
     found = verb.removesuffix(PROFILED)
     if found not in SECTIONS:
@@ -127,12 +127,12 @@ def _tasks(records: Sequence[Record], out: Path) -> Iterator[str]:
 
 
 def _overall(group: str) -> bool:
-    """Whether a group is all tasks, at some temperature."""
+    """Return True if a group is all tasks, at some temperature."""
     return group.split(" ")[0] == ALL
 
 
 def _by_task(record: Record) -> Iterator[list[str]]:
-    """A line a task under BY_TASK_HEADS; the result file has all draft lengths."""
+    """Yield a line a task under BY_TASK_HEADS; the result file has all draft lengths."""
     rows = {(row["group"], row["variant"]): row for row in record["rows"]}
     for (group, variant), own in rows.items():
         if _overall(group) or variant != plots.PPSD:
@@ -162,7 +162,7 @@ def _exits(records: Sequence[Record], out: Path) -> Iterator[str]:
 
 
 def _alike(records: Sequence[Record]) -> list[list[Record]]:
-    """Those that differ in exit and head only: same stages, prompts, tokens and variants."""
+    """Return runs that differ in exit and head only: same stages, prompts and variants."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         settings = record["settings"]
@@ -193,7 +193,7 @@ BY_TASK_HEADS = [
 
 
 def task_cells(row: Record) -> list[str]:
-    """A row of ``bench tasks`` under TASK_HEADS."""
+    """Return a row of ``bench tasks`` under TASK_HEADS."""
     paired = row["paired"]
     return [
         row["group"],
@@ -296,7 +296,7 @@ def _title(record: Record) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 

@@ -41,7 +41,7 @@ def efficiency(records: Sequence[Record], path: Path) -> None:
 
 
 def stages_and_window(record: Record) -> str:
-    """How many stages, and the window where it is not as large."""
+    """Return how many stages, and the window where it is not as large."""
     window = record["settings"]["config"]["in_flight"]
     return f"{record['stages']} stages" + (f", {window} blocks in flight" if window else "")
 
@@ -103,7 +103,7 @@ def exit_depth(records: Sequence[Record], path: Path) -> None:
 
 
 def head_name(record: Record) -> str:
-    """The head of a run, as it was named."""
+    """Return the head of a run, as it was named."""
     return str(record["settings"]["config"].get("head")).rsplit("/", 1)[-1]
 
 
@@ -137,7 +137,7 @@ def heads(record: Record, path: Path) -> None:
 
 
 def _trained(heads: Sequence[Record]) -> Iterator[tuple[int, list[float], list[float]]]:
-    """An exit layer, millions of training tokens and α, where there are several of one kind."""
+    """Return exit layer, millions of training tokens and α of kinds with several heads."""
     for exit_layer in sorted({head["exit_layer"] for head in heads}):
         pairs = sorted(
             (head["trained_tokens"] / 1e6, head["alpha"])
@@ -149,7 +149,7 @@ def _trained(heads: Sequence[Record]) -> Iterator[tuple[int, list[float], list[f
 
 
 def timelines(traces: Sequence[Path], path: Path) -> None:
-    """What each stage does from the first token on: a chart a Chrome trace."""
+    """Draw what each stage does from the first token on: a chart a Chrome trace."""
     plt = require_matplotlib()
     figure, charts = plt.subplots(
         len(traces), sharex=True, figsize=(11, 2.2 * len(traces)), squeeze=False

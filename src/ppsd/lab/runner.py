@@ -48,7 +48,7 @@ class Measurement:
 
     @property
     def cell(self) -> Cell:
-        """What was measured."""
+        """Return what was measured."""
         return Cell(self.variant, self.task, self.repeat)
 
     @property
@@ -69,7 +69,7 @@ class Measurement:
 
 
 def interleaved(variants: Sequence[str], tasks: Sequence[str], repeats: int) -> list[Cell]:
-    """All cells, so ordered that a drift of the machine meets all variants alike.
+    """Order all cells so that a drift of the machine meets all variants alike.
 
     Each repeat runs all variants on a task before the next; every other repeat in reverse. Raises
     ConfigError for fewer than one repeat, and for names that come twice.
@@ -129,11 +129,11 @@ class Results:
         self._write(asdict(measurement))
 
     def get(self, cell: Cell) -> Measurement:
-        """The measurement of a cell."""
+        """Return the measurement of a cell."""
         return self.measurements[cell]
 
     def only(self, keep: Callable[[Measurement], bool]) -> Results:
-        """Those measurements that ``keep`` says yes to, in memory."""
+        """Return the measurements that ``keep`` says yes to, in memory."""
         kept = Results(None, self.settings, {})
         kept.measurements = {cell: m for cell, m in self.measurements.items() if keep(m)}
         kept.provenance = self.provenance

@@ -37,7 +37,7 @@ Slice = tuple[int, int, str, int, int, int]  # start, end, kind, epoch, position
 
 
 def acceptance(alpha: ArrayLike, tokens: int, seed: int = 0) -> bytes:
-    """Whether the draft for each of ``tokens`` positions will be right, one byte each.
+    """Return a byte for each of ``tokens`` positions: 1 if its draft will be right, else 0.
 
     ``alpha`` is one rate, a rate for each position, or a recorded trace of 0 and 1; a sequence
     shorter than ``tokens`` is repeated. The same positions hit in every schedule with one seed.
@@ -76,7 +76,7 @@ class Simulated:
         return [self.seconds - busy for busy in self.busy]
 
     def reports(self) -> list[dict[str, Any]]:
-        """The slices as the stages of a real pipeline report them."""
+        """Return the slices as the stages of a real pipeline report them."""
         return [{"slices": lane} for lane in self.slices]
 
 

@@ -29,7 +29,7 @@ Opener = Callable[[Plan], AbstractContextManager[LLM]]
 
 
 def exits_along(rates: Mapping[int, float]) -> tuple[Exit, ...]:
-    """An exit at every layer from the first to the last of ``rates``, linear in between."""
+    """Return an exit at every layer from the first to the last of ``rates``, linear in between."""
     known = sorted(rates)
     layers = range(known[0], known[-1] + 1)
     alphas = np.interp(layers, known, [rates[layer] for layer in known]).tolist()
@@ -155,5 +155,5 @@ def behind_curve(results: Results, tried: Mapping[str, Plan]) -> Spread | None:
 
 
 def behind_best(rows: Sequence[Row]) -> float:
-    """How much longer the planner's choice, the first row, takes than the fastest, as a share."""
+    """Return the share that the planner's choice, the first row, is slower than the fastest."""
     return max(row.measured.median for row in rows) / rows[0].measured.median - 1

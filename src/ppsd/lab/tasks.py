@@ -64,7 +64,7 @@ class TaskBench:
 
 
 def measurement(cell: Cell, completion: Completion) -> Measurement:
-    """What a completion cost; its text is kept as a digest, to be compared between variants."""
+    """Return what a completion cost, with a digest of its text to compare variants by."""
     stats = completion.stats
     return Measurement(
         *cell,

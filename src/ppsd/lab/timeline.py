@@ -49,7 +49,7 @@ class Path:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Return the sum of all parts."""
         waits = self.messages + self.handover + self.cancel + self.other
         return sum(self.work) + self.drafting + waits
 
@@ -118,7 +118,7 @@ class Timeline:
                 newest[piece.epoch] = piece
 
     def path(self, first: int, end: int) -> Path:
-        """The critical path to the verdict that rank 0 had heard at ``end``, back to ``first``."""
+        """Return the critical path from ``first`` to the verdict that rank 0 heard at ``end``."""
         path = Path([0.0] * len(self._lanes), [0.0] * len(self._lanes))
         heard = [p for p in self._done[self._last].values() if p.end <= end]
         place = (self._last, max(heard, key=lambda p: p.end)) if heard else None
@@ -168,7 +168,7 @@ class Timeline:
         return sum(max(0, min(p.end, until) - max(p.start, since)) for p in old)
 
     def _cause(self, rank: int, piece: Piece) -> Place | None:
-        """What ended last of all that ``piece`` had to wait for."""
+        """Return what ended last of all that ``piece`` had to wait for."""
         places = [p for p in self._needed(rank, piece) if p[1].end <= piece.start]
         return max(places, key=lambda place: place[1].end, default=None)
 
@@ -183,7 +183,7 @@ class Timeline:
             yield from ((self._last, verdict) for verdict in self._verdicts(epoch, row))
 
     def _verdicts(self, epoch: int, row: int) -> Iterator[Piece]:
-        """Those that stage 0's ``row`` may wait for: for room, or to know its token."""
+        """Return the verdicts that stage 0's ``row`` may wait for: for room, or for its token."""
         judged = self._done[self._last]
         if (room := judged.get((epoch, row - self._in_flight))) is not None:
             yield room
@@ -192,7 +192,7 @@ class Timeline:
             yield max(known, key=lambda p: p.epoch)
 
     def gaps(self, begin: int) -> Gaps:
-        """The gaps around work that began at ``begin`` or later."""
+        """Return the gaps around work that began at ``begin`` or later."""
         gaps = Gaps([[] for _ in self._lanes])
         for rank, lane in enumerate(self._lanes):
             for piece in (p for p in lane if p.kind in ("forward", "verify", "draft")):

@@ -58,6 +58,10 @@ class VirtualPipeline:
         self.overhead = nanoseconds(cost.overhead) if cost.size > 1 else 0
         self.cancel = NEVER if math.isinf(cost.cancel) else nanoseconds(cost.cancel)
         self._noise = noise(jitter, seed, cost.size + 2) if jitter else None
+        # Caches of this pipeline alone: on the class they would keep every pipeline alive.
+        self.hop = functools.cache(self._hop)
+        self.layer = functools.cache(self._layer)
+        self.lm_head = functools.cache(self._lm_head)
         self.workers: list[Any] = []  # the stages behind the first, set by whoever makes them
 
     def jittered(self, time: int, lane: int, position: int) -> int:
@@ -81,18 +85,15 @@ class VirtualPipeline:
             delay = self.hop(source, rows)
         self.inboxes[to].append((clock.now + delay, message))
 
-    @functools.cache  # noqa: B019 (as long-lived as the pipeline)
-    def hop(self, source: int, rows: int) -> int:
+    def _hop(self, source: int, rows: int) -> int:
         """Return nanoseconds on the link that leaves stage ``source``."""
         return nanoseconds(self.cost.links[source].delay(rows * self.cost.row_bytes))
 
-    @functools.cache  # noqa: B019
-    def layer(self, rank: int, rows: int) -> int:
+    def _layer(self, rank: int, rows: int) -> int:
         """Return nanoseconds of one layer for ``rows`` rows together."""
         return nanoseconds(self.cost.layer_time(rank, rows))
 
-    @functools.cache  # noqa: B019
-    def lm_head(self, rows: int) -> int:
+    def _lm_head(self, rows: int) -> int:
         """Return nanoseconds of the LM head for ``rows`` rows together."""
         return nanoseconds(self.cost.lm_head * self.cost.growth(rows)) if rows else 0
 

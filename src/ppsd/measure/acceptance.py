@@ -281,7 +281,7 @@ Said = tuple[torch.Tensor, torch.Tensor]  # a head's logits [V] and copy odds [L
 def _by_lag(
     head: ExitHead, rows: torch.Tensor, last: torch.Tensor, in_flight: int
 ) -> Iterator[list[Said]]:
-    """What the head says of each of its rows [n, C], with a verified row 1, 2, … positions before.
+    """Return the head's answers to rows [n, C] with a verified row 1, 2, … positions before.
 
     The last of them are for all longer lags; a head without feedback has one for all.
     """
@@ -314,7 +314,7 @@ def _ranks(
 
 
 def rank(scores: torch.Tensor, token: int) -> int:
-    """How many tokens come before ``token`` in ``scores`` [V], at most WORST_RANK; OUTSIDE if -inf.
+    """Return how many tokens beat ``token`` in ``scores`` [V], up to WORST_RANK; OUTSIDE if -inf.
 
     Among equals the lower id comes first, as everywhere.
     """

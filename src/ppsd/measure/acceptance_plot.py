@@ -31,7 +31,7 @@ def plot_acceptance(heads: Mapping[str, Any], first: Mapping[str, Any], path: Pa
 
 
 def _bars(axes: Any, groups: Mapping[str, Mapping[str, float]], label: str) -> None:
-    """A group of bars for each name, one bar in it for each key of ``groups``."""
+    """Draw a group of bars for each name, one bar in it for each key of ``groups``."""
     width = BAR_ROOM / len(groups)
     for i, (key, values) in enumerate(groups.items()):
         places = [x + (i - (len(groups) - 1) / 2) * width for x in range(len(values))]

@@ -30,7 +30,7 @@ Figures = dict[str, Any]
 
 
 def summarize(outcomes: Sequence[Outcome]) -> Figures:
-    """All figures of one head: overall, ``by_category`` and ``by_position`` after the prompt."""
+    """Return one head's figures: overall, ``by_category`` and ``by_position`` after the prompt."""
     categories = sorted({o.category for o in outcomes})
     by_category = {c: rate([o.ranks for o in outcomes if o.category == c]) for c in categories}
     longest = max(len(o.ranks) for o in outcomes)
@@ -64,7 +64,7 @@ def rate(prompts: Sequence[Sequence[int]]) -> Figures:
 
 
 def first_right(outcomes: Mapping[str, Sequence[Outcome]]) -> Figures:
-    """How often each head is the first to be right, the heads given from the lowest exit up.
+    """Return how often each head is the first to be right, the heads given from the lowest exit up.
 
     ``shares`` by label add up to 1 with ``none``, positions where no head is right.
     """
@@ -81,7 +81,7 @@ def first_right(outcomes: Mapping[str, Sequence[Outcome]]) -> Figures:
 
 
 def expected_speed(spec: ModelSpec, head: HeadConfig, alpha: float, stages: int) -> Figures:
-    """What α is worth on ``stages`` equal devices, times taken as parameters read; hops are free.
+    """Return the speedup on ``stages`` equal devices, by parameters read, with free hops.
 
     ``head_layers``: a draft's cost in layer-times. ``paper``: ρ*, which counts neither head nor LM
     head. Raises ConfigError when no split of so many stages ends stage 0 at the exit layer.

@@ -54,11 +54,11 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every prompt came out exactly as in plain decoding."""
+        """Return True if every prompt came out exactly as in plain decoding."""
         return self.exact == len(self.comparisons)
 
     def to_json(self) -> dict[str, Any]:
-        """The ``--json`` output."""
+        """Return the ``--json`` output."""
         return {
             "prompts": len(self.comparisons),
             "exact": self.exact,

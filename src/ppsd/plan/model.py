@@ -106,7 +106,7 @@ class CostModel:
         return self.stages[stage].layer * self.growth(rows)
 
     def growth(self, rows: int) -> float:
-        """How many times as long as one row ``rows`` rows take."""
+        """Return how many times as long as one row ``rows`` rows take."""
         return 1 + (rows - 1) * self.row_cost
 
     def stage_time(self, stage: int, rows: int = 1) -> float:
@@ -122,7 +122,7 @@ class CostModel:
         return self.overhead if self.size > 1 else 0.0
 
     def latency(self, rows: int = 1) -> float:
-        """A block's time from entering stage 0 to its verdict at rank 0, with all queues empty."""
+        """Return a block's time from stage 0 to its verdict at rank 0, with all queues empty."""
         stages = sum(self.stage_time(k, rows) for k in range(self.size))
         hops = sum(link.delay(rows * self.row_bytes) for link in self.links[:-1])
         verdict = self.links[-1].delay(0) if self.links else 0.0
@@ -134,7 +134,7 @@ class CostModel:
         return max(first, *(self.stage_time(k, rows) for k in range(self.size)))
 
     def reaction(self, schedule: Schedule) -> float:
-        """How long a resync waits for stage 0 to notice it: until a layer or a draft ends.
+        """Return how long a resync waits for stage 0 to notice it: until a layer or a draft ends.
 
         Exact for the first verdict after a resync; later ones may meet stage 0 in another phase.
         """
@@ -160,12 +160,12 @@ class CostModel:
         return self.latency() / self.token_time(alpha, schedule)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary from which ``from_json`` restores an equal object."""
+        """Return a JSON-ready dictionary from which ``from_json`` restores an equal object."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> CostModel:
-        """The inverse of ``to_json``."""
+        """Restore what ``to_json`` was called on."""
         values = {f.name: record[f.name] for f in fields(cls)}
         stages = tuple(StageCost(**stage) for stage in record["stages"])
         links = tuple(Link(**link) for link in record["links"])

@@ -94,7 +94,7 @@ class Problem:
             raise ConfigError("exit_layer", self.exit_layer, allowed)
 
     def speed(self, rank: int) -> float:
-        """A worker's speed relative to the profile's machine."""
+        """Return a worker's speed relative to the profile's machine."""
         return self.speeds[rank] if self.speeds else 1.0
 
 
@@ -121,7 +121,7 @@ class Plan:
 
     @property
     def pays(self) -> bool:
-        """Whether speculation promises more than predictions may be wrong."""
+        """Return True if speculation promises more than predictions may be wrong."""
         return self.speedup >= LEAST_GAIN
 
     def speedup_at(self, alpha: float) -> float:
@@ -138,12 +138,12 @@ class Plan:
 
     @property
     def bottleneck(self) -> int:
-        """The stage that takes longest."""
+        """Return the stage that takes longest."""
         return max(range(self.cost.size), key=self.stage_times.__getitem__)
 
     @property
     def bitwise(self) -> bool:
-        """Whether rows travel one by one, so that all logits equal plain decoding's."""
+        """Return True if rows travel one by one, so that all logits equal plain decoding's."""
         return self.schedule.block == 1
 
 
@@ -178,7 +178,7 @@ def _price(
     schedule: Schedule,
     slower: float,
 ) -> CostModel:
-    """The cost of a split when all work takes ``slower`` times as long as alone."""
+    """Return the cost of a split when all work takes ``slower`` times as long as alone."""
     profile, last = problem.profile, len(bounds) - 2
     layer = profile.layer_time(problem.context) * slower
     stages = [StageCost(b - a, layer / problem.speed(k)) for k, (a, b) in _stages(bounds)]
@@ -200,7 +200,7 @@ def _price(
 
 
 def alternatives(problem: Problem, *, every_split: bool = False) -> list[Plan]:
-    """All candidates with predictions, the fastest first: every exit with every schedule.
+    """Return all candidates with predictions, fastest first: each exit with each schedule.
 
     Each comes with its best split or, with ``every_split``, once with each split there is (their
     number grows fast with the workers). Plain decoding is among them unless the mode excludes it.
@@ -236,7 +236,7 @@ def _preference(plan: Plan) -> tuple[int, float, tuple[int, ...]]:
 
 
 def _best_splits(plans: Iterable[Plan]) -> list[Plan]:
-    """The best split for each exit, mode and block."""
+    """Return the best split for each exit, mode and block."""
     best: dict[tuple[Exit | None, str, int], Plan] = {}
     for plan in plans:
         key = (plan.exit, plan.mode, plan.schedule.block)
@@ -274,7 +274,7 @@ def _plain_allowed(problem: Problem) -> bool:
 
 
 def _schedules(problem: Problem, bounds: tuple[int, ...], exit_: Exit) -> Iterator[Schedule]:
-    """The schedules that draft and agree with what is decided."""
+    """Yield the schedules that draft and agree with what is decided."""
     mode, window = problem.mode, problem.in_flight
     if mode in (None, "ppsd") and window != 1:
         for block in _overlapped_blocks(problem):
@@ -346,7 +346,7 @@ def _front(problem: Problem, exit_: Exit | None) -> Iterator[tuple[int, ...]]:
 
 
 def _front_behind(problem: Problem, exit_: Exit | None, first: int) -> Iterator[tuple[int, ...]]:
-    """The front for a given stage 0."""
+    """Yield the front for a given stage 0."""
     layers, later = problem.profile.sizes.layers, range(1, problem.workers)
     layer = problem.profile.layer_time(problem.context)
     each = [layer / problem.speed(k) for k in later]

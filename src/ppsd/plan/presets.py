@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def sizes(self) -> Sizes:
-        """What time and memory depend on."""
+        """Return what time and memory depend on."""
         return Sizes(
             layers=self.layers,
             hidden=self.hidden,

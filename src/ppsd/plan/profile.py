@@ -54,7 +54,7 @@ class Timing:
 
     @classmethod
     def computed(cls, value: float) -> Timing:
-        """A figure without spread."""
+        """Return a figure without spread."""
         return cls(value, value, value, 0)
 
 
@@ -139,7 +139,7 @@ class Profile:
         return _interpolate(single, context) * self.growth(rows)
 
     def growth(self, rows: int) -> float:
-        """How many times as long as for one row a layer takes for ``rows``."""
+        """Return how many times as long as for one row a layer takes for ``rows``."""
         contexts = {t.context for t in self.layer if t.rows > 1}
         points = {t.rows: t.time.median for t in self.layer if t.context in contexts}
         return _interpolate(points, rows) / points[1] if points else 1.0
@@ -165,7 +165,7 @@ class Profile:
 
     @property
     def age(self) -> str:
-        """How long ago it was measured, in words."""
+        """Return how long ago it was measured, in words."""
         try:
             taken = datetime.fromisoformat(self.provenance["date"])
             days = (datetime.now(UTC) - taken).days
@@ -174,12 +174,12 @@ class Profile:
         return f"{days} days old" if days > 1 else "a day old" if days == 1 else "taken today"
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary from which ``from_json`` restores an equal object."""
+        """Return a JSON-ready dictionary from which ``from_json`` restores an equal object."""
         return {"format": FORMAT} | asdict(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Profile:
-        """The inverse of ``to_json``; ValueError, KeyError or TypeError for anything else."""
+        """Restore what ``to_json`` was called on; raises ValueError, KeyError or TypeError."""
         values = dict(record)
         if values.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
@@ -297,7 +297,7 @@ def _interpolate(points: Mapping[int, float], at: float) -> float:
 
 
 def _extrapolate(points: Mapping[int, float], at: int) -> float:
-    """A straight line through the outermost points."""
+    """Return a straight line through the outermost points."""
     low, high = min(points), max(points)
     if low == high:
         return points[low]

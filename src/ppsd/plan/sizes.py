@@ -47,7 +47,7 @@ class Sizes:
         )
 
     def head_layers(self, layers: int, mlp: int | None = None, feedback: bool = False) -> float:
-        """How many of the model's layers a head's weights amount to; fields as in HeadConfig.
+        """Return a head's weights in layers of the model; its fields are those of HeadConfig.
 
         Its square matrices count as well, but not what is smaller, nor its LM head rows.
         """

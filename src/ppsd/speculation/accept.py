@@ -58,7 +58,7 @@ def draw_target(
 
 
 def _inverse_cdf(weights: Tensor, uniform: float) -> int:
-    """The token at ``uniform`` in the cumulative sum of ``weights`` (any positive total)."""
+    """Return the token at ``uniform`` in the cumulative sum of ``weights`` (any positive total)."""
     support = weights.nonzero().squeeze(1)
     cumulative = weights[support].cumsum(0)
     rank = int((cumulative <= uniform * cumulative[-1]).sum())

@@ -149,7 +149,7 @@ class Gate:
         return [step.seconds for step in self._steps if step.fresh]
 
     def _reference(self) -> float | None:
-        """A, as far as it is known: never above the latency seen lately, which also ages less."""
+        """Return A as far as known: never above the latency seen lately, which ages less."""
         if self._latency is None or self.plain is None:
             return self.plain if self._latency is None else SURE * self._latency
         return min(self.plain, self._latency) if self._fresh() else self.plain
@@ -173,7 +173,7 @@ class Gate:
         return (self._share(plain) - 1) * self._tokens()
 
     def _doubtful(self) -> bool:
-        """Whether A is to be measured though speculation seems to pay."""
+        """Return True if A is to be measured though speculation seems to pay."""
         if self.plain is None:
             return self._latency is None and self._age >= NO_MISS
         if len(self._steps) < KEPT:

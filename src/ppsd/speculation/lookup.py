@@ -43,7 +43,7 @@ class Match(NamedTuple):
 
 
 def find(history: Tensor, longest: int = LONGEST) -> Match | None:
-    """The longest repetition of the end of ``history`` (int64 [L]), the newest among equals.
+    """Return the longest repetition of the end of ``history`` (int64 [L]), the newest among equals.
 
     None when the last token is new. Lengths above ``longest`` are not told apart.
     """
@@ -52,7 +52,7 @@ def find(history: Tensor, longest: int = LONGEST) -> Match | None:
     size = len(text)
 
     def before(length: int) -> int:
-        """Where the last ``length`` tokens stood before, the newest place; -1 for nowhere."""
+        """Return the newest place where the last ``length`` tokens stood before, or -1."""
         end, wanted = size - WORD, text[size - WORD * length :]
         while (at := text.rfind(wanted, 0, end)) >= 0 and at % WORD:
             end = at + len(wanted) - 1
@@ -99,7 +99,7 @@ def mixed(logits: Tensor, match: Match, odds: Tensor = ODDS) -> Tensor:
 
 
 def likeliest(scores: Array, ids: Array, match: Match | None, odds: Tensor = ODDS) -> int:
-    """The token that ``mixed`` logits have their maximum at, the lowest among equals.
+    """Return the token that ``mixed`` logits have their maximum at, the lowest among equals.
 
     ``scores`` [n] are the logits of the tokens ``ids`` [n], which ascend; all others are -inf.
     ``odds``: see ``mixed``. Without rows as long as the vocabulary, in little code: it

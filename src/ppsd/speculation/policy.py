@@ -40,7 +40,7 @@ class Schedule:
 
     @property
     def drafts(self) -> bool:
-        """Whether this schedule ever uses a draft."""
+        """Return True if this schedule ever uses a draft."""
         return self.block > 1 or self.in_flight > 1
 
 
@@ -224,7 +224,7 @@ class Policy:
 
     @property
     def committed(self) -> int:
-        """How many tokens are final, the prompt's among them."""
+        """Return how many tokens are final, the prompt's among them."""
         return self._committed
 
     def draft_at(self, position: int) -> int | None:
@@ -353,7 +353,7 @@ class Policy:
         )
 
     def _verified(self, block: int) -> int:
-        """The newest position with a verdict when the block that begins at ``block`` is fed.
+        """Return the newest position with a verdict when the block that begins at ``block`` is fed.
 
         Of the blocks before it, all but w - 1 have been answered, and so has all that led to the
         newest token of the target's own.
@@ -363,5 +363,5 @@ class Policy:
         return newest if newest >= self._prompt - 1 else UNVERIFIED
 
     def _feedable(self, position: int) -> bool:
-        """Whether a token at ``position`` would ask for one that may still be emitted."""
+        """Return True if a token at ``position`` would ask for one that may still be emitted."""
         return position < self._prompt + self._max_tokens - 1

@@ -36,7 +36,7 @@ class Stream(IntEnum):
 
 
 def uniform(seed: int, position: int, stream: Stream) -> float:
-    """The uniform number in [0, 1) that belongs to (seed, position, stream)."""
+    """Return the uniform number in [0, 1) that belongs to (seed, position, stream)."""
     return float(_generator(seed, position, stream).random())
 
 
@@ -53,7 +53,7 @@ def gumbel(seed: int, position: int, size: int, stream: Stream = Stream.TARGET) 
 
 
 def _generator(seed: int, position: int, stream: Stream) -> np.random.Generator:
-    """A generator that starts at a block of Philox of its own (Salmon et al. 2011).
+    """Return a generator that starts at a block of Philox of its own (Salmon et al. 2011).
 
     The 256-bit counter is four words, the lowest first, and drawing counts up from its lowest
     word. Stream and position fill the two highest, so 2**128 blocks separate any two starts.
@@ -93,11 +93,11 @@ class Sampler:
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float64)
 
     def choose(self, logits: Tensor, history: Tensor) -> int:
-        """The token of this position: `plain` decoding's, and both sides' in `coupled` mode."""
+        """Choose the token of this position: plain decoding's, and both sides' when coupled."""
         return self.draw(logits, history, Stream.TARGET)
 
     def takes_largest(self, position: int) -> bool:
-        """Whether from ``position`` on ``choose`` takes the largest of the real tokens' logits."""
+        """Return True if ``choose`` takes the largest real logit from ``position`` on."""
         return self._params.greedy and not self._adjusts(position - self._prompt_length)
 
     def draw(self, logits: Tensor, history: Tensor, stream: Stream) -> int:
@@ -105,14 +105,14 @@ class Sampler:
         return _argmax(self.scores(logits, history, stream))
 
     def scores(self, logits: Tensor, history: Tensor, stream: Stream) -> Tensor:
-        """What ``draw`` takes the maximum of, [vocab_size]: processed logits and their noise."""
+        """Return what ``draw`` maximizes, [vocab_size]: processed logits plus their noise."""
         values = self.process(logits, history)
         if not self._params.greedy:
             values = values + gumbel(self._params.seed, len(history), self.vocab_size, stream)
         return values
 
     def probabilities(self, logits: Tensor, history: Tensor) -> Tensor:
-        """The distribution ``draw`` samples from, float64 [vocab_size]; one-hot if greedy."""
+        """Return the distribution of ``draw``, float64 [vocab_size]; one-hot if greedy."""
         values = self.process(logits, history)
         if self._params.greedy:
             one_hot = torch.zeros(self.vocab_size, dtype=torch.float64)

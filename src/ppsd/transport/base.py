@@ -91,7 +91,7 @@ class Endpoint(Protocol):
 
     @property
     def rows(self) -> torch.Tensor | None:
-        """See above."""
+        """Return the rows that travelled apart, if any."""
 
     def words(self, slot: int) -> tuple[int, ...]:
         """Return the addresses of the 64-bit words that others change to stop work on ``slot``.

@@ -201,7 +201,7 @@ def _ids(tokens: tuple[int, ...]) -> bytes:
 
 @functools.cache
 def _tokens(count: int) -> struct.Struct:
-    """The layout of so many token ids."""
+    """Return the layout of so many token ids."""
     return struct.Struct(f"{count}q")
 
 
