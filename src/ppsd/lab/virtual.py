@@ -29,7 +29,7 @@ RIGHT, WRONG = 0, 1  # the toy target always says RIGHT; a draft says either
 NEVER = 2**62  # nanoseconds; when a cancel that takes for ever arrives
 SENDING = "send"  # what a recorder calls the time between two blocks
 NOISE_POSITIONS = 4096  # after so many the same factors come again
-HEAD, LM_HEAD = -2, -1  # lanes of noise
+HEAD = -1  # the lane of noise behind those of the stages
 
 
 class Clock:
@@ -57,7 +57,7 @@ class VirtualPipeline:
         self.seen_at, self.epochs = [0], [1]  # when stages see an epoch, and which
         self.overhead = nanoseconds(cost.overhead) if cost.size > 1 else 0
         self.cancel = NEVER if math.isinf(cost.cancel) else nanoseconds(cost.cancel)
-        self._noise = noise(jitter, seed, cost.size + 2) if jitter else None
+        self._noise = noise(jitter, seed, cost.size + 1) if jitter else None
         # Caches of this pipeline alone: on the class they would keep every pipeline alive.
         self.hop = functools.cache(self._hop)
         self.layer = functools.cache(self._layer)
@@ -67,7 +67,7 @@ class VirtualPipeline:
     def jittered(self, time: int, lane: int, position: int) -> int:
         """Return ``time`` as it turns out at a position: the same in every schedule.
 
-        ``lane`` is a rank for its layers; then come the exit head (HEAD) and the LM head.
+        ``lane`` is a rank, whose layers and LM head are slow together, or HEAD for the exit head.
         """
         if self._noise is None:
             return time
@@ -201,7 +201,7 @@ class VirtualJudge(Judge):
     def verdict(self, block: Block, hidden: torch.Tensor) -> Verdict:
         pipeline, rows = self._pipeline, len(block.tokens)
         lm_head = pipeline.lm_head(block.judge)
-        lm_head = pipeline.jittered(lm_head, LM_HEAD, block.position)
+        lm_head = pipeline.jittered(lm_head, self._last, block.position)
         pipeline.clocks[self._last].now += lm_head
         tokens = (RIGHT,) * block.judge
         return Verdict(block.slot, block.epoch, self._last, block.position, rows, tokens)
