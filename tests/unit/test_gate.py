@@ -226,7 +226,8 @@ def test_ppsd_with_the_gate_is_as_fast_as_the_better_of_both(
 ) -> None:
     """Within 2 % of plain and of ungated decoding, whichever is faster, at every α."""
     cost, schedule = costs(stages, head, hop, late), Schedule(1, stages)
-    tokens = 2 * TOKENS if jitter and stages == 2 else TOKENS  # a thin margin, and noise
+    # With noise a retry at α = 0.2 costs two stages 2.04 % of 2,000 tokens, less of more.
+    tokens = 2 * TOKENS if jitter and stages == 2 else TOKENS
     for alpha in (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0):
         plain, free, gated = token_times(cost, schedule, acceptance(alpha, tokens, 7), jitter)
         best = min(plain, free)
