@@ -15,16 +15,11 @@ from ppsd.errors import ProtocolError
 from ppsd.transport.base import gather, part_bytes
 from ppsd.types import SamplingParams
 from ppsd.worker import messages
+from ppsd.worker.frame import DTYPES, HEADER, HEADER_BYTES, MAGIC, VERSION, Landing
 from ppsd.worker.messages import (
-    DTYPES,
-    HEADER,
-    HEADER_BYTES,
-    MAGIC,
-    VERSION,
     Begin,
     Block,
     Control,
-    Landing,
     Message,
     Refusal,
     Status,

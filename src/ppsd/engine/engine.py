@@ -6,6 +6,7 @@ Used by llm.py, by the simulator on virtual links, and by tests. It knows token 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import torch
 
@@ -15,8 +16,9 @@ from ppsd.engine.rejection import redraw
 from ppsd.engine.sequence import HeldRows, Request, Sequence, begin_message
 from ppsd.errors import RequestError
 from ppsd.speculation.gate import Gate
-from ppsd.speculation.policy import Emit, Event, Feed, Finish, Judged, Policy, Schedule
+from ppsd.speculation.policy import Command, Emit, Feed, Finish, Judged, Policy, Schedule
 from ppsd.speculation.sampling import Stream
+from ppsd.speculation.waves import WavePolicy
 from ppsd.worker.messages import Refusal, Verdict
 from ppsd.worker.slot import sampler_of
 
@@ -53,6 +55,9 @@ class Engine:
         self._held = [HeldRows(slot, max_context, prefill_chunk) for slot in range(slots)]
         self._free = list(range(slots))
         self._running: deque[Sequence] = deque()  # rotated, so that all get their turn
+        self._slots: dict[int, Sequence] = {}  # the same, by slot
+        self._max_context = max_context
+        self.opinions = False  # whether heads on later boundaries are to speak
 
     @property
     def has_room(self) -> bool:
@@ -69,9 +74,25 @@ class Engine:
         slot = self._free[-1]
         held = self._held[slot]
         feedback, logits = self.stage.wants_feedback, self._rejection
-        begin = begin_message(slot, request, feedback=feedback, logits=logits)
+        begin = begin_message(
+            slot, request, feedback=feedback, logits=logits, opinions=self.opinions
+        )
         sampler = sampler_of(begin)  # which may refuse the request: nothing has changed yet
-        policy = Policy(
+        policy = self._policy(request, slot)
+        cached = held.take(request)
+        self._free.remove(slot)
+        sequence = Sequence(request, slot, cached, policy, held.history, sampler, held.draft)
+        self._running.append(sequence)
+        self._slots[slot] = sequence
+        self.links.publish(slot, policy.epoch)
+        self.links.send(begin)
+        if self.gate is not None:
+            self.gate.begin(policy, self._seconds())
+        sequence.commands.extend(policy.start(request.prompt, cached))
+        return sequence
+
+    def _policy(self, request: Request, slot: int) -> Policy | WavePolicy:
+        return Policy(
             self.schedule,
             max_tokens=request.params.max_tokens,
             stop_ids=request.stop_ids,
@@ -79,16 +100,6 @@ class Engine:
             prefill_chunk=self._prefill_chunk,
             prefill_in_flight=self.links.size,
         )
-        cached = held.take(request)
-        self._free.remove(slot)
-        sequence = Sequence(request, slot, cached, policy, held.history, sampler, held.draft)
-        self._running.append(sequence)
-        self.links.publish(slot, policy.epoch)
-        self.links.send(begin)
-        if self.gate is not None:
-            self.gate.begin(policy, self._seconds())
-        sequence.commands.extend(policy.start(request.prompt, cached))
-        return sequence
 
     def step(self) -> list[tuple[Sequence, Output]]:
         """Carry out one command, or wait for one answer when there is nothing to do.
@@ -124,6 +135,7 @@ class Engine:
         sequence.finish_reason = reason
         sequence.commands.clear()
         self._running.remove(sequence)
+        del self._slots[sequence.slot]
         self._held[sequence.slot].keep(sequence)
         self._free.append(sequence.slot)
         self.links.publish(sequence.slot, sequence.policy.epoch)
@@ -142,7 +154,7 @@ class Engine:
             self.links.send(block)
         stage.observe(sequence, feed, hidden)
         if feed.draft and stage.drafting and self._still_wanted(sequence, feed):
-            self._on(sequence, stage.draft(sequence, feed))
+            self._note(sequence, sequence.chain.on(stage.draft(sequence, feed)))
 
     def _run(self, sequence: Sequence, feed: Feed) -> torch.Tensor | None:
         """Return the rows of a pass, or None once an answer has made it pointless.
@@ -151,7 +163,7 @@ class Engine:
         between two stretches of the pass, never inside it.
         """
         work = self.stage.start(sequence, feed)
-        watch = self.links.watch(sequence.slot)
+        watch = self.links.watch()
         while True:
             watch.look()  # before asking: what comes after this stops the pass
             if not self._still_wanted(sequence, feed):
@@ -167,13 +179,14 @@ class Engine:
 
     def _take(self, answer: Answer) -> None:
         """Act on an answer of the stages; of old work it means nothing."""
-        for sequence in self._running:
-            if (sequence.slot, sequence.policy.epoch) == (answer.slot, answer.epoch):
-                if isinstance(answer, Refusal):
-                    self._fail(sequence, answer)
-                else:
-                    self._judge(sequence, answer)
-                return
+        assert isinstance(answer, Verdict | Refusal)
+        sequence = self._slots.get(answer.slot)
+        if sequence is None or sequence.policy.epoch != answer.epoch:
+            return
+        if isinstance(answer, Refusal):
+            self._fail(sequence, answer)
+        else:
+            self._judge(sequence, answer)
 
     def _fail(self, sequence: Sequence, refusal: Refusal) -> None:
         """Let the next step end a sequence that a stage refuses to go on with."""
@@ -192,12 +205,16 @@ class Engine:
         first = verdict.position + verdict.rows - len(verdict.tokens) + 1
         tokens = redraw(sequence, verdict) if self._rejection and verdict.tokens else verdict.tokens
         said = verdict.epoch, verdict.position, first, tokens, verdict.source
-        self._on(sequence, Judged(*said))
+        self._obey(sequence, sequence.policy.on(Judged(*said)))
+
+    def _obey(self, sequence: Sequence, commands: Iterable[Command]) -> None:
+        """Note what a verdict has made final, and let the gate see it."""
+        self._note(sequence, commands)
         if self.gate is not None:
             self.gate.watch(sequence.policy, self._seconds())
 
-    def _on(self, sequence: Sequence, event: Event) -> None:
-        sequence.commands.extend(sequence.policy.on(event))
+    def _note(self, sequence: Sequence, commands: Iterable[Command]) -> None:
+        sequence.commands.extend(commands)
         if sequence.policy.epoch > self.links.epoch(sequence.slot):
             self.links.publish(sequence.slot, sequence.policy.epoch)
 

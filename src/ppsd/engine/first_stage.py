@@ -5,6 +5,8 @@ It carries out ``Feed`` commands; it decides nothing and sends nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+
 import torch
 
 from ppsd.engine.drafter import Drafter, Given, single_rows
@@ -14,6 +16,8 @@ from ppsd.model.passes import Pass
 from ppsd.model.stage import StageModel
 from ppsd.speculation.policy import UNVERIFIED, Drafted, Feed
 from ppsd.speculation.sampling import Stream
+from ppsd.speculation.waves import Part, Row
+from ppsd.worker.inner_head import InnerHead, place_of
 from ppsd.worker.judge import require_finite
 from ppsd.worker.messages import Block, Verdict
 from ppsd.worker.recorder import Recorder
@@ -23,11 +27,18 @@ class FirstStage:
     """The first stage's model and what drafts at its exit.
 
     ``drafter`` may be changed between requests; ``drafting`` is off where no draft is ever used,
-    so that plain decoding pays nothing for a head.
+    so that plain decoding pays nothing for a head. ``head`` is what speaks of the rows of waves.
     """
 
-    def __init__(self, model: StageModel, drafter: Drafter | None, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        model: StageModel,
+        drafter: Drafter | None,
+        recorder: Recorder,
+        head: InnerHead | None = None,
+    ) -> None:
         self.drafter = drafter
+        self.head = head
         self.drafting = drafter is not None
         self.recorder = recorder
         self.draft_stream = Stream.TARGET
@@ -45,6 +56,17 @@ class FirstStage:
         sequence.history.write(feed.position, feed.tokens)
         tokens = sequence.history.before(feed.position + len(feed.tokens), feed.position)
         return self._model.start(tokens, feed.position, sequence.slot)
+
+    def start_rows(self, rows: Items[Row]) -> Pass:
+        """Begin a pass of a wave's rows through the stage's layers."""
+        tokens = torch.tensor([row.token for row in rows])
+        return self._model.start_rows(tokens, [place_of(row) for row in rows])
+
+    def commit(self, part: Part) -> None:
+        """Make a part of a wave true in the caches of stage and head."""
+        self._model.commit(part.slot, part.length, part.moves)
+        if self.head is not None and self.drafting:
+            self.head.commit(part.slot, part.length, part.moves)
 
     def finish(self, sequence: Sequence, feed: Feed, hidden: torch.Tensor) -> Block | None:
         """Take the rows [n, C] that a pass gave; return the block that they complete, if any."""

@@ -35,12 +35,13 @@ from ppsd.worker.messages import (
     encode,
 )
 from ppsd.worker.recorder import Recorder
+from ppsd.worker.wave_messages import Opinion, Verdicts, Wave
 
 CHECK_S = 0.05  # how often a wait looks after the worker processes
 ENDING_S = 0.5  # from a process closing its connections until it counts as ended, at most
 ANSWER_S = 1.0  # a stage that works answers a report sooner
 
-Answer = Verdict | Refusal
+Answer = Verdict | Verdicts | Opinion | Refusal
 
 
 class Links(Protocol):
@@ -54,10 +55,10 @@ class Links(Protocol):
     def publish(self, slot: int, epoch: int) -> None:
         """Make ``epoch`` the slot's newest on every stage; it overtakes all work."""
 
-    def watch(self, slot: int) -> Watch:
+    def watch(self) -> Watch:
         """Return the words that change when an answer comes, for a pass of rank 0 to look at."""
 
-    def send(self, message: Begin | Block) -> None:
+    def send(self, message: Begin | Block | Wave) -> None:
         """Send to the next stage; raises PipelineError when it does not take the message."""
 
     def poll(self) -> Answer | None:
@@ -91,10 +92,11 @@ class OwnLinks:
     def publish(self, slot: int, epoch: int) -> None:
         self._epochs[slot] = epoch
 
-    def watch(self, slot: int) -> Watch:
+    def watch(self) -> Watch:
         return self._watch
 
-    def send(self, message: Begin | Block) -> None:
+    def send(self, message: Begin | Block | Wave) -> None:
+        assert not isinstance(message, Wave)  # which needs an exit before the last layer
         if isinstance(message, Begin):
             self._judge.begin(message)
             return
@@ -139,7 +141,7 @@ class StageLinks:
         self._timeout = timeout
         self._check = check
         self._epochs = [1] * slots
-        self._watches = [Watch(endpoint.words(slot)) for slot in range(slots)]
+        self._watch = Watch(endpoint.words(0))
         self._answers: deque[Answer] = deque()  # that came while something else was awaited
         self._closed = False
 
@@ -151,8 +153,8 @@ class StageLinks:
         if not self._closed:  # a request that outlived its pipeline ends now; nobody listens
             self._endpoint.publish(slot, epoch)
 
-    def watch(self, slot: int) -> Watch:
-        return self._watches[slot]
+    def watch(self) -> Watch:
+        return self._watch
 
     def poll(self) -> Answer | None:
         if self._answers:
@@ -189,7 +191,7 @@ class StageLinks:
             message = self._wait_for("a report")
             if isinstance(message, Status) and message.kind == "report":
                 waiting -= _merge_report(reports[message.source], message)
-            elif isinstance(message, Verdict | Refusal):
+            elif isinstance(message, Answer):
                 self._answers.append(message)
         return list(reports.values())
 
@@ -261,7 +263,7 @@ class StageLinks:
 
 
 def _expect_answer(message: Message) -> Answer:
-    if not isinstance(message, Verdict | Refusal):
+    if not isinstance(message, Answer):
         raise ProtocolError(f"expected a verdict, got {type(message).__name__}")
     return message
 

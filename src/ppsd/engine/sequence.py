@@ -12,6 +12,7 @@ from ppsd.engine.drafter import DraftState
 from ppsd.errors import RequestError
 from ppsd.speculation.policy import Command, Policy
 from ppsd.speculation.sampling import Sampler
+from ppsd.speculation.waves import WavePolicy
 from ppsd.types import SamplingParams
 from ppsd.worker.messages import Begin
 from ppsd.worker.slot import TokenHistory
@@ -47,19 +48,34 @@ class Sequence:
     request: Request
     slot: int
     cached: int
-    policy: Policy
+    policy: Policy | WavePolicy
     history: TokenHistory  # the slot's: it outlives the sequence, as the rows in the caches do
     sampler: Sampler
     draft: DraftState  # the slot's too
     commands: deque[Command] = field(default_factory=deque)
     open_rows: list[torch.Tensor] = field(default_factory=list)  # of the block not yet complete
     feedback: dict[int, torch.Tensor] = field(default_factory=dict)  # the last layer's rows
+    newest: torch.Tensor | None = None  # of them, [1, C]
     finish_reason: str = ""
     error: RequestError | None = None
 
     @property
+    def chain(self) -> Policy:
+        """Return the policy of a request that is decoded as a chain."""
+        assert isinstance(self.policy, Policy)
+        return self.policy
+
+    @property
+    def waves(self) -> WavePolicy:
+        """Return the policy of a request that is decoded in waves."""
+        assert isinstance(self.policy, WavePolicy)
+        return self.policy
+
+    @property
     def length(self) -> int:
-        """Rows that every stage holds: those of all committed tokens but the last."""
+        """Rows that every stage holds in their places, of committed tokens but the last."""
+        if isinstance(self.policy, WavePolicy):
+            return self.policy.held
         emitted = self.policy.emitted
         return len(self.request.prompt) + emitted - 1 if emitted else self.cached
 
@@ -104,7 +120,9 @@ def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     return min(len(a), len(b))
 
 
-def begin_message(slot: int, request: Request, *, feedback: bool, logits: bool) -> Begin:
+def begin_message(
+    slot: int, request: Request, *, feedback: bool, logits: bool, opinions: bool = False
+) -> Begin:
     """Return what the last stage has to know of a request."""
     return Begin(
         slot=slot,
@@ -114,4 +132,5 @@ def begin_message(slot: int, request: Request, *, feedback: bool, logits: bool) 
         vocab_size=request.vocab_size,
         want_logits=logits or request.logits is not None,
         want_feedback=feedback,
+        want_opinions=opinions,
     )

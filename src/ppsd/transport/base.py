@@ -96,7 +96,8 @@ class Endpoint(Protocol):
     def words(self, slot: int) -> tuple[int, ...]:
         """Return the addresses of the 64-bit words that others change to stop work on ``slot``.
 
-        On rank 0 a new frame, elsewhere a new epoch of the slot changes one of them. Without any,
+        On rank 0 a new frame, whatever it is about, elsewhere a new epoch of the slot changes one
+        of them. Without any,
         a pass has to stop after every layer for its caller to ask.
         """
 

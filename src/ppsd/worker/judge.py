@@ -6,14 +6,17 @@ Used by the last worker, or by rank 0 when there is one stage only.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from ppsd.errors import NonFiniteError, ProtocolError
 from ppsd.model import kernels
 from ppsd.model.stage import StageModel
+from ppsd.speculation.waves import Row
 from ppsd.worker.messages import Begin, Block, Verdict
 from ppsd.worker.slot import Slot
+from ppsd.worker.wave_messages import Verdicts
 
 
 def require_finite(hidden: torch.Tensor, rank: int, position: int) -> None:
@@ -48,15 +51,61 @@ class Judge:
         first = block.position + rows - block.judge + 1
         judged = hidden if block.judge == rows else hidden[rows - block.judge :]
         logits = self._stage.logits(judged) if block.judge else None
+        tokens = () if logits is None else self._tokens(slot, logits, first)
+        if tokens:  # a block's epoch is the root of the tree that its last row begins
+            slot.node, slot.token = block.epoch, tokens[-1]
         return Verdict(
             slot=block.slot,
             epoch=block.epoch,
             source=self._rank,
             position=block.position,
             rows=rows,
-            tokens=() if logits is None else self._tokens(slot, logits, first),
+            tokens=tokens,
             logits=logits if slot.want_logits else None,
             feedback=judged if slot.want_feedback and block.judge else None,
+        )
+
+    def may_follow(self, rows: Sequence[Row]) -> list[int]:
+        """Return which rows of a wave can still be verified: all below what was judged last.
+
+        A row below the newest judged node, with another token than the target's, is dead, and so
+        are its descendants.
+        """
+        roots: dict[int, int] = {}  # by slot: the node with the target's token
+        live = []
+        for index, row in enumerate(rows):
+            slot = self._slot(row.slot)
+            if (row.parent, row.token) == (slot.node, slot.token):
+                roots[row.slot] = row.node
+                live.append(index)
+            elif row.slot in roots and roots[row.slot] in row.nodes:
+                live.append(index)
+        return live
+
+    def verdicts(self, rows: Sequence[Row], hidden: torch.Tensor) -> Verdicts:
+        """Judge a wave's rows ``hidden`` [n, C]: those on the true path, as far as it goes."""
+        following = {(row.slot, row.parent, row.token): i for i, row in enumerate(rows)}
+        judged: list[int] = []
+        tokens: list[int] = []
+        logits: list[torch.Tensor] = []
+        for index in {row.slot: None for row in rows}:
+            slot = self._slot(index)
+            while (found := following.get((index, slot.node, slot.token))) is not None:
+                row = rows[found]
+                slot.history.write(row.position, (row.token,))
+                own = self._stage.logits(hidden[found : found + 1])
+                slot.token = self._tokens(slot, own, row.position + 1)[0]
+                slot.node = row.node
+                judged.append(found)
+                tokens.append(slot.token)
+                logits.append(own)
+        wanted = [self._slot(rows[i].slot) for i in judged]
+        return Verdicts(
+            source=self._rank,
+            nodes=tuple((rows[i].slot, rows[i].node) for i in judged),
+            tokens=tuple(tokens),
+            logits=torch.cat(logits) if any(slot.want_logits for slot in wanted) else None,
+            feedback=hidden[judged] if any(slot.want_feedback for slot in wanted) else None,
         )
 
     def _slot(self, index: int) -> Slot:

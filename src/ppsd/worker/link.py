@@ -6,7 +6,8 @@ from typing import Protocol
 
 from ppsd.model.passes import Watch
 from ppsd.transport.base import Endpoint
-from ppsd.worker.messages import Landing, Message, decode, encode
+from ppsd.worker.frame import Landing
+from ppsd.worker.messages import Message, decode, encode
 
 
 class Link(Protocol):
@@ -21,8 +22,8 @@ class Link(Protocol):
     def epoch(self, slot: int) -> int:
         """Return the slot's newest epoch that is known here."""
 
-    def watch(self, slot: int) -> Watch:
-        """Return the words that change with the slot's epoch, for a pass to look at."""
+    def watch(self, *slots: int) -> Watch:
+        """Return the words that change with the slots' epochs, for a pass to look at."""
 
 
 class TransportLink:
@@ -46,7 +47,10 @@ class TransportLink:
     def epoch(self, slot: int) -> int:
         return self._endpoint.epoch(slot)
 
-    def watch(self, slot: int) -> Watch:
+    def watch(self, *slots: int) -> Watch:
+        if len(slots) > 1:
+            return Watch([word for slot in slots for word in self._endpoint.words(slot)])
+        (slot,) = slots
         if slot not in self._watches:
             self._watches[slot] = Watch(self._endpoint.words(slot))
         return self._watches[slot]

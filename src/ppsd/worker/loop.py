@@ -10,18 +10,14 @@ import torch
 
 from ppsd.errors import PipelineError, ProtocolError, RequestError
 from ppsd.model.stage import StageModel
+from ppsd.speculation.waves import Row
+from ppsd.worker.frame import CONTROL_BYTES
+from ppsd.worker.inner_head import InnerHead, place_of
 from ppsd.worker.judge import Judge, require_finite
 from ppsd.worker.link import Link
-from ppsd.worker.messages import (
-    CONTROL_BYTES,
-    Begin,
-    Block,
-    Control,
-    Message,
-    Refusal,
-    Status,
-)
+from ppsd.worker.messages import Begin, Block, Control, Message, Refusal, Status
 from ppsd.worker.recorder import Recorder
+from ppsd.worker.wave_messages import Wave
 
 SLICES_PER_REPORT = 500  # keeps one report well below CONTROL_BYTES
 
@@ -40,12 +36,15 @@ class Worker:
         link: Link,
         judge: Judge | None,
         recorder: Recorder | None = None,
+        head: InnerHead | None = None,
     ) -> None:
         self.rank = rank
         self.stopped = False
         self._stage = stage
         self._link = link
         self._judge = judge
+        self._head = head
+        self._heard: set[int] = set()  # slots whose requests want this stage's opinions
         self._recorder = recorder or Recorder()
 
     def step(self, timeout: float) -> bool:
@@ -60,12 +59,17 @@ class Worker:
         if isinstance(message, Block):
             self._on_block(message)
             return
+        if isinstance(message, Wave):
+            self._on_wave(message)
+            return
         if not isinstance(message, Begin | Control):
             raise ProtocolError(f"a {type(message).__name__} may not reach stage {self.rank}")
         if self._judge is None:
             self._link.send(self.rank + 1, message)
         elif isinstance(message, Begin):
             self._judge.begin(message)
+        if isinstance(message, Begin):
+            (self._heard.add if message.want_opinions else self._heard.discard)(message.slot)
         if isinstance(message, Control):
             self._on_control(message)
 
@@ -84,8 +88,13 @@ class Worker:
             answer = Refusal(block.slot, block.epoch, self.rank, str(error))
         kind = "cancelled" if answer is None else "verify" if block.judge else "prefill"
         self._recorder.add(start, kind, block.epoch, block.position, len(block.tokens))
-        if answer is not None:
-            self._link.send(0 if self._judge is not None else self.rank + 1, answer)
+        if answer is None or hidden is None:
+            return
+        self._link.send(0 if self._judge is not None else self.rank + 1, answer)
+        if self._head is not None and block.slot in self._heard:
+            said = self._head.observe(self.rank, block, hidden)
+            if said is not None:
+                self._link.send(0, said)
 
     def _run(self, block: Block) -> torch.Tensor | None:
         """Return the rows of a pass, or None once rank 0 has declared the block stale."""
@@ -104,6 +113,60 @@ class Worker:
             return self._judge.verdict(block, hidden)
         return block._replace(hidden=hidden)
 
+    def _on_wave(self, wave: Wave) -> None:
+        """Run the rows that still live; what the parts tell has to reach every stage anyhow."""
+        for slot, _, length, moves in wave.parts:
+            self._stage.commit(slot, length, moves)
+            if self._head is not None:
+                self._head.commit(slot, length, moves)
+        wave = self._alive(wave)
+        start = self._recorder.now()
+        hidden = self._run_rows(wave) if wave.rows else None
+        if wave.rows:
+            first, kind = wave.rows[0], "cancelled" if hidden is None else "verify"
+            self._recorder.add(start, kind, wave.parts[0].root, first.position, len(wave.rows))
+        else:
+            self._recorder.blocks["dropped"] += 1
+        if hidden is not None:
+            require_finite(hidden, self.rank, wave.rows[0].position)
+            self._on_rows(wave, hidden)
+        elif self._judge is None and any(part.moves for part in wave.parts):
+            self._link.send(self.rank + 1, wave._replace(rows=(), hidden=wave.hidden[:0]))
+
+    def _on_rows(self, wave: Wave, hidden: torch.Tensor) -> None:
+        """Judge a wave or send it on, and then say what a head here thinks of it."""
+        if self._judge is not None:
+            self._link.send(0, self._judge.verdicts(wave.rows, hidden))
+            return
+        self._link.send(self.rank + 1, wave._replace(hidden=hidden))
+        if self._head is not None:
+            start = self._recorder.now()
+            self._link.send(0, self._head.opinion(self.rank, wave.rows, hidden))
+            place = wave.parts[0].root, wave.rows[0].position
+            self._recorder.add(start, "draft", *place, len(wave.rows))
+
+    def _alive(self, wave: Wave) -> Wave:
+        """Return the wave with the rows that live as far as this stage knows."""
+        roots = {part.slot: (part.root, self._link.epoch(part.slot)) for part in wave.parts}
+        live = [i for i, row in enumerate(wave.rows) if lives(row, *roots[row.slot])]
+        if self._judge is not None:
+            rows = [wave.rows[i] for i in live]
+            live = [live[i] for i in self._judge.may_follow(rows)]
+        if len(live) == len(wave.rows):
+            return wave
+        return wave._replace(rows=tuple([wave.rows[i] for i in live]), hidden=wave.hidden[live])
+
+    def _run_rows(self, wave: Wave) -> torch.Tensor | None:
+        """Return the rows of a pass, or None once all of them are dead."""
+        work = self._stage.start_rows(wave.hidden, [place_of(row) for row in wave.rows])
+        watch = self._link.watch(*[part.slot for part in wave.parts])
+        while True:
+            watch.look()  # before asking: what comes after this stops the pass
+            if not self._alive(wave).rows:
+                return None
+            if work.advance(watch):
+                return work.hidden
+
     def _on_control(self, control: Control) -> None:
         if control.verb == "stop":
             self.stopped = True
@@ -118,6 +181,11 @@ class Worker:
             part, slices = slices[:SLICES_PER_REPORT], slices[SLICES_PER_REPORT:]
             self._link.send(0, Status(self.rank, "report", {"slices": part, "last": False}))
         self._link.send(0, Status(self.rank, "report", taken | {"slices": slices, "last": True}))
+
+
+def lives(row: Row, root: int, epoch: int) -> bool:
+    """Return True unless a row, fed under ``root``, has died since: see WavePolicy.epoch."""
+    return epoch <= root or epoch == row.node or epoch in row.nodes
 
 
 def failure_status(rank: int, error: BaseException) -> Status:

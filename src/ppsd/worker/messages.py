@@ -7,10 +7,7 @@ it. Used by worker/ and engine/.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import json
-import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,20 +16,31 @@ import torch
 from ppsd.errors import ProtocolError
 from ppsd.transport.base import Part
 from ppsd.types import SamplingParams
-
-MAGIC = 0x50505344  # "PPSD"
-VERSION = 3
-# magic, version, kind, dtype, flags, slot, source, epoch,
-# position, parent, rows, judge, width, feedback, bytes of body
-HEADER = struct.Struct("<IBBBBHHQiiiiIIQ12x")
-HEADER_BYTES = HEADER.size
-TOKEN_BYTES = 8  # ids travel as int64: no conversion on either side
-CONTROL_BYTES = 1 << 16  # room for a control or status body; larger status texts are cut
+from ppsd.worker.frame import (
+    CONTROL_BYTES,
+    DTYPES,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    TOKEN_BYTES,
+    VERSION,
+    Landing,
+    packed_ids,
+    split_rows,
+)
+from ppsd.worker.wave_messages import (
+    KINDS,
+    Opinion,
+    Verdicts,
+    Wave,
+    decode_opinion,
+    decode_verdicts,
+    decode_wave,
+    encode_wave_message,
+)
 
 # what reading a body that is JSON of another shape, or no JSON, can raise
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Block(NamedTuple):
@@ -73,7 +81,8 @@ class Begin:
     """A request starts in ``slot`` (forwarded to the last stage, which samples).
 
     ``vocab_size`` counts the real tokens (logits may be padded); ``want_logits`` and
-    ``want_feedback`` ask for the target's logits and the last layer's rows with every verdict.
+    ``want_feedback`` ask for the target's logits and the last layer's rows with every verdict,
+    ``want_opinions`` for those of heads on the way.
     """
 
     slot: int
@@ -83,6 +92,7 @@ class Begin:
     vocab_size: int
     want_logits: bool = False
     want_feedback: bool = False
+    want_opinions: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,8 +120,16 @@ class Status:
     fields: dict[str, Any]
 
 
-Message = Block | Verdict | Refusal | Begin | Control | Status
-_KINDS: dict[type, int] = {Block: 1, Verdict: 2, Begin: 3, Control: 4, Status: 5, Refusal: 6}
+Message = Block | Wave | Verdict | Verdicts | Opinion | Refusal | Begin | Control | Status
+_KINDS: dict[type, int] = {
+    Block: 1,
+    Verdict: 2,
+    Begin: 3,
+    Control: 4,
+    Status: 5,
+    Refusal: 6,
+    **KINDS,
+}
 
 
 def frame_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
@@ -129,6 +147,8 @@ def encode(message: Message) -> list[Part]:
         return _encode_block(message)
     if isinstance(message, Verdict):
         return _encode_verdict(message)
+    if isinstance(message, Wave | Verdicts | Opinion):
+        return encode_wave_message(message)
     if isinstance(message, Begin):
         record = {
             "params": message.params.to_json(),
@@ -137,6 +157,7 @@ def encode(message: Message) -> list[Part]:
             "vocab_size": message.vocab_size,
             "want_logits": message.want_logits,
             "want_feedback": message.want_feedback,
+            "want_opinions": message.want_opinions,
         }
         return _encode_json(Begin, record, slot=message.slot)
     if isinstance(message, Control):
@@ -147,26 +168,6 @@ def encode(message: Message) -> list[Part]:
     return _encode_json(
         Status, {"kind": message.kind, "fields": message.fields}, source=message.source
     )
-
-
-class Landing:
-    """Where the rows of one block after another are put, each over the one before.
-
-    Memory for every block anew would cost more than all else that decoding one does.
-    """
-
-    def __init__(self) -> None:
-        self._kind: tuple[tuple[int, int], torch.dtype] | None = None
-        self._rows = torch.empty(0)
-        self._address = 0
-
-    def put(self, numbers: memoryview, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Rows of ``shape`` made of just so many ``numbers``."""
-        if (shape, dtype) != self._kind:
-            self._kind, self._rows = (shape, dtype), torch.empty(shape, dtype=dtype)
-            self._address = self._rows.data_ptr()
-        ctypes.memmove(self._address, bytes(numbers), len(numbers))
-        return self._rows
 
 
 def decode(
@@ -192,21 +193,17 @@ def decode(
         return _decode_block(header, body, rows, landing)
     if kind == _KINDS[Verdict]:
         return _decode_verdict(header, body, rows)
+    if kind == _KINDS[Wave]:
+        return decode_wave(header, body, rows, landing)
+    if kind == _KINDS[Verdicts]:
+        return decode_verdicts(header, body, rows)
+    if kind == _KINDS[Opinion]:
+        return decode_opinion(header, body, rows)
     return _decode_json(header, body)
 
 
-def _ids(tokens: tuple[int, ...]) -> bytes:
-    return _tokens(len(tokens)).pack(*tokens)
-
-
-@functools.cache
-def _tokens(count: int) -> struct.Struct:
-    """Return the layout of so many token ids."""
-    return struct.Struct(f"{count}q")
-
-
 def _encode_block(block: Block) -> list[Part]:
-    ids, hidden = _ids(block.tokens), block.hidden.contiguous()
+    ids, hidden = packed_ids(block.tokens), block.hidden.contiguous()
     rows, width = hidden.shape
     header = HEADER.pack(
         MAGIC, VERSION, _KINDS[Block], DTYPES.index(hidden.dtype), 0, block.slot, 0, block.epoch,
@@ -218,7 +215,7 @@ def _encode_block(block: Block) -> list[Part]:
 def _encode_verdict(verdict: Verdict) -> list[Part]:
     slot, epoch, source, position, rows, tokens, logits, feedback = verdict
     both = [part for part in (feedback, logits) if part is not None]
-    ids, numbers, dtype, width, size = _ids(tokens), None, 0, 0, 0
+    ids, numbers, dtype, width, size = packed_ids(tokens), None, 0, 0, 0
     if both:  # side by side in one matrix
         numbers = torch.cat(both, 1) if len(both) > 1 else both[0].contiguous()
         dtype, width, size = DTYPES.index(numbers.dtype), numbers.shape[1], numbers.nbytes
@@ -240,37 +237,13 @@ def _encode_json(
     return [header + body]
 
 
-def _split_rows(
-    body: memoryview,
-    apart: torch.Tensor | None,
-    landing: Landing | None,
-    tokens: int,
-    shape: tuple[int, int],
-    dtype: int,
-) -> tuple[tuple[int, ...], torch.Tensor | None]:
-    """Token ids [tokens] and any numbers of ``shape``, from a body that must hold just these."""
-    if not 0 <= dtype < len(DTYPES) or tokens < 0 or min(shape) < 0:
-        raise ProtocolError(f"frame states dtype {dtype}, {tokens} tokens, rows of shape {shape}")
-    cut, wanted = tokens * TOKEN_BYTES, shape[0] * shape[1]
-    kind = DTYPES[dtype]
-    size = len(body) - cut if apart is None else apart.numel()
-    if size != wanted * kind.itemsize or len(body) < cut:
-        raise ProtocolError(f"{max(0, size)} bytes are not rows of shape {shape} in {kind}")
-    ids = _tokens(tokens).unpack_from(body)
-    if not size:
-        return ids, None
-    if apart is not None:
-        return ids, apart.view(kind).view(shape)
-    return ids, (landing or Landing()).put(body[cut:], shape, kind)
-
-
 def _decode_block(
     header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None, landing: Landing | None
 ) -> Block:
     _, _, _, dtype, _, slot, _, epoch, position, parent, rows, judge, width, _, _ = header
     if not 0 <= judge <= rows or rows < 1 or position < 0:
         raise ProtocolError(f"block of {rows} rows at {position} asks for {judge} verdicts")
-    tokens, hidden = _split_rows(body, apart, landing, rows, (rows, width), dtype)
+    tokens, hidden = split_rows(body, apart, landing, rows, (rows, width), dtype)
     if hidden is None:
         raise ProtocolError(f"block of {rows} rows has none")
     return Block(slot, epoch, position, parent, judge, tokens, hidden)
@@ -281,7 +254,7 @@ def _decode_verdict(
 ) -> Verdict:
     _, _, _, dtype, _, slot, source, epoch, position, _, rows, judge, width, beside, _ = header
     shape = (judge if width else 0, width)
-    tokens, both = _split_rows(body, apart, None, judge, shape, dtype)
+    tokens, both = split_rows(body, apart, None, judge, shape, dtype)
     if not 0 <= beside <= width:
         raise ProtocolError(f"verdict states feedback of {beside} numbers among {width}")
     if both is None:
@@ -325,6 +298,7 @@ def _begin(slot: int, record: dict[str, Any]) -> Begin:
         vocab_size=int(record["vocab_size"]),
         want_logits=bool(record["want_logits"]),
         want_feedback=bool(record["want_feedback"]),
+        want_opinions=bool(record["want_opinions"]),
     )
 
 

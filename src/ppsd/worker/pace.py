@@ -7,11 +7,11 @@ devices, while tokens, messages and acceptance stay real. Used by worker/ and en
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from ppsd.model.passes import Pass, Watch
+from ppsd.model.passes import Pass, Place, Watch
 from ppsd.model.stage import Stage, StageModel
 from ppsd.worker.recorder import OVERRUN, Recorder
 
@@ -55,6 +55,15 @@ class PacedStage:
         self._counted = inputs.shape[0] <= self._rows
         work = self._stage.start(inputs, position, slot)
         return PacedPass(work, self._start, self._share, self._layers, self._on_time)
+
+    def start_rows(self, rows: torch.Tensor, places: Sequence[Place]) -> PacedPass:
+        self._start = time.monotonic()
+        self._counted = True
+        work = self._stage.start_rows(rows, places)
+        return PacedPass(work, self._start, self._share, self._layers, self._on_time)
+
+    def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
+        self._stage.commit(slot, length, moves)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = self._stage.logits(hidden)
@@ -107,7 +116,7 @@ class PacedPass:
         if self._finished:
             return True
         self._finished = self._work.advance(EACH_LAYER)
-        self._begun += 1
+        self._begun = min(self._begun + 1, self._layers)
         if self._finished:
             self._begun = self._layers
             self._done()

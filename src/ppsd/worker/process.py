@@ -37,10 +37,11 @@ from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.weights import open_source
 from ppsd.transport.base import Endpoint, Geometry
+from ppsd.worker.frame import VERSION
 from ppsd.worker.judge import Judge
 from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker, failure_status
-from ppsd.worker.messages import VERSION, Status, encode
+from ppsd.worker.messages import Status, encode
 from ppsd.worker.pace import paced
 from ppsd.worker.recorder import Recorder
 

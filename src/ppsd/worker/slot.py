@@ -44,10 +44,12 @@ class Slot:
     """One request on the last stage. ``begin`` takes the next one, over the tokens already there.
 
     The tokens stay: a request may reuse the rows that the one before it left in the cache.
+    ``node`` is the newest node that was judged, and ``token`` what the target said after it.
     """
 
     def __init__(self, capacity: int) -> None:
         self.history = TokenHistory(capacity)
+        self.node = self.token = -1
         self.sampler: Sampler | None = None
         self.want_logits = self.want_feedback = False
 

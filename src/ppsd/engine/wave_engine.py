@@ -1,0 +1,239 @@
+"""The engine of candidate trees: waves of rows of all its sequences, the most valuable first.
+
+It is the engine of chains (engine.py) with another policy: that one is told what to feed by each
+answer, this one asks what to feed whenever stage 0 is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from ppsd.engine.engine import Engine, Output
+from ppsd.engine.links import Answer
+from ppsd.engine.sequence import Request, Sequence
+from ppsd.errors import NonFiniteError
+from ppsd.speculation.policy import Feed
+from ppsd.speculation.tree import Cells, Node
+from ppsd.speculation.waves import Part, Row, Verified, WavePolicy, choose
+from ppsd.worker.judge import require_finite
+from ppsd.worker.messages import Verdict
+from ppsd.worker.wave_messages import Opinion, Verdicts, Wave
+
+
+class WaveEngine(Engine):
+    """Decodes requests by waves of at most ``rows`` rows.
+
+    ``loose`` cells of each slot take the rows of branches. ``lookup`` lets earlier text propose
+    tokens, ``opinions`` heads on later boundaries. Other arguments are Engine's.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        rows: int,
+        loose: int,
+        lookup: bool = True,
+        opinions: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(*arguments, **settings)
+        self._rows = rows
+        self._loose = loose
+        self._lookup = lookup
+        self.opinions = opinions
+        self._wave = 0  # the number of the newest
+        self._chunked = False  # the newest was a piece of a prompt
+
+    def step(self) -> list[tuple[Sequence, Output]]:
+        """Return what is final; else feed a wave, or wait for an answer."""
+        self._take_answers()
+        for sequence in self._running:
+            if sequence.commands:
+                return self._carry_out(sequence)
+        if not self._feed_wave():
+            self._take(self.links.wait())
+        return []
+
+    def _policy(self, request: Request, slot: int) -> WavePolicy:
+        return WavePolicy(
+            slot,
+            self.links.size,
+            max_tokens=request.params.max_tokens,
+            stop_ids=request.stop_ids,
+            cells=Cells(self._max_context, self._loose),
+            lookup=self._lookup,
+            epoch=self.links.epoch(slot),
+            prefill_chunk=self._prefill_chunk,
+        )
+
+    def _take_answers(self) -> None:
+        while (answer := self.links.poll()) is not None:
+            self._take(answer)
+
+    def _feed_wave(self) -> bool:
+        """Feed a piece of a prompt or a wave, in turn; return False if nothing may be fed."""
+        waves = {wave for sequence in self._running for wave in sequence.waves.waves}
+        if len(waves) >= self.links.size:
+            return False
+        if self._chunked and self._feed_rows():
+            return True
+        return self._feed_chunk() or (not self._chunked and self._feed_rows())
+
+    def _feed_chunk(self) -> bool:
+        for sequence in self._running:
+            feed = sequence.waves.chunk(self._wave + 1)
+            if feed is not None:
+                self._running.remove(sequence)  # so that all prompts get their turn
+                self._running.append(sequence)
+                self._wave += 1
+                self._chunked = True
+                self._run_chunk(sequence, feed)
+                return True
+        return False
+
+    def _run_chunk(self, sequence: Sequence, feed: Feed) -> None:
+        stage = self.stage
+        start = stage.recorder.now()
+        hidden = self._run(sequence, feed)
+        kind = "cancelled" if hidden is None else "forward" if feed.judge else "prefill"
+        stage.recorder.add(start, kind, feed.epoch, feed.position, len(feed.tokens))
+        if hidden is None:
+            return
+        block = stage.finish(sequence, feed, hidden)
+        assert block is not None
+        self.links.send(block)
+        if stage.head is not None and stage.drafting:
+            said = stage.head.observe(0, block, hidden)
+            if said is not None:
+                self._hear(said)
+
+    def _feed_rows(self) -> bool:
+        policies = [sequence.waves for sequence in self._running]
+        chosen = choose(policies, self._rows, self._wave + 1)
+        if not chosen:
+            return False
+        self._wave += 1
+        self._chunked = False
+        parts, rows = [], []
+        for policy, nodes in _by_policy(chosen):
+            part, own = policy.part(nodes)
+            parts.append(part)
+            rows += own
+        self._run_wave(tuple(parts), rows)
+        return True
+
+    def _run_wave(self, parts: tuple[Part, ...], rows: list[Row]) -> None:
+        """Run rows through stage 0, ship those that still live, and then draft behind them."""
+        stage = self.stage
+        start = stage.recorder.now()
+        for part in parts:
+            stage.commit(part)
+        hidden = self._advance(rows)
+        kind = "forward" if hidden is not None else "cancelled"
+        stage.recorder.add(start, kind, parts[0].root, rows[0].position, len(rows))
+        if hidden is None:
+            if any(part.moves for part in parts):  # they will not be told again
+                self.links.send(Wave(parts, (), torch.empty(0, 0)))
+            return
+        require_finite(hidden, 0, rows[0].position)
+        self.links.send(Wave(parts, tuple(rows), hidden))  # before drafting: see Engine
+        self._draft(rows, hidden)
+
+    def _advance(self, rows: Items[Row]) -> torch.Tensor | None:
+        """Return the rows of a pass, or None once all of them are dead."""
+        work = self.stage.start_rows(rows)
+        watch = self.links.watch()
+        while True:
+            watch.look()  # before asking: what comes after this stops the pass
+            self._take_answers()
+            if not any(self._lives(row) for row in rows):
+                return None
+            if work.advance(watch):
+                return work.hidden
+
+    def _draft(self, rows: list[Row], hidden: torch.Tensor) -> None:
+        stage = self.stage
+        if stage.head is None or not stage.drafting:
+            return
+        if all(self._slots[row.slot].waves.paused for row in rows):
+            stage.head.lag(rows, hidden)
+            return
+        self._take_answers()
+        live = [i for i, row in enumerate(rows) if self._lives(row)]
+        if not live:
+            stage.head.lag(rows, hidden)
+            return
+        start = stage.recorder.now()
+        try:
+            said = stage.head.opinion(0, rows, hidden, self._verified(rows))
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} (exit head, position {rows[0].position})") from error
+        stage.recorder.add(start, "draft", 0, rows[0].position + 1, len(rows))
+        self._hear(said)
+
+    def _verified(self, rows: Items[Row]) -> torch.Tensor | None:
+        """Return the newest verified row of the last layer for each of ``rows``, [n, C]."""
+        if not self.stage.wants_feedback:
+            return None
+        newest = [self._slots[row.slot].newest for row in rows]
+        known = [row for row in newest if row is not None]
+        return torch.cat(known) if len(known) == len(rows) else None
+
+    def _lives(self, row: Row) -> bool:
+        sequence = self._slots.get(row.slot)
+        if sequence is None:
+            return False
+        policy = sequence.waves
+        return row.node in policy.tree.nodes
+
+    def _take(self, answer: Answer) -> None:
+        if isinstance(answer, Opinion):
+            self._hear(answer)
+        elif isinstance(answer, Verdicts):
+            self._verify(answer)
+        else:
+            super()._take(answer)
+
+    def _hear(self, said: Opinion) -> None:
+        width = len(said.tokens[0]) if said.tokens else 0
+        for (slot, node), tokens, numbers in zip(
+            said.nodes, said.tokens, said.numbers.tolist(), strict=True
+        ):
+            if (sequence := self._slots.get(slot)) is not None:
+                candidates = list(zip(tokens, numbers[:width], strict=True))
+                sequence.waves.hear(node, said.source, candidates, numbers[width:])
+
+    def _verify(self, verdicts: Verdicts) -> None:
+        """Let each sequence have its own verdicts."""
+        indices = range(len(verdicts.nodes))
+        for slot, group in groupby(indices, lambda i: verdicts.nodes[i][0]):
+            own = list(group)
+            sequence = self._slots.get(slot)
+            if sequence is None or verdicts.nodes[own[0]][1] != sequence.waves.tree.root.id:
+                continue  # of a request that is over
+            nodes = tuple(verdicts.nodes[i][1] for i in own)
+            first = sequence.waves.committed
+            if (sink := sequence.request.logits) is not None and verdicts.logits is not None:
+                for i in own:
+                    sink(first + i - own[0], verdicts.logits[i])
+            if verdicts.feedback is not None:
+                sequence.newest = verdicts.feedback[own[-1] : own[-1] + 1]
+            said = Verified(nodes, tuple(verdicts.tokens[i] for i in own))
+            self._obey(sequence, sequence.waves.on(said))
+
+    def _judge(self, sequence: Sequence, verdict: Verdict) -> None:
+        if verdict.feedback is not None:
+            sequence.newest = verdict.feedback[-1:]
+        super()._judge(sequence, verdict)
+
+
+def _by_policy(chosen: Items[tuple[WavePolicy, Node]]) -> list[tuple[WavePolicy, list[Node]]]:
+    """Gather the nodes of each policy, in their order."""
+    nodes: dict[int, tuple[WavePolicy, list[Node]]] = {}
+    for policy, node in chosen:
+        nodes.setdefault(policy.slot, (policy, []))[1].append(node)
+    return list(nodes.values())

@@ -1,0 +1,366 @@
+"""The wave policy: many rows of a candidate tree in flight, chosen by value.
+
+A pure state machine like policy.py, which feeds a chain. The engine asks it what to feed whenever
+stage 0 is free, so what an answer has changed by then counts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
+from math import inf
+from typing import NamedTuple
+
+from ppsd.errors import ConfigError, ProtocolError
+from ppsd.speculation.copies import CopyIndex
+from ppsd.speculation.policy import UNVERIFIED, Command, Counts, Emit, Feed, Finish, Judged
+from ppsd.speculation.tree import UNFED, Cells, Node, Said, Tree
+
+MAX_ROWS = 64  # of a wave
+
+
+class Row(NamedTuple):
+    """A row of a wave: ``token`` at ``position`` of a slot, whose keys and values go to ``cell``.
+
+    ``nodes`` and ``cells`` are those of its ancestors that the part's ``length`` leaves out, in
+    order of position. ``parent`` is the node before it, verified or not.
+    """
+
+    slot: int
+    node: int
+    parent: int
+    position: int
+    token: int
+    cell: int
+    nodes: tuple[int, ...]
+    cells: tuple[int, ...]
+
+
+class Part(NamedTuple):
+    """What a stage must know of a slot before it runs a wave's rows.
+
+    ``root`` is the newest verified node as rank 0 knew it. The first ``length`` rows are verified,
+    and lie in their positions' own cells once ``moves`` (from, to) have been made.
+    """
+
+    slot: int
+    root: int
+    length: int
+    moves: tuple[tuple[int, int], ...]
+
+
+class Verified(NamedTuple):
+    """The target's ``tokens`` after the nodes ``nodes``, each of which is the root in its turn."""
+
+    nodes: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass
+class WaveCounts(Counts):
+    """Counts of a request decoded in waves.
+
+    ``rows``: fed in all. ``ranks`` and ``levels``: how many right drafts were fed as the first,
+    second, … of their siblings, and which head spoke last of their parent (-1: lookup alone).
+    """
+
+    rows: int = 0
+    ranks: dict[int, int] = field(default_factory=dict)
+    levels: dict[int, int] = field(default_factory=dict)
+
+
+class WavePolicy:
+    """One request's decoding by a candidate tree, at most ``depth`` waves in flight.
+
+    ``depth`` is the number of stages. ``epoch`` is the newest root that fed rows died for: a row
+    lives if it is that node or descends from it. It only grows, and node ids with it, over all
+    requests of a slot, so late answers to an older request mean nothing.
+
+    ``restarted``: the last verdict left the pipeline empty. ``held``: so many rows lie verified in
+    their own cells on every stage.
+    """
+
+    def __init__(
+        self,
+        slot: int,
+        depth: int,
+        *,
+        max_tokens: int,
+        stop_ids: frozenset[int],
+        cells: Cells,
+        lookup: bool = True,
+        epoch: int = 1,
+        prefill_chunk: int = 128,
+    ) -> None:
+        self.slot = slot
+        self.epoch = epoch
+        self.counts = WaveCounts()
+        self.finished = False
+        self.restarted = False
+        self.held = 0
+        self.waves: dict[int, int] = {}  # rows alive and not judged, by wave
+        self._depth = depth
+        self._max_tokens = max_tokens
+        self._stop_ids = stop_ids
+        self._cells = cells
+        self._lookup = lookup
+        self._chunk = prefill_chunk
+        self.paused = False
+        self._tokens: list[int] = []  # committed
+        self._prompt = 0
+        self._fed = 0  # prompt tokens that entered stage 0
+        self._blocks: deque[tuple[int, int]] = deque()  # (first position, judged rows) in flight
+        self._newest = epoch  # node id
+        self._before = epoch  # the root before this one
+        self._moves: list[tuple[int, int]] = []  # to be told with the next wave
+        self._tree: Tree | None = None
+        self._copies: CopyIndex | None = None
+
+    def start(self, prompt: Sequence[int], cached: int = 0) -> list[Command]:
+        """Begin with ``prompt``, of which the pipeline already holds the first ``cached`` rows."""
+        if not 0 <= cached < len(prompt):
+            raise ConfigError("cached", cached, f"in [0, {len(prompt) - 1}] for this prompt")
+        self._tokens = list(prompt)
+        self._prompt = length = len(prompt)
+        self._fed = self.held = cached
+        self._copies = CopyIndex(prompt) if self._lookup else None
+        root = Node(None, length - 1, prompt[-1], 1.0)
+        root.id, root.base, root.cell = self.epoch, length, length - 1
+        end = length + self._max_tokens - 1
+        self._tree = Tree(root, end, self._depth, self._cells, self._copies)
+        return []
+
+    @property
+    def tree(self) -> Tree:
+        """Return the candidate tree."""
+        assert self._tree is not None
+        return self._tree
+
+    @property
+    def emitted(self) -> int:
+        """Tokens committed so far."""
+        return len(self._tokens) - self._prompt
+
+    @property
+    def committed(self) -> int:
+        """Return how many tokens are final, the prompt's among them."""
+        return len(self._tokens)
+
+    def tokens(self, first: int, end: int) -> list[int]:
+        """Return the committed tokens at positions from ``first`` to below ``end``."""
+        return self._tokens[first:end]
+
+    def branch(self, node: int) -> list[int] | None:
+        """Return the tokens behind the committed ones that lead to a node; None if it is dead."""
+        at: Node | None = self.tree.nodes.get(node)
+        if at is None:
+            return None
+        tokens = []
+        while at is not None and at is not self.tree.root:
+            tokens.append(at.token)
+            at = at.parent
+        return tokens[::-1]
+
+    def pause(self) -> None:
+        """Go on as plain decoding; what is under way is still judged."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """Feed drafts again."""
+        self.paused = False
+
+    def stop(self, reason: str) -> list[Command]:
+        """End the request now, for a reason the policy cannot see (stop string, client gone)."""
+        return [] if self.finished else [self._finish(reason)]
+
+    def chunk(self, wave: int) -> Feed | None:
+        """Return the next piece of the prompt, as wave ``wave``; None if all is fed or in flight.
+
+        Chunks end at multiples of the chunk size, so equal prompts give equal shapes.
+        """
+        if self.finished or self._fed == self._prompt or len(self._blocks) >= self._depth:
+            return None
+        position = self._fed
+        end = min(self._prompt, (position // self._chunk + 1) * self._chunk)
+        last = end == self._prompt
+        self._fed = end
+        self._blocks.append((position, int(last)))
+        if last:
+            self.tree.root.wave = wave
+            self.waves[wave] = 1
+        tokens = tuple(self._tokens[position:end])
+        return Feed(self.epoch, position, tokens, position, int(last), True, last, UNVERIFIED)
+
+    def offers(self, wave: int) -> Iterator[tuple[float, Node]]:
+        """Yield what may go into a wave, by value (see Tree.offers): infinite for a certain row."""
+        if self.finished or self._fed < self._prompt:
+            return
+        for value, node in self.tree.offers(wave):
+            if self.paused and value < inf:
+                return
+            yield value, node
+
+    def feed(self, node: Node, wave: int) -> bool:
+        """Put a node into a wave; return False if there is no cell for it."""
+        root = self.tree.root
+        certain = node is root
+        if not certain:
+            self._newest += 1
+        base = root.position + (root.wave not in (UNFED, wave))
+        if not self.tree.feed(node, root.id if certain else self._newest, wave, base):
+            return False
+        if certain:
+            self._cells.keep(node)
+        else:
+            self.counts.drafted += 1
+        self.counts.rows += 1
+        self.waves[wave] = self.waves.get(wave, 0) + 1
+        return True
+
+    def part(self, nodes: Sequence[Node]) -> tuple[Part, list[Row]]:
+        """Return the nodes fed to a wave as the stages see them; moves are told once."""
+        root, base = self.tree.root, nodes[0].base
+        moves, self._moves = tuple(self._moves), []
+        rows = []
+        for node in nodes:
+            path = []
+            at = node.parent
+            while at is not None and at.position >= base:
+                path.append(at)
+                at = at.parent
+            path.reverse()
+            parent = -1 if node.parent is None else node.parent.id
+            rows.append(
+                Row(
+                    self.slot,
+                    node.id,
+                    self._before if node is root else parent,
+                    node.position,
+                    node.token,
+                    node.cell,
+                    tuple([at.id for at in path]),
+                    tuple([at.cell for at in path]),
+                )
+            )
+        return Part(self.slot, root.id, base, moves), rows
+
+    def hear(self, node: int, level: int, said: Said, odds: Sequence[float]) -> None:
+        """Take what a head says of a node's children; of dead nodes it means nothing."""
+        found = self.tree.nodes.get(node)
+        if found is not None and not self.finished:
+            self.tree.hear(found, level, said, odds)
+
+    def on(self, event: Judged | Verified) -> list[Command]:
+        """Take verdicts; return what they make final. Old ones mean nothing."""
+        if self.finished:
+            return []
+        if isinstance(event, Verified):
+            return self._commit(event.nodes, event.tokens)
+        if event.epoch != self.epoch:
+            return []
+        expected = self._blocks.popleft() if self._blocks else None
+        if expected != (event.block, len(event.tokens)):
+            raise ProtocolError(
+                f"verdict for {len(event.tokens)} tokens of block {event.block} does not answer "
+                f"the oldest block in flight {expected}"
+            )
+        return self._commit((self.tree.root.id,), event.tokens) if event.tokens else []
+
+    def _commit(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[Command]:
+        emitted: list[int] = []
+        accepted, end = 0, ""
+        for node, token in zip(nodes, tokens, strict=True):
+            if node != self.tree.root.id:
+                break
+            accepted += self._advance(token)
+            emitted.append(token)
+            if token in self._stop_ids:
+                end = "stop"
+            elif self.emitted == self._max_tokens:
+                end = "length"
+            if end:
+                break
+        if not emitted:
+            return []
+        self.restarted = not self.waves
+        commands: list[Command] = [Emit(tuple(emitted), accepted)]
+        return [*commands, self._finish(end)] if end else commands
+
+    def _advance(self, token: int) -> bool:
+        """Make the target's token the root; return True if it had been fed."""
+        tree, counts = self.tree, self.counts
+        old = tree.root
+        self._leave(old)
+        self._before = old.id
+        self.held = max(self.held, old.base)
+        tried = bool(old.children)
+        child = old.children.get(token)
+        if child is None:
+            self._newest += 1
+        root, dead = tree.advance(token, self._newest)
+        for node in dead:
+            self._leave(node)
+        if dead:
+            self.epoch = root.id
+        counts.judged += tried
+        counts.accepted += child is not None
+        counts.discarded += len(dead) - (tried and child is None)
+        counts.resyncs += tried and child is None
+        if child is not None:
+            counts.ranks[child.rank] = counts.ranks.get(child.rank, 0) + 1
+            counts.levels[old.level] = counts.levels.get(old.level, 0) + 1
+            if (move := self._cells.keep(child)) is not None:
+                self._moves.append(move)
+        self._tokens.append(token)
+        if self._copies is not None:
+            self._copies.append(token)
+        return child is not None
+
+    def _leave(self, node: Node) -> None:
+        """Note that a fed node no longer waits for its verdict."""
+        left = self.waves.get(node.wave, 0) - 1
+        if left > 0:
+            self.waves[node.wave] = left
+        else:
+            self.waves.pop(node.wave, None)
+
+    def _finish(self, reason: str) -> Finish:
+        self.finished = True
+        tree = self.tree
+        for node in tree.nodes.values():
+            if node is not tree.root:
+                self._cells.give(node.cell)
+                self.counts.discarded += 1
+        self.epoch = self._newest = self._newest + 1
+        self.waves.clear()
+        self._blocks.clear()
+        return Finish(reason)
+
+
+def choose(policies: Sequence[WavePolicy], rows: int, wave: int) -> list[tuple[WavePolicy, Node]]:
+    """Feed a wave the ``rows`` most valuable nodes of all sequences; return them.
+
+    Certain rows come first, those of the policies in their order. Equal values go to the policy
+    that comes first.
+    """
+    offers = [policy.offers(wave) for policy in policies]
+    heap = [
+        (-value, index, node)
+        for index, offer in enumerate(offers)
+        for value, node in [next(offer, (0.0, None))]
+        if node is not None
+    ]
+    heapify(heap)
+    fed: list[tuple[WavePolicy, Node]] = []
+    while heap and len(fed) < rows:
+        _, index, node = heap[0]
+        if policies[index].feed(node, wave):
+            fed.append((policies[index], node))
+        following = next(offers[index], None) if len(fed) < rows else None
+        if following is None:
+            heappop(heap)
+        else:
+            heapreplace(heap, (-following[0], index, following[1]))
+    return fed

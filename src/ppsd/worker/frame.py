@@ -1,0 +1,80 @@
+"""Frames: a 64-byte little-endian header, integers, and rows of numbers.
+
+What messages are laid out as; see messages.py. Nothing in a frame is code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+
+import torch
+
+from ppsd.errors import ProtocolError
+
+MAGIC = 0x50505344  # "PPSD"
+VERSION = 4
+# magic, version, kind, dtype, flags, slot, source, epoch,
+# position, parent, rows, judge, width, feedback, bytes of body
+HEADER = struct.Struct("<IBBBBHHQiiiiIIQ12x")
+HEADER_BYTES = HEADER.size
+TOKEN_BYTES = 8  # ids travel as int64: no conversion on either side
+CONTROL_BYTES = 1 << 16  # room for a control or status body; larger status texts are cut
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Landing:
+    """Where the rows of one block after another are put, each over the one before.
+
+    Memory for every block anew would cost more than all else that decoding one does.
+    """
+
+    def __init__(self) -> None:
+        self._kind: tuple[tuple[int, int], torch.dtype] | None = None
+        self._rows = torch.empty(0)
+        self._address = 0
+
+    def put(self, numbers: memoryview, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Rows of ``shape`` made of just so many ``numbers``."""
+        if (shape, dtype) != self._kind:
+            self._kind, self._rows = (shape, dtype), torch.empty(shape, dtype=dtype)
+            self._address = self._rows.data_ptr()
+        ctypes.memmove(self._address, bytes(numbers), len(numbers))
+        return self._rows
+
+
+def packed_ids(tokens: tuple[int, ...]) -> bytes:
+    """Return token ids, or other integers, as they lie in a frame."""
+    return ids_layout(len(tokens)).pack(*tokens)
+
+
+@functools.cache
+def ids_layout(count: int) -> struct.Struct:
+    """Return the layout of so many token ids."""
+    return struct.Struct(f"{count}q")
+
+
+def split_rows(
+    body: memoryview,
+    apart: torch.Tensor | None,
+    landing: Landing | None,
+    tokens: int,
+    shape: tuple[int, int],
+    dtype: int,
+) -> tuple[tuple[int, ...], torch.Tensor | None]:
+    """Token ids [tokens] and any numbers of ``shape``, from a body that must hold just these."""
+    if not 0 <= dtype < len(DTYPES) or tokens < 0 or min(shape) < 0:
+        raise ProtocolError(f"frame states dtype {dtype}, {tokens} tokens, rows of shape {shape}")
+    cut, wanted = tokens * TOKEN_BYTES, shape[0] * shape[1]
+    kind = DTYPES[dtype]
+    size = len(body) - cut if apart is None else apart.numel()
+    if size != wanted * kind.itemsize or len(body) < cut:
+        raise ProtocolError(f"{max(0, size)} bytes are not rows of shape {shape} in {kind}")
+    ids = ids_layout(tokens).unpack_from(body)
+    if not size:
+        return ids, None
+    if apart is not None:
+        return ids, apart.view(kind).view(shape)
+    return ids, (landing or Landing()).put(body[cut:], shape, kind)

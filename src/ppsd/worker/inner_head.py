@@ -1,0 +1,94 @@
+"""An exit head as it speaks in waves: what may follow each row, and how likely that is.
+
+Rank 0 drafts with the one at its own exit; those on later boundaries correct it on the way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ppsd.model.exit_head import ExitHead
+from ppsd.model.passes import Place
+from ppsd.speculation.waves import Row
+from ppsd.worker.messages import Block
+from ppsd.worker.wave_messages import Opinion
+
+CANDIDATES = 8  # a row: more are hardly ever fed
+MAX_LAG_ROWS = 8  # that may wait for the next opinion, when a few rows cost as much as one
+
+
+def place_of(row: Row) -> Place:
+    """Return where a row stands."""
+    return Place(row.slot, row.position, row.cell, row.cells)
+
+
+class InnerHead:
+    """A head on a stage's boundary, with rows of its own in the stage's cells.
+
+    ``seconds``: what an opinion takes on an emulated device, 0 for real time.
+    """
+
+    def __init__(self, head: ExitHead, seconds: float = 0.0) -> None:
+        self.head = head
+        self._seconds = seconds
+        self._lagging: list[tuple[list[Place], torch.Tensor]] = []
+
+    def lag(self, rows: Sequence[Row], hidden: torch.Tensor) -> None:
+        """Take the rows [n, C] of a wave on which no opinion is wanted."""
+        self._lagging.append(([place_of(row) for row in rows], hidden))
+        if len(self._lagging) > MAX_LAG_ROWS:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        for places, hidden in self._lagging:
+            self.head.forward_rows(hidden, places)
+        self._lagging.clear()
+
+    def observe(self, rank: int, block: Block, hidden: torch.Tensor) -> Opinion | None:
+        """Take a prompt's rows [n, C]; return what may follow the last, if it is judged."""
+        self._catch_up()
+        rows = self.head.forward(hidden, block.position, block.slot)
+        if not block.judge:
+            return None
+        return self._say(rank, ((block.slot, block.epoch),), rows[-1:], None)
+
+    def opinion(
+        self,
+        rank: int,
+        rows: Sequence[Row],
+        hidden: torch.Tensor,
+        verified: torch.Tensor | None = None,
+    ) -> Opinion:
+        """Return what may follow the rows [n, C] of a wave.
+
+        ``verified`` [n, C] are the last layer's rows that the head takes as feedback.
+        """
+        end = time.monotonic() + self._seconds
+        self._catch_up()
+        features = self.head.forward_rows(hidden, [place_of(row) for row in rows])
+        nodes = tuple([(row.slot, row.node) for row in rows])
+        said = self._say(rank, nodes, features, verified)
+        time.sleep(max(0.0, end - time.monotonic()))
+        return said
+
+    def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
+        """Make a wave's part true in the head's cache; see KVCache.commit."""
+        if moves:
+            self._catch_up()  # before a cell that waits to be written moves
+        self.head.commit(slot, length, moves)
+
+    def _say(
+        self,
+        rank: int,
+        nodes: tuple[tuple[int, int], ...],
+        features: torch.Tensor,
+        verified: torch.Tensor | None,
+    ) -> Opinion:
+        finished = self.head.finish(features, verified)
+        tokens, probabilities = self.head.opinions(finished, CANDIDATES)
+        odds = self.head.copy_odds(finished).float()
+        numbers = torch.cat([probabilities, odds.expand(len(nodes), -1)], 1)
+        return Opinion(rank, nodes, tuple(map(tuple, tokens.tolist())), numbers)

@@ -1,0 +1,187 @@
+"""Messages of candidate trees: waves, their verdicts, and what heads on the way think.
+
+Part of the protocol (messages.py); their fields travel as integers, before rows of numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+
+from ppsd.errors import ProtocolError
+from ppsd.speculation.lookup import LENGTHS
+from ppsd.speculation.waves import Part, Row
+from ppsd.transport.base import Part as Bytes
+from ppsd.worker.frame import DTYPES, HEADER, MAGIC, VERSION, Landing, packed_ids, split_rows
+
+
+class Wave(NamedTuple):
+    """Rows of candidate trees on their way from a stage to the next, parents before children.
+
+    ``hidden`` [n, C] are the ``rows``; every slot among them has a part. A wave whose rows have all
+    died travels without any if its parts have moves to tell.
+    """
+
+    parts: tuple[Part, ...]
+    rows: tuple[Row, ...]
+    hidden: torch.Tensor
+
+
+class Verdicts(NamedTuple):
+    """The target's ``tokens`` [n] after the rows of nodes (slot, node) that a wave verified.
+
+    ``logits`` [n, V] and ``feedback`` [n, C]: as in Verdict.
+    """
+
+    source: int
+    nodes: tuple[tuple[int, int], ...]
+    tokens: tuple[int, ...]
+    logits: torch.Tensor | None = None
+    feedback: torch.Tensor | None = None
+
+
+class Opinion(NamedTuple):
+    """What a head behind stage ``source`` says of the children of nodes (slot, node).
+
+    ``tokens`` [n, k] by falling probability; ``numbers`` float32 [n, k + LENGTHS]: their
+    probabilities, and the log weights of a copy (lookup.ODDS).
+    """
+
+    source: int
+    nodes: tuple[tuple[int, int], ...]
+    tokens: tuple[tuple[int, ...], ...]
+    numbers: torch.Tensor
+
+
+KINDS: dict[type, int] = {Wave: 7, Verdicts: 8, Opinion: 9}
+
+
+def encode_wave_message(message: Wave | Verdicts | Opinion) -> list[Bytes]:
+    """Lay a message out as integers and rows of numbers."""
+    if isinstance(message, Wave):
+        return _frame(message, _wave_fields(message), message.hidden)
+    pairs = chain.from_iterable(message.nodes)
+    if isinstance(message, Opinion):
+        width = len(message.tokens[0]) if message.tokens else 0
+        fields = [width, *pairs, *chain.from_iterable(message.tokens)]
+        return _frame(message, fields, message.numbers, source=message.source)
+    parts = [part for part in (message.feedback, message.logits) if part is not None]
+    numbers = torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else None
+    beside = 0 if message.feedback is None else message.feedback.shape[1]
+    fields = [*pairs, *message.tokens]
+    return _frame(message, fields, numbers, source=message.source, feedback=beside)
+
+
+def _frame(
+    message: Wave | Verdicts | Opinion,
+    fields: list[int],
+    numbers: torch.Tensor | None,
+    *,
+    source: int = 0,
+    feedback: int = 0,
+) -> list[Bytes]:
+    body = packed_ids(tuple(fields))
+    rows, width, dtype, size = 0, 0, 0, 0
+    if numbers is not None:
+        numbers = numbers.contiguous()
+        rows, width = numbers.shape
+        dtype, size = DTYPES.index(numbers.dtype), numbers.nbytes
+    header = HEADER.pack(
+        MAGIC, VERSION, KINDS[type(message)], dtype, 0, 0, source, 0,
+        0, 0, rows, len(fields), width, feedback, len(body) + size,
+    )  # fmt: skip
+    return [header + body] if numbers is None or not size else [header + body, numbers]
+
+
+def _wave_fields(wave: Wave) -> list[int]:
+    fields = [len(wave.parts)]
+    for slot, root, length, moves in wave.parts:
+        fields += [slot, root, length, len(moves), *chain.from_iterable(moves)]
+    for *alone, nodes, cells in wave.rows:
+        fields += [*alone, len(nodes), *nodes, *cells]
+    return fields
+
+
+def decode_wave(
+    header: tuple[int, ...],
+    body: memoryview,
+    apart: torch.Tensor | None,
+    landing: Landing | None,
+) -> Wave:
+    """Read a wave; raises ProtocolError."""
+    fields, hidden = _read(header, body, apart, landing)
+    rows, width, taken = header[10], header[12], iter(fields)
+    try:
+        parts = tuple([_part(taken) for _ in range(next(taken))])
+        read = tuple([_row(taken) for _ in range(rows)])
+    except (StopIteration, RuntimeError) as error:
+        raise ProtocolError("wave ends within its fields") from error
+    if next(taken, None) is not None or {row.slot for row in read} - {p.slot for p in parts}:
+        raise ProtocolError(f"wave of {rows} rows and {len(parts)} parts has other fields")
+    return Wave(parts, read, torch.empty(0, width) if hidden is None else hidden)
+
+
+def _part(fields: Iterator[int]) -> Part:
+    slot, root, length, moves = _some(fields, 4)
+    ends = _some(fields, 2 * moves)
+    return Part(slot, root, length, tuple(zip(ends[::2], ends[1::2], strict=True)))
+
+
+def _row(fields: Iterator[int]) -> Row:
+    slot, node, parent, position, token, cell, depth = _some(fields, 7)
+    return Row(
+        slot, node, parent, position, token, cell, _some(fields, depth), _some(fields, depth)
+    )
+
+
+def _some(fields: Iterator[int], count: int) -> tuple[int, ...]:
+    return tuple([next(fields) for _ in range(count)])
+
+
+def decode_verdicts(
+    header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None
+) -> Verdicts:
+    """Read verdicts; raises ProtocolError."""
+    fields, numbers = _read(header, body, apart, None)
+    source, beside = header[6], header[13]
+    count, rest = divmod(len(fields), 3)
+    if rest or (numbers is not None and (len(numbers) != count or beside > numbers.shape[1])):
+        raise ProtocolError(f"verdicts have {len(fields)} fields, not three a node")
+    nodes, tokens = fields[: 2 * count], fields[2 * count :]
+    pairs = tuple(zip(nodes[::2], nodes[1::2], strict=True))
+    if numbers is None:
+        return Verdicts(source, pairs, tokens)
+    logits = numbers[:, beside:] if beside < numbers.shape[1] else None
+    return Verdicts(source, pairs, tokens, logits, numbers[:, :beside] if beside else None)
+
+
+def decode_opinion(
+    header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None
+) -> Opinion:
+    """Read an opinion; raises ProtocolError."""
+    fields, numbers = _read(header, body, apart, None)
+    rows, width = header[10], fields[0] if fields else -1
+    if numbers is None or numbers.shape != (rows, width + len(LENGTHS)):
+        raise ProtocolError(f"opinion on {rows} nodes has other numbers than it states")
+    if len(fields) != 1 + rows * (2 + width):
+        raise ProtocolError(f"opinion on {rows} nodes has {len(fields)} fields")
+    nodes, tokens = fields[1 : 1 + 2 * rows], fields[1 + 2 * rows :]
+    return Opinion(
+        header[6],
+        tuple(zip(nodes[::2], nodes[1::2], strict=True)),
+        tuple(tokens[i * width : (i + 1) * width] for i in range(rows)),
+        numbers,
+    )
+
+
+def _read(
+    header: tuple[int, ...],
+    body: memoryview,
+    apart: torch.Tensor | None,
+    landing: Landing | None,
+) -> tuple[tuple[int, ...], torch.Tensor | None]:
+    dtype, rows, fields, width = header[3], header[10], header[11], header[12]
+    return split_rows(body, apart, landing, fields, (rows, width), dtype)
