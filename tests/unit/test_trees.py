@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,18 @@ from transformers import LlamaConfig
 from ppsd.errors import ProtocolError
 from ppsd.model import kernels
 from ppsd.model.cache import KVCache
+from ppsd.model.exit_head import load_head
+from ppsd.model.identity import Identity
 from ppsd.model.layers import LayerWeights, Rope
 from ppsd.model.passes import Place, Watch
 from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
+from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec, spec_from_config
+from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.steps import CudaRunner
+from ppsd.model.weights import open_source
 from tests.support.layers import rand, random_layer
+from tests.support.tiny_models import save_perfect_head
 from tests.support.trees import Trees, run
 
 CPU, CONTEXT, LOOSE, LAYERS = torch.device("cpu"), 64, 24, 3
@@ -144,6 +151,38 @@ def test_a_dropped_wave_leaves_other_cells_and_lengths_alone(trees, kind) -> Non
     new_cells = [t[..., : CONTEXT + LOOSE, :] for t in cache.whole]
     assert all(map(torch.equal, old_cells, new_cells))
     assert cache.lengths == lengths
+
+
+def test_stages_and_heads_take_rows_of_trees(tiny_model, tmp_path) -> None:
+    path = tiny_model()
+    spec, source = describe(ModelFiles("tiny", path, is_gguf=False)), open_source(path)
+    plan = StagePlan(0, 4, CONTEXT, torch.float32, CPU, slots=2, loose=4)
+    plain = replace(plan, slots=1, loose=0)
+    stage, alone = Stage(spec, plan, source), Stage(spec, plain, source)
+    directory, identity = save_perfect_head(tmp_path, path, 4), Identity.of(spec, source)
+    head, head_alone = (load_head(directory, spec, p, source, identity) for p in (plan, plain))
+    stage.start(torch.tensor([5, 9]), 0, 1).advance()
+    head.forward(alone.forward(torch.tensor([5, 9]), 0), 0, 1)
+    places = [Place(1, 2, 2), Place(1, 2, CONTEXT), Place(1, 3, 3, (CONTEXT,)), Place(0, 0, 0)]
+    started = stage.start_rows(torch.tensor([40, 7, 81, 3]), places)
+    assert started.advance()
+    features = head.forward_rows(started.hidden, places)
+    for branch, row in (([40], 0), ([7], 1), ([7, 81], 2)):
+        head_alone.forward(alone.forward(torch.tensor([5, 9]), 0), 0)
+        for position, token in enumerate(branch, 2):
+            hidden = alone.forward(torch.tensor([token]), position)
+            expected = head_alone.forward(hidden, position)
+        assert torch.equal(started.hidden[row : row + 1], hidden)
+        assert torch.equal(features[row : row + 1], expected)
+    for held in (stage, head):
+        held.commit(1, 4, [(CONTEXT, 2)])
+        assert held.cache.lengths == [0, 4]
+    started = stage.start_rows(torch.tensor([11]), [Place(1, 4, CONTEXT + 1)])
+    started.advance()
+    hidden = alone.forward(torch.tensor([11]), 4)
+    assert torch.equal(started.hidden, hidden)
+    features = head.forward_rows(hidden, [Place(1, 4, CONTEXT + 1)])
+    assert torch.equal(features, head_alone.forward(hidden, 4))
 
 
 A, B = CONTEXT, CONTEXT + 1  # loose cells

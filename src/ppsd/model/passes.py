@@ -43,7 +43,7 @@ class Watch:
 
 
 class Place(NamedTuple):
-    """Where a row of a candidate tree stands, and what it sees.
+    """Say where a row of a candidate tree stands, and what it sees.
 
     Its keys and values go to ``cell`` of ``slot``. It sees the cells below
     ``position - len(path)``, which hold verified rows in order of position, then the cells
