@@ -12,6 +12,7 @@ import functools
 import math
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 
 from ppsd.engine.drafter import DraftState, Given
 from ppsd.engine.links import Answer
-from ppsd.model.passes import Watch
+from ppsd.model.passes import Place, Watch
 from ppsd.plan.model import CostModel
 from ppsd.worker.judge import Judge
 from ppsd.worker.messages import Begin, Block, Message, Refusal, Verdict
@@ -159,6 +160,12 @@ class VirtualStage:
         layer = pipeline.jittered(layer, rank, position)
         layers = pipeline.cost.stages[rank].layers
         return VirtualPass(self._watch, pipeline.clocks[rank], layer, layers, rows)
+
+    def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> VirtualPass:
+        return self.start(inputs, places[0].position)
+
+    def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
+        """Keep nothing."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("a virtual judge asks for none")

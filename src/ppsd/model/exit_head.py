@@ -5,7 +5,7 @@ Their files are in head_files.py. Used by engine/ and train/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ppsd.model.identity import Identity
 from ppsd.model.layers import LayerWeights, Norm, Product, Rope
 from ppsd.model.names import FINAL_NORM, layer_prefix, lm_head_name
 from ppsd.model.packed import Weight, pack
+from ppsd.model.passes import Place
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan, fuse_layer, new_cache, new_runner, packable
 from ppsd.model.weights import TensorSource
@@ -118,6 +119,17 @@ class ExitHead:
         started = self._runner.start(self.enter(hidden), position, slot)
         started.advance()
         return started.hidden
+
+    def forward_rows(self, hidden: torch.Tensor, places: Sequence[Place]) -> torch.Tensor:
+        """Run rows [n, C] of candidate trees like ``forward``; each as if it came alone."""
+        entered = hidden if self._enter is None else self._enter.by_rows(hidden)
+        started = self._runner.start_rows(entered, places)
+        started.advance()
+        return started.hidden
+
+    def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
+        """Declare the first ``length`` rows of a slot verified; see KVCache."""
+        self.cache.commit(slot, length, moves)
 
     def finish(self, features: torch.Tensor, verified: torch.Tensor | None = None) -> torch.Tensor:
         """Add feedback to ``forward``'s rows [n, C] and norm them, to be scored.

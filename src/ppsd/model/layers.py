@@ -147,6 +147,12 @@ class Product:
         weight, bias, norm, eps = self._parts
         return linear(x if norm is None else rms_norm(x, norm, eps), whole(weight), bias)
 
+    def by_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product with the bits that each row has alone."""
+        together = 1 if self._compiled is None else kernels.MAX_ROWS
+        # copies lie as aligned as a row alone, on which a library's bits may rest
+        return torch.cat([self(rows.clone()) for rows in torch.split(x, together)])
+
 
 def causal_mask(position: int, rows: int, device: torch.device) -> torch.Tensor | None:
     """Return which of T = position + rows positions each row may see; None for one row."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -40,6 +40,20 @@ class Watch:
         return any(
             source.value != seen for source, seen in zip(self._sources, self._seen, strict=True)
         )
+
+
+class Place(NamedTuple):
+    """Say where a row of a candidate tree stands, and what it sees.
+
+    Its keys and values go to ``cell`` of ``slot``. It sees the cells below
+    ``position - len(path)``, which hold verified rows in order of position, then the cells
+    ``path`` of its other ancestors in order of position, then itself.
+    """
+
+    slot: int
+    position: int
+    cell: int
+    path: tuple[int, ...] = ()
 
 
 class Pass(Protocol):

@@ -23,7 +23,7 @@ from ppsd.model.layers import (
     cached_attention,
     causal_mask,
 )
-from ppsd.model.passes import Pass, Watch
+from ppsd.model.passes import Pass, Place, Watch
 from ppsd.model.spec import ModelSpec
 
 UNWATCHED: tuple[int | None, int | None, int] = (None, None, 0)
@@ -32,10 +32,20 @@ UNWATCHED: tuple[int | None, int | None, int] = (None, None, 0)
 class Runner(Protocol):
     """Consecutive decoder layers with their key/value cache."""
 
+    cache: KVCache
+
     def start(self, rows: torch.Tensor, position: int, slot: int = 0) -> Pass:
         """Return a pass of ``rows`` [n, C], which stand at ``position`` of a slot.
 
         Raises ProtocolError when rows before ``position`` are missing.
+        """
+
+    def start_rows(self, rows: torch.Tensor, places: Sequence[Place]) -> Pass:
+        """Return a pass of ``rows`` [n, C] of candidate trees of any slots.
+
+        Parents stand before their children. A row has the bits that ``start`` would give it alone
+        at its position, behind its ancestors. Which rows are verified stays as it is. Raises
+        ProtocolError for a slot, cell, position or path that cannot be.
         """
 
 
@@ -53,6 +63,10 @@ class TorchRunner:
         """Start a pass."""
         self.cache.reserve(position, len(rows), slot)
         return TorchPass(self, rows, position, slot)
+
+    def start_rows(self, rows: torch.Tensor, places: Sequence[Place]) -> Pass:
+        """Start a pass of rows of trees."""
+        return RowsInTurn(self, rows, places)
 
 
 class TorchPass:
@@ -77,6 +91,37 @@ class TorchPass:
             if watch is not None and self._done < count and (watch.blind or watch.changed()):
                 return False
         runner.cache.advance(position, len(self.hidden), self._slot)
+        return True
+
+
+class RowsInTurn:
+    """A pass of rows of trees through any runner: each is run as plain decoding would run it.
+
+    Between two calls the cells are as the rows' places say.
+    """
+
+    def __init__(self, runner: Runner, rows: torch.Tensor, places: Sequence[Place]) -> None:
+        runner.cache.check(places, len(rows))
+        self.hidden = torch.empty_like(rows)
+        self._runner = runner
+        parts = torch.split(rows, 1), places, torch.split(self.hidden, 1)
+        self._waiting = list(zip(*parts, strict=True))[::-1]
+        self._running: Pass | None = None
+
+    def advance(self, watch: Watch | None = None) -> bool:
+        """Run on."""
+        while self._waiting:
+            row, place, result = self._waiting[-1]
+            with self._runner.cache.in_order(place):
+                if self._running is None:
+                    self._running = self._runner.start(row.clone(), place.position, place.slot)
+                if not self._running.advance(watch):
+                    return False
+            result.copy_(self._running.hidden)
+            self._running = None
+            self._waiting.pop()
+            if self._waiting and watch is not None and (watch.blind or watch.changed()):
+                return False
         return True
 
 
@@ -128,6 +173,10 @@ class CompiledRunner:
         assert position + count <= self._end
         self.cache.reserve(position, count, slot)
         return CompiledPass(self, rows.contiguous(), position, slot)
+
+    def start_rows(self, rows: torch.Tensor, places: Sequence[Place]) -> Pass:
+        """Start a pass of rows of trees."""
+        return RowsInTurn(self, rows, places)
 
 
 class CompiledPass:

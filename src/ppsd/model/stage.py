@@ -28,7 +28,7 @@ from ppsd.model.names import (
     tensor_names,
 )
 from ppsd.model.packed import Codes, Weight, can_pack, pack, packed_bytes
-from ppsd.model.passes import Pass
+from ppsd.model.passes import Pass, Place
 from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
 from ppsd.model.spec import ModelSpec
 from ppsd.model.steps import CudaGraphs, CudaRunner
@@ -54,6 +54,12 @@ class StageModel(Protocol):
         missing.
         """
 
+    def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
+        """Start a pass of token ids [n] or hidden rows [n, C] of candidate trees; see Runner."""
+
+    def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
+        """Declare the first ``length`` rows of a slot verified; see KVCache."""
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return target logits [n, vocabulary] of the last stage's output rows [n, C]."""
 
@@ -63,7 +69,8 @@ class StagePlan:
     """Layers [first, last) of a model, and how to hold them.
 
     ``packed``: keep weights in the codes of their file where products are faster for it.
-    ``slots``: sequences whose rows the cache holds side by side.
+    ``slots``: sequences whose rows the cache holds side by side. ``loose``: cells a slot has for
+    rows of candidate trees.
     """
 
     first: int
@@ -73,6 +80,7 @@ class StagePlan:
     device: torch.device
     packed: bool = False
     slots: int = 1
+    loose: int = 0
 
 
 def packable(
@@ -234,11 +242,19 @@ class Stage:
             return embedding
         return self._memory.keep(self._load(name))
 
-    def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
+    def _entered(self, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.device != self.plan.device:
             inputs = inputs.to(self.plan.device)
-        x = inputs if self.embedding is None else self.embedding.index_select(0, inputs)
-        return self._runner.start(x, position, slot)
+        return inputs if self.embedding is None else self.embedding.index_select(0, inputs)
+
+    def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
+        return self._runner.start(self._entered(inputs), position, slot)
+
+    def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
+        return self._runner.start_rows(self._entered(inputs), places)
+
+    def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
+        self.cache.commit(slot, length, moves)
 
     def forward(self, inputs: torch.Tensor, position: int) -> torch.Tensor:
         """Run a pass of slot 0 to its end and return its rows [n, C]; see StageModel.start."""
@@ -261,7 +277,7 @@ class Stage:
 
 
 def new_cache(spec: ModelSpec, layers: int, plan: StagePlan) -> KVCache:
-    """Return a cache of ``layers`` layers for the plan's context, slots, dtype and device."""
+    """Return a cache of ``layers`` layers for the plan's sizes, dtype and device."""
     return KVCache(
         layers,
         spec.num_kv_heads,
@@ -270,6 +286,7 @@ def new_cache(spec: ModelSpec, layers: int, plan: StagePlan) -> KVCache:
         plan.dtype,
         plan.device,
         slots=plan.slots,
+        loose=plan.loose,
         spare=int(plan.device.type == "cuda"),
     )
 

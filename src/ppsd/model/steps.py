@@ -15,8 +15,8 @@ import torch
 
 from ppsd.model.cache import KVCache
 from ppsd.model.layers import Attention, DecoderLayer, LayerWeights, Rope, RopeRows, attend
-from ppsd.model.passes import Pass, Watch
-from ppsd.model.runners import TorchRunner
+from ppsd.model.passes import Pass, Place, Watch
+from ppsd.model.runners import RowsInTurn, TorchRunner
 from ppsd.model.spec import ModelSpec
 
 BUCKET = 256  # cells: a graph serves all contexts up to the next multiple
@@ -193,6 +193,10 @@ class CudaRunner:
             return self._blocks.start(rows, position, slot)
         self.cache.reserve(position, len(rows), slot)
         return CudaPass(self, rows, position, slot)
+
+    def start_rows(self, rows: torch.Tensor, places: Sequence[Place]) -> Pass:
+        """Start a pass of rows of trees."""
+        return RowsInTurn(self, rows, places)
 
 
 class CudaPass:

@@ -51,10 +51,18 @@ class PacedStage:
         return self._stage.is_last
 
     def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> PacedPass:
+        return self._paced(inputs, lambda: self._stage.start(inputs, position, slot))
+
+    def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> PacedPass:
+        return self._paced(inputs, lambda: self._stage.start_rows(inputs, places))
+
+    def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
+        self._stage.commit(slot, length, moves)
+
+    def _paced(self, inputs: torch.Tensor, start: Callable[[], Pass]) -> PacedPass:
         self._start = time.monotonic()
         self._counted = inputs.shape[0] <= self._rows
-        work = self._stage.start(inputs, position, slot)
-        return PacedPass(work, self._start, self._share, self._layers, self._on_time)
+        return PacedPass(start(), self._start, self._share, self._layers, self._on_time)
 
     def start_rows(self, rows: torch.Tensor, places: Sequence[Place]) -> PacedPass:
         self._start = time.monotonic()

@@ -1,0 +1,106 @@
+"""Candidate trees that grow at random in a runner's slots, beside plain decoding of each branch."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+from ppsd.model.passes import Place, Watch
+from ppsd.model.runners import Runner
+
+
+def run(runner: Runner, rows: torch.Tensor, position: int, slot: int = 0) -> torch.Tensor:
+    started = runner.start(rows, position, slot)
+    assert started.advance()
+    return started.hidden
+
+
+@dataclass(eq=False)
+class Node:
+    row: torch.Tensor  # [1, C]
+    place: Place
+    ancestors: tuple[Node, ...]  # unverified when the node was run, and those verified since
+
+
+@dataclass
+class Trees:
+    """Trees of every slot of ``runner``; ``plain`` is its like, with one slot and no loose cells.
+
+    Every slot begins with a verified prompt.
+    """
+
+    runner: Runner
+    plain: Runner
+    make_rows: object  # (count) -> rows [count, C]
+    seed: int = 0
+    prompts: list[torch.Tensor] = field(default_factory=list)
+    verified: list[list[Node]] = field(default_factory=list)  # behind the prompt, by slot
+    live: list[list[Node]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.luck = random.Random(self.seed)
+        for slot in range(len(self.runner.cache.lengths)):
+            self.prompts.append(self.make_rows(self.luck.randint(1, 20)))
+            run(self.runner, self.prompts[-1], 0, slot)
+            self.verified.append([])
+            self.live.append([])
+
+    def grow(self, count: int) -> list[Node]:
+        """Add ``count`` nodes to any slots, parents before their children."""
+        cache, nodes = self.runner.cache, []
+        for row in torch.split(self.make_rows(count), 1):
+            slot = self.luck.randrange(len(self.live))
+            parent = self.luck.choice([None, *self.live[slot]])
+            ancestors = () if parent is None else (*parent.ancestors, parent)
+            path = tuple(n.place.cell for n in ancestors)
+            position = cache.lengths[slot] + len(path)
+            taken = {n.place.cell for n in self.live[slot]}
+            loose = range(cache.capacity, cache.capacity + cache.loose)
+            free = [c for c in (position, *loose) if c not in taken]
+            cell = position if position in free and self.luck.random() < 0.5 else free[-1]
+            node = Node(row, Place(slot, position, cell, path), ancestors)
+            self.live[slot].append(node)
+            nodes.append(node)
+        return nodes
+
+    def commit(self, slot: int, node: Node) -> None:
+        """Verify a node and its ancestors, and forget all that does not hang under it."""
+        won = (*node.ancestors, node)
+        moves = [(n.place.cell, n.place.position) for n in won]
+        self.runner.cache.commit(
+            slot, node.place.position + 1, [(a, b) for a, b in moves if a != b]
+        )
+        self.verified[slot] += won
+        self.live[slot] = [n for n in self.live[slot] if node in n.ancestors]
+        for left in self.live[slot]:
+            left.ancestors = left.ancestors[len(won) :]
+            left.place = left.place._replace(path=left.place.path[len(won) :])
+
+    def expected(self, node: Node) -> torch.Tensor:
+        """Return what plain decoding of the node's branch gives."""
+        slot = node.place.slot
+        result = run(self.plain, self.prompts[slot], 0)
+        for before in (*self.verified[slot], *node.ancestors, node):
+            result = run(self.plain, before.row, self.plain.cache.lengths[0])
+        return result
+
+    def check(self, nodes: list[Node], results: torch.Tensor) -> None:
+        """Hold rows, keys and values of ``nodes`` against plain decoding, bit for bit."""
+        for node, result in zip(nodes, torch.split(results, 1), strict=True):
+            assert torch.equal(result, self.expected(node)), node.place
+            slot, position, cell, _ = node.place
+            for here, there in zip(self.runner.cache.whole, self.plain.cache.whole, strict=True):
+                assert torch.equal(here[:, slot, :, cell], there[:, 0, :, position]), node.place
+
+    def wave(self, count: int, watch: Watch | None = None) -> None:
+        """Grow, run the new rows, and check them."""
+        nodes = self.grow(count)
+        rows = torch.cat([n.row for n in nodes])
+        lengths = list(self.runner.cache.lengths)
+        started = self.runner.start_rows(rows, [n.place for n in nodes])
+        while not started.advance(watch):
+            assert watch is not None
+        assert self.runner.cache.lengths == lengths
+        self.check(nodes, started.hidden)
