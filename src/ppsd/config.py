@@ -11,11 +11,12 @@ from numbers import Real
 from ppsd import checks
 from ppsd.errors import ConfigError
 from ppsd.settings import TEMPLATE_HELP, setting
-from ppsd.speculation.policy import MAX_IN_SCHEDULE, MODES, Schedule, schedule_for
+from ppsd.speculation.policy import MAX_IN_SCHEDULE, MAX_ROWS, MODES, Schedule, schedule_for
 
 TRANSPORTS = ("auto", "shared-memory", "distributed", "inprocess")
 ACCEPTANCES = ("coupled", "rejection")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+INNER_HEADS = ("none", "auto")
 HEADS = ("auto", "lookup", "untrained", "none")  # what ``head`` may be beside a directory
 DEFAULT_CONTEXT = 8192
 MAX_STAGES = 64
@@ -143,7 +144,9 @@ class Decoding(_Checked):
     ``head`` is a head directory, ``auto`` (the best one found), ``lookup`` (no head: repeat earlier
     text), ``untrained`` or ``none``; ``force_head`` uses a directory's head though it was trained
     on another model. ``lookup`` mixes into a head's drafts what followed the same tokens before.
-    ``gate`` lets speculation pause while it does not pay.
+    ``gate`` lets speculation pause while it does not pay. ``rows``, in ``ppsd`` mode: the most
+    valuable nodes of a candidate tree that go into a wave; ``heads`` on later boundaries propose
+    others in the place of wrong ones.
     """
 
     mode: str = setting("auto, autoregressive, draft-then-verify or ppsd.", "auto", metavar="MODE")
@@ -162,6 +165,15 @@ class Decoding(_Checked):
     )
     in_flight: int | None = setting(
         "Blocks in the pipeline at once (w); set by the mode.", None, expert=True
+    )
+    rows: int = setting(
+        "Rows of a candidate tree that travel together; 1 drafts a single chain.", 1, metavar="R"
+    )
+    heads: str = setting(
+        "Heads on later boundaries, which correct drafts on the way: none, or auto (all that "
+        "exist for the split).",
+        "none",
+        metavar="HEADS",
     )
     acceptance: str = setting(
         "coupled (same tokens as plain decoding) or rejection.",
@@ -184,9 +196,18 @@ class Decoding(_Checked):
         for name in ("block", "in_flight"):
             if getattr(self, name) is not None:
                 self._set_integer(name, 1, MAX_IN_SCHEDULE)
+        self._set_integer("rows", 1, MAX_ROWS)
+        _one_of("heads", self.heads, INNER_HEADS)
+        if self.waves and self.acceptance == "rejection":
+            raise ConfigError("acceptance", self.acceptance, "coupled where rows travel in waves")
         self._set_truths("lookup", "gate", "force_head")
         if self.force_head and self.head in HEADS:
             raise ConfigError("force_head", self.force_head, "used with head as a directory only")
+
+    @property
+    def waves(self) -> bool:
+        """Return True if rows of candidate trees travel in waves, where drafts are made at all."""
+        return self.rows > 1 or self.heads != "none"
 
     @property
     def schedule_given(self) -> bool:

@@ -17,7 +17,15 @@ import torch
 from ppsd import checks
 from ppsd.config import EngineConfig, core_shares
 from ppsd.engine.blame import raise_if_lost
-from ppsd.engine.choose import choose, dtype_name, head_sizes, on_torchrun, threads_of, times
+from ppsd.engine.choose import (
+    choose,
+    dtype_name,
+    head_sizes,
+    inner_heads,
+    on_torchrun,
+    threads_of,
+    times,
+)
 from ppsd.engine.drafter import Drafter, HeadDrafter, LookupDrafter, PacedDrafter
 from ppsd.engine.first_stage import FirstStage
 from ppsd.engine.links import Links, OwnLinks, StageLinks
@@ -26,6 +34,7 @@ from ppsd.errors import ConfigError, KernelError
 from ppsd.model import kernels
 from ppsd.model.exit_head import ExitHead, load_head, untrained_head
 from ppsd.model.head_files import HeadConfig, check_head, read_head_config
+from ppsd.model.head_library import FoundHead
 from ppsd.model.identity import Identity
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec
@@ -34,6 +43,7 @@ from ppsd.model.weights import TensorSource, check_shapes, open_source
 from ppsd.plan.sizes import Sizes
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
+from ppsd.worker.inner_head import InnerHead
 from ppsd.worker.judge import Judge
 from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker
@@ -71,9 +81,11 @@ class Layout:
     head: HeadConfig | None
     dtype: torch.dtype
     max_context: int
+    inner: tuple[FoundHead | None, ...]  # on later boundaries, by stage
     threads: int
     cores: tuple[tuple[int, ...], ...]
     kernels: tuple[str, ...]
+    loose: int = 0  # cells of a slot for rows of branches
     reason: str = ""
 
     @property
@@ -90,6 +102,7 @@ class Layout:
             dtype=self.dtype,
             device=torch.device(device),
             packed=True,
+            loose=self.loose,
         )
 
 
@@ -120,11 +133,13 @@ def plan_layout(
         head=head,
         dtype=getattr(torch, dtype_name(config)),
         max_context=_context(config, spec),
+        inner=inner_heads(config, identity, bounds),
         threads=threads,
         cores=_cores(config, threads),
         kernels=tuple(  # compiled here if need be, before there are workers
             kernels.name(dtype_name(config), config.device(rank)) for rank in range(config.stages)
         ),
+        loose=config.rows * config.stages if config.waves else 0,
         reason=choice.reason,
     )
     return config, layout, source
@@ -173,6 +188,16 @@ def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> 
     here = every[:1] if on_torchrun(config) else every
     check_free(here, f"{layout.spec.name} in {layout.dtype}", layout.max_context)
     return every
+
+
+def head_seconds(pace: float, layout: Layout, rank: int, head: HeadConfig | None) -> float:
+    """Return what a head takes where its stage of an emulated device takes ``pace`` seconds.
+
+    As many layer times as it has layers' parameters; 0 in real time.
+    """
+    sizes = Sizes.of(layout.spec)
+    layers = layout.bounds[rank + 1] - layout.bounds[rank]
+    return pace / layers * head_sizes(sizes, head) / sizes.layer
 
 
 def _own_gpus(config: EngineConfig) -> bool:
@@ -241,7 +266,11 @@ class RunningPipeline:
         own = Stage(layout.spec, plan, self._source, loaded)
         recorder = Recorder(config.trace)
         stage = self._paced(own, 0, recorder)
-        self.stage = FirstStage(stage, self._drafter(own, plan), recorder)
+        head = self._load_head(layout.head, own, plan) if layout.head else None
+        seconds = head_seconds(config.pace_of(0), layout, 0, layout.head)
+        drafter = self._drafter(head, seconds)
+        speaker = None if head is None else InnerHead(head, seconds)
+        self.stage = FirstStage(stage, drafter, recorder, speaker)
         if layout.stages == 1:
             self.links = OwnLinks(Judge(stage, 0, layout.max_context), recorder)
         else:
@@ -265,17 +294,12 @@ class RunningPipeline:
             if own != told:
                 raise KernelError(f"stage {status.source} uses the kernels {own}, not {told}")
 
-    def _drafter(self, stage: Stage, plan: StagePlan) -> Drafter | None:
-        layout, pace = self.layout, self._config.pace_of(0)
-        if layout.head is None:
-            lookup = self._config.head == "lookup" and layout.stages > 1
+    def _drafter(self, head: ExitHead | None, seconds: float) -> Drafter | None:
+        if head is None:
+            lookup = self._config.head == "lookup" and self.layout.stages > 1
             return LookupDrafter() if lookup else None
-        drafter = HeadDrafter(self._load_head(layout.head, stage, plan), lookup=self._config.lookup)
-        if not pace:
-            return drafter
-        sizes = Sizes.of(layout.spec)
-        layers = head_sizes(sizes, layout.head) / sizes.layer
-        return PacedDrafter(drafter, pace / len(stage.layers) * layers)
+        drafter = HeadDrafter(head, lookup=self._config.lookup)
+        return PacedDrafter(drafter, seconds) if seconds else drafter
 
     def _load_head(self, head: HeadConfig, stage: Stage, plan: StagePlan) -> ExitHead:
         layout, embedding = self.layout, stage.embedding
@@ -294,13 +318,15 @@ class RunningPipeline:
 
     def _geometry(self) -> Geometry:
         config, spec, dtype = self._config, self.layout.spec, self.layout.dtype
-        rows = max(config.prefill_chunk, config.schedule.block)
+        rows = max(config.prefill_chunk, config.schedule.block, config.rows)
         window = max(config.schedule.in_flight, self.layout.stages)
         return Geometry(
             size=self.layout.stages,
             forward_bytes=frame_bytes(rows, spec.hidden_size, dtype),
             return_bytes=frame_bytes(
-                config.schedule.block, spec.hidden_size + spec.vocab_size, dtype
+                max(config.schedule.block, config.rows),
+                spec.hidden_size + spec.vocab_size,
+                dtype,
             ),
             frames=2 * window + 4,  # a window of stale work, one of new work, and control
         )
@@ -328,10 +354,20 @@ class RunningPipeline:
         stage = self._paced(own, rank, recorder)
         judge = Judge(stage, rank, layout.max_context) if stage.is_last else None
         link = TransportLink(hub.endpoint(rank), config.timeout)
-        return Worker(rank, stage, link, judge, recorder)
+        head = self._inner_head(rank, own)
+        return Worker(rank, stage, link, judge, recorder, head)
+
+    def _inner_head(self, rank: int, stage: Stage) -> InnerHead | None:
+        config, layout, found = self._config, self.layout, self.layout.inner[rank]
+        if found is None:
+            return None
+        about = layout.spec, stage.plan, self._source, layout.identity
+        head = load_head(found.path, *about)
+        return InnerHead(head, head_seconds(config.pace_of(rank), layout, rank, found.config))
 
     def _paced(self, stage: Stage, rank: int, recorder: Recorder) -> StageModel:
-        return paced(stage, self._config.pace_of(rank), self._config.schedule.block, recorder)
+        rows = max(self._config.schedule.block, self._config.rows)
+        return paced(stage, self._config.pace_of(rank), rows, recorder)
 
     def _connect_shared_memory(self, geometry: Geometry) -> Endpoint:
         from ppsd.transport.shared_memory import SharedMemoryEndpoint, create_segment
@@ -364,7 +400,7 @@ class RunningPipeline:
         segment: int | None = None,
         master: tuple[str, int] | None = None,
     ) -> WorkerConfig:
-        config, layout = self._config, self.layout
+        config, layout, found = self._config, self.layout, self.layout.inner[rank]
         return WorkerConfig(
             rank=rank,
             model_path=str(layout.files.path),
@@ -386,5 +422,10 @@ class RunningPipeline:
             master=master,
             own_gpus=_own_gpus(config),
             pace=config.pace_of(rank),
-            block=config.schedule.block,
+            loose=layout.loose,
+            head="" if found is None else str(found.path),
+            head_seconds=head_seconds(
+                config.pace_of(rank), layout, rank, None if found is None else found.config
+            ),
+            block=max(config.schedule.block, config.rows),
         )

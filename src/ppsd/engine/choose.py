@@ -242,6 +242,18 @@ def _exits(
     return (replace(exit_, origin=f"{exit_.origin} on another model") if foreign else exit_,)
 
 
+def inner_heads(
+    config: EngineConfig, identity: Identity, bounds: Sequence[int]
+) -> tuple[FoundHead | None, ...]:
+    """Return the best head on each stage's boundary but the first and the last."""
+    none: tuple[FoundHead | None, ...] = (None,) * (len(bounds) - 1)
+    if config.heads == "none" or len(bounds) < 4:
+        return none
+    found = find_heads()
+    best = [next(iter(suitable(found, identity, end)), None) for end in bounds[2:-1]]
+    return (None, *best, None)
+
+
 def _exit(head: HeadConfig, profile: Profile, name: str, lookup: bool) -> Exit:
     rate = known_rate(head, lookup=lookup)
     alpha, origin = (ASSUMED_ALPHA, "assumed") if rate is None else rate.expected

@@ -21,6 +21,7 @@ from ppsd.engine.prompt import Prompt, encode
 from ppsd.engine.sequence import LogitsSink, Request
 from ppsd.engine.text_engine import TextEngine, Ticket
 from ppsd.engine.thread import EngineThread, apart
+from ppsd.engine.wave_engine import WaveEngine
 from ppsd.errors import ConfigError
 from ppsd.model.defaults import sampling_defaults
 from ppsd.model.source import resolve_model
@@ -145,17 +146,30 @@ class LLM:
 
         def change() -> None:
             self.config = config
-            self._engine.engine = Engine(
-                self._running.stage,
-                self._running.links,
-                schedule,
-                max_context=self.layout.max_context,
-                acceptance=config.acceptance,
-                prefill_chunk=config.prefill_chunk,
-                gate=self._gate(config),
-            )
+            self._engine.engine = self._made(config)
 
         self._thread.call(change)
+
+    def _made(self, config: EngineConfig) -> Engine:
+        """Return an engine of chains, or of waves, on the running pipeline."""
+        schedule, own = config.schedule, self._running.stage.drafter is self._head
+        arguments = self._running.stage, self._running.links, schedule
+        settings: dict[str, Any] = {
+            "max_context": self.layout.max_context,
+            "acceptance": config.acceptance,
+            "prefill_chunk": config.prefill_chunk,
+            "gate": self._gate(config),
+        }
+        if not (config.waves and own and config.mode == "ppsd"):
+            return Engine(*arguments, **settings)
+        return WaveEngine(
+            *arguments,
+            **settings,
+            rows=config.rows,
+            loose=self.layout.loose,
+            lookup=config.lookup,
+            opinions=any(self.layout.inner),
+        )
 
     def _gate(self, config: EngineConfig) -> Gate | None:
         schedule = config.schedule

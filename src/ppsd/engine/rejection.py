@@ -19,7 +19,7 @@ def redraw(sequence: Sequence, verdict: Verdict) -> tuple[int, ...]:
     tokens = list(verdict.tokens)
     first = verdict.position + verdict.rows - len(tokens) + 1
     for i, logits in enumerate(verdict.logits):
-        draft = sequence.policy.draft_at(first + i)
+        draft = sequence.chain.draft_at(first + i)
         if draft is not None:
             tokens[i] = _draw(sequence, first + i, draft, logits)
     return tuple(tokens)

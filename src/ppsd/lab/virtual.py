@@ -25,6 +25,7 @@ from ppsd.plan.model import CostModel
 from ppsd.worker.judge import Judge
 from ppsd.worker.messages import Begin, Block, Message, Refusal, Verdict
 from ppsd.worker.recorder import Recorder
+from ppsd.worker.wave_messages import Wave
 
 RIGHT, WRONG = 0, 1  # the toy target always says RIGHT; a draft says either
 NEVER = 2**62  # nanoseconds; when a cancel that takes for ever arrives
@@ -249,10 +250,10 @@ class VirtualLinks:
     def publish(self, slot: int, epoch: int) -> None:
         self._pipeline.publish(epoch)
 
-    def watch(self, slot: int) -> VirtualWatch:
+    def watch(self) -> VirtualWatch:
         return self._watch
 
-    def send(self, message: Begin | Block) -> None:
+    def send(self, message: Begin | Block | Wave) -> None:
         self._pipeline.deliver(0, 1, message)
 
     def poll(self) -> Answer | None:
@@ -300,7 +301,7 @@ class VirtualLink:
     def epoch(self, slot: int) -> int:
         return self._pipeline.epoch(self._rank)
 
-    def watch(self, slot: int) -> VirtualWatch:
+    def watch(self, *slots: int) -> VirtualWatch:
         return self._watch
 
 

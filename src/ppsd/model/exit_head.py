@@ -166,6 +166,13 @@ class ExitHead:
         values = scores[0].to("cpu", torch.promote_types(scores.dtype, torch.float32)).numpy()
         return likeliest(values, self._scored, match, odds)
 
+    def opinions(self, finished: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the k most probable ids [n, k] of finished rows, and their probabilities."""
+        scores = self.scores(finished).float()
+        found = scores.topk(min(k, scores.shape[1]))
+        probabilities = (found.values - scores.logsumexp(1, keepdim=True)).exp()
+        return torch.from_numpy(self._scored)[found.indices], probabilities
+
     def spread(self, scores: torch.Tensor) -> torch.Tensor:
         """Spread ``scores`` over the whole vocabulary; -inf outside the draft vocabulary."""
         if self.tensors.draft_ids is None:

@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from ppsd.speculation.policy import Policy, Schedule
+from ppsd.speculation.policy import Schedule
 
 WINDOW, KEPT = 32, 8  # verdicts that count, and those of a request that count in the next one
 SAMPLES, PROBE = 16, 3  # plain tokens that count, and those that are enough to decide
@@ -31,6 +31,23 @@ RECHECKS = ((0.95, 64), (0.7, 1024))  # where speculation takes more than (share
 # (tokens) old; the first doubles each time it turns out right
 FIRST, SHORTEST = 20, 32  # a pause's tokens: for each token lost, and at least
 BUDGET = 0.005  # share of the time that retries may lose
+
+
+class Policy(Protocol):
+    """What a gate sees of a policy, of chains or of waves, and does to it."""
+
+    @property
+    def emitted(self) -> int: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+    @property
+    def restarted(self) -> bool: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
 
 
 class Step(NamedTuple):

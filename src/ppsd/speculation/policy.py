@@ -21,6 +21,7 @@ from ppsd.speculation.accept import accept
 MODES = ("autoregressive", "draft-then-verify", "ppsd")
 DEFAULT_BLOCK = 4
 MAX_IN_SCHEDULE = 64  # rows of a block, blocks in flight
+MAX_ROWS = 64  # of a wave
 
 
 @dataclass(frozen=True)

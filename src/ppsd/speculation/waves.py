@@ -18,8 +18,6 @@ from ppsd.speculation.copies import CopyIndex
 from ppsd.speculation.policy import UNVERIFIED, Command, Counts, Emit, Feed, Finish, Judged
 from ppsd.speculation.tree import UNFED, Cells, Node, Said, Tree
 
-MAX_ROWS = 64  # of a wave
-
 
 class Row(NamedTuple):
     """A row of a wave: ``token`` at ``position`` of a slot, whose keys and values go to ``cell``.

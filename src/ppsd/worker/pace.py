@@ -56,19 +56,10 @@ class PacedStage:
     def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> PacedPass:
         return self._paced(inputs, lambda: self._stage.start_rows(inputs, places))
 
-    def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
-        self._stage.commit(slot, length, moves)
-
     def _paced(self, inputs: torch.Tensor, start: Callable[[], Pass]) -> PacedPass:
         self._start = time.monotonic()
         self._counted = inputs.shape[0] <= self._rows
         return PacedPass(start(), self._start, self._share, self._layers, self._on_time)
-
-    def start_rows(self, rows: torch.Tensor, places: Sequence[Place]) -> PacedPass:
-        self._start = time.monotonic()
-        self._counted = True
-        work = self._stage.start_rows(rows, places)
-        return PacedPass(work, self._start, self._share, self._layers, self._on_time)
 
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         self._stage.commit(slot, length, moves)

@@ -33,11 +33,14 @@ from ppsd.errors import (
     StageLostError,
 )
 from ppsd.model import kernels
+from ppsd.model.exit_head import load_head
+from ppsd.model.identity import Identity
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.weights import open_source
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.worker.frame import VERSION
+from ppsd.worker.inner_head import InnerHead
 from ppsd.worker.judge import Judge
 from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker, failure_status
@@ -62,7 +65,9 @@ class WorkerConfig:
     ``kernels`` names what has to compute here (Kernels of model/kernels.py); ``library`` is a file
     descriptor of it, which children of rank 0's host inherit. ``own_gpus``: every stage has a GPU
     of its own, so rows travel from GPU to GPU. Times are those of EngineConfig; ``block`` is the
-    most rows of a block that is no piece of a prompt. ``parent`` is the process that a worker
+    most rows of a block or wave that is no piece of a prompt, ``loose`` the cells of a slot beyond
+    its positions. ``head`` is the directory of an exit head at the stage's end, if there is one,
+    which takes ``head_seconds`` on an emulated device. ``parent`` is the process that a worker
     started by rank 0 must not outlive.
     """
 
@@ -88,6 +93,9 @@ class WorkerConfig:
     own_gpus: bool = False
     pace: float = 0.0
     block: int = 1
+    loose: int = 0
+    head: str = ""
+    head_seconds: float = 0.0
     parent: int = field(default_factory=os.getpid)
     protocol: int = VERSION
 
@@ -225,8 +233,14 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
         getattr(torch, config.dtype),
         torch.device(config.device),
         packed=True,
+        loose=config.loose,
     )
-    loaded = Stage(spec, plan, open_source(Path(config.model_path)), progress)
+    source = open_source(Path(config.model_path))
+    loaded = Stage(spec, plan, source, progress)
+    head = None
+    if config.head:  # rank 0 has checked it
+        found = load_head(Path(config.head), spec, plan, source, Identity.of(spec, source))
+        head = InnerHead(found, config.head_seconds)
     recorder = Recorder(config.trace)
     stage = paced(loaded, config.pace, config.block, recorder)
     judge = Judge(stage, config.rank, config.max_context) if stage.is_last else None
@@ -237,7 +251,7 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
     }
     say(Status(config.rank, "ready", about))
     link = TransportLink(endpoint, config.timeout)
-    return Worker(config.rank, stage, link, judge, recorder)
+    return Worker(config.rank, stage, link, judge, recorder, head)
 
 
 class Supervisor:
