@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from ppsd.model.cache import KVCache
+from ppsd.model.layers import LayerWeights, Rope
 from ppsd.model.passes import Place, Watch
 from ppsd.model.runners import Runner
+from ppsd.model.spec import ModelSpec
+from tests.support.layers import rand
+
+CPU, CONTEXT, LOOSE = torch.device("cpu"), 64, 24
+Build = Callable[[Sequence[LayerWeights], ModelSpec, Rope, KVCache], Runner]
 
 
 def run(runner: Runner, rows: torch.Tensor, position: int, slot: int = 0) -> torch.Tensor:
@@ -24,28 +32,30 @@ class Node:
     ancestors: tuple[Node, ...]  # unverified when the node was run, and those verified since
 
 
-@dataclass
 class Trees:
-    """Trees of every slot of ``runner``; ``plain`` is its like, with one slot and no loose cells.
+    """Trees of two slots of ``runner``; ``plain`` is its like, with one slot and no loose cells.
 
     Every slot begins with a verified prompt.
     """
 
-    runner: Runner
-    plain: Runner
-    make_rows: object  # (count) -> rows [count, C]
-    seed: int = 0
-    prompts: list[torch.Tensor] = field(default_factory=list)
-    verified: list[list[Node]] = field(default_factory=list)  # behind the prompt, by slot
-    live: list[list[Node]] = field(default_factory=list)
+    def __init__(
+        self, build: Build, weights: Sequence[LayerWeights], spec: ModelSpec, seed: int = 0
+    ) -> None:
+        self.luck = random.Random(seed)
+        self.width, self.dtype = spec.hidden_size, weights[0].input_norm.dtype
+        rope = Rope(spec, CONTEXT, self.dtype, CPU)
+        sizes = (len(weights), spec.num_kv_heads, CONTEXT, spec.head_dim, self.dtype, CPU)
+        cache = KVCache(*sizes, slots=2, loose=LOOSE, spare=1)
+        self.runner = build(weights, spec, rope, cache)
+        self.plain = build(weights, spec, rope, KVCache(*sizes, spare=1))
+        self.prompts = [self.make_rows(self.luck.randint(1, 20)) for _ in range(2)]
+        self.verified: list[list[Node]] = [[], []]  # behind the prompt, by slot
+        self.live: list[list[Node]] = [[], []]
+        for slot, prompt in enumerate(self.prompts):
+            run(self.runner, prompt, 0, slot)
 
-    def __post_init__(self) -> None:
-        self.luck = random.Random(self.seed)
-        for slot in range(len(self.runner.cache.lengths)):
-            self.prompts.append(self.make_rows(self.luck.randint(1, 20)))
-            run(self.runner, self.prompts[-1], 0, slot)
-            self.verified.append([])
-            self.live.append([])
+    def make_rows(self, count: int) -> torch.Tensor:
+        return rand(count, self.width, dtype=self.dtype)
 
     def grow(self, count: int) -> list[Node]:
         """Add ``count`` nodes to any slots, parents before their children."""
@@ -104,3 +114,12 @@ class Trees:
             assert watch is not None
         assert self.runner.cache.lengths == lengths
         self.check(nodes, started.hidden)
+
+    def life(self) -> None:
+        """Run several waves, with commits after which cells are used again."""
+        for _ in range(4):
+            self.wave(self.luck.choice([1, 2, 5, 9]))
+            self.wave(self.luck.choice([1, 3, 4]))
+            for slot, nodes in enumerate(self.live):
+                if nodes:
+                    self.commit(slot, self.luck.choice(nodes))

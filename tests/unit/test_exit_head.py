@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -13,8 +14,15 @@ from hypothesis import strategies as st
 
 from ppsd.engine.choose import head_layers
 from ppsd.engine.drafter import MAX_LAG_ROWS, DraftState, Given, HeadDrafter
-from ppsd.errors import HeadError
-from ppsd.model.exit_head import ExitHead, head_tensor_shapes, load_head, untrained_head
+from ppsd.errors import HeadError, NonFiniteError
+from ppsd.model import kernels
+from ppsd.model.exit_head import (
+    ExitHead,
+    head_tensor_shapes,
+    load_head,
+    most_probable,
+    untrained_head,
+)
 from ppsd.model.head_files import CONFIG_FILE, WEIGHTS_FILE, HeadConfig, read_head_config, save_head
 from ppsd.model.identity import Identity
 from ppsd.model.names import EMBEDDING, FINAL_NORM
@@ -264,6 +272,61 @@ def test_a_tensor_of_another_shape_is_named(tiny, tmp_path) -> None:
     save_head(tmp_path, tiny.config(), weights | {"norm.weight": torch.ones(31)})
     with pytest.raises(HeadError, match=r"norm\.weight is \(31,\), not \(32,\)"):
         tiny.load(tmp_path)
+
+
+# Many rows
+
+
+def by_the_book(scores: torch.Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
+    rows = scores.float().softmax(1).tolist()
+    order = [sorted(range(len(row)), key=lambda i: (-row[i], i))[:k] for row in rows]
+    return order, [[row[i] for i in best] for row, best in zip(rows, order, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 6, 63, 64, 65, 300, 1000])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_the_most_probable_come_first_and_equals_by_id(size: int, k: int) -> None:
+    scores = torch.randn(9, size).bfloat16().double()
+    scores[1] = 0.5  # all are equal
+    scores[2, : size // 2] = -torch.inf
+    scores[3] = (scores[3] * 2).round()  # many are
+    scores[4] = -500 * torch.arange(size)  # all but one have probability 0
+    scores[5] = scores[5].sort().values
+    for dtype in (WIDE, torch.float32, torch.bfloat16):
+        columns, probabilities = most_probable(scores.to(dtype), k)
+        assert (columns.dtype, probabilities.dtype) == (torch.int64, torch.float32)
+        expected = by_the_book(scores.to(dtype), k)
+        assert (columns.tolist(), probabilities.tolist()) == expected
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_opinions_of_scores_that_are_not_finite_are_refused(bad: float) -> None:
+    scores = torch.randn(3, 200)
+    scores[1, 150 if bad != -torch.inf else slice(None)] = bad
+    with pytest.raises(NonFiniteError, match="finite maximum"):
+        most_probable(scores, 4)
+
+
+@pytest.mark.parametrize("dtype", [WIDE, torch.float32, torch.bfloat16])
+def test_opinions_name_real_ids_and_do_not_depend_on_other_rows(tiny, tmp_path, dtype) -> None:
+    tiny.save(tmp_path, tiny.config(draft_vocab=len(DRAFT_IDS), copy_gate=True, feedback=True))
+    head = tiny.load(tmp_path, replace(PLAN, dtype=dtype))
+    features, verified = hidden(20).to(dtype), hidden(20, 6).to(dtype)
+    finished = torch.cat([head.finish(features[i : i + 1], verified[i : i + 1]) for i in range(20)])
+    ids, probabilities = head.opinions(finished, 4)
+    assert set(ids.flatten().tolist()) <= set(DRAFT_IDS)
+    alone = [head.opinions(row, 4) for row in finished.split(1)]
+    assert torch.equal(ids, torch.cat([one for one, _ in alone]))
+    assert torch.equal(probabilities, torch.cat([one for _, one in alone]))
+    chances = head.logits(finished).float().softmax(1)
+    torch.testing.assert_close(chances.gather(1, ids), probabilities, rtol=1e-2, atol=0)
+    assert head.opinions(finished, 9)[0].shape == (20, len(DRAFT_IDS))
+    if dtype == torch.bfloat16 and kernels.loaded() is not None:
+        some = slice(0, kernels.MAX_ROWS)
+        assert torch.equal(head.finish(features[some], verified[some]), finished[some])
+        for method in (head.scores, head.copy_odds):
+            rows = torch.cat([method(row) for row in finished[some].split(1)])
+            assert torch.equal(method(finished[some]), rows)
 
 
 # Lag and rollback

@@ -22,11 +22,13 @@ from ppsd.model.kernels import Kind
 from ppsd.model.layers import LayerWeights, Product
 from ppsd.model.names import EMBEDDING, expected_shapes
 from ppsd.model.packed import Codes, PackedWeight, can_pack, first_rows, pack, packed_bytes, whole
+from ppsd.model.runners import CompiledRunner
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import spec_from_config
 from ppsd.model.stage import Stage, StagePlan, packable, weight_bytes
 from ppsd.model.weights import TensorSource, open_source
 from tests.support.layers import rand, random_layer, run_layer
+from tests.support.trees import Trees
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 FORMATS = [Quant.Q4_0, Quant.Q4_1, Quant.Q4_K, Quant.Q8_0]
@@ -147,6 +149,20 @@ def test_a_layer_has_the_bits_of_one_with_whole_weights(threads: int) -> None:
         for blocks in ([1] * 40, [3, 16, 1, 17, 3]):
             pairs = zip(*(run_layer(spec, w, x, blocks) for w in (packed, unpacked)), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@needs_kernels
+def test_rows_of_trees_have_the_bits_of_plain_decoding() -> None:
+    """With packed weights, and with the tiles of keys of AVX512."""
+    sizes = {"hidden_size": 192, "intermediate_size": 416, "head_dim": 64, "vocab_size": 40}
+    config = LlamaConfig(**sizes, num_attention_heads=12, num_key_value_heads=4)
+    spec, layers = spec_from_config(config, "small"), []
+    for _ in range(2):
+        layer = random_layer(spec, BF16)
+        packed = {n: packed_as(Quant.Q4_1, *getattr(layer, n).shape) for n in MATRICES}
+        layers.append(replace(layer, **packed))
+    for seed in range(3):
+        Trees(CompiledRunner, layers, spec, seed).life()
 
 
 def test_only_what_pays_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:

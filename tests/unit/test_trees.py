@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from ppsd.errors import ProtocolError
 from ppsd.model import kernels
@@ -23,11 +23,11 @@ from ppsd.model.spec import ModelSpec, spec_from_config
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.steps import CudaRunner
 from ppsd.model.weights import open_source
-from tests.support.layers import rand, random_layer
+from tests.support.layers import random_layer
 from tests.support.tiny_models import save_perfect_head
-from tests.support.trees import Trees, run
+from tests.support.trees import CONTEXT, CPU, LOOSE, Trees, run
 
-CPU, CONTEXT, LOOSE, LAYERS = torch.device("cpu"), 64, 24, 3
+BF16, LAYERS = torch.bfloat16, 3
 SIZES = {
     "vocab_size": 40,
     "hidden_size": 96,
@@ -36,7 +36,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
-Make = Callable[[int, int], Runner]
+compiled = pytest.mark.skipif(kernels.loaded() is None, reason="no C compiler")
 
 
 def as_steps(weights: list[LayerWeights], spec: ModelSpec, rope: Rope, cache: KVCache) -> Runner:
@@ -66,38 +66,32 @@ def kind(request) -> str:
 
 
 @pytest.fixture
-def make(kind) -> Make:
-    """Make a runner of the same layers with so many slots and loose cells."""
+def trees(kind) -> Trees:
     build, dtype = KINDS[kind]
     torch.manual_seed(0)
     spec = spec_from_config(LlamaConfig(**SIZES), "small")
-    weights = [random_layer(spec, dtype) for _ in range(LAYERS)]
-    rope = Rope(spec, CONTEXT, dtype, CPU)
-
-    def runner(slots: int, loose: int) -> Runner:
-        sizes = (LAYERS, spec.num_kv_heads, CONTEXT, spec.head_dim, dtype, CPU)
-        return build(weights, spec, rope, KVCache(*sizes, slots=slots, loose=loose, spare=1))
-
-    return runner
-
-
-@pytest.fixture
-def trees(make, kind) -> Trees:
-    return Trees(make(2, LOOSE), make(1, 0), lambda count: rand(count, 96, dtype=KINDS[kind][1]))
+    return Trees(build, [random_layer(spec, dtype) for _ in range(LAYERS)], spec)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_of_trees_have_the_bits_of_plain_decoding(make, kind, seed: int) -> None:
-    """Several waves of two slots, with commits after which cells are used again."""
-    trees = Trees(
-        make(2, LOOSE), make(1, 0), lambda count: rand(count, 96, dtype=KINDS[kind][1]), seed
-    )
-    for _ in range(4):
-        trees.wave(trees.luck.choice([1, 2, 5, 9]))
-        trees.wave(trees.luck.choice([1, 3, 4]))
-        for slot, nodes in enumerate(trees.live):
-            if nodes:
-                trees.commit(slot, trees.luck.choice(nodes))
+def test_rows_of_trees_have_the_bits_of_plain_decoding(trees, seed: int) -> None:
+    trees.luck.seed(seed)
+    trees.life()
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("heads", "groups", "size"), [(8, 1, 32), (5, 5, 96), (6, 3, 64), (16, 2, 256)]
+)
+def test_compiled_trees_of_other_sizes(heads: int, groups: int, size: int, threads: int) -> None:
+    """More heads in a group than queries at once, or one; so large that threads share the work."""
+    changed = {"hidden_size": 352, "head_dim": size, "num_key_value_heads": groups}
+    config = Qwen3Config(**SIZES | changed | {"num_attention_heads": heads})
+    spec = spec_from_config(config, "other")
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    Trees(CompiledRunner, [random_layer(spec, BF16) for _ in range(LAYERS)], spec).life()
 
 
 def test_a_wave_may_be_wider_than_the_kernels(trees) -> None:
@@ -134,7 +128,7 @@ def test_between_stops_other_slots_may_run_and_cells_are_their_own(trees) -> Non
     trees.check(nodes, started.hidden)
 
 
-def test_a_dropped_wave_leaves_other_cells_and_lengths_alone(trees, kind) -> None:
+def test_a_dropped_wave_leaves_other_cells_and_lengths_alone(trees) -> None:
     trees.wave(6)
     cache = trees.runner.cache
     before = [tensor.clone() for tensor in cache.whole]
@@ -206,14 +200,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_rows_that_cannot_be_are_refused(make, kind, message: str) -> None:
-    runner, places = make(2, LOOSE), WRONG[message]
-    rows = rand(max(len(places), 2 - bool(places)), 96, dtype=KINDS[kind][1])
-    run(runner, rand(5, 96, dtype=KINDS[kind][1]), 0)
+def test_rows_that_cannot_be_are_refused(trees, message: str) -> None:
+    runner, places = trees.runner, WRONG[message]
+    rows = trees.make_rows(len(places) or 2)
+    run(runner, trees.make_rows(5), 0, 0)
+    run(runner, trees.make_rows(5), 0, 1)
     with pytest.raises(ProtocolError) as caught:
         runner.start_rows(rows, places)
     assert message in str(caught.value)
-    assert runner.cache.lengths == [5, 0]
+    assert runner.cache.lengths == [5, 5]
 
 
 def cache_of(length: int) -> KVCache:

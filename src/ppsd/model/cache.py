@@ -13,6 +13,8 @@ import torch
 from ppsd.errors import ProtocolError
 from ppsd.model.passes import Place
 
+EVERY = slice(None)
+
 
 class KVCache:
     """Hold keys and values of ``layers`` layers for ``slots`` sequences side by side.
@@ -91,29 +93,26 @@ class KVCache:
             written[slot, cell] = position
 
     @contextmanager
-    def in_order(self, place: Place) -> Iterator[None]:
-        """Keep a row and its ancestors in their canonical cells for a while.
+    def in_order(self, place: Place, layers: slice = EVERY) -> Iterator[None]:
+        """Keep a row's ancestors in their canonical cells while the row is written to its own.
 
-        As far as the cache goes, the row may then be written as if all before it were verified.
-        Afterwards it is in its own cell, and all others are what they were before.
+        Afterwards the row is where its place says, and all other cells are what they were before.
         """
         slot, position, cell, path = place
-        length, base = self.lengths[slot], position - len(path)
+        base = position - len(path)
         moved = [(of, at) for at, of in enumerate((*path, cell), base) if of != at]
         cells, canonical = [of for of, _ in moved], [at for _, at in moved]
-        parts = [tensor[:, slot] for tensor in self.whole]  # [layers, kv_heads, cells, head_dim]
-        saved = [part[:, :, canonical] for part in parts if moved]
+        # [layers, kv_heads, cells, head_dim] each
+        parts = [tensor[layers, slot] for tensor in self.whole] if moved else []
+        saved = [part[:, :, canonical] for part in parts]  # a copy, as all lists of cells give
+        for part in parts:
+            part[:, :, canonical] = part[:, :, cells]
         try:
-            if moved:
-                self._copy(slot, cells, canonical)
-            self.lengths[slot] = position
             yield
         finally:
-            if cell != position:
-                self._copy(slot, [position], [cell])
-            for part, rows in zip(parts, saved, strict=False):
+            for part, rows in zip(parts, saved, strict=True):
+                part[:, :, cell] = part[:, :, position]
                 part[:, :, canonical] = rows
-            self.lengths[slot] = length
 
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         """Declare the first ``length`` rows of a slot verified, after copying cells (from, to).
@@ -132,8 +131,8 @@ class KVCache:
                 f"cells cannot be copied {list(moves)} beside {kept} verified rows of "
                 f"{self.capacity} and {self.loose} loose cells"
             )
-        if moves:
-            self._copy(slot, cells, targets)
+        for tensor in self.whole if moves else ():
+            tensor[:, slot][:, :, targets] = tensor[:, slot][:, :, cells]
         self.lengths[slot] = length
 
     def _length(self, slot: int) -> int:
@@ -143,8 +142,3 @@ class KVCache:
 
     def _is_loose(self, cell: int) -> bool:
         return self.capacity <= cell < self.capacity + self.loose
-
-    def _copy(self, slot: int, cells: list[int], targets: list[int]) -> None:
-        for tensor in self.whole:
-            part = tensor[:, slot]
-            part[:, :, targets] = part[:, :, cells]  # the right side is a copy

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from ppsd.errors import HeadError
+from ppsd.errors import HeadError, NonFiniteError
 from ppsd.model import kernels
 from ppsd.model.head_codes import decode
 from ppsd.model.head_files import WEIGHTS_FILE, HeadConfig, check_head, read_head_config
@@ -26,6 +27,8 @@ from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan, fuse_layer, new_cache, new_runner, packable
 from ppsd.model.weights import TensorSource
 from ppsd.speculation.lookup import LENGTHS, ODDS, Match, likeliest
+
+BLOCK = 64  # columns, the largest of which says whether to look at the others
 
 Shape = Callable[[HeadConfig, int], tuple[int, ...] | None]  # for a hidden size; None: no tensor
 
@@ -167,11 +170,14 @@ class ExitHead:
         return likeliest(values, self._scored, match, odds)
 
     def opinions(self, finished: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the k most probable ids [n, k] of finished rows, and their probabilities."""
-        scores = self.scores(finished).float()
-        found = scores.topk(min(k, scores.shape[1]))
-        probabilities = (found.values - scores.logsumexp(1, keepdim=True)).exp()
-        return torch.from_numpy(self._scored)[found.indices], probabilities
+        """Return the ``k`` most probable tokens of finished rows [n, C], or all if there are fewer.
+
+        Their ids, int64 [n, k], are by falling probability, equals by rising id; then come their
+        probabilities, float32 [n, k], under a softmax over the draft vocabulary. Both are on the
+        CPU, and do not depend on other rows. Raises NonFiniteError like ``likeliest``.
+        """
+        columns, probabilities = most_probable(self._score.by_rows(finished), k)
+        return torch.from_numpy(self._scored)[columns.cpu()], probabilities.cpu()
 
     def spread(self, scores: torch.Tensor) -> torch.Tensor:
         """Spread ``scores`` over the whole vocabulary; -inf outside the draft vocabulary."""
@@ -179,6 +185,32 @@ class ExitHead:
             return scores
         full = scores.new_full((scores.shape[0], self.spec.vocab_size), float("-inf"))
         return full.index_copy_(1, self.tensors.draft_ids, scores)
+
+
+def most_probable(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first ``k`` columns of each row of ``scores`` [n, V] by softmax, and the softmax.
+
+    Of equals the lower column is first. Raises NonFiniteError.
+    """
+    probabilities = scores.float().softmax(1)
+    rows, size = probabilities.shape
+    if probabilities[:, 0].isnan().any():
+        raise NonFiniteError("draft logits must have a finite maximum")
+    blocks = F.pad(probabilities, (0, -size % BLOCK), value=-1.0).view(rows, -1, BLOCK)
+    count = min(k, blocks.shape[1])  # no other blocks can hold the first k columns
+    chosen = _first(blocks.amax(2), torch.arange(blocks.shape[1], device=scores.device), count)
+    columns = (chosen[..., None] * BLOCK + torch.arange(BLOCK, device=scores.device)).flatten(1)
+    among = blocks[torch.arange(rows, device=scores.device)[:, None], chosen].flatten(1)
+    first = _first(among, columns, min(k, size))
+    return columns.gather(1, first), among.gather(1, first)
+
+
+def _first(values: torch.Tensor, places: torch.Tensor, k: int) -> torch.Tensor:
+    """Return where the ``k`` largest float32 ``values`` [n, m] are, equals by rising place."""
+    ordered = (
+        values.contiguous().view(torch.int32).long() << 32
+    )  # floats from 0 on sort as integers
+    return (ordered - places).topk(k, 1).indices
 
 
 def _product(weight: torch.Tensor | None, *rest: Any) -> Product | None:

@@ -6,6 +6,7 @@
 
 #include "products.h"
 
+#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 
@@ -136,14 +137,22 @@ static void rotate(const bf16 *restrict x, const bf16 *restrict cos, const bf16 
         }
 }
 
-// Up to AT_ONCE queries of the same keys and values [T, size].
+// Up to AT_ONCE queries of the same keys and values [T, size]: those below `split`, and later ones
+// in the tails. Which lie where does not change a bit.
 typedef struct {
     const bf16 *q, *keys, *values; // q [n, size], size a multiple of 32
+    const bf16 *tail_keys, *tail_values;
+    long split;                    // a multiple of TOGETHER
     bf16 *y[AT_ONCE];              // each [size]
     long size, seen[AT_ONCE];      // positions that each query sees; none sees less than the first
     float *weights;                // [T rounded up, AT_ONCE]: what it gives each
     floats *sums;                  // [n, size] to work in
 } Queries;
+
+// The keys or values from position t on.
+static inline const bf16 *from(long t, const Queries *s, const bf16 *whole, const bf16 *tail) {
+    return t < s->split ? whole + t * s->size : tail + (t - s->split) * s->size;
+}
 
 static inline long rounded_up(long keys) { return (keys + TOGETHER - 1) / TOGETHER * TOGETHER; }
 
@@ -156,8 +165,9 @@ ALWAYS void weigh(int n, const Queries *queries, float share[AT_ONCE]) {
     floats *tiles = (floats *)s.weights, largest = (floats){0} - INFINITY, all = {0};
     for (long t = 0; t < end; t += TOGETHER) {
         partials sums[TOGETHER][AT_ONCE] = {0};
-        fetch(s.values + t * s.size, TOGETHER * s.size); // for `mix`
-        add_all(n, s.q, s.keys + t * s.size, least(TOGETHER, end - t), s.size, KEYS_AHEAD, sums);
+        const bf16 *keys = from(t, &s, s.keys, s.tail_keys);
+        fetch(from(t, &s, s.values, s.tail_values), TOGETHER * s.size); // for `mix`
+        add_all(n, s.q, keys, least(TOGETHER, end - t), s.size, KEYS_AHEAD, sums);
         tiles[t / TOGETHER] = totals_by_output(sums) * scale;
     }
     for (int i = 0; i < n; i++)
@@ -171,15 +181,15 @@ ALWAYS void weigh(int n, const Queries *queries, float share[AT_ONCE]) {
     for (int i = 0; i < AT_ONCE; i++) share[i] = 1.0f / all[i];
 }
 
-// Adds to n queries' `sums`, each [size], what they give values [T, size] from position t to `end`,
-// `vectors` of words of each; n and `vectors` are constants after inlining.
-ALWAYS void mix(int n, int vectors, long size, const bf16 *values, const float *weights, long t,
-                long end, floats *sums) {
+// Adds to n queries' `sums`, each [size], what they give `count` values [count, size], `vectors` of
+// words of each; n and `vectors` are constants after inlining.
+ALWAYS void mix(int n, int vectors, long size, const bf16 *values, const float *weights, long count,
+                floats *sums) {
     long apart = size / LANES;
     floats all[AT_ONCE][4];
     for (int i = 0; i < n; i++)
         for (int v = 0; v < 2 * vectors; v++) all[i][v] = sums[i * apart + v];
-    for (; t < end; t++)
+    for (long t = 0; t < count; t++)
         for (int v = 0; v < vectors; v++) {
             words both = load(values + t * size + v * PAIRS);
             for (int i = 0; i < n; i++) {
@@ -199,18 +209,23 @@ ALWAYS void attend(int n, const Queries *queries) {
     floats *sums = s.sums;
     weigh(n, queries, share);
     memset(sums, 0, n * s.size * sizeof *s.weights);
-    for (long t = 0; t < s.seen[0]; t += NEAR)
+    for (long t = 0, count; t < s.seen[0]; t += count) {
+        const bf16 *values = from(t, &s, s.values, s.tail_values);
+        const float *weights = s.weights + t * AT_ONCE;
+        count = least(NEAR, (t < s.split ? least(s.split, s.seen[0]) : s.seen[0]) - t);
         for (long k = 0, vectors; k < s.size; k += vectors * PAIRS) {
-            const bf16 *from = s.values + k;
-            long end = least(t + NEAR, s.seen[0]);
             vectors = roomy && k + 2 * PAIRS <= s.size ? 2 : 1;
-            if (vectors == 2) mix(n, 2, s.size, from, s.weights, t, end, sums + k / LANES);
-            else mix(n, 1, s.size, from, s.weights, t, end, sums + k / LANES);
+            if (vectors == 2) mix(n, 2, s.size, values + k, weights, count, sums + k / LANES);
+            else mix(n, 1, s.size, values + k, weights, count, sums + k / LANES);
         }
+    }
     for (int i = 0; i < n; i++, sums += s.size / LANES) {
+        long more = s.seen[i] - s.seen[0]; // none in trees, whose queries are of one row
+        const bf16 *values = s.values + s.seen[0] * s.size;
         for (long k = 0; k < s.size; k += PAIRS) {
             // Alone, as a later row's value, if not a number, times 0 were none.
-            mix(1, 1, s.size, s.values + k, s.weights + i, s.seen[0], s.seen[i], sums + k / LANES);
+            mix(1, 1, s.size, values + k, s.weights + s.seen[0] * AT_ONCE + i, more,
+                sums + k / LANES);
             store(s.y[i] + k, sums[k / LANES] * share[i], sums[k / LANES + 1] * share[i]);
         }
     }
@@ -227,10 +242,16 @@ typedef struct { // as in layers.py, whose order of fields this is; biases and l
 
 typedef struct {
     long rows, position, hidden, heads, groups, size, inner;
-    long capacity; // positions that keys and values have room for
+    long cells;    // that keys and values have of a slot
+    long gathered; // positions of a tree's row that may lie elsewhere than in their own cells
     float eps;
     int threads;
 } Shape;
+
+typedef struct { // a tree's row: Place of passes.py
+    long slot, position, cell, base;
+    const long *path; // cells of the positions from `base` to before its own
+} Place;
 
 // The next `bytes` of a work space, aligned.
 static void *take(char **space, long bytes) {
@@ -240,16 +261,38 @@ static void *take(char **space, long bytes) {
 }
 
 static inline long work_floats(const Shape *shape) { // of a thread, for AT_ONCE queries
-    return AT_ONCE * (shape->size + rounded_up(shape->position + shape->rows));
+    long tail = shape->gathered ? (shape->gathered + TOGETHER) * shape->size : 0; // of 2 bf16
+    return AT_ONCE * (shape->size + rounded_up(shape->position + shape->rows)) + tail;
 }
 
-// Attention of queries q [groups, rows, heads of a group, size]; y [rows, heads, size]. Each thread
+static inline long cell_at(const Place *row, long t) {
+    return t < row->base ? t : t < row->position ? row->path[t - row->base] : row->cell;
+}
+
+// Copies the keys and values that a row sees, from the first that is not in its own cell on, to
+// tails in `space`, in order of position.
+static void gather(const Place *row, Queries *queries, bf16 *space) {
+    long t = row->base, size = queries->size, end = row->position + 1;
+    while (t < end && cell_at(row, t) == t) t++;
+    if (t == end) return;
+    queries->split = t = t / TOGETHER * TOGETHER;
+    bf16 *keys = space, *values = space + (end - t) * size;
+    queries->tail_keys = keys, queries->tail_values = values;
+    for (; t < end; t++, keys += size, values += size) {
+        long at = cell_at(row, t) * size;
+        memcpy(keys, queries->keys + at, 2 * size);
+        memcpy(values, queries->values + at, 2 * size);
+    }
+}
+
+// Attention of queries q [groups, rows, heads of a group, size]; y [rows, heads, size]. Those of all
+// rows share keys and values, or in trees, where there are `places`, those of one row. Each thread
 // has work_floats in `work`.
-static void attention(const Shape *shape, const bf16 *q, const bf16 *keys, const bf16 *values,
-                      bf16 *y, float *work) {
+static void attention(const Shape *shape, const Place *places, const bf16 *q, const bf16 *keys,
+                      const bf16 *values, bf16 *y, float *work) {
     const Shape s = *shape;
-    long end = s.position + s.rows, shared = s.heads / s.groups, queries = s.rows * shared;
-    long tiles = (queries + AT_ONCE - 1) / AT_ONCE, entered = 0;
+    long end = s.position + s.rows, shared = s.heads / s.groups, parts = places ? s.rows : 1;
+    long queries = s.rows / parts * shared, tiles = (queries + AT_ONCE - 1) / AT_ONCE, entered = 0;
     int threads = s.heads * end * s.size < THREAD_WORK ? 1 : s.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -257,18 +300,22 @@ static void attention(const Shape *shape, const bf16 *q, const bf16 *keys, const
 #pragma omp atomic capture
         thread = entered++;
 #pragma omp for schedule(static)
-        for (long tile = 0; tile < s.groups * tiles; tile++) {
-            long group = tile / tiles, first = tile % tiles * AT_ONCE;
-            long apart = group * s.capacity * s.size, n = least(AT_ONCE, queries - first);
-            Queries some = {.q = q + (group * queries + first) * s.size,
+        for (long tile = 0; tile < s.groups * parts * tiles; tile++) {
+            long group = tile / tiles / parts, part = tile / tiles % parts;
+            long first = tile % tiles * AT_ONCE, n = least(AT_ONCE, queries - first);
+            const Place *place = places ? places + part : NULL;
+            long apart = ((place ? place->slot * s.groups : 0) + group) * s.cells * s.size;
+            Queries some = {.q = q + ((group * parts + part) * queries + first) * s.size,
                             .keys = keys + apart,
                             .values = values + apart,
+                            .split = LONG_MAX,
                             .size = s.size,
                             .sums = (floats *)(work + thread * work_floats(shape))};
             some.weights = (float *)some.sums + AT_ONCE * s.size;
+            if (place) gather(place, &some, (bf16 *)(some.weights + AT_ONCE * rounded_up(end)));
             for (long i = 0; i < n; i++) {
-                long row = (first + i) / shared, head = group * shared + (first + i) % shared;
-                some.seen[i] = s.position + row + 1;
+                long row = part + (first + i) / shared, head = group * shared + (first + i) % shared;
+                some.seen[i] = (place ? place->position : s.position + row) + 1;
                 some.y[i] = y + (row * s.heads + head) * s.size;
             }
             switch (n) {
@@ -281,14 +328,15 @@ static void attention(const Shape *shape, const bf16 *q, const bf16 *keys, const
     }
 }
 
-// One layer of `shape` for rows x [rows, hidden] that begin at `position`, whose cosines and sines
-// are cos and sin [rows, size]; writes y like x, and keys and values [groups, capacity, size].
-// Returns 0, or 1 where there is no memory.
-int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, const bf16 *cos,
-                  const bf16 *sin, bf16 *keys, bf16 *values) {
+// One layer of `shape` for rows x [rows, hidden] that begin at `position`; writes y like x, and keys
+// and values [groups, cells, size]. Or for rows of trees at `places` in keys and values of all
+// slots, where `position` is the last of theirs. Cosines and sines, cos and sin [positions, size],
+// are those of all positions. Returns 0, or 1 where there is no memory.
+int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, const Place *places,
+                  const bf16 *cos, const bf16 *sin, bf16 *keys, bf16 *values) {
     const Shape s = *shape;
     long shared = s.heads / s.groups, all_heads = s.heads + 2 * s.groups;
-    long q_size = s.heads * s.size, apart = s.capacity * s.size;
+    long q_size = s.heads * s.size, apart = s.cells * s.size;
     long of_a_row = s.hidden + (all_heads + 2 * s.heads) * s.size + 3 * s.inner;
     long bytes = 2 * s.rows * of_a_row + 4 * s.threads * work_floats(shape) + 64 * 8;
     char *block = aligned_alloc(64, (bytes + 63) / 64 * 64), *space = block;
@@ -308,8 +356,10 @@ int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, 
         bf16 *new = qkv + row * all_heads * s.size, *k = new + q_size, *v = k + s.groups * s.size;
         if (w->q_norm) rms_norm(new, w->q_norm, new, s.heads, s.size, s.eps);
         if (w->k_norm) rms_norm(k, w->k_norm, k, s.groups, s.size, s.eps);
-        const bf16 *c = cos + row * s.size, *sn = sin + row * s.size;
-        long at = (s.position + row) * s.size;
+        long position = places ? places[row].position : s.position + row;
+        const bf16 *c = cos + position * s.size, *sn = sin + position * s.size;
+        long at = position * s.size;
+        if (places) at = places[row].slot * s.groups * apart + places[row].cell * s.size;
         rotate(k, c, sn, keys + at, s.groups, s.size, apart);
         for (long group = 0; group < s.groups; group++) {
             bf16 *to = q + (group * s.rows + row) * shared * s.size;
@@ -317,7 +367,7 @@ int decoder_layer(const bf16 *x, bf16 *y, const Weights *w, const Shape *shape, 
             memcpy(values + group * apart + at, v + group * s.size, 2 * s.size);
         }
     }
-    attention(shape, q, keys, values, attended, work);
+    attention(shape, places, q, keys, values, attended, work);
     linear(attended, w->o, w->o_kind, w->o_bias, x, y, s.rows, q_size, s.hidden, s.threads);
     rms_norm(y, w->post_norm, normed, s.rows, s.hidden, s.eps);
     linear(normed, w->gate_up, w->gate_up_kind, w->gate_up_bias, NULL, gate_up, s.rows, s.hidden,
@@ -337,14 +387,15 @@ typedef struct { // a layer and its keys and values
 // looks at `words` that others write, and goes on only while they are as `expected`. Returns the
 // layer to go on with, or -1 where there is no memory.
 long decoder_layers(const bf16 *x, bf16 *y, const Layer *layers, long first, long end,
-                    const Shape *shape, const bf16 *cos, const bf16 *sin,
+                    const Shape *shape, const Place *places, const bf16 *cos, const bf16 *sin,
                     int64_t *const *words, const int64_t *expected, long count) {
     for (long i = first; i < end; i++) {
         if (i > first)
             for (long word = 0; word < count; word++)
                 if (__atomic_load_n(words[word], __ATOMIC_ACQUIRE) != expected[word]) return i;
         const Layer *l = layers + i;
-        if (decoder_layer(i ? y : x, y, l->weights, shape, cos, sin, l->keys, l->values)) return -1;
+        if (decoder_layer(i ? y : x, y, l->weights, shape, places, cos, sin, l->keys, l->values))
+            return -1;
     }
     return end;
 }

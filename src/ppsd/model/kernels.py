@@ -48,7 +48,7 @@ SIGNATURES = {
     "rms_norm": ([POINTER] * 3 + [LONG] * 2 + [FLOAT], None),
     "all_finite": ([POINTER, LONG], INT),
     "largest": ([POINTER, LONG], LONG),
-    "decoder_layers": ([POINTER] * 3 + [LONG] * 2 + [POINTER] * 5 + [LONG], LONG),
+    "decoder_layers": ([POINTER] * 3 + [LONG] * 2 + [POINTER] * 6 + [LONG], LONG),
 }
 
 

@@ -7,6 +7,7 @@ A third way, for GPUs, is in steps.py. Which one a stage or head takes is chosen
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -66,7 +67,8 @@ class TorchRunner:
 
     def start_rows(self, rows: torch.Tensor, places: Sequence[Place]) -> Pass:
         """Start a pass of rows of trees."""
-        return RowsInTurn(self, rows, places)
+        self.cache.check(places, len(rows))
+        return TorchTreePass(self, rows, places)
 
 
 class TorchPass:
@@ -94,33 +96,29 @@ class TorchPass:
         return True
 
 
-class RowsInTurn:
-    """A pass of rows of trees through any runner: each is run as plain decoding would run it.
+class TorchTreePass:
+    """A pass of rows of trees through the layers of a TorchRunner, each row by itself."""
 
-    Between two calls the cells are as the rows' places say.
-    """
-
-    def __init__(self, runner: Runner, rows: torch.Tensor, places: Sequence[Place]) -> None:
-        runner.cache.check(places, len(rows))
-        self.hidden = torch.empty_like(rows)
-        self._runner = runner
-        parts = torch.split(rows, 1), places, torch.split(self.hidden, 1)
-        self._waiting = list(zip(*parts, strict=True))[::-1]
-        self._running: Pass | None = None
+    def __init__(self, runner: TorchRunner, rows: torch.Tensor, places: Sequence[Place]) -> None:
+        self.hidden = rows.clone()
+        self._runner, self._places = runner, places
+        self._done = 0
 
     def advance(self, watch: Watch | None = None) -> bool:
         """Run on."""
-        while self._waiting:
-            row, place, result = self._waiting[-1]
-            with self._runner.cache.in_order(place):
-                if self._running is None:
-                    self._running = self._runner.start(row.clone(), place.position, place.slot)
-                if not self._running.advance(watch):
-                    return False
-            result.copy_(self._running.hidden)
-            self._running = None
-            self._waiting.pop()
-            if self._waiting and watch is not None and (watch.blind or watch.changed()):
+        runner = self._runner
+        count = len(runner.layers)
+        while self._done < count:
+            at, layer = self._done, runner.layers[self._done]
+            for row, place in zip(torch.split(self.hidden, 1), self._places, strict=True):
+                position = place.position
+                keys, values = runner.views[place.slot][at]
+                with runner.cache.in_order(place, slice(at, at + 1)):
+                    attention = cached_attention(keys, values, position, None)
+                    # a copy lies as aligned as a row alone, on which a library's bits may rest
+                    row.copy_(layer(row.clone(), runner.rope, attention, position))
+            self._done += 1
+            if watch is not None and self._done < count and (watch.blind or watch.changed()):
                 return False
         return True
 
@@ -131,7 +129,8 @@ class Shape(ctypes.Structure):
     _fields_ = [
         *((name, LONG) for name in ("rows", "position", "hidden", "heads", "groups", "size")),
         ("inner", LONG),
-        ("capacity", LONG),
+        ("cells", LONG),
+        ("gathered", LONG),
         ("eps", FLOAT),
         ("threads", INT),
     ]
@@ -157,11 +156,10 @@ class CompiledRunner:
         self.tables_at = [ctypes.addressof(table) for table in self._tables]
         self._held = weights, rope, pointers  # by address alone below
         self.rope_at = rope.cos.data_ptr(), rope.sin.data_ptr()
-        self.turn = spec.head_dim * rope.cos.itemsize  # bytes of a position
         cells = cache.keys[0].shape[2]
         self._end = min(cells, rope.cos.shape[0])
         sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size
-        self.shape = Shape(0, 0, spec.hidden_size, *sizes, cells, spec.rms_norm_eps)
+        self.shape = Shape(0, 0, spec.hidden_size, *sizes, cells, 0, spec.rms_norm_eps)
         self.shape_at = ctypes.addressof(self.shape)
 
     def start(self, rows: torch.Tensor, position: int, slot: int = 0) -> Pass:
@@ -176,42 +174,89 @@ class CompiledRunner:
 
     def start_rows(self, rows: torch.Tensor, places: Sequence[Place]) -> Pass:
         """Start a pass of rows of trees."""
-        return RowsInTurn(self, rows, places)
+        self.cache.check(places, len(rows))
+        assert rows.dtype == torch.bfloat16  # others would be misread
+        starts = range(0, len(rows), MAX_ROWS)
+        parts = [(rows[i : i + MAX_ROWS].contiguous(), places[i : i + MAX_ROWS]) for i in starts]
+        passes = [CompiledPass(self, part, tree=places) for part, places in parts]
+        return passes[0] if len(passes) == 1 else PassesInTurn(passes)
 
 
 class CompiledPass:
-    """A pass through the layers of a CompiledRunner."""
+    """A pass of consecutive rows, or of rows of a ``tree``, through a CompiledRunner's layers."""
 
     def __init__(
-        self, runner: CompiledRunner, rows: torch.Tensor, position: int, slot: int
+        self,
+        runner: CompiledRunner,
+        rows: torch.Tensor,
+        position: int = 0,
+        slot: int = 0,
+        tree: Sequence[Place] = (),
     ) -> None:
         self.hidden = hidden = torch.empty_like(rows)
         self._runner, self._rows, self._position, self._slot = runner, rows, position, slot
-        cos, sin = runner.rope_at
-        turned = position * runner.turn
-        self._places = rows.data_ptr(), hidden.data_ptr(), runner.tables_at[slot]
-        self._rope = cos + turned, sin + turned
+        self._tensors = rows.data_ptr(), hidden.data_ptr(), runner.tables_at[slot]
+        self._places_at: int | None = None
+        self._gathered = 0
+        if tree:
+            self._tables = _place_tables(tree)
+            self._places_at = self._tables[0].buffer_info()[0]
+            self._gathered = 1 + max(len(place.path) for place in tree)
+            self._position = max(place.position for place in tree)
         self._done = 0
 
     def advance(self, watch: Watch | None = None) -> bool:
         """Run on."""
-        runner, rows = self._runner, self._rows.shape[0]
+        runner, rows, places = self._runner, self._rows.shape[0], self._places_at
         end, words = runner.count, UNWATCHED
         if watch is not None:
             words = watch.places
             end = self._done + 1 if watch.blind else end
         shape = runner.shape
-        shape.rows, shape.position = rows, self._position
+        shape.rows, shape.position, shape.gathered = rows, self._position, self._gathered
         shape.threads = torch.get_num_threads()
         self._done = done = runner.run(
-            *self._places, self._done, end, runner.shape_at, *self._rope, *words
+            *self._tensors, self._done, end, runner.shape_at, places, *runner.rope_at, *words
         )
         if done < 0:
             raise MemoryError("no memory for the work space of a decoder layer")
         if done < runner.count:
             return False
-        runner.cache.advance(self._position, rows, self._slot)
+        if places is None:
+            runner.cache.advance(self._position, rows, self._slot)
         return True
+
+
+class PassesInTurn:
+    """Passes as one, of which each begins when the one before it is done."""
+
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        self._passes, self._done = passes, 0
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        return torch.cat([part.hidden for part in self._passes])
+
+    def advance(self, watch: Watch | None = None) -> bool:
+        """Run on."""
+        while self._passes[self._done].advance(watch):
+            self._done += 1
+            if self._done == len(self._passes):
+                return True
+            if watch is not None and (watch.blind or watch.changed()):
+                return False
+        return False
+
+
+def _place_tables(places: Sequence[Place]) -> tuple[array[int], array[int]]:
+    """Return the places as kernels.c has them, and the paths that they point to."""
+    paths = array("l", [cell for place in places for cell in place.path])
+    at = paths.buffer_info()[0]
+    table = array("l")
+    for slot, position, cell, path in places:
+        table.extend((slot, position, cell, position - len(path), at))
+        at += paths.itemsize * len(path)
+    return table, paths
 
 
 def _pointers(layer: LayerWeights) -> kernels.Pointers:

@@ -16,7 +16,7 @@ import torch
 from ppsd.model.cache import KVCache
 from ppsd.model.layers import Attention, DecoderLayer, LayerWeights, Rope, RopeRows, attend
 from ppsd.model.passes import Pass, Place, Watch
-from ppsd.model.runners import RowsInTurn, TorchRunner
+from ppsd.model.runners import TorchRunner
 from ppsd.model.spec import ModelSpec
 
 BUCKET = 256  # cells: a graph serves all contexts up to the next multiple
@@ -58,9 +58,9 @@ class CudaGraphs:
 class Step:
     """A step of up to ``width`` rows of one sequence through consecutive layers.
 
-    ``keys``, ``values`` are [K, capacity, D] for each layer; their last cell is given to the rows
-    that only fill up the width. ``finish`` maps the layers' rows [width, C] to what is wanted of
-    them, within the graph. ``graphs`` None runs eagerly.
+    ``keys``, ``values`` are [K, cells, D] for each layer; their last cell is given to the rows that
+    only fill up the width, and the ``loose`` ones before it to none. ``finish`` maps the layers'
+    rows [width, C] to what is wanted of them, within the graph. ``graphs`` None runs eagerly.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Step:
         width: int,
         graphs: Graphs | None,
         finish: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+        loose: int = 0,
     ) -> None:
         self._layers = [DecoderLayer(weights, spec) for weights in layers]
         self._rope, self._finish = rope, finish
@@ -79,6 +80,7 @@ class Step:
         self._graphs = graphs
         first = cache[0][0]
         self._spare = first.shape[1] - 1
+        self._end = self._spare - loose
         self._rows = first.new_zeros(width, spec.hidden_size)
         self._places = torch.zeros(2, width, dtype=torch.int64, device=first.device)
         self._reach = torch.arange(first.shape[1], device=first.device)
@@ -95,8 +97,8 @@ class Step:
         width and positions beyond the cache.
         """
         count = len(positions)
-        if not 0 < count <= self.width or not 0 <= min(positions) <= max(positions) < self._spare:
-            raise ValueError(f"{count} rows at {positions} do not fit {self.width} x {self._spare}")
+        if not 0 < count <= self.width or not 0 <= min(positions) <= max(positions) < self._end:
+            raise ValueError(f"{count} rows at {positions} do not fit {self.width} x {self._end}")
         self._place(positions)
         replay, result = self._replay(-(-(max(positions) + 1) // BUCKET) * BUCKET)
         self._rows[:count].copy_(rows, non_blocking=True)
@@ -140,7 +142,7 @@ class Step:
     def _forward(self, bucket: int) -> torch.Tensor:
         positions, cells = self._places
         rope = RopeRows(self._rope, positions)
-        size = min(bucket, self._spare)
+        size = min(bucket, self._end)
         mask = self._reach[:size] <= positions[:, None]
         x = self._rows
         for layer, keys, values in zip(self._layers, *self._cache, strict=True):
@@ -185,7 +187,8 @@ class CudaRunner:
         self.steps: list[Step] = []
         for slot in range(len(cache.lengths)):
             keys, values = zip(*cache.views(slot), strict=True)
-            self.steps.append(Step(weights, spec, rope, (keys, values), WIDTH, graphs))
+            step = Step(weights, spec, rope, (keys, values), WIDTH, graphs, loose=cache.loose)
+            self.steps.append(step)
 
     def start(self, rows: torch.Tensor, position: int, slot: int = 0) -> Pass:
         """Start a pass."""
@@ -196,7 +199,8 @@ class CudaRunner:
 
     def start_rows(self, rows: torch.Tensor, places: Sequence[Place]) -> Pass:
         """Start a pass of rows of trees."""
-        return RowsInTurn(self, rows, places)
+        self.cache.check(places, len(rows))
+        return CudaTreePass(self, rows, places)
 
 
 class CudaPass:
@@ -212,4 +216,29 @@ class CudaPass:
         found = self._runner.steps[self._slot].start(self.hidden, positions)
         self.hidden = found.clone()  # the next step overwrites it
         self._runner.cache.advance(self._position, len(positions), self._slot)
+        return True
+
+
+class CudaTreePass:
+    """A pass of rows of trees through a CudaRunner: a step for each row.
+
+    A step of several rows would have to gather what each of them sees, which is another product
+    than plain decoding's, with other bits.
+    """
+
+    def __init__(self, runner: CudaRunner, rows: torch.Tensor, places: Sequence[Place]) -> None:
+        self.hidden = rows.clone()
+        self._runner, self._places = runner, places
+        self._done = 0
+
+    def advance(self, watch: Watch | None = None) -> bool:
+        """Launch the steps of the rows in turn, and stop between two if ``watch`` says so."""
+        runner, count = self._runner, len(self._places)
+        while self._done < count:
+            place, row = self._places[self._done], self.hidden[self._done : self._done + 1]
+            with runner.cache.in_order(place):
+                row.copy_(runner.steps[place.slot].start(row, [place.position]))
+            self._done += 1
+            if watch is not None and self._done < count and (watch.blind or watch.changed()):
+                return False
         return True
