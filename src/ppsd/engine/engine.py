@@ -179,7 +179,8 @@ class Engine:
 
     def _take(self, answer: Answer) -> None:
         """Act on an answer of the stages; of old work it means nothing."""
-        assert isinstance(answer, Verdict | Refusal)
+        if not isinstance(answer, Verdict | Refusal):
+            return  # late, to the waves of an engine before this one
         sequence = self._slots.get(answer.slot)
         if sequence is None or sequence.policy.epoch != answer.epoch:
             return
