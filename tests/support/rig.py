@@ -110,7 +110,7 @@ class Rig:
             for rank in itertools.takewhile(bool, itertools.islice(pattern, 6)):
                 self.workers[rank - 1].step(0.0)
 
-        self.links.watch(0).look = stepping
+        self.links.watch().look = stepping
 
     def pause_at_will(self, wills: Sequence[bool]) -> None:
         """Pause or resume the policy, as ``wills`` say in turn, whenever stage 0 looks up.
