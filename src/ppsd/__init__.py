@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ppsd.engine.async_llm import AsyncLLM
     from ppsd.engine.llm import LLM, Chunk, Completion
     from ppsd.types import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Chunk", "Completion", "SamplingParams"]
+__all__ = ["LLM", "AsyncLLM", "Chunk", "Completion", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from ppsd.types import SamplingParams
 
         return SamplingParams
+    if name == "AsyncLLM":
+        from ppsd.engine.async_llm import AsyncLLM
+
+        return AsyncLLM
     if name in ("LLM", "Chunk", "Completion"):
         from ppsd.engine import llm
 

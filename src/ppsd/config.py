@@ -21,6 +21,7 @@ HEADS = ("auto", "lookup", "untrained", "none")  # what ``head`` may be beside a
 DEFAULT_CONTEXT = 8192
 MAX_STAGES = 64
 MAX_LAYERS = 1024
+MAX_CONCURRENT = 256
 SECONDS = "a number of seconds in (0, 1e6]"
 
 
@@ -74,6 +75,11 @@ class Placement(_Checked):
     transport: str = setting(
         "auto, shared-memory, distributed or inprocess.", "auto", metavar="KIND", expert=True
     )
+    concurrent: int = setting(
+        "Requests that may be under way at once; each has a cache of max_context positions.",
+        1,
+        metavar="N",
+    )
     prefill_chunk: int = setting("Prompt tokens that travel together.", 128, expert=True)
     pace: tuple[float, ...] = setting(
         "Emulate devices: seconds a stage takes for a block, one or one a stage.",
@@ -99,6 +105,7 @@ class Placement(_Checked):
             self._set("stages", len(layers) + 1)
         self._set_integer("stages", 1, MAX_STAGES)
         self._set_integer("threads_per_stage", 0, 1024)
+        self._set_integer("concurrent", 1, MAX_CONCURRENT)
         self._set_integer("prefill_chunk", 1, 8192)
         self._set_truths("escape_special")
         for name in ("timeout", "init_timeout"):
@@ -198,16 +205,9 @@ class Decoding(_Checked):
                 self._set_integer(name, 1, MAX_IN_SCHEDULE)
         self._set_integer("rows", 1, MAX_ROWS)
         _one_of("heads", self.heads, INNER_HEADS)
-        if self.waves and self.acceptance == "rejection":
-            raise ConfigError("acceptance", self.acceptance, "coupled where rows travel in waves")
         self._set_truths("lookup", "gate", "force_head")
         if self.force_head and self.head in HEADS:
             raise ConfigError("force_head", self.force_head, "used with head as a directory only")
-
-    @property
-    def waves(self) -> bool:
-        """Return True if rows of candidate trees travel in waves, where drafts are made at all."""
-        return self.rows > 1 or self.heads != "none"
 
     @property
     def schedule_given(self) -> bool:
@@ -230,6 +230,13 @@ class EngineConfig(Decoding, Placement):
         Decoding.__post_init__(self)
         self._set_truths("trace")
         self._check_schedule()
+        if self.waves and self.acceptance == "rejection":
+            raise ConfigError("acceptance", self.acceptance, "coupled where rows travel in waves")
+
+    @property
+    def waves(self) -> bool:
+        """Return True if rows travel in waves: of candidate trees, or of several requests."""
+        return self.stages > 1 and (self.rows > 1 or self.heads != "none" or self.concurrent > 1)
 
     def _check_schedule(self) -> None:
         if self.schedule.drafts and self.stages == 1:

@@ -258,6 +258,7 @@ GOOD = {
     "vocab_size": 9,
     "want_logits": False,
     "want_feedback": False,
+    "want_opinions": False,
 }
 
 

@@ -86,6 +86,7 @@ class Layout:
     cores: tuple[tuple[int, ...], ...]
     kernels: tuple[str, ...]
     loose: int = 0  # cells of a slot for rows of branches
+    slots: int = 1  # requests that may be under way at once
     reason: str = ""
 
     @property
@@ -103,6 +104,7 @@ class Layout:
             device=torch.device(device),
             packed=True,
             loose=self.loose,
+            slots=self.slots,
         )
 
 
@@ -140,6 +142,7 @@ def plan_layout(
             kernels.name(dtype_name(config), config.device(rank)) for rank in range(config.stages)
         ),
         loose=config.rows * config.stages if config.waves else 0,
+        slots=config.concurrent,
         reason=choice.reason,
     )
     return config, layout, source
@@ -272,9 +275,13 @@ class RunningPipeline:
         speaker = None if head is None else InnerHead(head, seconds)
         self.stage = FirstStage(stage, drafter, recorder, speaker)
         if layout.stages == 1:
-            self.links = OwnLinks(Judge(stage, 0, layout.max_context), recorder)
+            self.links = OwnLinks(
+                Judge(stage, 0, layout.max_context, layout.slots), recorder, layout.slots
+            )
         else:
-            links = StageLinks(endpoint, timeout=config.timeout, check=self._alive)
+            links = StageLinks(
+                endpoint, timeout=config.timeout, check=self._alive, slots=layout.slots
+            )
             self.links = links
             self._cleanup.callback(links.close)
             if not workers:
@@ -316,19 +323,25 @@ class RunningPipeline:
             force=self._config.force_head,
         )
 
+    def _most_rows(self) -> int:
+        """Return the most rows of a block or wave that is no piece of a prompt."""
+        config = self._config
+        return max(config.schedule.block, config.rows, config.concurrent)
+
     def _geometry(self) -> Geometry:
         config, spec, dtype = self._config, self.layout.spec, self.layout.dtype
-        rows = max(config.prefill_chunk, config.schedule.block, config.rows)
+        rows = max(config.prefill_chunk, self._most_rows())
         window = max(config.schedule.in_flight, self.layout.stages)
         return Geometry(
             size=self.layout.stages,
             forward_bytes=frame_bytes(rows, spec.hidden_size, dtype),
             return_bytes=frame_bytes(
-                max(config.schedule.block, config.rows),
+                self._most_rows(),
                 spec.hidden_size + spec.vocab_size,
                 dtype,
             ),
             frames=2 * window + 4,  # a window of stale work, one of new work, and control
+            slots=self.layout.slots,
         )
 
     def _connect(self) -> tuple[Endpoint, list[Worker]]:
@@ -352,7 +365,7 @@ class RunningPipeline:
         own = Stage(layout.spec, layout.plan(rank, config.device(rank)), self._source)
         recorder = Recorder(config.trace)
         stage = self._paced(own, rank, recorder)
-        judge = Judge(stage, rank, layout.max_context) if stage.is_last else None
+        judge = Judge(stage, rank, layout.max_context, layout.slots) if stage.is_last else None
         link = TransportLink(hub.endpoint(rank), config.timeout)
         head = self._inner_head(rank, own)
         return Worker(rank, stage, link, judge, recorder, head)
@@ -366,8 +379,7 @@ class RunningPipeline:
         return InnerHead(head, head_seconds(config.pace_of(rank), layout, rank, found.config))
 
     def _paced(self, stage: Stage, rank: int, recorder: Recorder) -> StageModel:
-        rows = max(self._config.schedule.block, self._config.rows)
-        return paced(stage, self._config.pace_of(rank), rows, recorder)
+        return paced(stage, self._config.pace_of(rank), self._most_rows(), recorder)
 
     def _connect_shared_memory(self, geometry: Geometry) -> Endpoint:
         from ppsd.transport.shared_memory import SharedMemoryEndpoint, create_segment
@@ -427,5 +439,5 @@ class RunningPipeline:
             head_seconds=head_seconds(
                 config.pace_of(rank), layout, rank, None if found is None else found.config
             ),
-            block=max(config.schedule.block, config.rows),
+            block=self._most_rows(),
         )

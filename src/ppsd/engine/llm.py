@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -160,32 +160,51 @@ class LLM:
             "prefill_chunk": config.prefill_chunk,
             "gate": self._gate(config),
         }
-        if not (config.waves and own and config.mode == "ppsd"):
+        drafts = schedule.drafts and own
+        if not config.waves or schedule.block > 1 or (config.concurrent == 1 and not drafts):
             return Engine(*arguments, **settings)
         return WaveEngine(
             *arguments,
             **settings,
-            rows=config.rows,
+            rows=config.rows if drafts else 0,
             loose=self.layout.loose,
-            lookup=config.lookup,
-            opinions=any(self.layout.inner),
+            lookup=config.lookup and drafts,
+            opinions=drafts and any(self.layout.inner),
+            slots=config.concurrent,
         )
 
     def _gate(self, config: EngineConfig) -> Gate | None:
         schedule = config.schedule
-        if not (config.gate and schedule.drafts):
-            return None
+        if not (config.gate and schedule.drafts) or config.concurrent > 1:
+            return (
+                None  # of several requests the certain rows come first, drafts where there is room
+            )
         return self._gates.setdefault(schedule, Gate(schedule))
 
     def _check_head(self, config: EngineConfig) -> None:
         if config.schedule.drafts and not self.drafts:
             raise ConfigError("mode", config.mode, "autoregressive without anything to draft with")
 
-    def generate(
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # an empty list and a text are one prompt
         self, prompt: Prompt, params: SamplingParams | None = None, *, reuse: bool = False
-    ) -> list[Completion]:
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[Prompt], params: SamplingParams | None = None, *, reuse: bool = False
+    ) -> list[list[Completion]]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        reuse: bool = False,
+    ) -> list[Completion] | list[list[Completion]]:
         """Return ``params.n`` completions of a text, token ids, or chat messages.
 
+        Of a list of prompts return a list for each; ``concurrent`` requests are under way at once.
         Without ``params`` the model's own ``defaults`` hold. Sample i has seed ``params.seed + i``.
         ``reuse`` continues from all rows that the last request left (a conversation) instead of
         those only that recomputing would repeat bit for bit. ``max_tokens`` is cut to the context.
@@ -193,8 +212,16 @@ class LLM:
         params = params or SamplingParams(**self.defaults.values)
         if params.n > 1 and params.greedy:
             raise ConfigError("n", params.n, "1 at temperature 0, where all samples are equal")
-        ids = self.encode(prompt)
-        return [self.run(ids, params.sample(i), reuse=reuse) for i in range(params.n)]
+        many = _prompts(prompt)
+        tickets = [
+            self._ticket(self._request(ids, params.sample(i), reuse=reuse), silent=True)
+            for ids in [self.encode(one) for one in many or [prompt]]  # type: ignore[list-item]
+            for i in range(params.n)
+        ]
+        found = self._thread.results(tickets)
+        if many is None:
+            return found
+        return [found[i : i + params.n] for i in range(0, len(found), params.n)]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, reuse: bool = False
@@ -208,6 +235,26 @@ class LLM:
             raise ConfigError("n", params.n, "1 in a stream")
         request = self._request(self.encode(prompt), params, reuse=reuse)
         return (yield from self._thread.stream(self._ticket(request)))
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        reuse: bool = False,
+        notify: Callable[[], object],
+    ) -> Ticket:
+        """Begin one completion and return at once.
+
+        ``notify`` is called, on the engine's thread, whenever the ticket has something to take.
+        """
+        params = params or SamplingParams(**self.defaults.values)
+        if params.n > 1:
+            raise ConfigError("n", params.n, "1 in a stream")
+        ticket = self._ticket(self._request(self.encode(prompt), params, reuse=reuse))
+        ticket.notify = notify
+        self._thread.submit(ticket)
+        return ticket
 
     def run(
         self,
@@ -253,6 +300,16 @@ class LLM:
     def write_trace(self, path: Path) -> None:
         """Write the Chrome trace of all requests so far (needs ``trace=True``)."""
         self.trace.write(path, self.layout.bounds)
+
+
+def _prompts(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
+    """Return the prompts of a list of them; None for a single prompt."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
+        return None
+    several = isinstance(prompt[0], str) or (
+        isinstance(prompt[0], Sequence) and not isinstance(prompt[0], bytes)
+    )
+    return prompt if several else None  # type: ignore[return-value]  # as its first item shows
 
 
 def collect_logits() -> tuple[LogitsSink, dict[int, torch.Tensor]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from copy import copy
 from queue import Empty, SimpleQueue
@@ -61,10 +61,12 @@ class Job(Generic[T]):
 
     ``cancelled`` is set once nobody wants the results any more; the thread looks at it. What is
     put waits for its reader however long that takes: a reader that stops reading stalls nobody.
+    ``notify`` is called after each.
     """
 
     def __init__(self) -> None:
         self.cancelled = False
+        self.notify: Callable[[], object] = lambda: None
         self._outbox: SimpleQueue[tuple[str, Any]] = SimpleQueue()
 
     def can_begin(self) -> bool:
@@ -77,19 +79,30 @@ class Job(Generic[T]):
 
     def put(self, chunk: object) -> None:
         """Hand a chunk to the reader."""
-        self._outbox.put(("chunk", chunk))
+        self._put("chunk", chunk)
 
     def finish(self, result: T) -> None:
         """Let the reader have the result."""
-        self._outbox.put(("result", result))
+        self._put("result", result)
 
     def fail(self, error: BaseException) -> None:
         """Let the reader have the reason why there is no result."""
-        self._outbox.put(("error", error))
+        self._put("error", error)
+
+    def _put(self, kind: str, value: object) -> None:
+        self._outbox.put((kind, value))
+        with suppress(RuntimeError):  # the reader's event loop is closed
+            self.notify()
 
     def take(self) -> tuple[str, Any]:
         """Wait for what comes next: ``chunk``, ``result`` or ``error``, with its value."""
         return self._outbox.get()
+
+    def take_now(self) -> tuple[str, Any] | None:
+        """Return what comes next, or None if nothing has come yet."""
+        with suppress(Empty):
+            return self._outbox.get_nowait()
+        return None
 
 
 class Call(Job[T]):
@@ -132,7 +145,23 @@ class EngineThread:
 
     def result(self, job: Job[T]) -> T:
         """Do a job and return its result; what it puts meanwhile is dropped."""
-        reading = self.stream(job)
+        return self.results([job])[0]
+
+    def results(self, jobs: Sequence[Job[T]]) -> list[T]:
+        """Do jobs, at once where that is possible, and return their results.
+
+        If one fails, the others are cancelled.
+        """
+        try:
+            for job in jobs:
+                self.submit(job)
+            return [self._last(job) for job in jobs]
+        finally:
+            for job in jobs:
+                job.cancelled = True
+
+    def _last(self, job: Job[T]) -> T:
+        reading = self._taken(job)
         while True:
             try:
                 next(reading)
@@ -143,19 +172,22 @@ class EngineThread:
     def stream(self, job: Job[T]) -> Generator[Any, None, T]:
         """Yield a job's chunks and return its result; leaving early cancels the job."""
         try:
-            self._submit(job)
-            while True:
-                kind, value = job.take()
-                if kind == "chunk":
-                    yield value
-                    self._check_process()
-                elif kind == "error":
-                    raise value
-                else:
-                    result: T = value
-                    return result
+            self.submit(job)
+            return (yield from self._taken(job))
         finally:
             job.cancelled = True  # an assignment: no interrupt comes between it and ``finally``
+
+    def _taken(self, job: Job[T]) -> Generator[Any, None, T]:
+        while True:
+            kind, value = job.take()
+            if kind == "chunk":
+                yield value
+                self._check_process()
+            elif kind == "error":
+                raise value
+            else:
+                result: T = value
+                return result
 
     def check(self) -> None:
         """Raise if the thread is to end."""
@@ -182,7 +214,8 @@ class EngineThread:
                 f"{os.getpid()} is, must open an LLM of its own"
             )
 
-    def _submit(self, job: Job[Any]) -> None:
+    def submit(self, job: Job[Any]) -> None:
+        """Let the thread do a job, and return at once."""
         self._check_process()
         if self._thread is threading.current_thread():
             raise PpsdError("an LLM cannot be used from within a callback of its own request")

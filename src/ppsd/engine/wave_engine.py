@@ -25,7 +25,9 @@ from ppsd.worker.wave_messages import Opinion, Verdicts, Wave
 
 
 class WaveEngine(Engine):
-    """Decodes requests by waves of at most ``rows`` rows.
+    """Decodes requests by waves.
+
+    A wave has all rows that are certain, and drafts up to ``rows`` rows in all; 0 drafts nothing.
 
     ``loose`` cells of each slot take the rows of branches. ``lookup`` lets earlier text propose
     tokens, ``opinions`` heads on later boundaries. Other arguments are Engine's.
@@ -42,6 +44,7 @@ class WaveEngine(Engine):
     ) -> None:
         super().__init__(*arguments, **settings)
         self._rows = rows
+        self.stage.drafting = self.stage.drafting and rows > 0
         self._loose = loose
         self._lookup = lookup
         self.opinions = opinions

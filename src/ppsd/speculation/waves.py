@@ -338,10 +338,10 @@ class WavePolicy:
 
 
 def choose(policies: Sequence[WavePolicy], rows: int, wave: int) -> list[tuple[WavePolicy, Node]]:
-    """Feed a wave the ``rows`` most valuable nodes of all sequences; return them.
+    """Feed a wave the most valuable nodes of all sequences; return them.
 
-    Certain rows come first, those of the policies in their order. Equal values go to the policy
-    that comes first.
+    Certain rows come first and are not counted; drafts follow while there are fewer than ``rows``
+    rows. Equal values go to the policy that comes first.
     """
     offers = [policy.offers(wave) for policy in policies]
     heap = [
@@ -352,11 +352,11 @@ def choose(policies: Sequence[WavePolicy], rows: int, wave: int) -> list[tuple[W
     ]
     heapify(heap)
     fed: list[tuple[WavePolicy, Node]] = []
-    while heap and len(fed) < rows:
+    while heap and (len(fed) < rows or heap[0][0] == -inf):
         _, index, node = heap[0]
         if policies[index].feed(node, wave):
             fed.append((policies[index], node))
-        following = next(offers[index], None) if len(fed) < rows else None
+        following = next(offers[index], None) if rows else None
         if following is None:
             heappop(heap)
         else:

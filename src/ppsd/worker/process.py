@@ -225,7 +225,7 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
         if done % 8 == 0 or done == total:
             say(Status(config.rank, "progress", {"done": done, "total": total}))
 
-    spec = ModelSpec.from_json(config.spec)
+    spec, slots = ModelSpec.from_json(config.spec), config.geometry["slots"]
     plan = StagePlan(
         config.first,
         config.last,
@@ -234,6 +234,7 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
         torch.device(config.device),
         packed=True,
         loose=config.loose,
+        slots=slots,
     )
     source = open_source(Path(config.model_path))
     loaded = Stage(spec, plan, source, progress)
@@ -243,7 +244,7 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
         head = InnerHead(found, config.head_seconds)
     recorder = Recorder(config.trace)
     stage = paced(loaded, config.pace, config.block, recorder)
-    judge = Judge(stage, config.rank, config.max_context) if stage.is_last else None
+    judge = Judge(stage, config.rank, config.max_context, slots) if stage.is_last else None
     about = {
         "pid": os.getpid(),
         "memory": memory_used(),
