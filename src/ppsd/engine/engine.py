@@ -71,9 +71,9 @@ class Engine:
 
     def add(self, request: Request) -> Sequence:
         """Begin a request in a free slot; ``has_room`` says that there is one."""
-        slot = self._free[-1]
+        slot, stage = self._free[-1], self.stage
         held = self._held[slot]
-        feedback, logits = self.stage.wants_feedback, self._rejection
+        feedback, logits = stage.wants_feedback, self._rejection
         begin = begin_message(
             slot, request, feedback=feedback, logits=logits, opinions=self.opinions
         )
@@ -86,6 +86,8 @@ class Engine:
         self._slots[slot] = sequence
         self.links.publish(slot, policy.epoch)
         self.links.send(begin)
+        if stage.head is not None:
+            stage.head.begin(begin)
         if self.gate is not None:
             self.gate.begin(policy, self._seconds())
         sequence.commands.extend(policy.start(request.prompt, cached))

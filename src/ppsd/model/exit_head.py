@@ -26,7 +26,7 @@ from ppsd.model.passes import Place
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan, fuse_layer, new_cache, new_runner, packable
 from ppsd.model.weights import TensorSource
-from ppsd.speculation.lookup import LENGTHS, ODDS, Match, likeliest
+from ppsd.speculation.lookup import LENGTHS, ODDS, Array, Match, likeliest
 
 BLOCK = 64  # columns, the largest of which says whether to look at the others
 
@@ -169,14 +169,21 @@ class ExitHead:
         values = scores[0].to("cpu", torch.promote_types(scores.dtype, torch.float32)).numpy()
         return likeliest(values, self._scored, match, odds)
 
-    def opinions(self, finished: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def opinions(
+        self,
+        finished: torch.Tensor,
+        k: int,
+        perturb: Callable[[torch.Tensor, Array], torch.Tensor] = lambda scores, ids: scores,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the ``k`` most probable tokens of finished rows [n, C], or all if there are fewer.
 
         Their ids, int64 [n, k], are by falling probability, equals by rising id; then come their
         probabilities, float32 [n, k], under a softmax over the draft vocabulary. Both are on the
-        CPU, and do not depend on other rows. Raises NonFiniteError like ``likeliest``.
+        CPU, and do not depend on other rows. ``perturb`` changes the scores [n, draft vocabulary]
+        of the tokens ``ids`` before. Raises NonFiniteError like ``likeliest``.
         """
-        columns, probabilities = most_probable(self._score.by_rows(finished), k)
+        scores = perturb(self._score.by_rows(finished), self._scored)
+        columns, probabilities = most_probable(scores, k)
         return torch.from_numpy(self._scored)[columns.cpu()], probabilities.cpu()
 
     def spread(self, scores: torch.Tensor) -> torch.Tensor:

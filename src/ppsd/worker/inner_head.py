@@ -12,11 +12,14 @@ import torch
 
 from ppsd.model.exit_head import ExitHead
 from ppsd.model.passes import Place
+from ppsd.speculation.lookup import Array
+from ppsd.speculation.sampling import gumbel
 from ppsd.speculation.waves import Row
-from ppsd.worker.messages import Block
+from ppsd.worker.messages import Begin, Block
 from ppsd.worker.wave_messages import Opinion
 
 CANDIDATES = 8  # a row: more are hardly ever fed
+KEPT_NOISE = 64  # positions
 MAX_LAG_ROWS = 8  # that may wait for the next opinion, when a few rows cost as much as one
 
 
@@ -35,6 +38,12 @@ class InnerHead:
         self.head = head
         self._seconds = seconds
         self._lagging: list[tuple[list[Place], torch.Tensor]] = []
+        self._requests: dict[int, Begin] = {}  # by slot
+        self._noise: dict[tuple[int, int], torch.Tensor] = {}  # by seed and position
+
+    def begin(self, begin: Begin) -> None:
+        """Draft for a request in its slot from now on."""
+        self._requests[begin.slot] = begin
 
     def lag(self, rows: Sequence[Row], hidden: torch.Tensor) -> None:
         """Take the rows [n, C] of a wave on which no opinion is wanted."""
@@ -53,7 +62,8 @@ class InnerHead:
         rows = self.head.forward(hidden, block.position, block.slot)
         if not block.judge:
             return None
-        return self._say(rank, ((block.slot, block.epoch),), rows[-1:], None)
+        place = (block.slot, block.position + len(block.tokens))
+        return self._say(rank, ((block.slot, block.epoch),), [place], rows[-1:], None)
 
     def opinion(
         self,
@@ -70,7 +80,8 @@ class InnerHead:
         self._catch_up()
         features = self.head.forward_rows(hidden, [place_of(row) for row in rows])
         nodes = tuple([(row.slot, row.node) for row in rows])
-        said = self._say(rank, nodes, features, verified)
+        following = [(row.slot, row.position + 1) for row in rows]
+        said = self._say(rank, nodes, following, features, verified)
         time.sleep(max(0.0, end - time.monotonic()))
         return said
 
@@ -84,11 +95,41 @@ class InnerHead:
         self,
         rank: int,
         nodes: tuple[tuple[int, int], ...],
+        following: Sequence[tuple[int, int]],
         features: torch.Tensor,
         verified: torch.Tensor | None,
     ) -> Opinion:
         finished = self.head.finish(features, verified)
-        tokens, probabilities = self.head.opinions(finished, CANDIDATES)
+        tokens, probabilities = self.head.opinions(
+            finished, CANDIDATES, lambda scores, ids: self._perturbed(scores, ids, following)
+        )
         odds = self.head.copy_odds(finished).float()
         numbers = torch.cat([probabilities, odds.expand(len(nodes), -1)], 1)
         return Opinion(rank, nodes, tuple(map(tuple, tokens.tolist())), numbers)
+
+    def _perturbed(
+        self, scores: torch.Tensor, ids: Array, following: Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        """Add to the scores [n, D] of sampled requests the target's own noise.
+
+        What the target will choose has the largest of its own perturbed logits, so the candidates
+        are those with the largest of ours. ``following`` are the slots and positions asked about.
+        """
+        requests = [self._requests.get(slot) for slot, _ in following]
+        if all(request is None or request.params.greedy for request in requests):
+            return scores
+        scores = scores.to("cpu", torch.float32, copy=True)
+        for row, (request, (_, position)) in enumerate(zip(requests, following, strict=True)):
+            if request is not None and not request.params.greedy:
+                own = scores[row].log_softmax(0) / request.params.temperature
+                scores[row] = own + self._noise_of(request, position)[ids]
+        return scores
+
+    def _noise_of(self, request: Begin, position: int) -> torch.Tensor:
+        """Return the noise [V] of a position, kept for the rows of other branches."""
+        key = request.params.seed, position
+        if key not in self._noise:
+            while len(self._noise) >= KEPT_NOISE:
+                del self._noise[next(iter(self._noise))]
+            self._noise[key] = gumbel(*key, self.head.spec.vocab_size).float()
+        return self._noise[key]

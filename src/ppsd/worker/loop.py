@@ -70,6 +70,8 @@ class Worker:
             self._judge.begin(message)
         if isinstance(message, Begin):
             (self._heard.add if message.want_opinions else self._heard.discard)(message.slot)
+            if self._head is not None:
+                self._head.begin(message)
         if isinstance(message, Control):
             self._on_control(message)
 
