@@ -21,7 +21,7 @@ from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec, spec_from_config
 from ppsd.model.stage import Stage, StagePlan
-from ppsd.model.steps import CudaRunner
+from ppsd.model.steps import WIDTH, CudaRunner
 from ppsd.model.weights import open_source
 from tests.support.layers import random_layer
 from tests.support.tiny_models import save_perfect_head
@@ -92,6 +92,11 @@ def test_compiled_trees_of_other_sizes(heads: int, groups: int, size: int, threa
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     Trees(CompiledRunner, [random_layer(spec, BF16) for _ in range(LAYERS)], spec).life()
+
+
+def test_chains_of_a_tree_may_be_longer_than_a_step(trees) -> None:
+    trees.wave(3)
+    trees.wave(WIDTH + 4, chain=True)
 
 
 def test_a_wave_may_be_wider_than_the_kernels(trees) -> None:
