@@ -103,6 +103,13 @@ def test_a_wave_may_be_wider_than_the_kernels(trees) -> None:
     trees.wave(kernels.MAX_ROWS + 5)
 
 
+def test_slots_of_very_different_lengths_travel_together(trees) -> None:
+    for _ in range(2):
+        trees.wave(WIDTH + 4, chain=True)
+        trees.commit(1, trees.live[1][-1])
+    trees.wave(12)
+
+
 def test_plain_decoding_goes_on_behind_a_committed_branch(trees) -> None:
     trees.wave(9)
     node = trees.live[0][-1]
