@@ -176,6 +176,7 @@ class CompiledRunner:
         """Start a pass of rows of trees."""
         self.cache.check(places, len(rows))
         assert rows.dtype == torch.bfloat16  # others would be misread
+        assert max(place.position for place in places) < self._end
         starts = range(0, len(rows), MAX_ROWS)
         parts = [(rows[i : i + MAX_ROWS].contiguous(), places[i : i + MAX_ROWS]) for i in starts]
         passes = [CompiledPass(self, part, tree=places) for part, places in parts]
