@@ -57,12 +57,13 @@ class Trees:
     def make_rows(self, count: int) -> torch.Tensor:
         return rand(count, self.width, dtype=self.dtype)
 
-    def grow(self, count: int) -> list[Node]:
-        """Add ``count`` nodes to any slots, parents before their children."""
+    def grow(self, count: int, *, chain: bool = False) -> list[Node]:
+        """Add ``count`` nodes to any slots, parents before their children, or each its parent."""
         cache, nodes = self.runner.cache, []
         for row in torch.split(self.make_rows(count), 1):
-            slot = self.luck.randrange(len(self.live))
+            slot = 1 if chain else self.luck.randrange(len(self.live))
             parent = self.luck.choice([None, *self.live[slot]])
+            parent = nodes[-1] if chain and nodes else parent
             ancestors = () if parent is None else (*parent.ancestors, parent)
             path = tuple(n.place.cell for n in ancestors)
             position = cache.lengths[slot] + len(path)
@@ -104,9 +105,9 @@ class Trees:
             for here, there in zip(self.runner.cache.whole, self.plain.cache.whole, strict=True):
                 assert torch.equal(here[:, slot, :, cell], there[:, 0, :, position]), node.place
 
-    def wave(self, count: int, watch: Watch | None = None) -> None:
+    def wave(self, count: int, watch: Watch | None = None, *, chain: bool = False) -> None:
         """Grow, run the new rows, and check them."""
-        nodes = self.grow(count)
+        nodes = self.grow(count, chain=chain)
         rows = torch.cat([n.row for n in nodes])
         lengths = list(self.runner.cache.lengths)
         started = self.runner.start_rows(rows, [n.place for n in nodes])

@@ -11,7 +11,7 @@ import torch
 
 from ppsd.errors import ProtocolError
 from ppsd.model.cache import KVCache
-from ppsd.model.passes import Watch
+from ppsd.model.passes import Place, Watch
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.steps import BUCKET, WIDTH, CudaRunner, Graphs, Replay, Step
@@ -98,11 +98,11 @@ def test_a_graph_is_captured_once_a_bucket_and_replayed(stage: Stage) -> None:
     assert (graphs.captures, graphs.replays) == (2, 5)
 
 
-def runner_of(stage: Stage, graphs: Graphs | None = None, slots: int = 1) -> CudaRunner:
+def runner_of(stage: Stage, graphs: Graphs | None = None, loose: int = 0) -> CudaRunner:
     spec = stage.spec
     cache = KVCache(
         spec.num_layers, spec.num_kv_heads, CONTEXT, spec.head_dim, torch.float64,
-        torch.device("cpu"), slots=slots, spare=1,
+        torch.device("cpu"), loose=loose, spare=1,
     )  # fmt: skip
     return CudaRunner(stage.layers, spec, stage.rope, cache, graphs)
 
@@ -145,6 +145,21 @@ def test_what_is_dropped_is_not_launched(stage: Stage) -> None:
     runner.start(rows_of(stage, [9]), 1)
     assert graphs.replays == launched
     assert runner.cache.lengths == [1]
+
+
+def test_rows_of_a_chain_share_a_step(stage: Stage) -> None:
+    """Of a tree's rows: a chain that begins in cells of its own, and a branch off its root."""
+    graphs = RecordedGraphs()
+    runner = runner_of(stage, graphs, loose=WIDTH)
+    passed(runner, rows_of(stage, [7, 8]), 0)
+    cells = [2, 3, *range(CONTEXT, CONTEXT + WIDTH)]
+    places = [Place(0, 2 + i, cell, tuple(cells[:i])) for i, cell in enumerate(cells[:-1])]
+    branch = Place(0, 3, cells[-1], (2,))
+    before = graphs.replays
+    started = runner.start_rows(rows_of(stage, [9] * (WIDTH + 2)), [*places, branch])
+    assert [started.advance(Watch()) for _ in range(3)] == [False, False, True]
+    assert graphs.replays - before == 3, "a full step, the rest of the chain, the branch"
+    assert torch.equal(started.hidden[1], started.hidden[-1]), "the same token behind the same root"
 
 
 def test_a_failed_capture_is_told_and_the_step_runs_eagerly(

@@ -21,7 +21,7 @@ from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec, spec_from_config
 from ppsd.model.stage import Stage, StagePlan
-from ppsd.model.steps import CudaRunner
+from ppsd.model.steps import WIDTH, CudaRunner
 from ppsd.model.weights import open_source
 from tests.support.layers import random_layer
 from tests.support.tiny_models import save_perfect_head
@@ -94,8 +94,20 @@ def test_compiled_trees_of_other_sizes(heads: int, groups: int, size: int, threa
     Trees(CompiledRunner, [random_layer(spec, BF16) for _ in range(LAYERS)], spec).life()
 
 
+def test_chains_of_a_tree_may_be_longer_than_a_step(trees) -> None:
+    trees.wave(3)
+    trees.wave(WIDTH + 4, chain=True)
+
+
 def test_a_wave_may_be_wider_than_the_kernels(trees) -> None:
     trees.wave(kernels.MAX_ROWS + 5)
+
+
+def test_slots_of_very_different_lengths_travel_together(trees) -> None:
+    for _ in range(2):
+        trees.wave(WIDTH + 4, chain=True)
+        trees.commit(1, trees.live[1][-1])
+    trees.wave(12)
 
 
 def test_plain_decoding_goes_on_behind_a_committed_branch(trees) -> None:

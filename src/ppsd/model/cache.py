@@ -93,15 +93,17 @@ class KVCache:
             written[slot, cell] = position
 
     @contextmanager
-    def in_order(self, place: Place, layers: slice = EVERY) -> Iterator[None]:
-        """Keep a row's ancestors in their canonical cells while the row is written to its own.
+    def in_order(self, chain: Sequence[Place], layers: slice = EVERY) -> Iterator[None]:
+        """Keep rows' ancestors in their canonical cells while the rows are written to their own.
 
-        Afterwards the row is where its place says, and all other cells are what they were before.
+        Each row of the ``chain`` is the child of the one before it. Afterwards they are where
+        their places say, and all other cells are what they were before.
         """
-        slot, position, cell, path = place
+        slot, position, cell, path = chain[-1]
         base = position - len(path)
         moved = [(of, at) for at, of in enumerate((*path, cell), base) if of != at]
         cells, canonical = [of for of, _ in moved], [at for _, at in moved]
+        written, to = [place.position for place in chain], [place.cell for place in chain]
         # [layers, kv_heads, cells, head_dim] each
         parts = [tensor[layers, slot] for tensor in self.whole] if moved else []
         saved = [part[:, :, canonical] for part in parts]  # a copy, as all lists of cells give
@@ -111,8 +113,9 @@ class KVCache:
             yield
         finally:
             for part, rows in zip(parts, saved, strict=True):
-                part[:, :, cell] = part[:, :, position]
+                own = part[:, :, written]
                 part[:, :, canonical] = rows
+                part[:, :, to] = own
 
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         """Declare the first ``length`` rows of a slot verified, after copying cells (from, to).

@@ -5,6 +5,7 @@ Their files are in head_files.py. Used by engine/ and train/.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -201,9 +202,11 @@ def most_probable(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
     """
     probabilities = scores.float().softmax(1)
     rows, size = probabilities.shape
-    if probabilities[:, 0].isnan().any():
+    if math.isnan(probabilities[:, 0].sum()):  # if one score of a row is NaN, all of it are
         raise NonFiniteError("draft logits must have a finite maximum")
-    blocks = F.pad(probabilities, (0, -size % BLOCK), value=-1.0).view(rows, -1, BLOCK)
+    if size % BLOCK:
+        probabilities = F.pad(probabilities, (0, -size % BLOCK), value=-1.0)
+    blocks = probabilities.view(rows, -1, BLOCK)
     count = min(k, blocks.shape[1])  # no other blocks can hold the first k columns
     chosen = _first(blocks.amax(2), torch.arange(blocks.shape[1], device=scores.device), count)
     columns = (chosen[..., None] * BLOCK + torch.arange(BLOCK, device=scores.device)).flatten(1)
@@ -214,10 +217,8 @@ def most_probable(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
 
 def _first(values: torch.Tensor, places: torch.Tensor, k: int) -> torch.Tensor:
     """Return where the ``k`` largest float32 ``values`` [n, m] are, equals by rising place."""
-    ordered = (
-        values.contiguous().view(torch.int32).long() << 32
-    )  # floats from 0 on sort as integers
-    return (ordered - places).topk(k, 1).indices
+    bits = values.contiguous().view(torch.int32).long()  # in the order of floats that are not < 0
+    return ((bits << 32) - places).topk(k, 1).indices
 
 
 def _product(weight: torch.Tensor | None, *rest: Any) -> Product | None:

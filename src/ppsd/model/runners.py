@@ -113,7 +113,7 @@ class TorchTreePass:
             for row, place in zip(torch.split(self.hidden, 1), self._places, strict=True):
                 position = place.position
                 keys, values = runner.views[place.slot][at]
-                with runner.cache.in_order(place, slice(at, at + 1)):
+                with runner.cache.in_order([place], slice(at, at + 1)):
                     attention = cached_attention(keys, values, position, None)
                     # a copy lies as aligned as a row alone, on which a library's bits may rest
                     row.copy_(layer(row.clone(), runner.rope, attention, position))
@@ -176,6 +176,7 @@ class CompiledRunner:
         """Start a pass of rows of trees."""
         self.cache.check(places, len(rows))
         assert rows.dtype == torch.bfloat16  # others would be misread
+        assert max(place.position for place in places) < self._end
         starts = range(0, len(rows), MAX_ROWS)
         parts = [(rows[i : i + MAX_ROWS].contiguous(), places[i : i + MAX_ROWS]) for i in starts]
         passes = [CompiledPass(self, part, tree=places) for part, places in parts]

@@ -16,7 +16,7 @@ import torch
 from ppsd.model.cache import KVCache
 from ppsd.model.layers import Attention, DecoderLayer, LayerWeights, Rope, RopeRows, attend
 from ppsd.model.passes import Pass, Place, Watch
-from ppsd.model.runners import TorchRunner
+from ppsd.model.runners import PassesInTurn, TorchRunner
 from ppsd.model.spec import ModelSpec
 
 BUCKET = 256  # cells: a graph serves all contexts up to the next multiple
@@ -198,9 +198,16 @@ class CudaRunner:
         return CudaPass(self, rows, position, slot)
 
     def start_rows(self, rows: torch.Tensor, places: Sequence[Place]) -> Pass:
-        """Start a pass of rows of trees."""
+        """Start a pass of rows of trees: a step for each chain among them, in turn.
+
+        One step of several branches would have to gather what each row sees, which is another
+        product than plain decoding's, with other bits.
+        """
         self.cache.check(places, len(rows))
-        return CudaTreePass(self, rows, places)
+        chains = _chains(places)
+        parts = torch.split(rows, [len(chain) for chain in chains])
+        passes = [CudaChainPass(self, *both) for both in zip(parts, chains, strict=True)]
+        return PassesInTurn(passes)
 
 
 class CudaPass:
@@ -219,26 +226,35 @@ class CudaPass:
         return True
 
 
-class CudaTreePass:
-    """A pass of rows of trees through a CudaRunner: a step for each row.
+class CudaChainPass:
+    """A pass of rows of a tree, each the child of the one before it, through a CudaRunner."""
 
-    A step of several rows would have to gather what each of them sees, which is another product
-    than plain decoding's, with other bits.
-    """
-
-    def __init__(self, runner: CudaRunner, rows: torch.Tensor, places: Sequence[Place]) -> None:
-        self.hidden = rows.clone()
-        self._runner, self._places = runner, places
-        self._done = 0
+    def __init__(self, runner: CudaRunner, rows: torch.Tensor, chain: Sequence[Place]) -> None:
+        self.hidden = rows
+        self._runner, self._chain = runner, chain
 
     def advance(self, watch: Watch | None = None) -> bool:
-        """Launch the steps of the rows in turn, and stop between two if ``watch`` says so."""
-        runner, count = self._runner, len(self._places)
-        while self._done < count:
-            place, row = self._places[self._done], self.hidden[self._done : self._done + 1]
-            with runner.cache.in_order(place):
-                row.copy_(runner.steps[place.slot].start(row, [place.position]))
-            self._done += 1
-            if watch is not None and self._done < count and (watch.blind or watch.changed()):
-                return False
+        """Launch the step, as CudaPass does."""
+        runner, chain = self._runner, self._chain
+        with runner.cache.in_order(chain):
+            step = runner.steps[chain[0].slot]
+            self.hidden = step.start(self.hidden, [place.position for place in chain]).clone()
         return True
+
+
+def _chains(places: Sequence[Place]) -> list[list[Place]]:
+    """Cut ``places`` where one is not the child of the one before it, or a step is full."""
+    chains: list[list[Place]] = []
+    last: Place | None = None
+    for place in places:
+        is_child = (
+            last is not None
+            and (place.slot, place.path) == (last.slot, (*last.path, last.cell))
+            and len(chains[-1]) < WIDTH
+        )
+        if is_child:
+            chains[-1].append(place)
+        else:
+            chains.append([place])
+        last = place
+    return chains
