@@ -176,10 +176,10 @@ class Decoding(_Checked):
     rows: int = setting(
         "Rows of a candidate tree that travel together; 1 drafts a single chain.", 1, metavar="R"
     )
-    heads: str = setting(
+    heads: str | None = setting(
         "Heads on later boundaries, which correct drafts on the way: none, or auto (all that "
-        "exist for the split).",
-        "none",
+        "exist for the split); auto where there are several rows, if left out.",
+        None,
         metavar="HEADS",
     )
     acceptance: str = setting(
@@ -204,7 +204,8 @@ class Decoding(_Checked):
             if getattr(self, name) is not None:
                 self._set_integer(name, 1, MAX_IN_SCHEDULE)
         self._set_integer("rows", 1, MAX_ROWS)
-        _one_of("heads", self.heads, INNER_HEADS)
+        if self.heads is not None:
+            _one_of("heads", self.heads, INNER_HEADS)
         self._set_truths("lookup", "gate", "force_head")
         if self.force_head and self.head in HEADS:
             raise ConfigError("force_head", self.force_head, "used with head as a directory only")
@@ -234,9 +235,14 @@ class EngineConfig(Decoding, Placement):
             raise ConfigError("acceptance", self.acceptance, "coupled where rows travel in waves")
 
     @property
+    def inner_heads(self) -> bool:
+        """Return True if heads on later boundaries are to be used."""
+        return self.heads == "auto" if self.heads is not None else self.rows > 1
+
+    @property
     def waves(self) -> bool:
         """Return True if rows travel in waves: of candidate trees, or of several requests."""
-        return self.stages > 1 and (self.rows > 1 or self.heads != "none" or self.concurrent > 1)
+        return self.stages > 1 and (self.rows > 1 or self.inner_heads or self.concurrent > 1)
 
     def _check_schedule(self) -> None:
         if self.schedule.drafts and self.stages == 1:

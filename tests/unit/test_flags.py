@@ -23,10 +23,11 @@ from tests.support.command import ppsd as run
 
 PLACEMENT = (
     "--model -m --chat-template --stages --split --dtype --devices --threads-per-stage "
-    "--max-context --transport --prefill-chunk --pace --escape-special --timeout --init-timeout"
+    "--max-context --concurrent --transport --prefill-chunk --pace --escape-special --timeout --init-timeout"
 )
 DECODING = (
-    "--mode --head --exit-layer --plan --block --in-flight --acceptance --lookup --no-lookup "
+    "--mode --head --exit-layer --plan --block --in-flight --rows --heads --acceptance --lookup "
+    "--no-lookup "
     "--gate --no-gate --force-head"
 )
 SAMPLING = (

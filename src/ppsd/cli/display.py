@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, cast
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ppsd.engine.stats import RequestStats
     from ppsd.engine.text import Piece
     from ppsd.speculation.gate import Switches
+    from ppsd.speculation.waves import WaveCounts
 
 ACCEPTED, CORRECTED = "green", "red"
 
@@ -103,7 +104,26 @@ def show_stats(llm: LLM, completion: Completion) -> None:
         if stats.gate and stats.gate.pauses:
             parts.append(_pauses(stats.gate))
         console.print(_line(parts))
-    console.print(_stage_table(llm, completion))
+    if llm.config.waves and hasattr(counts, "rows"):
+        console.print(_line(_wave_parts(cast("WaveCounts", counts))))
+    if stats.stages:
+        console.print(_stage_table(llm, completion))
+
+
+def _wave_parts(counts: WaveCounts) -> Iterator[str]:
+    """Say how right drafts came about: as which of their siblings, by whose word."""
+    yield f"{counts.rows} rows"
+    if counts.opinions:
+        yield f"{counts.opinions} opinions of later heads"
+    if counts.ranks:
+        ranks = ", ".join(f"{n + 1}: {count}" for n, count in sorted(counts.ranks.items()))
+        yield f"right as sibling {ranks}"
+    if counts.levels:
+        names = {-1: "earlier text", 0: "the first head"}
+        levels = sorted(counts.levels.items())
+        yield "by " + ", ".join(
+            f"{names.get(k, f'the head after stage {k}')}: {n}" for k, n in levels
+        )
 
 
 def size(count: int) -> str:

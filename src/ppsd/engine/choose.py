@@ -247,7 +247,7 @@ def inner_heads(
 ) -> tuple[FoundHead | None, ...]:
     """Return the best head on each stage's boundary but the first and the last."""
     none: tuple[FoundHead | None, ...] = (None,) * (len(bounds) - 1)
-    if config.heads == "none" or len(bounds) < 4:
+    if not config.inner_heads or len(bounds) < 4:
         return none
     found = find_heads()
     best = [next(iter(suitable(found, identity, end)), None) for end in bounds[2:-1]]

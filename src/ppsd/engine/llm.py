@@ -90,8 +90,11 @@ class LLM:
         self._head = running.stage.drafter
         if drafter is not None:
             running.stage.drafter = drafter
+        self._most_rows = self.config.rows
         self._largest = self.config.schedule  # what buffers and links were sized for
-        self._gates: dict[Schedule, Gate] = {}  # what they learn holds on the same workers
+        self._gates: dict[
+            tuple[Schedule, int], Gate
+        ] = {}  # what they learn holds on the same workers
         self.use(self.config.mode, self.config.block, self.config.in_flight)
 
     def __enter__(self) -> LLM:
@@ -131,11 +134,20 @@ class LLM:
         block: int | None = None,
         in_flight: int | None = None,
         gate: bool | None = None,
+        rows: int | None = None,
     ) -> None:
-        """Decode the next requests in another mode on the same workers; gate None: as before."""
+        """Decode the next requests in another mode on the same workers.
+
+        ``gate`` and ``rows`` None: as before. More rows than at the start are refused.
+        """
         schedule_for(mode, self.layout.stages, block, in_flight)  # refuses ``auto``
         gate = self.config.gate if gate is None else gate
-        config = self.config.replaced(mode=mode, block=block, in_flight=in_flight, gate=gate)
+        rows = self.config.rows if rows is None else rows
+        if rows > self._most_rows:
+            raise ConfigError("rows", rows, f"at most {self._most_rows}, as set at the start")
+        config = self.config.replaced(
+            mode=mode, block=block, in_flight=in_flight, gate=gate, rows=rows
+        )
         schedule, largest = config.schedule, self._largest
         if schedule.block > largest.block or schedule.in_flight > max(
             largest.in_flight, self.layout.stages
@@ -161,7 +173,9 @@ class LLM:
             "gate": self._gate(config),
         }
         drafts = schedule.drafts and own
-        if not config.waves or schedule.block > 1 or (config.concurrent == 1 and not drafts):
+        opinions = drafts and config.inner_heads and any(self.layout.inner)
+        trees = drafts and (config.rows > 1 or opinions)
+        if schedule.block > 1 or not (trees or config.concurrent > 1):
             return Engine(*arguments, **settings)
         return WaveEngine(
             *arguments,
@@ -169,7 +183,7 @@ class LLM:
             rows=config.rows if drafts else 0,
             loose=self.layout.loose,
             lookup=config.lookup and drafts,
-            opinions=drafts and any(self.layout.inner),
+            opinions=opinions,
             slots=config.concurrent,
         )
 
@@ -179,7 +193,7 @@ class LLM:
             return (
                 None  # of several requests the certain rows come first, drafts where there is room
             )
-        return self._gates.setdefault(schedule, Gate(schedule))
+        return self._gates.setdefault((schedule, config.rows), Gate(schedule))
 
     def _check_head(self, config: EngineConfig) -> None:
         if config.schedule.drafts and not self.drafts:
@@ -267,6 +281,17 @@ class LLM:
         """Complete token ids; ``logits`` receives the target's logits (see engine.Request)."""
         request = self._request(ids, params, reuse=reuse, logits=logits)
         return self._thread.result(self._ticket(request, silent=True))
+
+    def run_all(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, sinks: Sequence[LogitsSink]
+    ) -> list[Completion]:
+        """Complete lists of token ids at once; each sink receives one's logits, as in ``run``."""
+        return self._thread.results(
+            [
+                self._ticket(self._request(ids, params, reuse=False, logits=sink), silent=True)
+                for ids, sink in zip(prompts, sinks, strict=True)
+            ]
+        )
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, checked."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ppsd.speculation.gate import Switches
@@ -71,12 +71,7 @@ class RequestStats:
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "new_tokens": self.new_tokens,
-            "counts": {
-                "judged": counts.judged,
-                "accepted": counts.accepted,
-                "discarded": counts.discarded,
-                "resyncs": counts.resyncs,
-            },
+            "counts": {name: n for name, n in asdict(counts).items() if name != "drafted"},
             "acceptance_rate": counts.acceptance_rate,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,

@@ -15,6 +15,7 @@ from ppsd.engine.llm import LLM, Completion
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.lab.runner import PLAIN, Cell, Measurement, Results, Spread, spread
 from ppsd.measure.workload import Task
+from ppsd.speculation.policy import MAX_ROWS
 from ppsd.types import SamplingParams
 
 PPSD = "ppsd"
@@ -23,20 +24,28 @@ MAX_GAMMA = 63  # a block holds γ drafts and the token before them
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to decode: mode and block, as ``LLM.use`` takes them."""
+    """A way to decode: mode, block and rows, as ``LLM.use`` takes them."""
 
     name: str
     mode: str
     block: int | None = None
+    rows: int = 1
 
 
-def variants(gammas: Sequence[int]) -> list[Variant]:
-    """Plain decoding, PPSD, and draft-then-verify with each draft length."""
+def variants(gammas: Sequence[int], rows: Sequence[int] = ()) -> list[Variant]:
+    """Return plain decoding, PPSD, and draft-then-verify with each draft length.
+
+    With ``rows``, PPSD with each number of them.
+    """
+    for count in rows:
+        if not 1 <= count <= MAX_ROWS:
+            raise ConfigError("rows", count, f"rows in [1, {MAX_ROWS}]")
     for gamma in gammas:
         if not 1 <= gamma <= MAX_GAMMA:
             raise ConfigError("gamma", gamma, f"draft lengths in [1, {MAX_GAMMA}]")
     drafting = [Variant(f"draft-then-verify γ={g}", "draft-then-verify", g + 1) for g in gammas]
-    return [Variant(PLAIN, "autoregressive"), Variant(PPSD, "ppsd"), *drafting]
+    trees = [Variant(f"{PPSD} rows={n}", "ppsd", rows=n) for n in rows]
+    return [Variant(PLAIN, "autoregressive"), *(trees or [Variant(PPSD, "ppsd")]), *drafting]
 
 
 class TaskBench:
@@ -58,7 +67,7 @@ class TaskBench:
         """Decode one task (``id @ setting``) in one variant."""
         task, _, setting = cell.task.rpartition(" @ ")
         variant = self._variants[cell.variant]
-        self._llm.use(variant.mode, variant.block)
+        self._llm.use(variant.mode, variant.block, rows=variant.rows)
         completion = self._llm.run(self._prompts[task], self._params[setting])
         return measurement(cell, completion)
 

@@ -77,19 +77,22 @@ def verify(
 ) -> Verification:
     """Decode every task plainly and in the mode ``llm`` is set to, on the same workers.
 
+    Plainly each is alone; in the mode as many are under way at once as ``llm`` may have.
     Raises PpsdError naming the task, before any is decoded, when a prompt does not suit the model.
     """
     config = llm.config
     prompts = [_encode(llm, task) for task in tasks]
     comparisons = []
-    for task, ids in zip(tasks, prompts, strict=True):
+    for first in range(0, len(tasks), config.concurrent):
+        several = prompts[first : first + config.concurrent]
         llm.use("autoregressive")
-        plain, plain_logits = _decode(llm, ids, params)
+        plain = [decoded for ids in several for decoded in _decode(llm, [ids], params)]
         llm.use(config.mode, config.block, config.in_flight)
-        fast, fast_logits = _decode(llm, ids, params)
-        comparison = _compare(task.id, len(ids), plain, plain_logits, fast, fast_logits)
-        comparisons.append(comparison)
-        done(comparison)
+        fast = _decode(llm, several, params)
+        for task, ids, one, other in zip(tasks[first:], several, plain, fast, strict=False):
+            comparison = _compare(task.id, len(ids), *one, *other)
+            comparisons.append(comparison)
+            done(comparison)
     return Verification(tuple(comparisons))
 
 
@@ -101,10 +104,11 @@ def _encode(llm: LLM, task: Task) -> list[int]:
 
 
 def _decode(
-    llm: LLM, ids: Sequence[int], params: SamplingParams
-) -> tuple[Completion, dict[int, torch.Tensor]]:
-    sink, rows = collect_logits()
-    return llm.run(ids, params, logits=sink), rows
+    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> list[tuple[Completion, dict[int, torch.Tensor]]]:
+    collected = [collect_logits() for _ in prompts]
+    completions = llm.run_all(prompts, params, [sink for sink, _ in collected])
+    return [(c, rows) for c, (_, rows) in zip(completions, collected, strict=True)]
 
 
 def _compare(

@@ -60,11 +60,13 @@ class Verified(NamedTuple):
 class WaveCounts(Counts):
     """Counts of a request decoded in waves.
 
-    ``rows``: fed in all. ``ranks`` and ``levels``: how many right drafts were fed as the first,
-    second, … of their siblings, and which head spoke last of their parent (-1: lookup alone).
+    ``rows``: fed in all. ``opinions``: heard of live nodes from later heads. ``ranks`` and
+    ``levels``: how many right drafts were fed as the first, second, … of their siblings, and which
+    stage's head spoke last of their parent (-1: lookup alone).
     """
 
     rows: int = 0
+    opinions: int = 0
     ranks: dict[int, int] = field(default_factory=dict)
     levels: dict[int, int] = field(default_factory=dict)
 
@@ -248,6 +250,7 @@ class WavePolicy:
         """Take what a head says of a node's children; of dead nodes it means nothing."""
         found = self.tree.nodes.get(node)
         if found is not None and not self.finished:
+            self.counts.opinions += level > 0
             self.tree.hear(found, level, said, odds)
 
     def on(self, event: Judged | Verified) -> list[Command]:

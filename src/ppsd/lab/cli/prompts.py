@@ -69,9 +69,10 @@ def planned_pipeline(config: EngineConfig, chosen: Sequence[Variant]) -> Iterato
 
     best = planned(with_head(config).replaced(mode="ppsd"))
     largest = max((v.block or 1 for v in chosen), default=1)
+    rows = max((v.rows for v in chosen), default=1)
     mode = "draft-then-verify" if largest > 1 else "ppsd"
     fixed = config.replaced(
-        split=best.split, exit_layer=None, head=best.head, mode=mode, block=largest
+        split=best.split, exit_layer=None, head=best.head, mode=mode, block=largest, rows=rows
     )
     with open_llm(fixed) as llm:
         if not llm.drafts:

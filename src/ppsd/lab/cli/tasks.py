@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 from ppsd.cli.flags import integers
+from ppsd.cli.settings import Without
+from ppsd.config import EngineConfig
 from ppsd.lab.cli.oracle import benchmark
 from ppsd.lab.cli.prompts import (
     GREEDY,
     SAMPLED,
-    Pipeline,
     WorkOptions,
     groups_of,
     measured,
@@ -18,21 +19,28 @@ from ppsd.lab.cli.prompts import (
 )
 
 
+EVERY = "1,2,3,4,5,6,7,8"
+
+
 def tasks(
-    config: Pipeline,
+    config: Annotated[EngineConfig, Without(("mode", "block", "in_flight", "rows"))],
     work: WorkOptions,
     gammas: Annotated[
         str, benchmark("Draft lengths of draft-then-verify.", metavar="γ,…")
-    ] = "1,2,3,4,5,6,7,8",
+    ] = EVERY,
+    rows: Annotated[
+        str | None, benchmark("Rows of waves: PPSD with each of these.", metavar="R,…")
+    ] = None,
     sampled: Annotated[bool, benchmark("Also decode at temperature 1.", "--sampled")] = False,
 ) -> None:
     """Compare plain decoding, draft-then-verify and PPSD on real prompts with a trained head."""
-    lengths = integers("gammas", gammas)
+    several = integers("rows", rows) if rows else ()
+    lengths = () if rows and gammas == EVERY else integers("gammas", gammas)
     tasks = work.tasks()
     from ppsd.lab.tasks import TaskBench, variants
     from ppsd.types import SamplingParams
 
-    chosen = variants(lengths)
+    chosen = variants(lengths, several)
     params = {GREEDY: SamplingParams(max_tokens=work.max_tokens)}
     if sampled:
         params[SAMPLED] = SamplingParams(1.0, max_tokens=work.max_tokens)
