@@ -23,7 +23,8 @@ from tests.support.command import ppsd as run
 
 PLACEMENT = (
     "--model -m --chat-template --stages --split --dtype --devices --threads-per-stage "
-    "--max-context --concurrent --transport --prefill-chunk --pace --escape-special --timeout --init-timeout"
+    "--max-context --concurrent --transport --prefill-chunk --pace --escape-special --timeout "
+    "--init-timeout"
 )
 DECODING = (
     "--mode --head --exit-layer --plan --block --in-flight --rows --heads --acceptance --lookup "
@@ -36,14 +37,13 @@ SAMPLING = (
     "--min-tokens"
 )
 PIPELINE = f"{PLACEMENT} {DECODING} --config"
-ORACLE = (
-    f"{PLACEMENT} --plan --acceptance --config --prompts --limit --tokens --repeats --out --json"
-)
+ORACLE = f"{PLACEMENT.replace(' --concurrent', '')} --plan --acceptance --config --prompts --limit --tokens --repeats --out --json"
 TASKS = (
     (f"{PIPELINE} --prompts --limit --max-tokens -n --repeats --out --memory --json")
     .replace(" --mode", "")
     .replace(" --block", "")
     .replace(" --in-flight", "")
+    .replace(" --concurrent", "")
 )
 PRODUCT = {
     "generate": f"{PIPELINE} {SAMPLING} prompt --raw --system --samples --highlight --stats --json "
@@ -73,6 +73,7 @@ LABORATORY = {
     "endurance": f"{ORACLE} --exit-layer --requests".replace(" --pace", ""),
     "tasks": f"{TASKS} --gammas --sampled",
     "baselines": TASKS,
+    "load": f"{TASKS} --concurrent".replace(" --repeats", "").replace(" --memory", ""),
     "simulate": "--stages --layers --exit-layer --alpha --trace --block --in-flight --tokens "
     "--prompt-tokens --seed --jitter --model --hardware --layer-ms --head-ms --lm-head-ms --hop-ms "
     "--overhead-ms --row-cost --sweep --csv --plot --gantt --json",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -13,10 +14,11 @@ import torch
 
 from ppsd.config import EngineConfig
 from ppsd.engine.answer import Chunk, Completion
-from ppsd.engine.build import Progress, RunningPipeline, check_memory, plan_layout
+from ppsd.engine.build import Progress, RunningPipeline
 from ppsd.engine.choose import serves_as
 from ppsd.engine.drafter import Drafter
 from ppsd.engine.engine import Engine
+from ppsd.engine.layout import check_memory, plan_layout
 from ppsd.engine.prompt import Prompt, encode
 from ppsd.engine.sequence import LogitsSink, Request
 from ppsd.engine.text_engine import TextEngine, Ticket
@@ -283,13 +285,16 @@ class LLM:
         return self._thread.result(self._ticket(request, silent=True))
 
     def run_all(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, sinks: Sequence[LogitsSink]
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        sinks: Sequence[LogitsSink] | None = None,
     ) -> list[Completion]:
-        """Complete lists of token ids at once; each sink receives one's logits, as in ``run``."""
+        """Complete lists of token ids at once; ``sinks`` receive their logits, as in ``run``."""
         return self._thread.results(
             [
                 self._ticket(self._request(ids, params, reuse=False, logits=sink), silent=True)
-                for ids, sink in zip(prompts, sinks, strict=True)
+                for ids, sink in zip(prompts, sinks or repeat(None), strict=False)
             ]
         )
 

@@ -28,7 +28,7 @@ from ppsd.worker.pace import POLL_S
 
 if TYPE_CHECKING:
     from ppsd.config import EngineConfig
-    from ppsd.engine.build import Layout
+    from ppsd.engine.layout import Layout
 
 ALPHAS = (0.8, 0.5)
 

@@ -22,6 +22,7 @@ VERBS = {
     },
     "Measure with trained heads on real prompts": {
         "tasks": "Compare plain decoding, draft-then-verify and PPSD.",
+        "load": "Compare PPSD with plain decoding, many requests at once.",
         "baselines": "Compare the pipeline with other decoders on the same cores.",
     },
     "Calculate": {

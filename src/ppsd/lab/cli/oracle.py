@@ -28,7 +28,7 @@ benchmark = functools.partial(flag, panel="Benchmark")
 
 WIDTH = 120
 # An oracle takes the place of heads, and the verbs set modes and gates themselves.
-SET_HERE = ("mode", "head", "force_head", "lookup", "gate")
+SET_HERE = ("mode", "head", "force_head", "lookup", "gate", "rows", "heads", "concurrent")
 ORACLE_LABEL = "ORACLE drafts: acceptance is chosen, not a head's"
 
 
@@ -86,7 +86,7 @@ def _check_out(out: Path | None) -> None:
 
 def _decided(config: EngineConfig, block: int) -> EngineConfig:
     """Return where ``ppsd`` would be cut, with room for blocks of ``block`` rows, for all modes."""
-    from ppsd.engine.build import plan_layout
+    from ppsd.engine.layout import plan_layout
     from ppsd.model.source import resolve_model
 
     wanted = config.replaced(head="none", mode="ppsd", block=None)

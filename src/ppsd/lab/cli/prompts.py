@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ALL = "all"
 GREEDY, SAMPLED = "greedy", "T=1"
 Pipeline = Annotated[
-    EngineConfig, Without(("mode", "block", "in_flight"))
+    EngineConfig, Without(("mode", "block", "in_flight", "concurrent"))
 ]  # these verbs run all modes
 
 

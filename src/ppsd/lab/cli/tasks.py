@@ -18,16 +18,13 @@ from ppsd.lab.cli.prompts import (
     show,
 )
 
-
 EVERY = "1,2,3,4,5,6,7,8"
 
 
 def tasks(
-    config: Annotated[EngineConfig, Without(("mode", "block", "in_flight", "rows"))],
+    config: Annotated[EngineConfig, Without(("mode", "block", "in_flight", "rows", "concurrent"))],
     work: WorkOptions,
-    gammas: Annotated[
-        str, benchmark("Draft lengths of draft-then-verify.", metavar="γ,…")
-    ] = EVERY,
+    gammas: Annotated[str, benchmark("Draft lengths of draft-then-verify.", metavar="γ,…")] = EVERY,
     rows: Annotated[
         str | None, benchmark("Rows of waves: PPSD with each of these.", metavar="R,…")
     ] = None,
