@@ -37,7 +37,8 @@ SAMPLING = (
     "--min-tokens"
 )
 PIPELINE = f"{PLACEMENT} {DECODING} --config"
-ORACLE = f"{PLACEMENT.replace(' --concurrent', '')} --plan --acceptance --config --prompts --limit --tokens --repeats --out --json"
+HERE = PLACEMENT.replace(" --concurrent", "")
+ORACLE = f"{HERE} --plan --acceptance --config --prompts --limit --tokens --repeats --out --json"
 TASKS = (
     (f"{PIPELINE} --prompts --limit --max-tokens -n --repeats --out --memory --json")
     .replace(" --mode", "")
