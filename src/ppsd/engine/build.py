@@ -44,6 +44,7 @@ from ppsd.worker.process import (
     set_own_threads,
 )
 from ppsd.worker.recorder import Recorder
+from ppsd.worker.wave_messages import wave_bytes
 
 CLOSE_GRACE_S = 1.0  # leaving takes a worker milliseconds
 
@@ -179,14 +180,12 @@ class RunningPipeline:
         config, spec, dtype = self._config, self.layout.spec, self.layout.dtype
         rows = max(config.prefill_chunk, self._most_rows())
         window = max(config.schedule.in_flight, self.layout.stages)
+        fields = wave_bytes(self._most_rows(), config.concurrent)
+        verdicts = self._most_rows(), spec.hidden_size + spec.vocab_size
         return Geometry(
             size=self.layout.stages,
-            forward_bytes=frame_bytes(rows, spec.hidden_size, dtype),
-            return_bytes=frame_bytes(
-                self._most_rows(),
-                spec.hidden_size + spec.vocab_size,
-                dtype,
-            ),
+            forward_bytes=frame_bytes(rows, spec.hidden_size, dtype) + fields,
+            return_bytes=frame_bytes(*verdicts, dtype) + fields,
             frames=2 * window + 4,  # a window of stale work, one of new work, and control
             slots=self.layout.slots,
         )

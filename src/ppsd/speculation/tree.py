@@ -16,6 +16,7 @@ from ppsd.speculation.copies import Copy, CopyIndex
 from ppsd.speculation.lookup import CONFIDENCE
 
 UNFED = 0
+MAX_DEPTH = 64  # levels below the root
 FLOOR = 0.002  # a row worth less is not worth its message
 UNHEARD = -1  # no head has spoken of a node's children yet
 
@@ -129,6 +130,7 @@ class Tree:
         wanted has to be fed before the next is asked for; what it leads to then follows.
         """
         root, most = self.root, self._depth / max(1, self._depth - 1)
+        end = min(self._end, root.position + MAX_DEPTH)
         heap: list[tuple[float, int, int, int, float, Node]] = []
         pushed = count()  # nodes themselves have no order
 
@@ -149,7 +151,7 @@ class Tree:
                 child = node.waiting[-1]
                 reach = score * child.probability
                 value = reach * (self._depth - (wave - node.wave)) / max(1, self._depth - 1)
-                if value > FLOOR and child.position < self._end:
+                if value > FLOOR and child.position < end:
                     push(-value, reach, child)
 
         if root.wave == UNFED:

@@ -13,9 +13,19 @@ import torch
 
 from ppsd.errors import ProtocolError
 from ppsd.speculation.lookup import LENGTHS
+from ppsd.speculation.tree import MAX_DEPTH
 from ppsd.speculation.waves import Part, Row
 from ppsd.transport.base import Part as Bytes
-from ppsd.worker.frame import DTYPES, HEADER, MAGIC, VERSION, Landing, packed_ids, split_rows
+from ppsd.worker.frame import (
+    DTYPES,
+    HEADER,
+    MAGIC,
+    TOKEN_BYTES,
+    VERSION,
+    Landing,
+    packed_ids,
+    split_rows,
+)
 
 
 class Wave(NamedTuple):
@@ -57,6 +67,11 @@ class Opinion(NamedTuple):
 
 
 KINDS: dict[type, int] = {Wave: 7, Verdicts: 8, Opinion: 9}
+
+
+def wave_bytes(rows: int, slots: int) -> int:
+    """Return the most bytes of a wave's fields."""
+    return TOKEN_BYTES * (1 + slots * (4 + 2 * MAX_DEPTH) + rows * (7 + 2 * MAX_DEPTH))
 
 
 def encode_wave_message(message: Wave | Verdicts | Opinion) -> list[Bytes]:
