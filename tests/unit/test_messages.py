@@ -259,6 +259,8 @@ GOOD = {
     "want_logits": False,
     "want_feedback": False,
     "want_opinions": False,
+    "source": 0,
+    "shared": 0,
 }
 
 

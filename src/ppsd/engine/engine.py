@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -71,15 +72,21 @@ class Engine:
 
     def add(self, request: Request) -> Sequence:
         """Begin a request in a free slot; ``has_room`` says that there is one."""
-        slot, stage = self._free[-1], self.stage
+        stage = self.stage
+        slot, source = self._slots_for(request)
         held = self._held[slot]
         feedback, logits = stage.wants_feedback, self._rejection
-        begin = begin_message(
-            slot, request, feedback=feedback, logits=logits, opinions=self.opinions
+        begin = replace(
+            begin_message(slot, request, feedback=feedback, logits=logits),
+            want_opinions=self.opinions,
+            source=source,
+            shared=self._held[source].overlap(request),
         )
         sampler = sampler_of(begin)  # which may refuse the request: nothing has changed yet
         policy = self._policy(request, slot)
-        cached = held.take(request)
+        if source != slot:
+            stage.share(source, slot, begin.shared)
+        cached = held.take(request, begin.shared, own=source == slot)
         self._free.remove(slot)
         sequence = Sequence(request, slot, cached, policy, held.history, sampler, held.draft)
         self._running.append(sequence)
@@ -92,6 +99,19 @@ class Engine:
             self.gate.begin(policy, self._seconds())
         sequence.commands.extend(policy.start(request.prompt, cached))
         return sequence
+
+    def _slots_for(self, request: Request) -> tuple[int, int]:
+        """Return a free slot, and the slot whose rows begin as the request does.
+
+        That may be the same; of others' rows, whole prompt chunks are copied. The free slot that
+        has been so for the longest is written over first.
+        """
+        overlaps = [held.overlap(request) for held in self._held]
+        own = max(self._free, key=lambda slot: overlaps[slot])
+        most = max(overlaps)
+        if request.reuse or overlaps[own] >= most:
+            return own, own
+        return self._free[0], overlaps.index(most)
 
     def _policy(self, request: Request, slot: int) -> Policy | WavePolicy:
         return Policy(
@@ -130,6 +150,8 @@ class Engine:
             return []
         if isinstance(command, Finish):
             self._release(sequence, command.reason)
+        elif sequence.policy.emitted == len(command.tokens):  # the prompt is there for others, too
+            self._held[sequence.slot].keep(sequence)
         return [(sequence, command)]
 
     def _release(self, sequence: Sequence, reason: str) -> None:

@@ -62,6 +62,12 @@ class FirstStage:
         tokens = torch.tensor([row.token for row in rows])
         return self._model.start_rows(tokens, [place_of(row) for row in rows])
 
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Copy the first rows of a slot to another, in the caches of stage and head."""
+        self._model.share(source, slot, length)
+        if self.head is not None and self.drafting:
+            self.head.share(source, slot, length)
+
     def commit(self, part: Part) -> None:
         """Make a part of a wave true in the caches of stage and head."""
         self._model.commit(part.slot, part.length, part.moves)

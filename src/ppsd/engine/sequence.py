@@ -94,13 +94,18 @@ class HeldRows:
         self._whole = 0
         self._chunk = chunk
 
-    def take(self, request: Request) -> int:
-        """Return how many rows of the prompt need not be computed; the others are void now."""
+    def overlap(self, request: Request) -> int:
+        """Return how many rows of a request's prompt are here and need not be computed."""
         cached = min(_common_prefix(self.tokens, request.prompt), len(request.prompt) - 1)
         if not request.reuse:
             cached = min(cached, self._whole) // self._chunk * self._chunk
-        self.tokens = self.tokens[:cached]
-        self._whole = min(self._whole, cached)
+        return cached
+
+    def take(self, request: Request, cached: int, *, own: bool) -> int:
+        """Let a request begin with so many rows, its ``own`` slot's or copied; others are void."""
+        self.tokens = request.prompt[:cached]
+        self._whole = min(self._whole, cached) if own else cached
+        self.history.write(0, self.tokens)
         return cached
 
     def keep(self, sequence: Sequence) -> None:
@@ -114,15 +119,18 @@ class HeldRows:
 
 
 def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    """Return how many elements agree; slices are compared in C."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
-def begin_message(
-    slot: int, request: Request, *, feedback: bool, logits: bool, opinions: bool = False
-) -> Begin:
+def begin_message(slot: int, request: Request, *, feedback: bool, logits: bool) -> Begin:
     """Return what the last stage has to know of a request."""
     return Begin(
         slot=slot,
@@ -132,5 +140,4 @@ def begin_message(
         vocab_size=request.vocab_size,
         want_logits=logits or request.logits is not None,
         want_feedback=feedback,
-        want_opinions=opinions,
     )

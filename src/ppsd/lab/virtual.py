@@ -165,6 +165,9 @@ class VirtualStage:
     def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> VirtualPass:
         return self.start(inputs, places[0].position)
 
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Need nothing."""
+
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         """Keep nothing."""
 

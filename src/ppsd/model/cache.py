@@ -138,6 +138,18 @@ class KVCache:
             tensor[:, slot][:, :, targets] = tensor[:, slot][:, :, cells]
         self.lengths[slot] = length
 
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Copy the first ``length`` rows of slot ``source`` to another; what it held is void.
+
+        Raises ProtocolError for a slot that does not exist, and rows that are not there.
+        """
+        self._length(slot)
+        if not 0 <= length <= self._length(source):
+            raise ProtocolError(f"slot {source} has not the {length} rows to share")
+        for tensor in self.whole:
+            tensor[:, slot, :, :length] = tensor[:, source, :, :length]
+        self.lengths[slot] = length
+
     def _length(self, slot: int) -> int:
         if not 0 <= slot < len(self.lengths):
             raise ProtocolError(f"slot {slot} is not one of the cache's {len(self.lengths)}")

@@ -135,6 +135,10 @@ class ExitHead:
         """Declare the first ``length`` rows of a slot verified; see KVCache."""
         self.cache.commit(slot, length, moves)
 
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Copy the first ``length`` rows of a slot to another; see KVCache."""
+        self.cache.share(source, slot, length)
+
     def finish(self, features: torch.Tensor, verified: torch.Tensor | None = None) -> torch.Tensor:
         """Add feedback to ``forward``'s rows [n, C] and norm them, to be scored.
 

@@ -60,6 +60,9 @@ class StageModel(Protocol):
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         """Declare the first ``length`` rows of a slot verified; see KVCache."""
 
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Copy the first ``length`` rows of a slot to another; see KVCache."""
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return target logits [n, vocabulary] of the last stage's output rows [n, C]."""
 
@@ -255,6 +258,9 @@ class Stage:
 
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         self.cache.commit(slot, length, moves)
+
+    def share(self, source: int, slot: int, length: int) -> None:
+        self.cache.share(source, slot, length)
 
     def forward(self, inputs: torch.Tensor, position: int) -> torch.Tensor:
         """Run a pass of slot 0 to its end and return its rows [n, C]; see StageModel.start."""

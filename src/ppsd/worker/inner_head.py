@@ -85,6 +85,11 @@ class InnerHead:
         time.sleep(max(0.0, end - time.monotonic()))
         return said
 
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Copy the first rows of a slot to another; see KVCache.share."""
+        self._catch_up()
+        self.head.share(source, slot, length)
+
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         """Make a wave's part true in the head's cache; see KVCache.commit."""
         if moves:

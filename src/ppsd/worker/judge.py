@@ -39,7 +39,10 @@ class Judge:
 
     def begin(self, begin: Begin) -> None:
         """Let a request start in its slot."""
-        self._slot(begin.slot).begin(begin)
+        slot = self._slot(begin.slot)
+        if begin.source != begin.slot:
+            slot.history.write(0, self._slot(begin.source).history.ids(0, begin.shared))
+        slot.begin(begin)
 
     def verdict(self, block: Block, hidden: torch.Tensor) -> Verdict:
         """Judge the last ``block.judge`` of the rows ``hidden`` [n, C]."""

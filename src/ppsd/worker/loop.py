@@ -69,11 +69,19 @@ class Worker:
         elif isinstance(message, Begin):
             self._judge.begin(message)
         if isinstance(message, Begin):
+            self._share(message)
             (self._heard.add if message.want_opinions else self._heard.discard)(message.slot)
             if self._head is not None:
                 self._head.begin(message)
         if isinstance(message, Control):
             self._on_control(message)
+
+    def _share(self, begin: Begin) -> None:
+        """Take over the rows that a request shares with another slot's."""
+        if begin.source != begin.slot:
+            self._stage.share(begin.source, begin.slot, begin.shared)
+            if self._head is not None:
+                self._head.share(begin.source, begin.slot, begin.shared)
 
     def _stale(self, block: Block) -> bool:
         return self._link.epoch(block.slot) > block.epoch

@@ -82,7 +82,8 @@ class Begin:
 
     ``vocab_size`` counts the real tokens (logits may be padded); ``want_logits`` and
     ``want_feedback`` ask for the target's logits and the last layer's rows with every verdict,
-    ``want_opinions`` for those of heads on the way.
+    ``want_opinions`` for those of heads on the way. Its first ``shared`` rows are those of the slot
+    ``source``: every stage copies them, unless that is its own.
     """
 
     slot: int
@@ -93,6 +94,8 @@ class Begin:
     want_logits: bool = False
     want_feedback: bool = False
     want_opinions: bool = False
+    source: int = 0
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ def encode(message: Message) -> list[Part]:
             "want_logits": message.want_logits,
             "want_feedback": message.want_feedback,
             "want_opinions": message.want_opinions,
+            "source": message.source,
+            "shared": message.shared,
         }
         return _encode_json(Begin, record, slot=message.slot)
     if isinstance(message, Control):
@@ -299,6 +304,8 @@ def _begin(slot: int, record: dict[str, Any]) -> Begin:
         want_logits=bool(record["want_logits"]),
         want_feedback=bool(record["want_feedback"]),
         want_opinions=bool(record["want_opinions"]),
+        source=int(record["source"]),
+        shared=int(record["shared"]),
     )
 
 

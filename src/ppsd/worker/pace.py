@@ -61,6 +61,9 @@ class PacedStage:
         self._counted = inputs.shape[0] <= self._rows
         return PacedPass(start(), self._start, self._share, self._layers, self._on_time)
 
+    def share(self, source: int, slot: int, length: int) -> None:
+        self._stage.share(source, slot, length)
+
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         self._stage.commit(slot, length, moves)
 
