@@ -186,7 +186,8 @@ class RunningPipeline:
             size=self.layout.stages,
             forward_bytes=frame_bytes(rows, spec.hidden_size, dtype) + fields,
             return_bytes=frame_bytes(*verdicts, dtype) + fields,
-            frames=2 * window + 4,  # a window of stale work, one of new work, and control
+            # a window of stale work, one of new work, requests that begin, and control
+            frames=2 * window + config.concurrent + 3,
             slots=self.layout.slots,
         )
 

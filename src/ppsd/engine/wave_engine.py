@@ -165,11 +165,6 @@ class WaveEngine(Engine):
         if all(self._slots[row.slot].waves.paused for row in rows):
             stage.head.lag(rows, hidden)
             return
-        self._take_answers()
-        live = [i for i, row in enumerate(rows) if self._lives(row)]
-        if not live:
-            stage.head.lag(rows, hidden)
-            return
         start = stage.recorder.now()
         try:
             said = stage.head.opinion(0, rows, hidden, self._verified(rows))

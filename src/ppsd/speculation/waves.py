@@ -100,7 +100,7 @@ class WavePolicy:
         self.finished = False
         self.restarted = False
         self.held = 0
-        self.waves: dict[int, int] = {}  # rows alive and not judged, by wave
+        self.waves: dict[int, int] = {}  # rows, or a piece of the prompt, in flight by wave
         self._depth = depth
         self._max_tokens = max_tokens
         self._stop_ids = stop_ids
@@ -111,7 +111,7 @@ class WavePolicy:
         self._tokens: list[int] = []  # committed
         self._prompt = 0
         self._fed = 0  # prompt tokens that entered stage 0
-        self._blocks: deque[tuple[int, int]] = deque()  # (first position, judged rows) in flight
+        self._blocks: deque[tuple[int, int, int]] = deque()  # (position, judged, wave) in flight
         self._newest = epoch  # node id
         self._before = epoch  # the root before this one
         self._moves: list[tuple[int, int]] = []  # to be told with the next wave
@@ -180,16 +180,16 @@ class WavePolicy:
 
         Chunks end at multiples of the chunk size, so equal prompts give equal shapes.
         """
-        if self.finished or self._fed == self._prompt or len(self._blocks) >= self._depth:
+        if self.finished or self._fed == self._prompt:
             return None
         position = self._fed
         end = min(self._prompt, (position // self._chunk + 1) * self._chunk)
         last = end == self._prompt
         self._fed = end
-        self._blocks.append((position, int(last)))
+        self._blocks.append((position, int(last), wave))
+        self.waves[wave] = 1
         if last:
             self.tree.root.wave = wave
-            self.waves[wave] = 1
         tokens = tuple(self._tokens[position:end])
         return Feed(self.epoch, position, tokens, position, int(last), True, last, UNVERIFIED)
 
@@ -261,13 +261,16 @@ class WavePolicy:
             return self._commit(event.nodes, event.tokens)
         if event.epoch != self.epoch:
             return []
-        expected = self._blocks.popleft() if self._blocks else None
-        if expected != (event.block, len(event.tokens)):
+        *expected, wave = self._blocks.popleft() if self._blocks else (None, None, 0)
+        if expected != [event.block, len(event.tokens)]:
             raise ProtocolError(
                 f"verdict for {len(event.tokens)} tokens of block {event.block} does not answer "
                 f"the oldest block in flight {expected}"
             )
-        return self._commit((self.tree.root.id,), event.tokens) if event.tokens else []
+        if event.tokens:
+            return self._commit((self.tree.root.id,), event.tokens)
+        del self.waves[wave]
+        return []
 
     def _commit(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[Command]:
         emitted: list[int] = []

@@ -37,7 +37,7 @@ class InnerHead:
     def __init__(self, head: ExitHead, seconds: float = 0.0) -> None:
         self.head = head
         self._seconds = seconds
-        self._lagging: list[tuple[list[Place], torch.Tensor]] = []
+        self._lagging: list[tuple[Row, torch.Tensor]] = []  # certain rows, one after another
         self._requests: dict[int, Begin] = {}  # by slot
         self._noise: dict[tuple[int, int], torch.Tensor] = {}  # by seed and position
 
@@ -46,15 +46,17 @@ class InnerHead:
         self._requests[begin.slot] = begin
 
     def lag(self, rows: Sequence[Row], hidden: torch.Tensor) -> None:
-        """Take the rows [n, C] of a wave on which no opinion is wanted."""
-        self._lagging.append(([place_of(row) for row in rows], hidden))
+        """Take the certain rows [n, C] of a wave on which no opinion is wanted."""
+        self._lagging += zip(rows, hidden.split(1), strict=True)
         if len(self._lagging) > MAX_LAG_ROWS:
             self._catch_up()
 
     def _catch_up(self) -> None:
-        for places, hidden in self._lagging:
-            self.head.forward_rows(hidden, places)
-        self._lagging.clear()
+        if self._lagging:
+            first = self._lagging[0][0]
+            rows = torch.cat([hidden for _, hidden in self._lagging])
+            self._lagging.clear()
+            self.head.forward(rows, first.position, first.slot)
 
     def observe(self, rank: int, block: Block, hidden: torch.Tensor) -> Opinion | None:
         """Take a prompt's rows [n, C]; return what may follow the last, if it is judged."""
@@ -93,8 +95,9 @@ class InnerHead:
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         """Make a wave's part true in the head's cache; see KVCache.commit."""
         if moves:
-            self._catch_up()  # before a cell that waits to be written moves
-        self.head.commit(slot, length, moves)
+            self._catch_up()
+        if not self._lagging:  # else the length grows when they run
+            self.head.commit(slot, length, moves)
 
     def _say(
         self,
