@@ -47,7 +47,7 @@ class InnerHead:
 
     def lag(self, rows: Sequence[Row], hidden: torch.Tensor) -> None:
         """Take the certain rows [n, C] of a wave on which no opinion is wanted."""
-        self._lagging += zip(rows, hidden.split(1), strict=True)
+        self._lagging += zip(rows, torch.split(hidden, 1), strict=True)
         if len(self._lagging) > MAX_LAG_ROWS:
             self._catch_up()
 
