@@ -197,13 +197,11 @@ class WaveEngine(Engine):
             super()._take(answer)
 
     def _hear(self, said: Opinion) -> None:
-        width = len(said.tokens[0]) if said.tokens else 0
         for (slot, node), tokens, numbers in zip(
             said.nodes, said.tokens, said.numbers.tolist(), strict=True
         ):
             if (sequence := self._slots.get(slot)) is not None:
-                candidates = list(zip(tokens, numbers[:width], strict=True))
-                sequence.waves.hear(node, said.source, candidates, numbers[width:])
+                sequence.waves.hear(node, said.source, tokens, numbers)
 
     def _verify(self, verdicts: Verdicts) -> None:
         """Let each sequence have its own verdicts."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ppsd.speculation.lookup import LENGTHS, LONGEST
 
+SLOTS = [bisect_right(LENGTHS, length) - 1 for length in range(LONGEST + 1)]
 TRIED = 32  # places, the newest, at which an end is looked for
 
 
@@ -24,7 +25,7 @@ class Copy(NamedTuple):
     @property
     def slot(self) -> int:
         """Index of the length in lookup.LENGTHS."""
-        return bisect_right(LENGTHS, self.length) - 1
+        return SLOTS[self.length]
 
 
 class CopyIndex:
@@ -60,15 +61,19 @@ class CopyIndex:
         Of equals the newest counts. Repetitions are looked for in the text alone.
         """
         tokens = self._tokens
-        tail = [*tokens[max(0, len(tokens) - LONGEST) :], *branch][-LONGEST:]
-        if len(tail) > 1 and (places := self._pairs.get((tail[-2], tail[-1]))):
-            best, length = 0, 0
+        end = [*tokens[-2:], *branch][-2:]
+        places = self._pairs.get((end[0], end[-1])) if len(end) > 1 else None
+        if places is not None:
+            tail = [*tokens[-LONGEST:], *branch][-LONGEST:]
+            best, length = places[-1], 2
             for place in places[: -TRIED - 1 : -1]:
-                agreed = self._agreed(tail, place)
-                if agreed > length:
-                    best, length = place, agreed
+                longer = length < min(len(tail), place)
+                if longer and tokens[place - 1 - length] == tail[-1 - length]:
+                    agreed = self._agreed(tail, place)
+                    if agreed > length:
+                        best, length = place, agreed
             return Copy(best, tokens[best], length)
-        single = self._singles.get(tail[-1]) if tail else None
+        single = self._singles.get(end[-1]) if end else None
         return None if single is None else Copy(single, tokens[single], 1)
 
     def _agreed(self, tail: Sequence[int], place: int) -> int:

@@ -2,14 +2,15 @@
 
 Pure, for the wave policy (waves.py). Scores are probabilities that a node is on the true path,
 given its root: the product of the probabilities along the way.
+
+It runs between two passes of the first stage, so it does little: tokens become nodes when they are
+fed, and what a head said is looked at when it could matter.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterator, Sequence
-from heapq import heappop, heappush
-from itertools import count
+from heapq import heapify, heappop, heappush, heapreplace
 from math import exp, inf
 
 from ppsd.speculation.copies import Copy, CopyIndex
@@ -20,7 +21,7 @@ MAX_DEPTH = 64  # levels below the root
 FLOOR = 0.002  # a row worth less is not worth its message
 UNHEARD = -1  # no head has spoken of a node's children yet
 
-Said = Sequence[tuple[int, float]]  # a head's candidates for a node's children: token, probability
+Waiting = list[tuple[float, int]]  # negated probabilities and tokens, the first of them last
 
 
 class Node:
@@ -28,20 +29,25 @@ class Node:
 
     ``probability`` is that of the token given the parent. ``wave`` numbers the wave that its row
     went into, UNFED before; then ``id``, ``cell`` and ``base`` (the verified rows of that wave)
-    hold. ``children`` have been fed, ``waiting`` have not: the most probable is the last.
+    hold. ``children`` have been fed, the ``waiting`` tokens have not. ``nodes`` and ``cells`` are
+    those of the ancestors that were not verified when it was fed.
     """
 
     __slots__ = (
         "base",
         "cell",
+        "cells",
         "children",
         "copy",
         "id",
         "level",
+        "nodes",
         "parent",
         "position",
         "probability",
         "rank",
+        "said",
+        "score",
         "token",
         "waiting",
         "wave",
@@ -50,24 +56,17 @@ class Node:
     def __init__(self, parent: Node | None, position: int, token: int, probability: float) -> None:
         self.parent, self.position, self.token = parent, position, token
         self.probability = probability
+        self.score = 1.0
         self.id = self.cell = self.base = -1
+        self.nodes: tuple[int, ...] = ()
+        self.cells: tuple[int, ...] = ()
         self.wave = UNFED
         self.level = UNHEARD
         self.rank = 0  # among its siblings, when it was fed
         self.copy: Copy | None = None
         self.children: dict[int, Node] = {}
-        self.waiting: list[Node] = []
-
-    def child(self, token: int) -> Node | None:
-        """Return the child with a token, fed or waiting."""
-        found = self.children.get(token)
-        if found is None:
-            found = next((node for node in self.waiting if node.token == token), None)
-        return found
-
-
-def _order(node: Node) -> tuple[float, int]:
-    return node.probability, -node.token
+        self.said: tuple[Sequence[int], Sequence[float]] | None = None  # not yet looked at
+        self.waiting: Waiting = []
 
 
 class Cells:
@@ -108,118 +107,98 @@ class Cells:
 class Tree:
     """The nodes under one sequence's root, which is its newest verified token.
 
-    ``depth`` P is after how many waves a row's verdict comes. ``copies`` finds what followed the
-    same tokens before; without it only heads have candidates. Rows at ``end`` or later are of no
-    use.
+    ``copies`` finds what followed the same tokens before; without it only heads have candidates.
+    Rows at ``end`` or later are of no use.
     """
 
-    def __init__(
-        self, root: Node, end: int, depth: int, cells: Cells, copies: CopyIndex | None
-    ) -> None:
+    def __init__(self, root: Node, end: int, cells: Cells, copies: CopyIndex | None) -> None:
         self.root = root
-        self.nodes: dict[int, Node] = {root.id: root}  # fed and alive
+        self.nodes: dict[int, Node] = {root.id: root}  # fed and alive, parents before children
         self._end = end
-        self._depth = depth
         self._cells = cells
         self._copies = copies
+        self._look_up(root)
 
-    def offers(self, wave: int) -> Iterator[tuple[float, Node]]:
-        """Yield unfed nodes and their values for ``wave``, the most valuable first.
+    def offers(self) -> Iterator[tuple[float, Node]]:
+        """Yield unfed nodes and their scores, the most probable first.
 
-        The value counts the waves that a row saves if it is on the true path. A node that is
-        wanted has to be fed before the next is asked for; what it leads to then follows.
+        A node that is wanted has to be fed before the next is asked for; what it leads to then
+        follows.
         """
-        root, most = self.root, self._depth / max(1, self._depth - 1)
-        end = min(self._end, root.position + MAX_DEPTH)
-        heap: list[tuple[float, int, int, int, float, Node]] = []
-        pushed = count()  # nodes themselves have no order
-
-        def push(key: float, score: float, node: Node) -> None:
-            heappush(heap, (key, node.position, node.token, next(pushed), score, node))
-
-        def expand(node: Node, score: float) -> None:
-            for child in node.children.values():
-                reach = score * child.probability
-                if reach > FLOOR:
-                    push(-reach * most, reach, child)
-            offer(node, score)
-
-        def offer(node: Node, score: float) -> None:
-            if node.level == UNHEARD and node.copy is None:
-                self._copy(node)
-            if node.waiting:
-                child = node.waiting[-1]
-                reach = score * child.probability
-                value = reach * (self._depth - (wave - node.wave)) / max(1, self._depth - 1)
-                if value > FLOOR and child.position < end:
-                    push(-value, reach, child)
-
+        root = self.root
         if root.wave == UNFED:
             yield inf, root
             if root.wave == UNFED:
                 return
-        expand(root, 1.0)
-        while heap:
-            value, *_, score, node = heappop(heap)
+        last = min(self._end, root.position + MAX_DEPTH) - 1  # whose children are of use no more
+        heap: list[tuple[float, int, int, int, Node]] = []
+        for node in self.nodes.values():
+            parent = node.parent
+            node.score = 1.0 if parent is None else parent.score * node.probability
+            if node.score > FLOOR and node.position < last:
+                if node.said is not None:
+                    self._settle(node)
+                if node.waiting:
+                    heap.append(_first(node))
+        heapify(heap)
+        while heap and -heap[0][0] > FLOOR:
+            value, position, token, _, parent = heap[0]
+            node = Node(parent, position, token, -parent.waiting[-1][0])
+            node.score = -value
+            yield -value, node
             if node.wave == UNFED:
-                yield -value, node
-                parent = node.parent
-                if node.wave == UNFED or parent is None:
-                    return
-                offer(parent, score / node.probability)
-            expand(node, score)
+                return
+            if parent.waiting:
+                heapreplace(heap, _first(parent))
+            else:
+                heappop(heap)
+            if node.waiting and position < last:
+                heappush(heap, _first(node))
 
     def feed(self, node: Node, identity: int, wave: int, base: int) -> bool:
-        """Give a node its place in ``wave``; return False if there is no cell for it."""
+        """Give a node its place in ``wave``; return False if there is no cell for it.
+
+        Nodes but the root come from ``offers``, and are fed at once.
+        """
         cell = self._cells.take(node.position)
         if cell is None:
             return False
         node.id, node.cell, node.wave, node.base = identity, cell, wave, base
         parent = node.parent
-        if parent is not None and node is not self.root:
+        if parent is not None:
+            parent.waiting.pop()
             node.rank = len(parent.children)
-            parent.waiting.remove(node)
             parent.children[node.token] = node
+            verified = base - (parent.position - len(parent.nodes))  # of the ancestors
+            node.nodes = (*parent.nodes, parent.id)[verified:]
+            node.cells = (*parent.cells, parent.cell)[verified:]
         self.nodes[identity] = node
+        self._look_up(node)
         return True
 
-    def hear(self, node: Node, level: int, said: Said, odds: Sequence[float]) -> None:
-        """Take the candidates (token, probability) that a head at ``level`` has for a node.
+    def hear(self, node: Node, level: int, tokens: Sequence[int], numbers: Sequence[float]) -> None:
+        """Take what a head at ``level`` says of a node's children. A deeper head knows better.
 
-        A deeper head knows better. What it does not name keeps no more than it leaves over.
-        ``odds`` [LENGTHS]: the log of a copy's weight against the head's 1, by length.
+        ``numbers``: the probabilities of ``tokens``, and then the log of a copy's weight against
+        the head's 1, by lookup.LENGTHS.
         """
-        if level <= node.level:
-            return
-        if node.copy is None:
-            self._look_up(node)
-        candidates = mixture(said, node.copy, odds)
-        left = max(0.0, 1.0 - sum(candidates.values()))
-        known = {child.token: child for child in (*node.waiting, *node.children.values())}
-        for token, child in known.items():
-            child.probability = candidates.pop(token, min(child.probability, left))
-        node.waiting += [Node(node, node.position + 1, t, p) for t, p in candidates.items()]
-        node.waiting.sort(key=_order)
-        node.level = level
+        if level > node.level:
+            node.level = level
+            node.said = tokens, numbers
 
     def advance(self, token: int, identity: int) -> tuple[Node, list[Node]]:
         """Make the root's child with ``token`` the root; return it, and the fed nodes that die.
 
-        A child that nobody thought of is made, with ``identity``.
+        A child that was not fed is made, with ``identity``.
         """
         old = self.root
-        root = old.child(token)
+        root = old.children.pop(token, None)
         if root is None:
-            root = Node(old, old.position + 1, token, 1.0)
-        if root.wave == UNFED:
+            root = Node(None, old.position + 1, token, 1.0)
             root.id = identity
-        dead: list[Node] = []
-        pending = [child for child in old.children.values() if child is not root]
-        while pending:
-            node = pending.pop()
-            dead.append(node)
-            pending += node.children.values()
-        for node in dead:
+        dead = list(old.children.values())
+        for node in dead:  # grows meanwhile
+            dead += node.children.values()
             self._cells.give(node.cell)
             del self.nodes[node.id]
         self.nodes.pop(old.id, None)
@@ -227,18 +206,23 @@ class Tree:
         self.root = root
         return root, dead
 
-    def _copy(self, node: Node) -> None:
-        """Let what followed the same tokens before wait as a candidate."""
-        self._look_up(node)
-        if node.copy is not None:
-            probability = CONFIDENCE[node.copy.slot]
-            insort(
-                node.waiting,
-                Node(node, node.position + 1, node.copy.token, probability),
-                key=_order,
-            )
+    def _settle(self, node: Node) -> None:
+        """Let a node's candidates be those that a head has named, and the copy, as ``mixture``.
+
+        Children that it does not name keep no more than it leaves over.
+        """
+        assert node.said is not None
+        candidates = mixture(*node.said, node.copy)
+        node.said = None
+        if node.children:
+            left = max(0.0, 1.0 - sum(candidates.values()))
+            for token, child in node.children.items():
+                child.probability = candidates.pop(token, min(child.probability, left))
+        node.waiting = [(-p, token) for token, p in candidates.items()]
+        node.waiting.sort(reverse=True)
 
     def _look_up(self, node: Node) -> None:
+        """Let what followed the same tokens before wait as a candidate."""
         if self._copies is None:
             return
         parent = node.parent
@@ -247,6 +231,8 @@ class Tree:
             node.copy = self._copies.following(before)
         if node.copy is None:
             node.copy = self._copies.find(self._branch(node))
+        if node.copy is not None:
+            node.waiting = [(-CONFIDENCE[node.copy.slot], node.copy.token)]
 
     def _branch(self, node: Node) -> list[int]:
         """Return the tokens from below the root to a node."""
@@ -258,14 +244,21 @@ class Tree:
         return tokens[::-1]
 
 
-def mixture(said: Said, copy: Copy | None, odds: Sequence[float]) -> dict[int, float]:
-    """Return probabilities of a head's candidates, mixed with the token that was copied.
+def _first(parent: Node) -> tuple[float, int, int, int, Node]:
+    """Return where the first waiting token stands among those of other nodes."""
+    negated, token = parent.waiting[-1]
+    return parent.score * negated, parent.position + 1, token, parent.id, parent
+
+
+def mixture(tokens: Sequence[int], numbers: Sequence[float], copy: Copy | None) -> dict[int, float]:
+    """Return probabilities of what a head names (see Tree.hear), mixed with the copied token.
 
     As in ``lookup.mixed``.
     """
     if copy is None:
-        return dict(said)
-    weight = exp(odds[copy.slot])
-    mixed = {token: p / (1.0 + weight) for token, p in said}
-    mixed[copy.token] = mixed.get(copy.token, 0.0) + weight / (1.0 + weight)
+        return dict(zip(tokens, numbers, strict=False))
+    weight = exp(numbers[len(tokens) + copy.slot])
+    share = 1.0 / (1.0 + weight)
+    mixed = {token: p * share for token, p in zip(tokens, numbers, strict=False)}
+    mixed[copy.token] = mixed.get(copy.token, 0.0) + weight * share
     return mixed

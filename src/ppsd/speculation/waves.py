@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ppsd.errors import ConfigError, ProtocolError
 from ppsd.speculation.copies import CopyIndex
 from ppsd.speculation.policy import UNVERIFIED, Command, Counts, Emit, Feed, Finish, Judged
-from ppsd.speculation.tree import UNFED, Cells, Node, Said, Tree
+from ppsd.speculation.tree import UNFED, Cells, Node, Tree
 
 
 class Row(NamedTuple):
@@ -115,7 +115,6 @@ class WavePolicy:
         self._newest = epoch  # node id
         self._before = epoch  # the root before this one
         self._moves: list[tuple[int, int]] = []  # to be told with the next wave
-        self._tree: Tree | None = None
         self._copies: CopyIndex | None = None
 
     def start(self, prompt: Sequence[int], cached: int = 0) -> list[Command]:
@@ -129,14 +128,8 @@ class WavePolicy:
         root = Node(None, length - 1, prompt[-1], 1.0)
         root.id, root.base, root.cell = self.epoch, length, length - 1
         end = length + self._max_tokens - 1
-        self._tree = Tree(root, end, self._depth, self._cells, self._copies)
+        self.tree = Tree(root, end, self._cells, self._copies)
         return []
-
-    @property
-    def tree(self) -> Tree:
-        """Return the candidate tree."""
-        assert self._tree is not None
-        return self._tree
 
     @property
     def emitted(self) -> int:
@@ -193,29 +186,30 @@ class WavePolicy:
         tokens = tuple(self._tokens[position:end])
         return Feed(self.epoch, position, tokens, position, int(last), True, last, UNVERIFIED)
 
-    def offers(self, wave: int) -> Iterator[tuple[float, Node]]:
-        """Yield what may go into a wave, by value (see Tree.offers): infinite for a certain row."""
+    def offers(self) -> Iterator[tuple[float, Node]]:
+        """Yield what may go into a wave, by score (see Tree.offers): infinite for a certain row."""
         if self.finished or self._fed < self._prompt:
-            return
-        for value, node in self.tree.offers(wave):
-            if self.paused and value < inf:
-                return
-            yield value, node
+            return iter(())
+        if self.paused:
+            root = self.tree.root
+            return iter([(inf, root)] if root.wave == UNFED else [])
+        return self.tree.offers()
 
     def feed(self, node: Node, wave: int) -> bool:
-        """Put a node into a wave; return False if there is no cell for it."""
-        root = self.tree.root
-        certain = node is root
-        if not certain:
-            self._newest += 1
+        """Put a node that ``offers`` just yielded into a wave; return False for want of a cell."""
+        tree, counts = self.tree, self.counts
+        root = tree.root
         base = root.position + (root.wave not in (UNFED, wave))
-        if not self.tree.feed(node, root.id if certain else self._newest, wave, base):
-            return False
-        if certain:
+        if node is root:
+            if not tree.feed(node, root.id, wave, base):
+                return False
             self._cells.keep(node)
         else:
-            self.counts.drafted += 1
-        self.counts.rows += 1
+            if not tree.feed(node, self._newest + 1, wave, base):
+                return False
+            self._newest += 1
+            counts.drafted += 1
+        counts.rows += 1
         self.waves[wave] = self.waves.get(wave, 0) + 1
         return True
 
@@ -223,35 +217,27 @@ class WavePolicy:
         """Return the nodes fed to a wave as the stages see them; moves are told once."""
         root, base = self.tree.root, nodes[0].base
         moves, self._moves = tuple(self._moves), []
-        rows = []
-        for node in nodes:
-            path = []
-            at = node.parent
-            while at is not None and at.position >= base:
-                path.append(at)
-                at = at.parent
-            path.reverse()
-            parent = -1 if node.parent is None else node.parent.id
-            rows.append(
-                Row(
-                    self.slot,
-                    node.id,
-                    self._before if node is root else parent,
-                    node.position,
-                    node.token,
-                    node.cell,
-                    tuple([at.id for at in path]),
-                    tuple([at.cell for at in path]),
-                )
+        rows = [
+            Row(
+                self.slot,
+                node.id,
+                self._before if node.parent is None else node.parent.id,
+                node.position,
+                node.token,
+                node.cell,
+                node.nodes,
+                node.cells,
             )
+            for node in nodes
+        ]
         return Part(self.slot, root.id, base, moves), rows
 
-    def hear(self, node: int, level: int, said: Said, odds: Sequence[float]) -> None:
-        """Take what a head says of a node's children; of dead nodes it means nothing."""
+    def hear(self, node: int, level: int, tokens: Sequence[int], numbers: Sequence[float]) -> None:
+        """Take what a head says of a node's children (see Tree.hear); of dead nodes nothing."""
         found = self.tree.nodes.get(node)
         if found is not None and not self.finished:
             self.counts.opinions += level > 0
-            self.tree.hear(found, level, said, odds)
+            self.tree.hear(found, level, tokens, numbers)
 
     def on(self, event: Judged | Verified) -> list[Command]:
         """Take verdicts; return what they make final. Old ones mean nothing."""
@@ -349,7 +335,7 @@ def choose(policies: Sequence[WavePolicy], rows: int, wave: int) -> list[tuple[W
     Certain rows come first and are not counted; drafts follow while there are fewer than ``rows``
     rows. Equal values go to the policy that comes first.
     """
-    offers = [policy.offers(wave) for policy in policies]
+    offers = [policy.offers() for policy in policies]
     heap = [
         (-value, index, node)
         for index, offer in enumerate(offers)
