@@ -16,6 +16,8 @@ from ppsd.speculation.policy import MAX_IN_SCHEDULE, MAX_ROWS, MODES, Schedule, 
 TRANSPORTS = ("auto", "shared-memory", "distributed", "inprocess")
 ACCEPTANCES = ("coupled", "rejection")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+AUTO = "auto"
+AUTO_ROWS = 8  # at most, where times decide: more are not timed
 INNER_HEADS = ("none", "auto")
 HEADS = ("auto", "lookup", "untrained", "none")  # what ``head`` may be beside a directory
 DEFAULT_CONTEXT = 8192
@@ -151,9 +153,9 @@ class Decoding(_Checked):
     ``head`` is a head directory, ``auto`` (the best one found), ``lookup`` (no head: repeat earlier
     text), ``untrained`` or ``none``; ``force_head`` uses a directory's head though it was trained
     on another model. ``lookup`` mixes into a head's drafts what followed the same tokens before.
-    ``gate`` lets speculation pause while it does not pay. ``rows``, in ``ppsd`` mode: the most
-    valuable nodes of a candidate tree that go into a wave; ``heads`` on later boundaries propose
-    others in the place of wrong ones.
+    ``gate`` lets speculation pause while it does not pay. In ``ppsd`` mode the ``rows`` most
+    valuable nodes of a candidate tree go into a wave, with ``auto`` as many as pay; ``heads`` on
+    later boundaries propose others in the place of wrong ones.
     """
 
     mode: str = setting("auto, autoregressive, draft-then-verify or ppsd.", "auto", metavar="MODE")
@@ -173,8 +175,11 @@ class Decoding(_Checked):
     in_flight: int | None = setting(
         "Blocks in the pipeline at once (w); set by the mode.", None, expert=True
     )
-    rows: int = setting(
-        "Rows of a candidate tree that travel together; 1 drafts a single chain.", 1, metavar="R"
+    rows: int | str = setting(
+        "Rows of a candidate tree that travel together: 1 drafts a single chain, auto takes as "
+        "many as pay by the measured times.",
+        1,
+        metavar="auto|R",
     )
     heads: str | None = setting(
         "Heads on later boundaries, which correct drafts on the way: none, or auto (all that "
@@ -203,7 +208,9 @@ class Decoding(_Checked):
         for name in ("block", "in_flight"):
             if getattr(self, name) is not None:
                 self._set_integer(name, 1, MAX_IN_SCHEDULE)
-        self._set_integer("rows", 1, MAX_ROWS)
+        if self.rows != AUTO:
+            allowed = f"auto or an integer in [1, {MAX_ROWS}]"
+            self._set("rows", checks.integer("rows", self.rows, 1, MAX_ROWS, allowed))
         if self.heads is not None:
             _one_of("heads", self.heads, INNER_HEADS)
         self._set_truths("lookup", "gate", "force_head")
@@ -235,14 +242,19 @@ class EngineConfig(Decoding, Placement):
             raise ConfigError("acceptance", self.acceptance, "coupled where rows travel in waves")
 
     @property
+    def most_rows(self) -> int:
+        """Return the most rows of a candidate tree that a wave may have."""
+        return AUTO_ROWS if isinstance(self.rows, str) else self.rows
+
+    @property
     def inner_heads(self) -> bool:
         """Return True if heads on later boundaries are to be used."""
-        return self.heads == "auto" if self.heads is not None else self.rows > 1
+        return self.heads == "auto" if self.heads is not None else self.most_rows > 1
 
     @property
     def waves(self) -> bool:
         """Return True if rows travel in waves: of candidate trees, or of several requests."""
-        return self.stages > 1 and (self.rows > 1 or self.inner_heads or self.concurrent > 1)
+        return self.stages > 1 and (self.most_rows > 1 or self.inner_heads or self.concurrent > 1)
 
     def _check_schedule(self) -> None:
         if self.schedule.drafts and self.stages == 1:

@@ -146,6 +146,8 @@ def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
             kind, default = str, inspect.Parameter.empty
         elif isinstance(field.default, tuple) and field.default:
             default = ",".join(map(str, field.default))
+        elif isinstance(field.default, int):
+            default = str(field.default)
     elif hint is bool and default:
         names = [f"{flag}/--no-{flag.removeprefix('--')}"]
     option = typer.Option(
@@ -174,7 +176,9 @@ def _variable(name: str) -> str:
 
 @functools.cache
 def _reader(hint: Any) -> Callable[[str, str], Any] | None:
-    """Return how to read the text of a setting that is a list or a mapping, None for others."""
+    """Return how to read the text of a setting of no simple type, None for others."""
+    if hint == int | str:
+        return lambda name, text: int(text) if text.isdecimal() else text
     for kind in (hint, *get_args(hint)):
         if kind == tuple[int, ...]:
             return integers

@@ -174,7 +174,7 @@ class RunningPipeline:
     def _most_rows(self) -> int:
         """Return the most rows of a block or wave that is no piece of a prompt."""
         config = self._config
-        return max(config.schedule.block, config.rows, config.concurrent)
+        return max(config.schedule.block, config.most_rows, config.concurrent)
 
     def _geometry(self) -> Geometry:
         config, spec, dtype = self._config, self.layout.spec, self.layout.dtype

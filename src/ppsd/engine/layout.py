@@ -55,6 +55,7 @@ class Layout:
     cores: tuple[tuple[int, ...], ...]
     kernels: tuple[str, ...]
     loose: int = 0  # cells of a slot for rows of branches
+    costs: tuple[float, ...] = ()  # times of 1, 2, … rows over that of one; () where rows are free
     slots: int = 1  # requests that may be under way at once
     reason: str = ""
 
@@ -110,7 +111,8 @@ def plan_layout(
         kernels=tuple(  # compiled here if need be, before there are workers
             kernels.name(dtype_name(config), config.device(rank)) for rank in range(config.stages)
         ),
-        loose=config.rows * config.stages if config.waves else 0,
+        loose=config.most_rows * config.stages if config.waves else 0,
+        costs=() if config.pace else tuple(profile.growth(n + 1) for n in range(config.most_rows)),
         slots=config.concurrent,
         reason=choice.reason,
     )

@@ -12,7 +12,7 @@ from typing import Any, overload
 
 import torch
 
-from ppsd.config import EngineConfig
+from ppsd.config import AUTO, EngineConfig
 from ppsd.engine.answer import Chunk, Completion
 from ppsd.engine.build import Progress, RunningPipeline
 from ppsd.engine.choose import serves_as
@@ -92,11 +92,9 @@ class LLM:
         self._head = running.stage.drafter
         if drafter is not None:
             running.stage.drafter = drafter
-        self._most_rows = self.config.rows
+        self._most_rows = self.config.most_rows
         self._largest = self.config.schedule  # what buffers and links were sized for
-        self._gates: dict[
-            tuple[Schedule, int], Gate
-        ] = {}  # what they learn holds on the same workers
+        self._gates: dict[tuple[Schedule, int | str], Gate] = {}  # learnt on the same workers
         self.use(self.config.mode, self.config.block, self.config.in_flight)
 
     def __enter__(self) -> LLM:
@@ -136,7 +134,7 @@ class LLM:
         block: int | None = None,
         in_flight: int | None = None,
         gate: bool | None = None,
-        rows: int | None = None,
+        rows: int | str | None = None,
     ) -> None:
         """Decode the next requests in another mode on the same workers.
 
@@ -145,11 +143,11 @@ class LLM:
         schedule_for(mode, self.layout.stages, block, in_flight)  # refuses ``auto``
         gate = self.config.gate if gate is None else gate
         rows = self.config.rows if rows is None else rows
-        if rows > self._most_rows:
-            raise ConfigError("rows", rows, f"at most {self._most_rows}, as set at the start")
         config = self.config.replaced(
             mode=mode, block=block, in_flight=in_flight, gate=gate, rows=rows
         )
+        if config.most_rows > self._most_rows:
+            raise ConfigError("rows", rows, f"at most {self._most_rows}, as set at the start")
         schedule, largest = config.schedule, self._largest
         if schedule.block > largest.block or schedule.in_flight > max(
             largest.in_flight, self.layout.stages
@@ -176,13 +174,14 @@ class LLM:
         }
         drafts = schedule.drafts and own
         opinions = drafts and config.inner_heads and any(self.layout.inner)
-        trees = drafts and (config.rows > 1 or opinions)
+        trees = drafts and (config.most_rows > 1 or opinions)
         if schedule.block > 1 or not (trees or config.concurrent > 1):
             return Engine(*arguments, **settings)
         return WaveEngine(
             *arguments,
             **settings,
-            rows=config.rows if drafts else 0,
+            rows=config.most_rows if drafts else 0,
+            costs=self.layout.costs if config.rows == AUTO else (),
             loose=self.layout.loose,
             lookup=config.lookup and drafts,
             opinions=opinions,

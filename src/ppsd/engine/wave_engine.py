@@ -28,6 +28,7 @@ class WaveEngine(Engine):
     """Decodes requests by waves.
 
     A wave has all rows that are certain, and drafts up to ``rows`` rows in all; 0 drafts nothing.
+    ``costs`` of 1, 2, … rows, where they are not free, limit a wave to the rows that pay.
 
     ``loose`` cells of each slot take the rows of branches. ``lookup`` lets earlier text propose
     tokens, ``opinions`` heads on later boundaries. Other arguments are Engine's.
@@ -37,6 +38,7 @@ class WaveEngine(Engine):
         self,
         *arguments: Any,
         rows: int,
+        costs: Items[float] = (),
         loose: int,
         lookup: bool = True,
         opinions: bool = False,
@@ -44,6 +46,7 @@ class WaveEngine(Engine):
     ) -> None:
         super().__init__(*arguments, **settings)
         self._rows = rows
+        self._costs = costs
         self.stage.drafting = self.stage.drafting and rows > 0
         self._loose = loose
         self._lookup = lookup
@@ -116,7 +119,7 @@ class WaveEngine(Engine):
 
     def _feed_rows(self) -> bool:
         policies = [sequence.waves for sequence in self._running]
-        chosen = choose(policies, self._rows, self._wave + 1)
+        chosen = choose(policies, self._rows, self._wave + 1, self._costs)
         if not chosen:
             return False
         self._wave += 1

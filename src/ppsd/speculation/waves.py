@@ -329,10 +329,13 @@ class WavePolicy:
         return Finish(reason)
 
 
-def choose(policies: Sequence[WavePolicy], rows: int, wave: int) -> list[tuple[WavePolicy, Node]]:
+def choose(
+    policies: Sequence[WavePolicy], rows: int, wave: int, costs: Sequence[float] = ()
+) -> list[tuple[WavePolicy, Node]]:
     """Feed a wave the most valuable nodes of all sequences; return them.
 
     Certain rows come first and are not counted; drafts follow while there are fewer than ``rows``
+    rows, and while each raises the wave's value over its time, which ``costs`` has for 1, 2, …
     rows. Equal values go to the policy that comes first.
     """
     offers = [policy.offers() for policy in policies]
@@ -344,13 +347,25 @@ def choose(policies: Sequence[WavePolicy], rows: int, wave: int) -> list[tuple[W
     ]
     heapify(heap)
     fed: list[tuple[WavePolicy, Node]] = []
+    worth = 0.0  # of the rows so far
     while heap and (len(fed) < rows or heap[0][0] == -inf):
-        _, index, node = heap[0]
+        value, index, node = heap[0]
+        gain = 1.0 if value == -inf else -value
+        if value > -inf and not _pays(worth, gain, len(fed), costs):
+            break
         if policies[index].feed(node, wave):
             fed.append((policies[index], node))
+            worth += gain
         following = next(offers[index], None) if rows else None
         if following is None:
             heappop(heap)
         else:
             heapreplace(heap, (-following[0], index, following[1]))
     return fed
+
+
+def _pays(worth: float, gain: float, rows: int, costs: Sequence[float]) -> bool:
+    """Return True if one more row raises the value of a wave of ``rows`` rows over its time."""
+    if not rows or rows >= len(costs):
+        return True
+    return (worth + gain) * costs[rows - 1] >= worth * costs[rows]
