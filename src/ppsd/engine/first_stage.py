@@ -17,7 +17,7 @@ from ppsd.model.stage import StageModel
 from ppsd.speculation.policy import UNVERIFIED, Drafted, Feed
 from ppsd.speculation.sampling import Stream
 from ppsd.speculation.waves import Part, Row
-from ppsd.worker.inner_head import InnerHead, place_of
+from ppsd.worker.inner_head import Speaker, place_of
 from ppsd.worker.judge import require_finite
 from ppsd.worker.messages import Block, Verdict
 from ppsd.worker.recorder import Recorder
@@ -35,7 +35,7 @@ class FirstStage:
         model: StageModel,
         drafter: Drafter | None,
         recorder: Recorder,
-        head: InnerHead | None = None,
+        head: Speaker | None = None,
     ) -> None:
         self.drafter = drafter
         self.head = head

@@ -116,7 +116,7 @@ def simulate(
         for _, output in engine.step():
             if isinstance(output, Emit):
                 first = first or clock.now
-    return _simulated(
+    return simulated(
         sequence.policy.emitted, sequence.policy.counts, clock.now, first, pipeline, engine.links
     )
 
@@ -132,7 +132,7 @@ def _links(pipeline: VirtualPipeline) -> Links:
     return VirtualLinks(pipeline)
 
 
-def _simulated(
+def simulated(
     tokens: int,
     counts: Counts,
     end: int,
@@ -140,6 +140,7 @@ def _simulated(
     pipeline: VirtualPipeline,
     links: Links,
 ) -> Simulated:
+    """Sum up a request that has ended at ``end``; ``first``: when its first token came."""
     reports = [pipeline.recorders[0].take(), *links.report()]
     return Simulated(
         tokens=tokens,

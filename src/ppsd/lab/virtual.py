@@ -23,12 +23,13 @@ from ppsd.engine.links import Answer
 from ppsd.model.passes import Place, Watch
 from ppsd.plan.model import CostModel
 from ppsd.worker.judge import Judge
-from ppsd.worker.messages import Begin, Block, Message, Refusal, Verdict
+from ppsd.worker.messages import Begin, Block, Message, Verdict
 from ppsd.worker.recorder import Recorder
-from ppsd.worker.wave_messages import Wave
+from ppsd.worker.wave_messages import Verdicts, Wave
 
 RIGHT, WRONG = 0, 1  # the toy target always says RIGHT; a draft says either
 NEVER = 2**62  # nanoseconds; when a cancel that takes for ever arrives
+LOGITS = 64  # more than there are toy tokens
 SENDING = "send"  # what a recorder calls the time between two blocks
 NOISE_POSITIONS = 4096  # after so many the same factors come again
 HEAD = -1  # the lane of noise behind those of the stages
@@ -80,10 +81,10 @@ class VirtualPipeline:
         """Send a message from ``source``, whose clock says when, to ``to``."""
         clock = self.clocks[source]
         delay = 0
-        if isinstance(message, Block | Verdict):
+        if isinstance(message, Block | Wave | Verdict | Verdicts):
             self.recorders[source].busy_ns[SENDING] += self.overhead
             clock.now += self.overhead
-            rows = len(message.tokens) if isinstance(message, Block) else 0
+            rows = len(message.hidden) if isinstance(message, Block | Wave) else 0
             delay = self.hop(source, rows)
         self.inboxes[to].append((clock.now + delay, message))
 
@@ -172,7 +173,9 @@ class VirtualStage:
         """Keep nothing."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("a virtual judge asks for none")
+        """Return logits by which RIGHT is the token, as a judge of waves asks for."""
+        self._pipeline.clocks[self._rank].now += self._pipeline.lm_head(1)
+        return torch.zeros(hidden.shape[0], LOGITS)
 
 
 class VirtualPass:
@@ -204,9 +207,9 @@ class VirtualPass:
 class VirtualJudge(Judge):
     """The last stage's LM head, which takes time and always says RIGHT."""
 
-    def __init__(self, pipeline: VirtualPipeline) -> None:
+    def __init__(self, pipeline: VirtualPipeline, max_context: int = 1) -> None:
         self._last = pipeline.cost.size - 1
-        super().__init__(VirtualStage(pipeline, self._last), self._last, max_context=1)
+        super().__init__(VirtualStage(pipeline, self._last), self._last, max_context)
         self._pipeline = pipeline
 
     def verdict(self, block: Block, hidden: torch.Tensor) -> Verdict:
@@ -215,6 +218,9 @@ class VirtualJudge(Judge):
         lm_head = pipeline.jittered(lm_head, self._last, block.position)
         pipeline.clocks[self._last].now += lm_head
         tokens = (RIGHT,) * block.judge
+        if block.judge:
+            slot = self._slot(block.slot)
+            slot.node, slot.token = block.epoch, RIGHT
         return Verdict(block.slot, block.epoch, self._last, block.position, rows, tokens)
 
 
@@ -277,7 +283,7 @@ class VirtualLinks:
 
     def _take(self) -> Answer:
         _, answer = self._pipeline.inboxes[0].popleft()
-        assert isinstance(answer, Verdict | Refusal)
+        assert isinstance(answer, Answer)
         return answer
 
 

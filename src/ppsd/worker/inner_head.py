@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -26,6 +27,28 @@ MAX_LAG_ROWS = 8  # that may wait for the next opinion, when a few rows cost as 
 def place_of(row: Row) -> Place:
     """Return where a row stands."""
     return Place(row.slot, row.position, row.cell, row.cells)
+
+
+class Speaker(Protocol):
+    """What engine and stages ask of a head: InnerHead, or a virtual one."""
+
+    def begin(self, begin: Begin) -> None: ...
+
+    def share(self, source: int, slot: int, length: int) -> None: ...
+
+    def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None: ...
+
+    def lag(self, rows: Sequence[Row], hidden: torch.Tensor) -> None: ...
+
+    def observe(self, rank: int, block: Block, hidden: torch.Tensor) -> Opinion | None: ...
+
+    def opinion(
+        self,
+        rank: int,
+        rows: Sequence[Row],
+        hidden: torch.Tensor,
+        verified: torch.Tensor | None = None,
+    ) -> Opinion: ...
 
 
 class InnerHead:

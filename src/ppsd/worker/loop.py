@@ -12,7 +12,7 @@ from ppsd.errors import PipelineError, ProtocolError, RequestError
 from ppsd.model.stage import StageModel
 from ppsd.speculation.waves import Row
 from ppsd.worker.frame import CONTROL_BYTES
-from ppsd.worker.inner_head import InnerHead, place_of
+from ppsd.worker.inner_head import Speaker, place_of
 from ppsd.worker.judge import Judge, require_finite
 from ppsd.worker.link import Link
 from ppsd.worker.messages import Begin, Block, Control, Message, Refusal, Status
@@ -36,7 +36,7 @@ class Worker:
         link: Link,
         judge: Judge | None,
         recorder: Recorder | None = None,
-        head: InnerHead | None = None,
+        head: Speaker | None = None,
     ) -> None:
         self.rank = rank
         self.stopped = False
