@@ -75,7 +75,8 @@ LABORATORY = {
     "tasks": f"{TASKS} --gammas --sampled",
     "baselines": TASKS,
     "load": f"{TASKS} --concurrent".replace(" --repeats", "").replace(" --memory", ""),
-    "simulate": "--stages --layers --exit-layer --alpha --trace --block --in-flight --tokens "
+    "simulate": "--stages --layers --exit-layer --alpha --trace --block --in-flight --rows "
+    "--tokens "
     "--prompt-tokens --seed --jitter --model --hardware --layer-ms --head-ms --lm-head-ms --hop-ms "
     "--overhead-ms --row-cost --sweep --csv --plot --gantt --json",
     "paper": "--out --tokens --seed",

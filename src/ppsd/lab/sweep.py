@@ -15,6 +15,7 @@ import numpy as np
 
 from ppsd.errors import ConfigError
 from ppsd.lab.simulator import Simulated, acceptance, simulate
+from ppsd.lab.virtual_waves import ranks, simulate_waves
 from ppsd.plan import theory
 from ppsd.plan.model import CostModel, even_split
 from ppsd.speculation.policy import MODES, Schedule, schedule_for
@@ -33,7 +34,7 @@ class Scenario:
 
     ``alphas`` holds (exit layer, α) points between which α is interpolated; one point is a
     constant; ``recorded`` acceptances take their place. ``block`` and ``in_flight`` override the
-    modes' own; ``jitter`` as in Simulator.
+    modes' own; ``jitter`` as in Simulator. Waves of each number of ``rows`` are simulated, too.
     """
 
     build: BuildCost
@@ -48,6 +49,7 @@ class Scenario:
     jitter: float = 0.0
     prompt_tokens: int = 1
     recorded: tuple[float, ...] | None = None
+    rows: tuple[int, ...] = ()
 
     def cost(self) -> CostModel:
         """Return the cost of this scenario's split."""
@@ -89,7 +91,25 @@ def compare(scenario: Scenario, cost: CostModel | None = None) -> list[Row]:
     alpha = scenario.alpha(cost.exit_layer)
     runs = {mode: scenario.run(mode, cost) for mode in MODES}
     plain = runs["autoregressive"].token_time
-    return [_row(mode, scenario, cost, alpha, run, plain) for mode, run in runs.items()]
+    found = [_row(mode, scenario, cost, alpha, run, plain) for mode, run in runs.items()]
+    if cost.size > 1:
+        found += [_waves(count, scenario, cost, alpha, plain) for count in scenario.rows]
+    return found
+
+
+def _waves(rows: int, scenario: Scenario, cost: CostModel, alpha: float, plain: float) -> Row:
+    """Simulate waves of a head whose first candidate is right with probability ``alpha``."""
+    run = simulate_waves(
+        cost,
+        rows,
+        ranks(alpha, scenario.tokens, scenario.seed),
+        prompt_tokens=scenario.prompt_tokens,
+        jitter=scenario.jitter,
+        seed=scenario.seed,
+    )
+    row = _row("ppsd", scenario, cost, alpha, run, plain)
+    theirs = {"mode": f"ppsd rows={rows}", "model_speedup": None, "paper_speedup": None}
+    return row | theirs  # theory knows chains alone
 
 
 def _row(

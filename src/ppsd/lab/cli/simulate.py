@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 from rich.console import Console
 from rich.table import Table
 
-from ppsd.cli.flags import flag
+from ppsd.cli.flags import flag, integers
 from ppsd.errors import ConfigError
+from ppsd.speculation.policy import MAX_ROWS
 
 if TYPE_CHECKING:
     from ppsd.lab.sweep import BuildCost, Row, Scenario
@@ -54,6 +55,9 @@ class ScenarioOptions:
     ] = None
     block: Annotated[int | None, _request("Rows m of a block; 4 in draft-then-verify.")] = None
     in_flight: Annotated[int | None, _request("Blocks w of ppsd; P if left out.")] = None
+    rows: Annotated[
+        str | None, _request("Also waves of so many rows of a candidate tree.", metavar="R,…")
+    ] = None
     tokens: Annotated[int, _request("Tokens to decode.", min=2)] = 10_000
     prompt_tokens: Annotated[int, _request("Tokens of the prompt.", min=1)] = 1
     seed: Annotated[int, _request("Decides acceptance and jitter.", min=0)] = 0
@@ -149,7 +153,15 @@ def _scenario(options: ScenarioOptions, times: TimeOptions) -> Scenario:
         in_flight=options.in_flight,
         jitter=options.jitter,
         prompt_tokens=options.prompt_tokens,
+        rows=_rows(options.rows),
     )
+
+
+def _rows(text: str | None) -> tuple[int, ...]:
+    rows = integers("rows", text) if text else ()
+    if not all(1 <= count <= MAX_ROWS for count in rows):
+        raise ConfigError("rows", text, f"numbers of rows in [1, {MAX_ROWS}]")
+    return rows
 
 
 def _alphas(text: str) -> tuple[tuple[int, float], ...]:
