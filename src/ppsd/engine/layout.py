@@ -156,9 +156,11 @@ def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> 
     Under torchrun that is stage 0 for certain; nothing is known of where the others are.
     """
     plans = [layout.plan(rank, config.device(rank)) for rank in range(layout.stages)]
-    head = head_sizes(Sizes.of(layout.spec), layout.head)
+    sizes = Sizes.of(layout.spec)
+    head = head_sizes(sizes, layout.head)
     apart = config.transport != "inprocess"
-    every = stage_bytes(layout.spec, source, plans, head, apart=apart)
+    inner = [head_sizes(sizes, found.config if found else None) for found in layout.inner]
+    every = stage_bytes(layout.spec, source, plans, head, apart=apart, inner=inner)
     here = every[:1] if on_torchrun(config) else every
     check_free(here, f"{layout.spec.name} in {layout.dtype}", layout.max_context)
     return every

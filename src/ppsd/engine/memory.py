@@ -24,11 +24,17 @@ def default_context(spec: ModelSpec) -> int:
 
 
 def stage_bytes(
-    spec: ModelSpec, source: TensorSource, plans: Sequence[StagePlan], head: int, *, apart: bool
+    spec: ModelSpec,
+    source: TensorSource,
+    plans: Sequence[StagePlan],
+    head: int,
+    *,
+    apart: bool,
+    inner: Sequence[int] = (),
 ) -> list[int]:
     """Bytes each process needs for its stage: weights, a full key/value cache, runtime.
 
-    ``head`` counts the numbers of stage 0's exit head. Stages that are not ``apart`` share one
+    ``head`` counts the numbers of stage 0's exit head, ``inner`` those of later ones. Stages that are not ``apart`` share one
     process, and come as one number.
     """
     sizes = Sizes.of(spec)
@@ -41,12 +47,14 @@ def stage_bytes(
             bounds,
             rank,
             plan.dtype.itemsize,
-            plan.slots * plan.max_context,
+            plan.slots * (plan.max_context + plan.loose),
             head,
             weight_bytes(spec, plan, source),
         )
         for rank, plan in enumerate(plans)
     ]
+    for rank, numbers in enumerate(inner):
+        each[rank] += numbers * plans[rank].dtype.itemsize
     return each if apart else [sum(each) - (len(each) - 1) * WORKER_BYTES]
 
 
