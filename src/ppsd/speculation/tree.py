@@ -18,6 +18,7 @@ from ppsd.speculation.lookup import CONFIDENCE
 
 UNFED = 0
 MAX_DEPTH = 64  # levels below the root
+KEPT = 0.3  # what earlier heads weigh against a deeper one: together they are right more often
 FLOOR = 0.002  # a row worth less is not worth its message
 UNHEARD = -1  # no head has spoken of a node's children yet
 
@@ -35,6 +36,7 @@ class Node:
 
     __slots__ = (
         "base",
+        "candidates",
         "cell",
         "cells",
         "children",
@@ -65,7 +67,8 @@ class Node:
         self.rank = 0  # among its siblings, when it was fed
         self.copy: Copy | None = None
         self.children: dict[int, Node] = {}
-        self.said: tuple[Sequence[int], Sequence[float]] | None = None  # not yet looked at
+        self.said: list[tuple[Sequence[int], Sequence[float]]] = []  # not yet looked at
+        self.candidates: dict[int, float] = {}  # probabilities, once a head has been looked at
         self.waiting: Waiting = []
 
 
@@ -107,23 +110,28 @@ class Cells:
 class Tree:
     """The nodes under one sequence's root, which is its newest verified token.
 
-    ``copies`` finds what followed the same tokens before; without it only heads have candidates.
-    Rows at ``end`` or later are of no use.
+    ``depth`` P is after how many waves a row's verdict comes. ``copies`` finds what followed the
+    same tokens before; without it only heads have candidates. Rows at ``end`` or later are of no
+    use.
     """
 
-    def __init__(self, root: Node, end: int, cells: Cells, copies: CopyIndex | None) -> None:
+    def __init__(
+        self, root: Node, end: int, depth: int, cells: Cells, copies: CopyIndex | None
+    ) -> None:
         self.root = root
+        self._worth = [max(1, depth - age) / max(1, depth - 1) for age in range(depth)]
         self.nodes: dict[int, Node] = {root.id: root}  # fed and alive, parents before children
         self._end = end
         self._cells = cells
         self._copies = copies
         self._look_up(root)
 
-    def offers(self) -> Iterator[tuple[float, Node]]:
-        """Yield unfed nodes and their scores, the most probable first.
+    def offers(self, wave: int) -> Iterator[tuple[float, Node]]:
+        """Yield unfed nodes and their values for ``wave``, the most valuable first.
 
-        A node that is wanted has to be fed before the next is asked for; what it leads to then
-        follows.
+        The value counts the waves that a row saves if it is on the true path, where 1 is what the
+        child of a row of the wave before saves. A node that is wanted has to be fed before the
+        next is asked for; what it leads to then follows.
         """
         root = self.root
         if root.wave == UNFED:
@@ -136,24 +144,31 @@ class Tree:
             parent = node.parent
             node.score = 1.0 if parent is None else parent.score * node.probability
             if node.score > FLOOR and node.position < last:
-                if node.said is not None:
+                if node.said:
                     self._settle(node)
                 if node.waiting:
-                    heap.append(_first(node))
+                    heap.append(self._first(node, wave))
         heapify(heap)
         while heap and -heap[0][0] > FLOOR:
             value, position, token, _, parent = heap[0]
             node = Node(parent, position, token, -parent.waiting[-1][0])
-            node.score = -value
+            node.score = parent.score * node.probability
             yield -value, node
             if node.wave == UNFED:
                 return
             if parent.waiting:
-                heapreplace(heap, _first(parent))
+                heapreplace(heap, self._first(parent, wave))
             else:
                 heappop(heap)
             if node.waiting and position < last:
-                heappush(heap, _first(node))
+                heappush(heap, self._first(node, wave))
+
+    def _first(self, parent: Node, wave: int) -> tuple[float, int, int, int, Node]:
+        """Return where the first waiting token stands among those of other nodes."""
+        negated, token = parent.waiting[-1]
+        age = min(wave - parent.wave, len(self._worth) - 1)
+        value = parent.score * negated * self._worth[age]
+        return value, parent.position + 1, token, parent.id, parent
 
     def feed(self, node: Node, identity: int, wave: int, base: int) -> bool:
         """Give a node its place in ``wave``; return False if there is no cell for it.
@@ -177,14 +192,14 @@ class Tree:
         return True
 
     def hear(self, node: Node, level: int, tokens: Sequence[int], numbers: Sequence[float]) -> None:
-        """Take what a head at ``level`` says of a node's children. A deeper head knows better.
+        """Take what a head at ``level`` says of a node's children, if it is the deepest so far.
 
         ``numbers``: the probabilities of ``tokens``, and then the log of a copy's weight against
         the head's 1, by lookup.LENGTHS.
         """
         if level > node.level:
             node.level = level
-            node.said = tokens, numbers
+            node.said.append((tokens, numbers))
 
     def advance(self, token: int, identity: int) -> tuple[Node, list[Node]]:
         """Make the root's child with ``token`` the root; return it, and the fed nodes that die.
@@ -207,18 +222,26 @@ class Tree:
         return root, dead
 
     def _settle(self, node: Node) -> None:
-        """Let a node's candidates be those that a head has named, and the copy, as ``mixture``.
+        """Work out a node's candidates from what heads have said since the last time.
 
-        Children that it does not name keep no more than it leaves over.
+        Fed children that a head does not name keep no more than it leaves over.
         """
-        assert node.said is not None
-        candidates = mixture(*node.said, node.copy)
-        node.said = None
-        if node.children:
-            left = max(0.0, 1.0 - sum(candidates.values()))
-            for token, child in node.children.items():
-                child.probability = candidates.pop(token, min(child.probability, left))
-        node.waiting = [(-p, token) for token, p in candidates.items()]
+        for tokens, numbers in node.said:
+            candidates, before = mixture(tokens, numbers, node.copy), node.candidates
+            if before:
+                candidates = {
+                    token: KEPT * before.get(token, 0.0) + (1.0 - KEPT) * candidates.get(token, 0.0)
+                    for token in before | candidates
+                }
+            if node.children:
+                left = max(0.0, 1.0 - sum(candidates.values()))
+                for token, child in node.children.items():
+                    kept = min(child.probability, left)
+                    child.probability = candidates.setdefault(token, kept)
+            node.candidates = candidates
+        node.said.clear()
+        fed = node.children
+        node.waiting = [(-p, token) for token, p in node.candidates.items() if token not in fed]
         node.waiting.sort(reverse=True)
 
     def _look_up(self, node: Node) -> None:
@@ -242,12 +265,6 @@ class Tree:
             tokens.append(at.token)
             at = at.parent
         return tokens[::-1]
-
-
-def _first(parent: Node) -> tuple[float, int, int, int, Node]:
-    """Return where the first waiting token stands among those of other nodes."""
-    negated, token = parent.waiting[-1]
-    return parent.score * negated, parent.position + 1, token, parent.id, parent
 
 
 def mixture(tokens: Sequence[int], numbers: Sequence[float], copy: Copy | None) -> dict[int, float]:

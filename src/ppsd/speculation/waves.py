@@ -128,7 +128,7 @@ class WavePolicy:
         root = Node(None, length - 1, prompt[-1], 1.0)
         root.id, root.base, root.cell = self.epoch, length, length - 1
         end = length + self._max_tokens - 1
-        self.tree = Tree(root, end, self._cells, self._copies)
+        self.tree = Tree(root, end, self._depth, self._cells, self._copies)
         return []
 
     @property
@@ -186,14 +186,14 @@ class WavePolicy:
         tokens = tuple(self._tokens[position:end])
         return Feed(self.epoch, position, tokens, position, int(last), True, last, UNVERIFIED)
 
-    def offers(self) -> Iterator[tuple[float, Node]]:
-        """Yield what may go into a wave, by score (see Tree.offers): infinite for a certain row."""
+    def offers(self, wave: int) -> Iterator[tuple[float, Node]]:
+        """Yield what may go into a wave, by value (see Tree.offers): infinite for a certain row."""
         if self.finished or self._fed < self._prompt:
             return iter(())
         if self.paused:
             root = self.tree.root
             return iter([(inf, root)] if root.wave == UNFED else [])
-        return self.tree.offers()
+        return self.tree.offers(wave)
 
     def feed(self, node: Node, wave: int) -> bool:
         """Put a node that ``offers`` just yielded into a wave; return False for want of a cell."""
@@ -338,7 +338,7 @@ def choose(
     rows, and while each raises the wave's value over its time, which ``costs`` has for 1, 2, …
     rows. Equal values go to the policy that comes first.
     """
-    offers = [policy.offers() for policy in policies]
+    offers = [policy.offers(wave) for policy in policies]
     heap = [
         (-value, index, node)
         for index, offer in enumerate(offers)
