@@ -196,8 +196,11 @@ class WaveEngine(Engine):
             self._hear(answer)
         elif isinstance(answer, Verdicts):
             self._verify(answer)
-        else:
+        elif isinstance(answer, Verdict):
             super()._take(answer)
+        elif (sequence := self._slots.get(answer.slot)) is not None:
+            if answer.epoch == sequence.waves.tree.root.id:  # the node that cannot be judged
+                self._fail(sequence, answer)
 
     def _hear(self, said: Opinion) -> None:
         for (slot, node), tokens, numbers in zip(

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ppsd.errors import NonFiniteError, ProtocolError
+from ppsd.errors import NonFiniteError, ProtocolError, RequestError
 from ppsd.model import kernels
 from ppsd.model.stage import StageModel
 from ppsd.speculation.waves import Row
-from ppsd.worker.messages import Begin, Block, Verdict
+from ppsd.worker.messages import Begin, Block, Refusal, Verdict
 from ppsd.worker.slot import Slot
 from ppsd.worker.wave_messages import Verdicts
 
@@ -85,31 +85,40 @@ class Judge:
                 live.append(index)
         return live
 
-    def verdicts(self, rows: Sequence[Row], hidden: torch.Tensor) -> Verdicts:
-        """Judge a wave's rows ``hidden`` [n, C]: those on the true path, as far as it goes."""
+    def verdicts(self, rows: Sequence[Row], hidden: torch.Tensor) -> list[Verdicts | Refusal]:
+        """Judge a wave's rows ``hidden`` [n, C]: those on the true path, as far as it goes.
+
+        A request that cannot go on is refused, and the others of the wave are judged.
+        """
         following = {(row.slot, row.parent, row.token): i for i, row in enumerate(rows)}
-        judged: list[int] = []
-        tokens: list[int] = []
+        judged: dict[int, int] = {}  # the target's token after a row
         logits: list[torch.Tensor] = []
+        refusals: list[Verdicts | Refusal] = []
         for index in {row.slot: None for row in rows}:
             slot = self._slot(index)
             while (found := following.get((index, slot.node, slot.token))) is not None:
                 row = rows[found]
                 slot.history.write(row.position, (row.token,))
                 own = self._stage.logits(hidden[found : found + 1])
-                slot.token = self._tokens(slot, own, row.position + 1)[0]
-                slot.node = row.node
-                judged.append(found)
-                tokens.append(slot.token)
+                try:
+                    token = self._tokens(slot, own, row.position + 1)[0]
+                except RequestError as error:
+                    refusals.append(Refusal(index, row.node, self._rank, str(error)))
+                    break
+                slot.node, slot.token = row.node, token
+                judged[found] = token
                 logits.append(own)
+        if not judged:
+            return refusals
         wanted = [self._slot(rows[i].slot) for i in judged]
-        return Verdicts(
+        verdicts = Verdicts(
             source=self._rank,
             nodes=tuple((rows[i].slot, rows[i].node) for i in judged),
-            tokens=tuple(tokens),
+            tokens=tuple(judged.values()),
             logits=torch.cat(logits) if any(slot.want_logits for slot in wanted) else None,
-            feedback=hidden[judged] if any(slot.want_feedback for slot in wanted) else None,
+            feedback=hidden[list(judged)] if any(slot.want_feedback for slot in wanted) else None,
         )
+        return [verdicts, *refusals]
 
     def _slot(self, index: int) -> Slot:
         if index >= len(self._slots):

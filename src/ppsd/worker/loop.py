@@ -146,7 +146,8 @@ class Worker:
     def _on_rows(self, wave: Wave, hidden: torch.Tensor) -> None:
         """Judge a wave or send it on, and then say what a head here thinks of it."""
         if self._judge is not None:
-            self._link.send(0, self._judge.verdicts(wave.rows, hidden))
+            for answer in self._judge.verdicts(wave.rows, hidden):
+                self._link.send(0, answer)
             return
         self._link.send(self.rank + 1, wave._replace(hidden=hidden))
         if self._head is not None:

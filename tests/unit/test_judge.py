@@ -1,0 +1,78 @@
+"""The last stage on its own: which rows of a wave it judges, and what it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ppsd.speculation.waves import Row
+from ppsd.types import SamplingParams
+from ppsd.worker.judge import Judge
+from ppsd.worker.messages import Begin, Block, Refusal
+from ppsd.worker.wave_messages import Verdicts
+
+VOCAB = 8
+PROMPT = (1, 2, 3)
+ROOT = 10  # the node of a prompt's last row
+
+
+class Scripted:
+    """A stage whose logits say the token that a row's number names."""
+
+    is_last = True
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(hidden[:, 0].long(), VOCAB).float()
+
+
+def judge(slots: int, **params: object) -> Judge:
+    """Return a judge that has heard a prompt in each slot, after which token 4 comes."""
+    made = Judge(Scripted(), 1, max_context=32, slots=slots)  # type: ignore[arg-type]
+    for slot in range(slots):
+        begin = Begin(slot, SamplingParams(), len(PROMPT), (), VOCAB)
+        made.begin(begin)
+        block = Block(slot, ROOT, 0, -1, 1, PROMPT, torch.full((3, 1), 4.0))
+        assert made.verdict(block, block.hidden).tokens == (4,)
+        made.begin(replace(begin, params=SamplingParams(**params), stop_ids=tuple(range(VOCAB))))
+    return made
+
+
+def row(node: int, parent: int, position: int, token: int, *nodes: int, slot: int = 0) -> Row:
+    return Row(slot, node, parent, position, token, position, nodes, nodes)
+
+
+RIGHT, CHILD, OTHER, BELOW = 11, 12, 13, 14
+ROWS = [
+    row(RIGHT, ROOT, 3, 4),
+    row(OTHER, ROOT, 3, 5),
+    row(CHILD, RIGHT, 4, 6, RIGHT),
+    row(BELOW, OTHER, 4, 6, OTHER),
+]
+
+
+def test_only_rows_on_the_true_path_can_follow() -> None:
+    assert judge(1).may_follow(ROWS) == [0, 2]
+    assert judge(1).may_follow(ROWS[1:]) == []
+
+
+def test_a_wave_is_judged_as_far_as_it_is_right() -> None:
+    says = torch.tensor([[6.0], [1.0], [7.0], [1.0]])
+    [verdicts] = judge(1).verdicts(ROWS, says)
+    assert isinstance(verdicts, Verdicts)
+    assert (verdicts.nodes, verdicts.tokens) == (((0, RIGHT), (0, CHILD)), (6, 7))
+    [verdicts] = judge(1).verdicts(ROWS, torch.ones(4, 1))
+    assert isinstance(verdicts, Verdicts)
+    assert (verdicts.nodes, verdicts.tokens) == (((0, RIGHT),), (1,))
+
+
+def test_a_request_that_cannot_go_on_is_refused_and_its_neighbours_are_judged() -> None:
+    """All tokens end the first request, and may not for two more."""
+    made = judge(2, min_tokens=3)
+    made.begin(Begin(1, SamplingParams(), len(PROMPT), (), VOCAB))
+    verdicts, refusal = made.verdicts([ROWS[0], row(21, ROOT, 3, 4, slot=1)], torch.ones(2, 1))
+    assert isinstance(verdicts, Verdicts)
+    assert isinstance(refusal, Refusal)
+    assert (verdicts.nodes, verdicts.tokens) == (((1, 21),), (1,))
+    assert (refusal.slot, refusal.epoch) == (0, RIGHT)
+    assert "must leave a finite largest logit at position 4" in refusal.message
