@@ -1,27 +1,32 @@
 """An oracle model: logits are a hash of the whole prefix, through every stage's own rows.
 
-Each pseudo-layer keeps a running checksum per position where a real one keeps keys and values, so
-any stale, missing or extra row changes the logits for certain.
+Each pseudo-layer keeps a checksum for every row in the product's own cache, where a real one keeps
+keys and values. A row is a hash of the rows that it sees, in their order, and of its position, so
+any stale, missing, extra or misplaced row changes the logits for certain.
 """
 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 
-from ppsd.errors import ProtocolError
-from ppsd.model.passes import Watch
+from ppsd.model.cache import KVCache
+from ppsd.model.passes import Place, Watch
+from ppsd.speculation.lookup import ODDS
 from ppsd.speculation.sampling import Sampler
 from ppsd.types import SamplingParams
 
 WIDTH = 4  # a 64-bit checksum travels as four 16-bit numbers, exact in float32
 PADDING = 2  # logits of no token, and the highest of all, as a padded vocabulary may have
+CAPACITY = 96  # positions
 
 
 def digest(*words: int) -> int:
-    data = b"".join(word.to_bytes(8, "little", signed=True) for word in words)
+    data = array("q", words).tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
@@ -38,8 +43,8 @@ def unpack(rows: torch.Tensor) -> list[int]:
 class HashPass:
     """A pass through the pseudo-layers of a HashStage."""
 
-    def __init__(self, stage: HashStage, values: list[int], position: int, slot: int) -> None:
-        self._stage, self._values, self._position, self._slot = stage, values, position, slot
+    def __init__(self, stage: HashStage, values: list[int], places: Sequence[Place]) -> None:
+        self._stage, self._values, self._places = stage, values, places
         self._done = 0
 
     @property
@@ -47,39 +52,71 @@ class HashPass:
         return pack(self._values)
 
     def advance(self, watch: Watch | None = None) -> bool:
-        layers, position, values = self._stage.rows[self._slot], self._position, self._values
-        while self._done < len(layers):
-            rows = layers[self._done]
-            for offset, value in enumerate(values):
-                before = rows[position + offset - 1] if position + offset else 0
-                rows[position + offset] = digest(self._stage.rank, self._done, before, value)
-            values[:] = [rows[position + offset] for offset in range(len(values))]
+        stage, values = self._stage, self._values
+        while self._done < stage.layers:
+            rows = stage.rows[self._done]  # [slots, cells]
+            for i, (slot, position, cell, path) in enumerate(self._places):
+                seen = rows[slot, : position - len(path)].tolist()
+                seen += [int(rows[slot, other]) for other in path]
+                words = stage.rank, self._done, position, *seen, values[i]
+                values[i] = rows[slot, cell] = digest(*words)
             self._done += 1
             paused = watch is not None and (watch.blind or watch.changed())
-            if paused and self._done < len(layers):
+            if paused and self._done < stage.layers:
                 return False
-        self._stage.lengths[self._slot] = position + len(values)
+        self.end()
         return True
+
+    def end(self) -> None:
+        """Leave lengths alone, as rows of candidate trees do."""
+
+
+class PromptPass(HashPass):
+    """A pass of rows that stand one after another."""
+
+    def end(self) -> None:
+        slot, first, *_ = self._places[0]
+        self._stage.cache.advance(first, len(self._places), slot)
 
 
 class HashStage:
     """A StageModel of ``layers`` pseudo-layers; ``rank`` tells stages apart."""
 
-    def __init__(self, rank: int, stages: int, vocab: int, layers: int = 3, slots: int = 1) -> None:
+    def __init__(
+        self,
+        rank: int,
+        stages: int,
+        vocab: int,
+        layers: int = 3,
+        *,
+        slots: int = 1,
+        loose: int = 0,
+    ) -> None:
         self.is_last = rank == stages - 1
         self.rank = rank
         self.vocab = vocab
-        self.rows: list[list[dict[int, int]]] = [[{} for _ in range(layers)] for _ in range(slots)]
-        self.lengths = [0] * slots
+        self.layers = layers
+        sizes = layers, 1, CAPACITY, 1, torch.int64, torch.device("cpu")
+        self.cache = KVCache(*sizes, slots=slots, loose=loose)
+        self.rows = self.cache.whole[0].numpy()[:, :, 0, :, 0]
 
     def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> HashPass:
-        if not 0 <= position <= self.lengths[slot]:
-            raise ProtocolError(f"rows before {position} are missing, {self.lengths[slot]} held")
-        values = inputs.tolist() if inputs.dtype == torch.int64 else unpack(inputs)
-        return HashPass(self, values, position, slot)
+        self.cache.reserve(position, len(inputs), slot)
+        places = [Place(slot, p, p) for p in range(position, position + len(inputs))]
+        return PromptPass(self, as_values(inputs), places)
 
-    def forward(self, inputs: torch.Tensor, position: int) -> torch.Tensor:
-        started = self.start(inputs, position)
+    def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> HashPass:
+        self.cache.check(places, len(inputs))
+        return HashPass(self, as_values(inputs), places)
+
+    def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
+        self.cache.commit(slot, length, moves)
+
+    def share(self, source: int, slot: int, length: int) -> None:
+        self.cache.share(source, slot, length)
+
+    def forward(self, inputs: torch.Tensor, position: int, slot: int = 0) -> torch.Tensor:
+        started = self.start(inputs, position, slot)
         started.advance()
         return started.hidden
 
@@ -94,24 +131,103 @@ class HashStage:
         return [byte / 32 for byte in (*data, *[255] * PADDING)]
 
 
+def as_values(inputs: torch.Tensor) -> list[int]:
+    """Return token ids, or the checksums of hidden rows."""
+    return inputs.tolist() if inputs.dtype == torch.int64 else unpack(inputs)
+
+
+class HashHead:
+    """An exit head that knows what the target says after the texts that it has learnt.
+
+    It is right with probability ``alpha``; else the target's token is among its other candidates,
+    or not at all. It recognises a row by a checksum of all rows before, so a row that is missing
+    or misplaced in its own cache makes it say what comes to mind.
+
+    ``strange``: rows seen that belong to no text.
+    """
+
+    def __init__(self, rank: int, vocab: int, alpha: float, *, slots: int, loose: int) -> None:
+        self.spec = SimpleNamespace(vocab_size=vocab)
+        self.strange = 0
+        self._make = lambda: HashStage(100 + rank, 0, vocab, 1, slots=slots, loose=loose)
+        self._own, self._alpha = self._make(), alpha
+        self._following: dict[int, int] = {}  # token by checksum
+        self._verified: set[int] = set()  # checksums of the last stage
+
+    def learn(self, tokens: Sequence[int], hidden: torch.Tensor, last: torch.Tensor) -> None:
+        """Know a text, from rows [n, C] of the stage that the head stands on and the last one."""
+        rows = unpack(self._make().forward(hidden, 0))
+        self._following |= dict(zip(rows, tokens[1:], strict=False))
+        self._verified.update(unpack(last))
+
+    def forward(self, hidden: torch.Tensor, position: int, slot: int = 0) -> torch.Tensor:
+        return self._own.forward(hidden, position, slot)
+
+    def forward_rows(self, hidden: torch.Tensor, places: Sequence[Place]) -> torch.Tensor:
+        started = self._own.start_rows(hidden, places)
+        started.advance()
+        return started.hidden
+
+    def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
+        self._own.commit(slot, length, moves)
+
+    def share(self, source: int, slot: int, length: int) -> None:
+        self._own.share(source, slot, length)
+
+    def finish(self, features: torch.Tensor, verified: torch.Tensor | None = None) -> torch.Tensor:
+        if verified is not None:
+            assert len(verified) == len(features)
+            assert self._verified.issuperset(unpack(verified))
+        return features
+
+    def copy_odds(self, finished: torch.Tensor) -> torch.Tensor:
+        return ODDS.expand(len(finished), -1)
+
+    def opinions(self, finished: torch.Tensor, k: int, perturb: object) -> tuple[torch.Tensor, ...]:
+        count = min(k, self.spec.vocab_size)
+        tokens = [self._candidates(row)[:count] for row in unpack(finished)]
+        probabilities = torch.tensor([0.5**i for i in range(1, count + 1)])
+        return torch.tensor(tokens), probabilities.expand(len(tokens), -1)
+
+    def _candidates(self, row: int) -> list[int]:
+        vocab = self.spec.vocab_size
+        tokens = sorted(range(vocab), key=lambda token: digest(row, token))
+        right = self._following.get(row)
+        self.strange += right is None
+        luck = digest(row, vocab) % 1000 / 1000
+        if right is not None and luck < self._alpha:
+            tokens.remove(right)
+            tokens.insert(0, right)
+        return tokens
+
+
 def last_rows(tokens: torch.Tensor, stages: int, vocab: int) -> torch.Tensor:
     """Rows of the last stage for a whole sequence, by fresh stages."""
-    rows = tokens
+    return all_rows(tokens, stages, vocab)[-1]
+
+
+def all_rows(tokens: torch.Tensor, stages: int, vocab: int) -> list[torch.Tensor]:
+    """Rows of every stage for a whole sequence, by fresh stages."""
+    rows = [tokens]
     for rank in range(stages):
-        rows = HashStage(rank, stages, vocab).forward(rows, 0)
-    return rows
+        rows.append(HashStage(rank, stages, vocab).forward(rows[-1], 0))
+    return rows[1:]
 
 
 def plain_decode(
     prompt: Sequence[int], params: SamplingParams, stop: frozenset[int], stages: int, vocab: int
 ) -> list[int]:
-    """What any pipeline must say: fresh stages, whole prefix, no cache, no policy."""
+    """What any pipeline must say: stages of its own, a row at a time, no policy."""
     sampler = Sampler(params, len(prompt), stop, vocab)
-    tokens, judge = list(prompt), HashStage(stages - 1, stages, vocab)
+    pipeline = [HashStage(rank, stages, vocab) for rank in range(stages)]
+    tokens, fed = list(prompt), 0
     while len(tokens) < len(prompt) + params.max_tokens:
         history = torch.tensor(tokens)
-        rows = last_rows(history, stages, vocab)
-        tokens.append(sampler.choose(judge.logits(rows[-1:])[0], history))
+        rows = history[fed:]
+        for stage in pipeline:
+            rows = stage.forward(rows, fed)
+        fed = len(tokens)
+        tokens.append(sampler.choose(pipeline[-1].logits(rows[-1:])[0], history))
         if tokens[-1] in stop:
             break
     return tokens[len(prompt) :]

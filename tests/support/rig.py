@@ -67,13 +67,17 @@ class Rig:
         acceptance: str = "coupled",
         chunk: int = 4,
         vocab: int = VOCAB,
-        slots: int = 64,
+        frames: int = 64,
         gate: Gate | None = None,
+        concurrent: int = 1,
+        loose: int = 0,
     ) -> None:
         self.stages, self.vocab = stages, vocab
+        self.concurrent, self.loose = concurrent, loose
         size = frame_bytes(max(chunk, schedule.block), WIDTH + vocab + PADDING, torch.float32)
-        self.hub = InProcessHub(Geometry(stages, size, size, slots))
-        self.models = [HashStage(rank, stages, vocab) for rank in range(stages)]
+        self.hub = InProcessHub(Geometry(stages, size, size, frames, concurrent))
+        held = {"slots": concurrent, "loose": loose}
+        self.models = [HashStage(rank, stages, vocab, **held) for rank in range(stages)]
         self.workers = [self._worker(rank) for rank in range(1, stages)]
         self.order: Callable[[], int | None] = lambda: None
         self.hub.on_idle = self.step
@@ -82,14 +86,14 @@ class Rig:
         self.links: Links = (
             OwnLinks(Judge(self.models[0], 0, CONTEXT), recorder)
             if stages == 1
-            else StageLinks(self.hub.endpoint(0), timeout=5.0)
+            else StageLinks(self.hub.endpoint(0), timeout=5.0, slots=concurrent)
         )
         self.engine_settings = {"acceptance": acceptance, "prefill_chunk": chunk, "gate": gate}
         self.schedule = schedule
 
     def _worker(self, rank: int) -> Worker:
         model = self.models[rank]
-        judge = Judge(model, rank, CONTEXT) if model.is_last else None
+        judge = Judge(model, rank, CONTEXT, self.concurrent) if model.is_last else None
         return Worker(rank, model, TransportLink(self.hub.endpoint(rank), 5.0), judge)
 
     def step(self) -> bool:
