@@ -12,7 +12,7 @@ from tests.support.tiny_models import save_perfect_head
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 SETTINGS = {
-    "split": (2, 4),
+    "split": (4,),
     "dtype": "float64",
     "prefill_chunk": 8,
     "transport": "inprocess",
@@ -23,8 +23,8 @@ SETTINGS = {
 
 @pytest.fixture(scope="session")
 def llm(tiny_model, tmp_path_factory) -> Iterator[LLM]:
-    head = save_perfect_head(tmp_path_factory.mktemp("head"), tiny_model(), 2, 0.3)
-    settings = SETTINGS | {"rows": 4, "concurrent": 3, "mode": "ppsd", "head": str(head)}
+    head = save_perfect_head(tmp_path_factory.mktemp("head"), tiny_model(), 4, 0.3)
+    settings = SETTINGS | {"rows": 2, "concurrent": 3, "mode": "ppsd", "head": str(head)}
     with LLM(str(tiny_model()), **settings) as llm:
         yield llm
 

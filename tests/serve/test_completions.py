@@ -12,14 +12,14 @@ from tests.support.http_server import Served
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
-ASK: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
+ASK: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}
 PROMPT = {TEXT: {"prompt": "pack my box"}, CHAT: {"messages": MESSAGES}}
 SAMPLED = {"temperature": 0.9, "seed": 5}
 
 
 def reference(plain: LLM, path: str, **params: Any) -> Any:
     prompt = MESSAGES if path == CHAT else "pack my box"
-    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=8, ignore_eos=True)
     given = {f: getattr(sampling, f) for f in ("max_tokens", "ignore_eos")}
     return plain.generate(prompt, SamplingParams(**{**given, **params}))[0]
 
@@ -189,7 +189,7 @@ def test_logprobs_of_a_chat(server, plain) -> None:
 def _logits(plain: LLM, prompt: Any) -> dict[str, Any]:
     rows: dict[int, Any] = {}
     ids = plain.encode(prompt)
-    said = plain.run(ids, SamplingParams(max_tokens=12, ignore_eos=True), logits=rows.__setitem__)
+    said = plain.run(ids, SamplingParams(max_tokens=8, ignore_eos=True), logits=rows.__setitem__)
     return {"logits": rows, "tokens": list(enumerate(said.token_ids, len(ids)))}
 
 
