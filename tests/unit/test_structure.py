@@ -37,9 +37,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "speculation",
         "train",
     },
+    "serve": {"engine", "model"},
     "cli": {
         "plots",
         "config",
+        "serve",
         "engine",
         "measure",
         "worker",

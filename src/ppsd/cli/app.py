@@ -19,6 +19,7 @@ VERBS = {
     "Use a model": {
         "generate": "Complete a prompt and stream the answer.",
         "chat": "Talk with the model; the conversation and its cache are kept.",
+        "serve": "Answer OpenAI's clients over HTTP.",
     },
     "Look around": {
         "models": "List the models that can be used here.",

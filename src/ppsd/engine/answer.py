@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from ppsd.engine.logprobs import Logprobs, TokenLogprob
 from ppsd.engine.stats import RequestStats
 from ppsd.engine.text import Piece, Transcript
 from ppsd.speculation.policy import Emit
@@ -22,6 +23,7 @@ class Chunk:
     pieces: tuple[Piece, ...]
     token_ids: tuple[int, ...] = ()
     accepted: tuple[bool, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def text(self) -> str:
@@ -49,6 +51,7 @@ class Answer:
     accepted: list[bool] = field(default_factory=list)
     start: float = field(default_factory=time.monotonic)
     first: float | None = None
+    logprobs: Logprobs | None = None
 
     def take(self, emit: Emit) -> Chunk:
         """Add tokens until a stop string is complete; what comes after it is dropped."""
@@ -60,8 +63,12 @@ class Answer:
             taken += 1
             if self.transcript.stopped:
                 break
+        tokens = emit.tokens[:taken]
         chunk = Chunk(
-            tuple(pieces), emit.tokens[:taken], tuple(i < emit.accepted for i in range(taken))
+            tuple(pieces),
+            tokens,
+            tuple(i < emit.accepted for i in range(taken)),
+            () if self.logprobs is None else self.logprobs.take(tokens),
         )
         self.token_ids += chunk.token_ids
         self.accepted += chunk.accepted

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from ppsd.engine.answer import Chunk, Completion
 from ppsd.engine.llm import LLM
 from ppsd.engine.prompt import Prompt
+from ppsd.engine.text_engine import Ticket
 from ppsd.types import SamplingParams
+
+
+class Submit(Protocol):
+    """Begin a request whose ticket calls ``notify``; LLM.submit, but for this argument."""
+
+    def __call__(self, *, notify: Callable[[], object]) -> Ticket: ...
 
 
 class AsyncLLM:
@@ -54,21 +63,37 @@ class AsyncLLM:
 
         Leaving early, or cancelling the task, ends the request.
         """
-        loop = asyncio.get_running_loop()
-        arrived = asyncio.Event()
-        ticket = self.llm.submit(
-            prompt, params, reuse=reuse, notify=lambda: loop.call_soon_threadsafe(arrived.set)
-        )
-        try:
-            while True:
-                await arrived.wait()
-                arrived.clear()
+        request = partial(self.llm.submit, prompt, params, reuse=reuse)
+        async with aclosing(as_they_come([request])) as parts:
+            async for _, part in parts:
+                yield part
+
+
+async def as_they_come(
+    requests: Sequence[Submit],
+) -> AsyncGenerator[tuple[int, Chunk | Completion], None]:
+    """Submit requests and yield what each brings, with its index, until all are complete.
+
+    Leaving early, or cancelling the task, ends them. Raises the error of the first that fails.
+    """
+    loop = asyncio.get_running_loop()
+    arrived = asyncio.Event()
+    tickets: list[Ticket] = []
+    try:
+        for submit in requests:
+            tickets.append(submit(notify=lambda: loop.call_soon_threadsafe(arrived.set)))
+        under_way = dict(enumerate(tickets))
+        while under_way:
+            await arrived.wait()
+            arrived.clear()
+            for index, ticket in list(under_way.items()):
                 while (taken := ticket.take_now()) is not None:
                     kind, value = taken
                     if kind == "error":
                         raise value
-                    yield value
                     if kind == "result":
-                        return
-        finally:
+                        del under_way[index]
+                    yield index, value
+    finally:
+        for ticket in tickets:
             ticket.cancelled = True

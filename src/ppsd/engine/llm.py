@@ -19,12 +19,13 @@ from ppsd.engine.choose import serves_as
 from ppsd.engine.drafter import Drafter
 from ppsd.engine.engine import Engine
 from ppsd.engine.layout import check_memory, plan_layout
+from ppsd.engine.logprobs import Logprobs
 from ppsd.engine.prompt import Prompt, encode
 from ppsd.engine.sequence import LogitsSink, Request
 from ppsd.engine.text_engine import TextEngine, Ticket
 from ppsd.engine.thread import EngineThread, apart
 from ppsd.engine.wave_engine import WaveEngine
-from ppsd.errors import ConfigError
+from ppsd.errors import ConfigError, PipelineError
 from ppsd.model.defaults import sampling_defaults
 from ppsd.model.source import resolve_model
 from ppsd.model.tokenizer import StreamDecoder, Tokenizer
@@ -111,6 +112,11 @@ class LLM:
     def close(self) -> None:
         """Stop the workers and free everything; may be called twice."""
         self._thread.close()
+
+    @property
+    def ended(self) -> PipelineError | None:
+        """Return why no request can be answered any more, None while they can."""
+        return self._thread.ended
 
     @property
     def memory(self) -> list[int]:
@@ -257,16 +263,23 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         reuse: bool = False,
+        logprobs: int | None = None,
         notify: Callable[[], object],
     ) -> Ticket:
         """Begin one completion and return at once.
 
         ``notify`` is called, on the engine's thread, whenever the ticket has something to take.
+        With ``logprobs`` its chunks have those of their tokens and of so many most likely ones.
         """
         params = params or SamplingParams(**self.defaults.values)
         if params.n > 1:
             raise ConfigError("n", params.n, "1 in a stream")
-        ticket = self._ticket(self._request(self.encode(prompt), params, reuse=reuse))
+        ids = self.encode(prompt)
+        sink = (
+            None if logprobs is None else Logprobs(len(ids), self.layout.spec.num_tokens, logprobs)
+        )
+        ticket = self._ticket(self._request(ids, params, reuse=reuse, logits=sink))
+        ticket.answer.logprobs = sink
         ticket.notify = notify
         self._thread.submit(ticket)
         return ticket

@@ -1,0 +1,39 @@
+"""``ppsd serve``: the model behind OpenAI's HTTP interface."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+
+from ppsd.cli.display import log_console
+from ppsd.cli.session import open_llm
+from ppsd.cli.streams import visible
+from ppsd.config import EngineConfig
+from ppsd.errors import PpsdError
+from ppsd.serve.config import ServerConfig
+
+NEEDED = ("pydantic", "starlette", "uvicorn")
+
+
+def serve(config: EngineConfig, server: ServerConfig) -> None:
+    """Answer OpenAI's clients over HTTP: exactly, and many at once with --concurrent."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise PpsdError(f"ppsd serve needs {', '.join(missing)}: pip install 'ppsd-llm[serve]'")
+    from ppsd.serve.run import bind, serve
+
+    server = server.with_key()
+    bound = bind(server)  # before the model is loaded: an address in use is told at once
+    with bound, open_llm(config) as llm:
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+        logging.getLogger("ppsd.serve").setLevel(logging.INFO)
+
+        def ready() -> None:
+            scheme = "http" if server.ssl_certfile is None else "https"
+            host = f"[{server.host}]" if ":" in server.host else server.host
+            names = ", ".join(server.served_model_name or (llm.layout.spec.name,))
+            address = f"{scheme}://{host}:{bound.getsockname()[1]}/v1"
+            at_once = config.concurrent
+            many = "1 request" if at_once == 1 else f"{at_once} requests"
+            log_console().print(visible(f"serving {names} at {address}, {many} at once"))
+
+        serve(llm, server, bound, ready)

@@ -1,0 +1,247 @@
+"""The routes, errors and doors of the server, as a Starlette application."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import re
+import uuid
+from collections.abc import Awaitable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ppsd.serve.replies import ChatReply, Reply, TextReply, conversation
+from ppsd.serve.schema import (
+    MAX_BODY,
+    Body,
+    ChatBody,
+    DetokenizeBody,
+    RefusedError,
+    Sampled,
+    TextBody,
+    TokenizeBody,
+)
+from ppsd.serve.service import Service
+
+B = TypeVar("B", bound=Body)
+OPEN = ("/health", "/ready")  # also without a key
+RETRY_SECONDS = "1"
+REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+def create_app(service: Service) -> Starlette:
+    """Return the application that serves one model."""
+    routes = Routes(service)
+    return Starlette(
+        routes=[
+            Route("/health", routes.health),
+            Route("/ready", routes.health),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
+            Route(
+                "/v1/chat/completions", Completions(service, ChatBody, ChatReply), methods=["POST"]
+            ),
+            Route("/v1/completions", Completions(service, TextBody, TextReply), methods=["POST"]),
+            Route("/tokenize", routes.tokenize, methods=["POST"]),
+            Route("/detokenize", routes.detokenize, methods=["POST"]),
+        ],
+        middleware=[Middleware(Doors, key=service.config.api_key)],
+        exception_handlers={
+            RefusedError: _refuse,
+            HTTPException: _refuse_http,
+            ClientDisconnect: _nobody,
+            Exception: _fail,
+        },
+    )
+
+
+class Routes:
+    """The routes that answer at once, or with a little work on text."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def health(self, request: Request) -> Response:
+        """Say whether the engine can decode."""
+        if error := self._service.broken:
+            raise RefusedError(503, f"the pipeline is lost: {error}")
+        return JSONResponse({"status": "ok"})
+
+    async def models(self, request: Request) -> Response:
+        """List the names of the model."""
+        data = [self._about(name) for name in self._service.names]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def model(self, request: Request) -> Response:
+        """Describe the model of a name."""
+        return JSONResponse(self._about(self._service.check_model(request.path_params["name"])))
+
+    def _about(self, name: str) -> dict[str, Any]:
+        service = self._service
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "ppsd",
+            "max_model_len": service.llm.layout.max_context,
+        }
+
+    async def tokenize(self, request: Request) -> Response:
+        """Return the token ids of a text, or of a conversation by the chat template."""
+        body = await _read(request, TokenizeBody)
+        self._service.check_model(body.model)
+        name = "messages" if body.messages else "prompt" if body.prompt is not None else "content"
+        text = conversation(body.messages) if body.messages else getattr(body, name)
+        [ids] = await self._service.encode([text], name)
+        length = self._service.llm.layout.max_context
+        return JSONResponse({"count": len(ids), "max_model_len": length, "tokens": ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        """Return the text of token ids."""
+        body = await _read(request, DetokenizeBody)
+        llm = self._service.llm
+        self._service.check_model(body.model)
+        most = llm.layout.spec.num_tokens - 1
+        if wrong := [token for token in body.tokens if not 0 <= token <= most]:
+            message = f"tokens must be in [0, {most}], the model's vocabulary, got {wrong[0]}"
+            raise RefusedError(400, message, "tokens")
+        text = await self._service.apart(lambda: llm.tokenizer.decode(body.tokens))
+        return JSONResponse({"prompt": text, "content": text})
+
+
+class Completions:
+    """A route that generates; it ends what it began once its client is gone."""
+
+    def __init__(self, service: Service, body: type[Sampled], reply: type[Reply]) -> None:
+        self._service = service
+        self._body = body
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, as an ASGI application does."""
+        request = Request(scope, receive)
+        reply = self._service.reply(self._reply, await _read(request, self._body))
+        with self._service.room(reply.choices):
+            await _while_there(receive, self._answer(reply, scope, receive, send))
+
+    async def _answer(self, reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self._service
+        reply.prompts = await service.encode(reply.asked, reply.prompt_field)
+        async with aclosing(service.parts(reply)) as parts:  # type: ignore[type-var]
+            with service.logged(reply, parts):
+                if reply.body.stream:
+                    await _stream(reply, parts, send)
+                    return
+                answer = await reply.whole(parts)
+        await JSONResponse(answer)(scope, receive, send)
+
+
+async def _stream(reply: Reply, parts: Any, send: Send) -> None:
+    """Send server-sent events; an error that comes now can only be one of them."""
+    headers = [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    try:
+        async for chunk in reply.chunks(parts):
+            await send(_event(json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))))
+        await send(_event("[DONE]"))
+    except RefusedError as error:
+        await send(_event(json.dumps(error.to_json())))
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _event(data: str) -> Message:
+    return {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
+
+
+async def _while_there(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do work, which is cancelled once the client is gone."""
+    task = asyncio.ensure_future(work)
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()  # which raises what the work raised
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _read(request: Request, kind: type[B]) -> B:
+    """Return the checked body of a request; raises RefusedError."""
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > MAX_BODY:
+            raise RefusedError(413, f"the body must have at most {MAX_BODY} bytes")
+    return kind.read(bytes(data))
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    headers = {"retry-after": RETRY_SECONDS} if error.status == 429 else None
+    return JSONResponse(error.to_json(), error.status, headers)
+
+
+async def _refuse_http(request: Request, error: Exception) -> Response:
+    """Answer what Starlette refuses: unknown paths, and methods that a path does not take."""
+    assert isinstance(error, HTTPException)
+    told = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not allowed"}
+    body = RefusedError(error.status_code, told.get(error.status_code, error.detail)).to_json()
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # the client has left; nobody reads this
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    told = f"an error of the server's own: {type(error).__name__}"
+    return JSONResponse(RefusedError(500, told).to_json(), 500)
+
+
+class Doors:
+    """Lets in who has the key, and gives every answer the id of its request."""
+
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self._app = app
+        self._expected = None if key is None else f"Bearer {key}".encode()
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http":
+            return self._app(scope, receive, send)
+        headers = dict(scope["headers"])
+        asked = headers.get(b"x-request-id", b"")
+        name = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex.encode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", name)]
+            await send(message)
+
+        given = headers.get(b"authorization", b"")
+        expected = self._expected
+        if expected and scope["path"] not in OPEN and not hmac.compare_digest(given, expected):
+            refusal = RefusedError(401, "the API key is missing or wrong", code="invalid_api_key")
+            headers_401 = {"www-authenticate": "Bearer"}
+            return JSONResponse(refusal.to_json(), 401, headers_401)(scope, receive, named)
+        return self._app(scope, receive, named)

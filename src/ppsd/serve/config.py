@@ -1,0 +1,93 @@
+"""The settings of the server itself, which are flags of ``ppsd serve``."""
+
+from __future__ import annotations
+
+import ipaddress
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ppsd import checks
+from ppsd.errors import ConfigError
+from ppsd.settings import setting
+
+PANEL = "Server"
+LOOPBACK = "a loopback address such as 127.0.0.1, or used with --api-key or --insecure"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Say where to listen, who may ask, and how many may wait."""
+
+    host: str = setting("Address to listen on.", "127.0.0.1", panel=PANEL, metavar="ADDRESS")
+    port: int = setting("Port to listen on; 0 takes a free one.", 8000, panel=PANEL)
+    api_key: str | None = setting(
+        "Key that clients must send; other users of the machine can read it here.",
+        None,
+        panel=PANEL,
+        metavar="KEY",
+    )
+    api_key_file: str | None = setting(
+        "File that holds the key.", None, panel=PANEL, metavar="FILE"
+    )
+    insecure: bool = setting(
+        "Listen on an address that others reach, without a key.", False, panel=PANEL
+    )
+    served_model_name: tuple[str, ...] = setting(
+        "Name of the model for clients, in place of its own; may be repeated.",
+        (),
+        panel=PANEL,
+        metavar="NAME",
+        repeated=True,
+    )
+    max_queue: int = setting(
+        "Choices that may wait for those under way; more are refused.", 256, panel=PANEL
+    )
+    drain_timeout: float = setting(
+        "Seconds that running requests have at the end.", 30.0, panel=PANEL
+    )
+    ssl_certfile: str | None = setting("Certificate for TLS.", None, panel=PANEL, metavar="FILE")
+    ssl_keyfile: str | None = setting(
+        "Private key of the certificate.", None, panel=PANEL, metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        checks.integer("port", self.port, 0, 65535)
+        checks.integer("max_queue", self.max_queue, 0, 1_000_000)
+        checks.number("drain_timeout", self.drain_timeout, 0.0, 86400.0)
+        if self.api_key is not None and self.api_key_file is not None:
+            raise ConfigError("api_key_file", self.api_key_file, "left out beside --api-key")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
+            raise ConfigError("api_key", "…", "non-empty ASCII text")
+        if "" in self.served_model_name:
+            raise ConfigError("served_model_name", "", "a non-empty text")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ConfigError("ssl_keyfile", self.ssl_keyfile, "used with --ssl-certfile")
+        for name in ("ssl_certfile", "ssl_keyfile"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                raise ConfigError(name, path, "a file that exists")
+        closed = self.api_key is not None or self.api_key_file is not None or self.insecure
+        if not closed and not _is_loopback(self.host):
+            raise ConfigError("host", self.host, LOOPBACK)
+
+    def with_key(self) -> ServerConfig:
+        """Return the settings with the key that the file holds, if one is named."""
+        if self.api_key_file is None:
+            return self
+        try:
+            key = Path(self.api_key_file).read_text(encoding="ascii").strip()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not ASCII text"
+            raise ConfigError(
+                "api_key_file", self.api_key_file, f"a readable file ({reason})"
+            ) from error
+        if not key:
+            raise ConfigError("api_key_file", self.api_key_file, "a file with a key in it")
+        return replace(self, api_key=key, api_key_file=None)
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"

@@ -1,0 +1,293 @@
+"""What a request asks of the engine, and its answer as OpenAI's JSON, whole or in chunks."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+from ppsd.engine.answer import Chunk, Completion
+from ppsd.engine.logprobs import TokenLogprob
+from ppsd.engine.prompt import Prompt
+from ppsd.errors import ConfigError
+from ppsd.model.tokenizer import REPLACEMENT, Tokenizer
+from ppsd.serve.schema import ChatBody, Message, RefusedError, Sampled, TextBody, refusal_of
+from ppsd.types import SamplingParams
+
+COMPLETION_TOKENS = 16  # OpenAI's default for completions; in a chat the context is the limit
+SEED_BITS = 53  # so many are exact where all numbers are floats, as in JavaScript
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+COMMON = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos"),
+    *("max_tokens", "min_tokens", "n"),
+)
+Json = dict[str, Any]
+Parts = AsyncIterator[tuple[int, Chunk | Completion]]
+
+
+def sampling(body: Sampled, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
+    """Return what a body asks for, else the model's own ``defaults``; raises RefusedError."""
+    given = {name: v for name in COMMON if (v := getattr(body, name)) is not None}
+    limits: Json = {"max_tokens": None if isinstance(body, ChatBody) else COMPLETION_TOKENS}
+    name = "max_tokens"
+    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        limits, name = {"max_tokens": body.max_completion_tokens}, "max_completion_tokens"
+    seed = {"seed": secrets.randbits(SEED_BITS)}
+    try:
+        params = SamplingParams(**{**defaults, **seed, **limits, **given})
+    except ConfigError as error:
+        raise refusal_of(error, lambda field: name if field == "max_tokens" else field) from error
+    if params.n > 1 and params.greedy:
+        raise RefusedError(400, "n must be 1 at temperature 0, where all choices are equal", "n")
+    for told, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        if wrong := [token for token in ids if token >= vocab_size]:
+            allowed = f"token ids in [0, {vocab_size - 1}], the model's vocabulary"
+            raise refusal_of(ConfigError(told, wrong[0], allowed))
+    return params
+
+
+def conversation(messages: Iterable[Message]) -> list[dict[str, str]]:
+    """Return messages as chat templates know them."""
+    roles = {"developer": "system"}
+    return [{"role": roles.get(m.role, m.role), "content": m.content} for m in messages]
+
+
+@dataclass
+class Reply:
+    """The answer to one request, in one of OpenAI's two shapes; subclasses are the shapes.
+
+    Choice i is of prompt i // n. ``prompts`` are token ids.
+    """
+
+    model: str
+    tokenizer: Tokenizer
+    body: Any
+    params: SamplingParams
+    prompts: Sequence[Sequence[int]] = ()
+    created: int = field(default_factory=lambda: int(time.time()))
+    done: dict[int, Completion] = field(default_factory=dict)
+
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+    prefix: ClassVar[str]
+    prompt_field: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self._offsets = [0] * self.choices
+
+    @property
+    def asked(self) -> list[Prompt]:
+        """Return the prompts of the body."""
+        raise NotImplementedError
+
+    @property
+    def choices(self) -> int:
+        """Return how many completions the request asks for."""
+        return len(self.asked) * self.params.n
+
+    async def whole(self, parts: Parts) -> Json:
+        """Return the answer once all of it is there."""
+        logprobs: dict[int, list[TokenLogprob]] = {i: [] for i in range(self.choices)}
+        async for index, part in parts:
+            if isinstance(part, Chunk):
+                logprobs[index] += part.logprobs
+            else:
+                self.done[index] = part
+        choices = [
+            self._choice(index, self._message(self.done[index].text), logprobs[index])
+            | {"finish_reason": self.done[index].finish_reason}
+            | self._ids(index, self.done[index].token_ids, first=True)
+            for index in range(self.choices)
+        ]
+        return self._head(self.kind) | {"choices": choices, "usage": self._usage()} | self._about()
+
+    async def chunks(self, parts: Parts) -> AsyncIterator[Json]:
+        """Yield the objects of a stream."""
+        usage = {"usage": None} if self.body.usage_streamed else {}
+        head = self._head(self.chunk_kind)
+        first = self._first()
+        for index in range(self.choices) if first else ():
+            yield head | {"choices": [self._choice(index, first)]} | usage
+        told: set[int] = set()
+        async for index, part in parts:
+            if isinstance(part, Chunk):
+                ids = self._ids(index, part.token_ids, first=index not in told)
+                told.add(index)
+                if part.text or part.logprobs or ids:
+                    choice = self._choice(index, self._piece(part.text), part.logprobs) | ids
+                    yield head | {"choices": [choice]} | usage
+                continue
+            self.done[index] = part
+            choice = self._choice(index, self._end()) | {"finish_reason": part.finish_reason}
+            about = self._about() if len(self.done) == self.choices else {}
+            yield head | {"choices": [choice]} | usage | about
+        if self.body.usage_streamed:
+            yield head | {"choices": [], "usage": self._usage()}
+
+    def _head(self, kind: str) -> Json:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": f"ppsd-{version('ppsd-llm')}",
+        }
+
+    def _about(self) -> Json:
+        """Return what OpenAI's answers do not have: the seed, and times as llama-server tells."""
+        about: Json = {"metadata": {"seed": self.params.seed}}
+        if len(self.done) == 1:
+            about["timings"] = _timings(self.done[0])
+        return about
+
+    def _usage(self) -> Json:
+        """Return the tokens of all choices; a prompt counts once, however many choices it has."""
+        firsts = [self.done[i].stats for i in range(0, self.choices, self.params.n)]
+        counts = [completion.stats.counts for completion in self.done.values()]
+        prompt = sum(stats.prompt_tokens for stats in firsts)
+        new = sum(completion.stats.new_tokens for completion in self.done.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in firsts)},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": sum(c.accepted for c in counts),
+                "rejected_prediction_tokens": sum(c.judged - c.accepted for c in counts),
+            },
+        }
+
+    def _ids(self, index: int, ids: Sequence[int], *, first: bool) -> Json:
+        """Return the token ids that a choice tells if asked, at first the prompt's as well."""
+        if not self.body.return_token_ids:
+            return {}
+        prompt = {"prompt_token_ids": list(self.prompts[index // self.params.n])} if first else {}
+        return prompt | {"token_ids": list(ids)}
+
+    def _choice(self, index: int, said: Json, logprobs: Sequence[TokenLogprob] = ()) -> Json:
+        told = self._logprobs(index, logprobs) if self.body.tops is not None and logprobs else None
+        return {"index": index, **said, "logprobs": told, "finish_reason": None}
+
+    def _message(self, text: str) -> Json:
+        raise NotImplementedError
+
+    def _piece(self, text: str) -> Json:
+        raise NotImplementedError
+
+    def _first(self) -> Json:
+        """Return what a stream says before anything is computed, if anything."""
+        raise NotImplementedError
+
+    def _end(self) -> Json:
+        raise NotImplementedError
+
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> Json:
+        raise NotImplementedError
+
+    def _spell(self, token: int) -> str:
+        """Return the text of a token by itself, or its name if it has none."""
+        return self.tokenizer.decode([token]) or self.tokenizer.spelling(token) or ""
+
+
+class ChatReply(Reply):
+    """Answers /v1/chat/completions."""
+
+    body: ChatBody
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    prompt_field = "messages"
+
+    @property
+    def asked(self) -> list[Prompt]:
+        """Return the prompts of the body."""
+        return [conversation(self.body.messages)]
+
+    def _message(self, text: str) -> Json:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _piece(self, text: str) -> Json:
+        return {"delta": {"content": text}}
+
+    def _first(self) -> Json:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def _end(self) -> Json:
+        return {"delta": {}}
+
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> Json:
+        content = [
+            self._entry(e.token, e.logprob) | {"top_logprobs": [self._entry(*t) for t in e.top]}
+            for e in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> Json:
+        text = self._spell(token)
+        known = None if REPLACEMENT in text else list(text.encode())  # a part of a character
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": known}
+
+
+class TextReply(Reply):
+    """Answers /v1/completions."""
+
+    body: TextBody
+    kind = chunk_kind = "text_completion"
+    prefix, prompt_field = "cmpl", "prompt"
+
+    @property
+    def asked(self) -> list[Prompt]:
+        """Return the prompts of the body."""
+        return self.body.prompt
+
+    def _message(self, text: str) -> Json:
+        return {"text": text}
+
+    _piece = _message
+
+    def _first(self) -> Json:
+        return {}
+
+    def _end(self) -> Json:
+        return {"text": ""}
+
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> Json:
+        tokens = [self._spell(e.token) for e in entries]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [max(e.logprob, LEAST_LOGPROB) for e in entries],
+            "top_logprobs": [
+                {self._spell(token): max(value, LEAST_LOGPROB) for token, value in reversed(e.top)}
+                for e in entries
+            ],
+            "text_offset": offsets,
+        }
+
+
+def _timings(completion: Completion) -> Json:
+    """Return how long an answer took, in llama-server's names."""
+    stats = completion.stats
+    computed = stats.prompt_tokens - stats.cached_tokens
+    return {
+        "cache_n": stats.cached_tokens,
+        "prompt_n": computed,
+        "prompt_ms": 1e3 * stats.prefill_seconds,
+        "prompt_per_second": _rate(computed, stats.prefill_seconds),
+        "predicted_n": stats.new_tokens,
+        "predicted_ms": 1e3 * stats.decode_seconds,
+        "predicted_per_second": _rate(stats.new_tokens - 1, stats.decode_seconds),
+        "draft_n": stats.counts.drafted,
+        "draft_n_accepted": stats.counts.accepted,
+    }
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0

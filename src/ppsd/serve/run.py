@@ -1,0 +1,79 @@
+"""Run the application under uvicorn, and end it in order."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from ppsd.engine.llm import LLM
+from ppsd.errors import PpsdError
+from ppsd.serve.app import create_app
+from ppsd.serve.config import ServerConfig
+from ppsd.serve.service import Service
+
+KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection, so that they end it
+
+
+class _Server(uvicorn.Server):
+    """A server that a signal ends without an error: uvicorn's own would raise it again."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """Return a socket at the address, which does not listen yet; raises PpsdError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        place = f"{config.host}:{config.port}"
+        raise PpsdError(f"cannot listen on {place}: {error.strerror or error}") from error
+    return bound
+
+
+def serve(
+    llm: LLM, config: ServerConfig, bound: socket.socket, ready: Callable[[], object]
+) -> None:
+    """Serve until a signal comes; raises PipelineError when the pipeline is lost."""
+    service = Service(llm, config)
+    settings = uvicorn.Config(
+        create_app(service),
+        lifespan="off",
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=config.drain_timeout,  # type: ignore[arg-type]  # a float is fine
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
+    )
+    server = _Server(settings)
+
+    def end() -> None:
+        server.should_exit = True
+
+    service.on_broken = end
+    ready()
+    try:
+        server.run(sockets=[bound])
+    finally:
+        service.close()
+    if service.broken is not None:
+        raise service.broken

@@ -1,0 +1,281 @@
+"""The bodies that clients send, checked by pydantic, and how one is refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from ppsd.errors import ConfigError, shortened
+
+MAX_BODY = 8 << 20  # bytes
+MAX_CHOICES = 128  # of one prompt
+MAX_PROMPTS = 128
+MAX_MESSAGES = 4096
+MAX_LOGPROBS = 20
+KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+Metadata = dict[str, Any]
+
+
+class RefusedError(Exception):
+    """A request that is not answered; becomes OpenAI's error object."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the body of the response."""
+        kind = KINDS.get(self.status, "invalid_request_error")
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+def _wrong(message: str) -> PydanticCustomError:
+    return PydanticCustomError("ppsd", "{message}", {"message": message})
+
+
+def _only(*neutral: object) -> BeforeValidator:
+    """Accept only values that ask for nothing, of a field that is not supported."""
+
+    def check(value: object) -> object:
+        if value is not None and not any(
+            value == each and type(value) is type(each) for each in neutral
+        ):
+            among = " or ".join(["null", *map(repr, neutral)])
+            raise _wrong(f"is not supported here; leave it out, or give {among}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _joined(value: object) -> object:
+    """Return the text of a message's content parts."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise _wrong("must be a text, or a list of parts of type text")
+        if not isinstance(part.get("text"), str):
+            raise _wrong("must have a text in each of its parts")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _prompts(value: object) -> object:
+    """Return a list of prompts, each a text or a list of token ids."""
+    if isinstance(value, str) or _is_ids(value):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(p, str) or _is_ids(p) for p in value):
+        return value
+    raise _wrong("must be a text, a list of token ids, or a list of such prompts")
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
+class Body(BaseModel):
+    """A JSON object with no fields but the known ones, each of exactly its type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str | None = None
+
+    @classmethod
+    def read(cls, data: bytes) -> Self:
+        """Parse a body; raises RefusedError naming the first field that is wrong."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise _refusal(error, cls.model_fields) from error
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside its text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+
+
+class Sampled(Body):
+    """The fields that both kinds of completion share. Ranges are those of SamplingParams."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_listed)] = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    return_token_ids: bool | None = None
+    # Accepted, and without effect.
+    user: str | None = None
+    metadata: Metadata | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise _wrong("stream_options must be left out unless stream is true")
+        return self
+
+    @property
+    def tops(self) -> int | None:
+        """Return how many log-probabilities a token gets beside its own; None: none at all."""
+        raise NotImplementedError
+
+    @property
+    def usage_streamed(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class Message(BaseModel):
+    """A message of a conversation; fields that ppsd does not know are left to their senders."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    role: str
+    content: Annotated[str, BeforeValidator(_joined)]
+    tool_calls: Annotated[Any, _only([])] = None
+
+
+class ChatBody(Sampled):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    functions: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only("none", "auto")] = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[Any, _only(["text"])] = None
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _wrong("top_logprobs must be left out unless logprobs is true")
+        most = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(most) > 1:
+            raise _wrong("max_tokens must be left out beside another max_completion_tokens")
+        return self
+
+    @property
+    def tops(self) -> int | None:
+        """Return how many log-probabilities a token gets beside its own; None: none at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TextBody(Sampled):
+    """The body of /v1/completions."""
+
+    prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(max_length=MAX_PROMPTS)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: int | None = None
+    echo: Annotated[Any, _only(False)] = None
+    suffix: Annotated[Any, _only("")] = None
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        if self.best_of not in (None, self.n or 1):
+            raise _wrong("best_of must be left out, or equal to n")
+        return self
+
+    @property
+    def tops(self) -> int | None:
+        """Return how many log-probabilities a token gets beside its own; None: none at all."""
+        return self.logprobs
+
+
+class TokenizeBody(Body):
+    """The body of /tokenize: a text, as ``prompt`` or ``content``, or a conversation."""
+
+    prompt: str | None = None
+    content: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        given = [each for each in (self.prompt, self.content, self.messages) if each is not None]
+        if len(given) != 1:
+            raise _wrong("prompt must be given, or content, or messages, and only one of them")
+        return self
+
+
+class DetokenizeBody(Body):
+    """The body of /detokenize."""
+
+    tokens: list[int]
+
+
+def _refusal(error: ValidationError, known: Iterable[str]) -> RefusedError:
+    """Return the refusal that tells the first of pydantic's errors."""
+    first = error.errors(include_url=False)[0]
+    where = [part for part in first["loc"] if part != "[key]"]
+    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).lstrip(".")
+    message = first["msg"]
+    if first["type"] == "json_invalid":
+        return RefusedError(400, f"the body is not valid JSON: {first['ctx']['error']}")
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(where[-1]), known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return RefusedError(400, f"{shortened(param)} is no field that is known here{hint}", param)
+    if not where:  # a rule about several fields, or a body that is no object
+        name = message.split()[0]
+        known_name = name if name in set(known) else None
+        return RefusedError(400, message if known_name else f"the body: {message}", known_name)
+    if first["type"] != "ppsd":
+        message = f"is wrong: {message}"
+        if first["type"] != "missing":
+            message += f", got {shortened(repr(first['input']), 80)}"
+    return RefusedError(400, f"{param} {message}", param)
+
+
+def refusal_of(error: ConfigError, names: Callable[[str], str] = str) -> RefusedError:
+    """Return the refusal of what the engine's own checks found."""
+    param = names(error.field.split()[0])
+    code = "context_length_exceeded" if "(the context holds" in str(error) else None
+    return RefusedError(400, str(error), param, code)

@@ -1,0 +1,125 @@
+"""The model as clients find it: its names, room for requests, and whether it still works."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from functools import partial
+from typing import TypeVar
+
+from ppsd.engine.answer import Chunk, Completion
+from ppsd.engine.async_llm import as_they_come
+from ppsd.engine.llm import LLM
+from ppsd.engine.prompt import Prompt
+from ppsd.errors import ConfigError, PipelineError, RequestError
+from ppsd.serve.config import ServerConfig
+from ppsd.serve.replies import Parts, Reply, sampling
+from ppsd.serve.schema import RefusedError, Sampled, refusal_of
+
+LOG = logging.getLogger("ppsd.serve")
+T = TypeVar("T")
+
+
+class Service:
+    """Answers requests with an LLM, on an event loop.
+
+    ``on_broken`` is called once the pipeline is lost; nothing can be answered from then on.
+    """
+
+    def __init__(self, llm: LLM, config: ServerConfig) -> None:
+        self.llm = llm
+        self.config = config
+        self.names = config.served_model_name or (llm.layout.spec.name,)
+        self.created = int(time.time())
+        self.active = 0  # choices under way or waiting
+        self.capacity = llm.config.concurrent + config.max_queue
+        self.on_broken: Callable[[], object] = lambda: None
+        # One thread: it limits the process's memory while a chat template is rendered.
+        self._text = ThreadPoolExecutor(1, "ppsd-text")
+
+    def close(self) -> None:
+        """End the thread that turns text into tokens."""
+        self._text.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def broken(self) -> PipelineError | None:
+        """Return what broke the pipeline, None while it works."""
+        return self.llm.ended
+
+    def check_model(self, name: str | None) -> str:
+        """Return the name that an answer tells; raises RefusedError for that of another model."""
+        if name is not None and name not in self.names:
+            known = ", ".join(self.names)
+            message = f"model {name!r} is not served here; there is {known}"
+            raise RefusedError(404, message, "model", "model_not_found")
+        return name or self.names[0]
+
+    def reply(self, kind: type[Reply], body: Sampled) -> Reply:
+        """Return the answer to begin with; raises RefusedError for what the engine would refuse."""
+        model = self.check_model(body.model)
+        params = sampling(body, self.llm.defaults.values, self.llm.layout.spec.num_tokens)
+        return kind(model, self.llm.tokenizer, body, params)
+
+    @contextmanager
+    def room(self, choices: int) -> Iterator[None]:
+        """Hold room for the choices of a request; raises RefusedError when there is none."""
+        if choices > self.capacity:
+            most = f"at most {self.capacity} choices of all prompts"
+            raise RefusedError(400, f"n must ask for {most}, got {choices}", "n")
+        if self.active + choices > self.capacity:
+            raise RefusedError(429, f"{self.active} choices are under way or wait; try again later")
+        self.active += choices
+        try:
+            yield
+        finally:
+            self.active -= choices
+
+    async def apart(self, function: Callable[[], T]) -> T:
+        """Call a function that turns text into tokens, or back, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._text, function)
+
+    async def encode(self, prompts: Sequence[Prompt], name: str) -> list[list[int]]:
+        """Return the token ids of prompts; raises RefusedError naming the field ``name``."""
+        try:
+            return await self.apart(lambda: [self.llm.encode(prompt) for prompt in prompts])
+        except ConfigError as error:
+            raise refusal_of(error, lambda _: name) from error
+
+    async def parts(self, reply: Reply) -> AsyncIterator[tuple[int, Chunk | Completion]]:
+        """Yield what the choices of a reply bring; leaving ends them. Raises RefusedError."""
+        requests = [
+            partial(self.llm.submit, ids, reply.params.sample(i), logprobs=reply.body.tops)
+            for ids in reply.prompts
+            for i in range(reply.params.n)
+        ]
+        try:
+            async with aclosing(as_they_come(requests)) as parts:
+                async for part in parts:
+                    yield part
+        except (RequestError, ConfigError) as error:
+            raise RefusedError(400, str(error)) from error
+        except PipelineError as error:
+            self.on_broken()
+            raise RefusedError(503, f"the pipeline is lost: {error}") from error
+
+    @contextmanager
+    def logged(self, reply: Reply, parts: Parts) -> Iterator[Parts]:
+        """Write a line about a request when it is over, however it ends."""
+        begun = time.monotonic()
+        try:
+            yield parts
+        finally:
+            ends = [completion.finish_reason for completion in reply.done.values()]
+            new = sum(completion.stats.new_tokens for completion in reply.done.values())
+            LOG.info(
+                "%s prompt_tokens=%d completion_tokens=%d seconds=%.3f finish=%s",
+                reply.id,
+                sum(map(len, reply.prompts)),
+                new,
+                time.monotonic() - begun,
+                ",".join(ends) if len(ends) == reply.choices else "abort",
+            )

@@ -1,0 +1,42 @@
+"""A server of a tiny model, three requests at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ppsd import LLM
+from tests.support.http_server import Served, serving
+from tests.support.tiny_models import save_perfect_head
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+SETTINGS = {
+    "split": (4,),
+    "dtype": "float64",
+    "prefill_chunk": 8,
+    "transport": "inprocess",
+    "threads_per_stage": 1,
+    "chat_template": TEMPLATE,
+}
+
+
+@pytest.fixture(scope="session")
+def llm(tiny_model, tmp_path_factory) -> Iterator[LLM]:
+    head = save_perfect_head(tmp_path_factory.mktemp("head"), tiny_model(), 4, 0.3)
+    settings = SETTINGS | {"rows": 2, "concurrent": 3, "mode": "ppsd", "head": str(head)}
+    with LLM(str(tiny_model()), **settings) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_model) -> Iterator[LLM]:
+    """Plain decoding of one request at a time, as the reference."""
+    with LLM(str(tiny_model()), mode="autoregressive", **SETTINGS) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def server(llm) -> Iterator[Served]:
+    with serving(llm, served_model_name=("tiny", "alias"), max_queue=61) as served:
+        yield served
