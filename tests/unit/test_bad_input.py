@@ -145,7 +145,7 @@ PROMPTS = [
     ([299], "prompt token id must be an integer in [0, 295], got 299"),
     ([2**63], "prompt token id must be an integer in [0, 295], got 9223372036854775808"),
     ([True], "prompt token id must be an integer in [0, 295], got True"),
-    ([[]], "prompt token id must be an integer in [0, 295], got []"),
+    ([[5], []], "prompt must be of 1 to 63 tokens (the context holds 64), got '0 tokens'"),
     (5, "prompt must be a text, token ids or chat messages, got 5"),
     ("\udcff", "prompt must be valid Unicode, without lone surrogates, got '\\udcff'"),
     (

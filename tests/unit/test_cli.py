@@ -264,19 +264,19 @@ def test_verify_passes(ppsd, tiny, prompts, mode) -> None:
 
 def test_verify_finds_a_mismatch(ppsd, tiny, prompts, monkeypatch) -> None:
     """One wrong token in the mode under test, in the second prompt."""
-    plain_run = LLM.run
+    plain_run = LLM.run_all
     calls = []
 
-    def run(self, ids, params, **more):
-        completion = plain_run(self, ids, params, **more)
+    def run_all(self, prompts, params, sinks):
+        [completion] = plain_run(self, prompts, params, sinks)
         calls.append(self.config.mode)
         if len(calls) != 4:
-            return completion
+            return [completion]
         wrong = (completion.token_ids[5] + 1) % 290
         tokens = (*completion.token_ids[:5], wrong, *completion.token_ids[6:])
-        return replace(completion, token_ids=tokens)
+        return [replace(completion, token_ids=tokens)]
 
-    monkeypatch.setattr(LLM, "run", run)
+    monkeypatch.setattr(LLM, "run_all", run_all)
     result = ppsd("verify", prompts, "-n", 12, "--json", *tiny())
     record = json.loads(result.out)
     assert calls == ["autoregressive", "ppsd"] * 2
