@@ -9,7 +9,7 @@ fed, and what a head said is looked at when it could matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from math import exp, inf
 
@@ -21,6 +21,8 @@ MAX_DEPTH = 64  # levels below the root
 KEPT = 0.3  # what earlier heads weigh against a deeper one: together they are right more often
 FLOOR = 0.002  # a row worth less is not worth its message
 UNHEARD = -1  # no head has spoken of a node's children yet
+
+NOTHING: Mapping[int, float] = {}
 
 Waiting = list[tuple[float, int]]  # negated probabilities and tokens, the first of them last
 
@@ -53,12 +55,13 @@ class Node:
         "token",
         "waiting",
         "wave",
+        "worth",
     )
 
     def __init__(self, parent: Node | None, position: int, token: int, probability: float) -> None:
         self.parent, self.position, self.token = parent, position, token
         self.probability = probability
-        self.score = 1.0
+        self.score = self.worth = 1.0
         self.id = self.cell = self.base = -1
         self.nodes: tuple[int, ...] = ()
         self.cells: tuple[int, ...] = ()
@@ -67,8 +70,8 @@ class Node:
         self.rank = 0  # among its siblings, when it was fed
         self.copy: Copy | None = None
         self.children: dict[int, Node] = {}
-        self.said: list[tuple[Sequence[int], Sequence[float]]] = []  # not yet looked at
-        self.candidates: dict[int, float] = {}  # probabilities, once a head has been looked at
+        self.said: tuple[tuple[Sequence[int], Sequence[float]], ...] = ()  # not yet looked at
+        self.candidates = NOTHING  # probabilities, by what has been looked at
         self.waiting: Waiting = []
 
 
@@ -139,36 +142,38 @@ class Tree:
             if root.wave == UNFED:
                 return
         last = min(self._end, root.position + MAX_DEPTH) - 1  # whose children are of use no more
+        oldest, worth = len(self._worth) - 1, self._worth
         heap: list[tuple[float, int, int, int, Node]] = []
         for node in self.nodes.values():
             parent = node.parent
             node.score = 1.0 if parent is None else parent.score * node.probability
             if node.score > FLOOR and node.position < last:
-                if node.said:
+                node.worth = node.score * worth[min(wave - node.wave, oldest)]
+                if node.said and node.children:  # whose scores come next
                     self._settle(node)
-                if node.waiting:
-                    heap.append(self._first(node, wave))
+                if node.said:  # worth a look if its most probable child could be wanted
+                    heap.append((-node.worth, node.position, -1, node.id, node))
+                elif node.waiting:
+                    heap.append(_first(node))
         heapify(heap)
         while heap and -heap[0][0] > FLOOR:
             value, position, token, _, parent = heap[0]
-            node = Node(parent, position, token, -parent.waiting[-1][0])
-            node.score = parent.score * node.probability
-            yield -value, node
-            if node.wave == UNFED:
-                return
+            fed: Node | None = None
+            if parent.said:
+                self._settle(parent)
+            else:
+                fed = Node(parent, position, token, -parent.waiting[-1][0])
+                yield -value, fed
+                if fed.wave == UNFED:
+                    return
             if parent.waiting:
-                heapreplace(heap, self._first(parent, wave))
+                heapreplace(heap, _first(parent))
             else:
                 heappop(heap)
-            if node.waiting and position < last:
-                heappush(heap, self._first(node, wave))
-
-    def _first(self, parent: Node, wave: int) -> tuple[float, int, int, int, Node]:
-        """Return where the first waiting token stands among those of other nodes."""
-        negated, token = parent.waiting[-1]
-        age = min(wave - parent.wave, len(self._worth) - 1)
-        value = parent.score * negated * self._worth[age]
-        return value, parent.position + 1, token, parent.id, parent
+            if fed is not None and fed.waiting and position < last:
+                fed.score = parent.score * fed.probability
+                fed.worth = fed.score * worth[0]
+                heappush(heap, _first(fed))
 
     def feed(self, node: Node, identity: int, wave: int, base: int) -> bool:
         """Give a node its place in ``wave``; return False if there is no cell for it.
@@ -199,7 +204,7 @@ class Tree:
         """
         if level > node.level:
             node.level = level
-            node.said.append((tokens, numbers))
+            node.said = (*node.said, (tokens, numbers))
 
     def advance(self, token: int, identity: int) -> tuple[Node, list[Node]]:
         """Make the root's child with ``token`` the root; return it, and the fed nodes that die.
@@ -226,22 +231,17 @@ class Tree:
 
         Fed children that a head does not name keep no more than it leaves over.
         """
+        children = node.children
         for tokens, numbers in node.said:
-            candidates, before = mixture(tokens, numbers, node.copy), node.candidates
-            if before:
-                candidates = {
-                    token: KEPT * before.get(token, 0.0) + (1.0 - KEPT) * candidates.get(token, 0.0)
-                    for token in before | candidates
-                }
-            if node.children:
+            candidates = mixture(tokens, numbers, node.copy, node.candidates)
+            if children:
                 left = max(0.0, 1.0 - sum(candidates.values()))
-                for token, child in node.children.items():
+                for token, child in children.items():
                     kept = min(child.probability, left)
                     child.probability = candidates.setdefault(token, kept)
             node.candidates = candidates
-        node.said.clear()
-        fed = node.children
-        node.waiting = [(-p, token) for token, p in node.candidates.items() if token not in fed]
+        node.said = ()
+        node.waiting = [(-p, t) for t, p in node.candidates.items() if t not in children]
         node.waiting.sort(reverse=True)
 
     def _look_up(self, node: Node) -> None:
@@ -267,15 +267,28 @@ class Tree:
         return tokens[::-1]
 
 
-def mixture(tokens: Sequence[int], numbers: Sequence[float], copy: Copy | None) -> dict[int, float]:
+def _first(parent: Node) -> tuple[float, int, int, int, Node]:
+    """Return where the first waiting token stands among those of other nodes."""
+    negated, token = parent.waiting[-1]
+    return parent.worth * negated, parent.position + 1, token, parent.id, parent
+
+
+def mixture(
+    tokens: Sequence[int],
+    numbers: Sequence[float],
+    copy: Copy | None,
+    before: Mapping[int, float] = NOTHING,
+) -> dict[int, float]:
     """Return probabilities of what a head names (see Tree.hear), mixed with the copied token.
 
-    As in ``lookup.mixed``.
+    As in ``lookup.mixed``. What earlier heads said ``before`` keeps a share of it all.
     """
-    if copy is None:
-        return dict(zip(tokens, numbers, strict=False))
-    weight = exp(numbers[len(tokens) + copy.slot])
-    share = 1.0 / (1.0 + weight)
-    mixed = {token: p * share for token, p in zip(tokens, numbers, strict=False)}
-    mixed[copy.token] = mixed.get(copy.token, 0.0) + weight * share
+    share = 1.0 - KEPT if before else 1.0
+    mixed = {token: p * KEPT for token, p in before.items()}
+    if copy is not None:
+        weight = exp(numbers[len(tokens) + copy.slot])
+        share /= 1.0 + weight
+        mixed[copy.token] = mixed.get(copy.token, 0.0) + weight * share
+    for token, p in zip(tokens, numbers, strict=False):
+        mixed[token] = mixed.get(token, 0.0) + p * share
     return mixed
