@@ -142,15 +142,12 @@ class HashHead:
     It is right with probability ``alpha``; else the target's token is among its other candidates,
     or not at all. It recognises a row by a checksum of all rows before, so a row that is missing
     or misplaced in its own cache makes it say what comes to mind.
-
-    ``strange``: rows seen that belong to no text.
     """
 
     def __init__(self, rank: int, vocab: int, alpha: float, *, slots: int, loose: int) -> None:
         self.spec = SimpleNamespace(vocab_size=vocab)
-        self.strange = 0
         self._make = lambda: HashStage(100 + rank, 0, vocab, 1, slots=slots, loose=loose)
-        self._own, self._alpha = self._make(), alpha
+        self._own, self.alpha = self._make(), alpha
         self._following: dict[int, int] = {}  # token by checksum
         self._verified: set[int] = set()  # checksums of the last stage
 
@@ -193,9 +190,8 @@ class HashHead:
         vocab = self.spec.vocab_size
         tokens = sorted(range(vocab), key=lambda token: digest(row, token))
         right = self._following.get(row)
-        self.strange += right is None
         luck = digest(row, vocab) % 1000 / 1000
-        if right is not None and luck < self._alpha:
+        if right is not None and luck < self.alpha:
             tokens.remove(right)
             tokens.insert(0, right)
         return tokens

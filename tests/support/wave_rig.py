@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -56,6 +57,7 @@ class WaveRig(Rig):
                 self.workers[rank - 1]._head = InnerHead(head)
             else:
                 self.stage.head = InnerHead(head)
+        self.lookup = lookup
         self.stage.drafter = SimpleNamespace(feedback=feedback)
         self.engine = WaveEngine(
             self.stage,
@@ -109,7 +111,7 @@ class WaveRig(Rig):
 
     def answer(self, requests: Sequence[Asked], wait: Callable[[], bool] = lambda: False) -> None:
         """Run requests; each begins once a slot is free and ``wait`` does not put it off."""
-        waiting, steps = list(requests), dict[int, int]()
+        waiting, steps = list(requests), Counter[Running]()
         under_way: dict[Running, Asked] = {}
         while waiting or self.engine.busy:
             while waiting and self.engine.has_room and not (self.engine.busy and wait()):
@@ -122,8 +124,8 @@ class WaveRig(Rig):
             for sequence, output in self.engine.step():
                 under_way[sequence].tokens += output.tokens if isinstance(output, Emit) else ()
             for sequence in list(self.engine._running):
-                steps[id(sequence)] = steps.get(id(sequence), 0) + 1
-                if steps[id(sequence)] == under_way[sequence].most:
+                steps[sequence] += 1
+                if steps[sequence] == under_way[sequence].most:
                     self.engine.abort(sequence)
 
     def check(self, asked: Asked, plain: Sequence[int]) -> None:
@@ -142,6 +144,8 @@ class WaveRig(Rig):
         assert sorted(cells._loose) == list(range(CONTEXT, CONTEXT + self.loose))
         assert not cells._own
         assert not policy.waves
+        if not self.lookup and all(head.alpha == 1.0 for head in self.heads.values()):
+            assert counts.resyncs == 0, "a head that is always right has seen all rows"
 
 
 def cycled(values: Sequence[bool]) -> Callable[[], bool]:
