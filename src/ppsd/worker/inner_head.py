@@ -104,8 +104,10 @@ class InnerHead:
 
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         """Make a wave's part true in the head's cache; see KVCache.commit."""
-        if self._lagging and (moves or slot != self._lagging[0][0].slot):
-            self._catch_up()
+        if self._lagging:
+            last = self._lagging[-1][0]
+            if moves or (slot, length) != (last.slot, last.position + 1):
+                self._catch_up()
         if not self._lagging:  # else the length grows when they run
             self.head.commit(slot, length, moves)
 
