@@ -141,23 +141,24 @@ class HashHead:
 
     It is right with probability ``alpha``; else the target's token is among its other candidates,
     or not at all. It recognises a row by a checksum of all rows before, so a row that is missing
-    or misplaced in its own cache makes it say what comes to mind.
-
-    ``strange``: rows seen that belong to no text.
+    or misplaced in its own cache makes it say what comes to mind. It is ``torn`` if two requests
+    want different tokens after the same text.
     """
 
     def __init__(self, rank: int, vocab: int, alpha: float, *, slots: int, loose: int) -> None:
         self.spec = SimpleNamespace(vocab_size=vocab)
-        self.strange = 0
         self._make = lambda: HashStage(100 + rank, 0, vocab, 1, slots=slots, loose=loose)
-        self._own, self._alpha = self._make(), alpha
+        self._own, self.alpha, self.torn = self._make(), alpha, False
         self._following: dict[int, int] = {}  # token by checksum
         self._verified: set[int] = set()  # checksums of the last stage
 
-    def learn(self, tokens: Sequence[int], hidden: torch.Tensor, last: torch.Tensor) -> None:
-        """Know a text, from rows [n, C] of the stage that the head stands on and the last one."""
-        rows = unpack(self._make().forward(hidden, 0))
-        self._following |= dict(zip(rows, tokens[1:], strict=False))
+    def learn(
+        self, prompt: int, tokens: Sequence[int], hidden: torch.Tensor, last: torch.Tensor
+    ) -> None:
+        """Know the answer behind ``prompt`` tokens, from rows [n, C] of its stage and the last."""
+        rows = unpack(self._make().forward(hidden, 0))[prompt - 1 : -1]
+        for row, token in zip(rows, tokens[prompt:], strict=True):
+            self.torn |= self._following.setdefault(row, token) != token
         self._verified.update(unpack(last))
 
     def forward(self, hidden: torch.Tensor, position: int, slot: int = 0) -> torch.Tensor:
@@ -193,9 +194,8 @@ class HashHead:
         vocab = self.spec.vocab_size
         tokens = sorted(range(vocab), key=lambda token: digest(row, token))
         right = self._following.get(row)
-        self.strange += right is None
         luck = digest(row, vocab) % 1000 / 1000
-        if right is not None and luck < self._alpha:
+        if right is not None and luck < self.alpha:
             tokens.remove(right)
             tokens.insert(0, right)
         return tokens

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -56,6 +58,7 @@ class WaveRig(Rig):
                 self.workers[rank - 1]._head = InnerHead(head)
             else:
                 self.stage.head = InnerHead(head)
+        self.lookup = lookup
         self.stage.drafter = SimpleNamespace(feedback=feedback)
         self.engine = WaveEngine(
             self.stage,
@@ -76,14 +79,16 @@ class WaveRig(Rig):
         poll = self.links.poll
         self.links.poll = lambda: poll() if luck() else None
         for worker in self.workers:
-            worker._link.epoch = self._late(luck)
+            worker._link.epoch = self._late(luck, worker._link.epoch)
 
-    def _late(self, luck: Callable[[], bool]) -> Callable[[int], int]:
+    def _late(
+        self, luck: Callable[[], bool], newest: Callable[[int], int]
+    ) -> Callable[[int], int]:
         seen = [0] * self.concurrent
 
         def epoch(slot: int) -> int:
             if luck():
-                seen[slot] = self.hub.epochs[slot]
+                seen[slot] = newest(slot)
             return seen[slot]
 
         return epoch
@@ -104,12 +109,12 @@ class WaveRig(Rig):
         plain = self.plain(asked.prompt, asked.params, asked.stop)
         rows = all_rows(torch.tensor([*asked.prompt, *plain]), self.stages, self.vocab)
         for rank, head in self.heads.items():
-            head.learn([*asked.prompt, *plain], rows[rank], rows[-1])
+            head.learn(len(asked.prompt), [*asked.prompt, *plain], rows[rank], rows[-1])
         return plain
 
     def answer(self, requests: Sequence[Asked], wait: Callable[[], bool] = lambda: False) -> None:
         """Run requests; each begins once a slot is free and ``wait`` does not put it off."""
-        waiting, steps = list(requests), dict[int, int]()
+        waiting, steps = list(requests), Counter[Running]()
         under_way: dict[Running, Asked] = {}
         while waiting or self.engine.busy:
             while waiting and self.engine.has_room and not (self.engine.busy and wait()):
@@ -122,8 +127,8 @@ class WaveRig(Rig):
             for sequence, output in self.engine.step():
                 under_way[sequence].tokens += output.tokens if isinstance(output, Emit) else ()
             for sequence in list(self.engine._running):
-                steps[id(sequence)] = steps.get(id(sequence), 0) + 1
-                if steps[id(sequence)] == under_way[sequence].most:
+                steps[sequence] += 1
+                if steps[sequence] == under_way[sequence].most:
                     self.engine.abort(sequence)
 
     def check(self, asked: Asked, plain: Sequence[int]) -> None:
@@ -142,6 +147,9 @@ class WaveRig(Rig):
         assert sorted(cells._loose) == list(range(CONTEXT, CONTEXT + self.loose))
         assert not cells._own
         assert not policy.waves
+        heads = self.heads.values()
+        if not self.lookup and all(head.alpha == 1.0 and not head.torn for head in heads):
+            assert counts.resyncs == 0, "a head that is always right has seen all rows"
 
 
 def cycled(values: Sequence[bool]) -> Callable[[], bool]:
@@ -149,4 +157,42 @@ def cycled(values: Sequence[bool]) -> Callable[[], bool]:
     return itertools.cycle(values or [True]).__next__
 
 
-__all__ = ["VOCAB", "Asked", "WaveRig", "cycled"]
+def check_at_random(seed: int, timeout: float = 2.0) -> None:
+    """Ask a few things of a random pipeline, in a random order of work, and check the answers."""
+    luck = random.Random(seed)
+    stages, concurrent = luck.randint(2, 4), luck.randint(1, 3)
+    alphas = [0.5, 0.8, 1.0, 1.0]
+    rig = WaveRig(
+        stages,
+        luck.choice([1, 2, 4, 4, 8, 16]),
+        heads={rank: luck.choice(alphas) for rank in range(stages - 1) if luck.random() < 0.7},
+        concurrent=concurrent,
+        loose=luck.choice([2, 6]),
+        chunk=luck.randint(1, 5),
+        lookup=luck.random() < 0.4,
+    )
+    rig.links._timeout = timeout
+    turns = [luck.randrange(stages) for _ in range(luck.randint(1, 12))]
+    moves = itertools.cycle(turns)
+    rig.order = lambda: next(moves) or None
+    rig.move_while_stage_0_computes(turns)
+    rig.be_late(cycled([luck.random() < 0.6 for _ in range(9)] + [True]))
+    if luck.random() < 0.3:
+        rig.pause_all_at_will([luck.random() < 0.3 for _ in range(9)])
+    requests = [_request_at_random(luck) for _ in range(2 * concurrent)]
+    plain = [rig.learn(asked) for asked in requests]
+    rig.answer(requests)
+    for asked, tokens in zip(requests, plain, strict=True):
+        rig.check(asked, tokens)
+
+
+def _request_at_random(luck: random.Random) -> Asked:
+    prompt = [1, 2, 5, 0, 3, 4][: luck.choice([0, 6])]
+    prompt += [luck.randrange(VOCAB) for _ in range(luck.randint(1, 5))]
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.6} if luck.random() < 0.5 else {}
+    params = SamplingParams(
+        temperature=luck.choice([0.0, 0.7, 1.5]), seed=luck.randrange(9), max_tokens=14, **penalties
+    )
+    stop = frozenset(luck.choice([(), (), (3,)]))
+    most = luck.choice([None, None, luck.randint(5, 50)])
+    return Asked(prompt, params, stop, luck.random() < 0.5, most)

@@ -69,10 +69,20 @@ class InnerHead:
         self._requests[begin.slot] = begin
 
     def lag(self, rows: Sequence[Row], hidden: torch.Tensor) -> None:
-        """Take the certain rows [n, C] of a wave on which no opinion is wanted."""
-        self._lagging += zip(rows, torch.split(hidden, 1), strict=True)
-        if len(self._lagging) > MAX_LAG_ROWS:
+        """Take the rows [n, C] of a wave on which no opinion is wanted.
+
+        Certain rows of one slot, a wave each, may wait: they run later as one.
+        """
+        row = rows[0]
+        waits = len(rows) == 1 and row.cell == row.position and not row.cells
+        last = self._lagging[-1][0] if self._lagging else None
+        follows = last is None or (last.slot, last.position + 1) == (row.slot, row.position)
+        if not waits or not follows or len(self._lagging) == MAX_LAG_ROWS:
             self._catch_up()
+        if waits:
+            self._lagging.append((row, hidden))
+        else:
+            self.head.forward_rows(hidden, [place_of(row) for row in rows])
 
     def _catch_up(self) -> None:
         if self._lagging:
@@ -117,8 +127,10 @@ class InnerHead:
 
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         """Make a wave's part true in the head's cache; see KVCache.commit."""
-        if moves:
-            self._catch_up()
+        if self._lagging:
+            last = self._lagging[-1][0]
+            if moves or (slot, length) != (last.slot, last.position + 1):
+                self._catch_up()
         if not self._lagging:  # else the length grows when they run
             self.head.commit(slot, length, moves)
 
