@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ppsd.serve.replies import ChatReply, Reply, TextReply, conversation
+from ppsd.serve.replies import ChatReply, Parts, Reply, TextReply, conversation
 from ppsd.serve.schema import (
     MAX_BODY,
     Body,
@@ -130,22 +130,21 @@ class Completions:
         """Answer a request, as an ASGI application does."""
         request = Request(scope, receive)
         reply = self._service.reply(self._reply, await _read(request, self._body))
-        with self._service.room(reply.choices):
+        with self._service.logged(reply), self._service.room(reply.choices):
             await _while_there(receive, self._answer(reply, scope, receive, send))
 
     async def _answer(self, reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
         reply.prompts = await service.encode(reply.asked, reply.prompt_field)
-        async with aclosing(service.parts(reply)) as parts:  # type: ignore[type-var]
-            with service.logged(reply, parts):
-                if reply.body.stream:
-                    await _stream(reply, parts, send)
-                    return
-                answer = await reply.whole(parts)
+        async with aclosing(service.parts(reply)) as parts:
+            if reply.body.stream:
+                await _stream(reply, parts, send)
+                return
+            answer = await reply.whole(parts)
         await JSONResponse(answer)(scope, receive, send)
 
 
-async def _stream(reply: Reply, parts: Any, send: Send) -> None:
+async def _stream(reply: Reply, parts: Parts, send: Send) -> None:
     """Send server-sent events; an error that comes now can only be one of them."""
     headers = [
         (b"content-type", b"text/event-stream; charset=utf-8"),

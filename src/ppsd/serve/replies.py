@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ COMMON = (
     *("max_tokens", "min_tokens", "n"),
 )
 Json = dict[str, Any]
-Parts = AsyncIterator[tuple[int, Chunk | Completion]]
+Parts = AsyncGenerator[tuple[int, Chunk | Completion], None]
 
 
 def sampling(body: Sampled, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:

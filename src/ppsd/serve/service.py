@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import TypeVar
 
-from ppsd.engine.answer import Chunk, Completion
 from ppsd.engine.async_llm import as_they_come
 from ppsd.engine.llm import LLM
 from ppsd.engine.prompt import Prompt
@@ -89,7 +88,7 @@ class Service:
         except ConfigError as error:
             raise refusal_of(error, lambda _: name) from error
 
-    async def parts(self, reply: Reply) -> AsyncIterator[tuple[int, Chunk | Completion]]:
+    async def parts(self, reply: Reply) -> Parts:
         """Yield what the choices of a reply bring; leaving ends them. Raises RefusedError."""
         requests = [
             partial(self.llm.submit, ids, reply.params.sample(i), logprobs=reply.body.tops)
@@ -107,11 +106,15 @@ class Service:
             raise RefusedError(503, f"the pipeline is lost: {error}") from error
 
     @contextmanager
-    def logged(self, reply: Reply, parts: Parts) -> Iterator[Parts]:
+    def logged(self, reply: Reply) -> Iterator[None]:
         """Write a line about a request when it is over, however it ends."""
         begun = time.monotonic()
+        end = "abort"
         try:
-            yield parts
+            yield
+        except RefusedError:
+            end = "refused"
+            raise
         finally:
             ends = [completion.finish_reason for completion in reply.done.values()]
             new = sum(completion.stats.new_tokens for completion in reply.done.values())
@@ -121,5 +124,5 @@ class Service:
                 sum(map(len, reply.prompts)),
                 new,
                 time.monotonic() - begun,
-                ",".join(ends) if len(ends) == reply.choices else "abort",
+                ",".join(ends) if len(ends) == reply.choices else end,
             )

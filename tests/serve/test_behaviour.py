@@ -1,0 +1,187 @@
+"""The server at work: many clients, clients that leave, and the small routes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from ppsd import LLM, SamplingParams
+from ppsd.engine.text_engine import TextEngine
+from tests.support.http_server import Served
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+LONG = {"prompt": list(range(3, 250)), "max_tokens": 250, "ignore_eos": True}
+
+
+class Ends(logging.Handler):
+    """Waits for the log lines of requests that are over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.arrived = threading.Semaphore(0)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+        self.arrived.release()
+
+
+@pytest.fixture
+def ends():
+    handler, logger = Ends(), logging.getLogger("ppsd.serve")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+def leave(
+    server: Served,
+    path: str,
+    body: dict[str, Any],
+    *,
+    after: bytes = b"",
+    until: Callable[[], object] = lambda: None,
+) -> None:
+    """Send a request, and go away once the answer has these bytes and ``until`` returns."""
+    data = json.dumps(body).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 60) as connection:
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        seen = b""
+        while after not in seen:
+            seen += connection.recv(1 << 16)
+        until()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_ends_its_request(server, llm, ends, monkeypatch, stream) -> None:
+    """A stream in the middle of its text; a whole answer while its prompt is computed."""
+    told, begun = [], threading.Event()
+    take, begin = TextEngine._take, TextEngine.begin
+
+    def counted(*arguments: Any) -> None:
+        told.append(1)
+        take(*arguments)
+
+    def noted(*arguments: Any) -> None:
+        begin(*arguments)
+        begun.set()
+
+    monkeypatch.setattr(TextEngine, "_take", counted)
+    monkeypatch.setattr(TextEngine, "begin", noted)
+    body = {**LONG, "stream": stream}
+    after = b"data: " if stream else b""
+    leave(server, TEXT, body, after=after, until=lambda: begun.wait(60))
+    assert ends.arrived.acquire(timeout=60)
+    assert ends.lines[0].endswith("finish=abort")
+    assert server.service.active == 0
+    llm._thread.call(lambda: None)  # which comes to its turn when nothing is under way
+    assert len(told) < LONG["max_tokens"] / 2
+
+
+def test_a_client_that_goes_away_while_it_waits_gives_up_its_place(server, ends) -> None:
+    body = {**LONG, "stream": True}
+    with ThreadPoolExecutor(5) as clients:
+        list(clients.map(lambda _: leave(server, TEXT, body, after=b"\r\n\r\n"), range(5)))
+    for _ in range(5):
+        assert ends.arrived.acquire(timeout=60)
+    assert server.service.active == 0
+
+
+MIXED: list[dict[str, Any]] = [
+    {"prompt": [*range(3, 40), 50 + i], "max_tokens": 6 + i % 3, "ignore_eos": True}
+    | ({"temperature": 0.8, "seed": i} if i % 2 else {})
+    | ({"stop_token_ids": [40 + i]} if i % 5 == 0 else {})
+    for i in range(14)
+]
+
+
+def alone(plain: LLM, body: dict[str, Any]) -> tuple[int, ...]:
+    fields = {name: value for name, value in body.items() if name != "prompt"}
+    return plain.run(body["prompt"], SamplingParams(**fields)).token_ids
+
+
+def test_answers_under_load_are_those_of_each_alone(server, plain, ends) -> None:
+    """Greedy and seeded, streamed and not; some leave in the middle."""
+
+    def ask(index: int) -> list[int] | None:
+        body = {**MIXED[index], "return_token_ids": True}
+        if index % 7 == 3:
+            leave(server, TEXT, {**LONG, "stream": True}, after=b"data: ")
+            return None
+        if index % 3 == 0:
+            events = server.events(TEXT, body)
+            return [t for e in events for c in e["choices"] for t in c.get("token_ids", ())]
+        return server.post(TEXT, body).json()["choices"][0]["token_ids"]
+
+    with ThreadPoolExecutor(len(MIXED)) as clients:
+        found = list(clients.map(ask, range(len(MIXED))))
+    for index, ids in enumerate(found):
+        if ids is not None:
+            assert tuple(ids) == alone(plain, MIXED[index]), index
+    for _ in MIXED:
+        assert ends.arrived.acquire(timeout=60)
+    assert server.service.active == 0
+
+
+def test_logprobs_under_load_are_those_alone(server) -> None:
+    bodies = [{**body, "logprobs": 2} if i % 2 else body for i, body in enumerate(MIXED[:6])]
+    one_by_one = [server.post(TEXT, body).json()["choices"] for body in bodies]
+    with ThreadPoolExecutor(len(bodies)) as clients:
+        at_once = list(clients.map(lambda body: server.post(TEXT, body).json()["choices"], bodies))
+    assert at_once == one_by_one
+    assert [choices[0]["logprobs"] is not None for choices in at_once] == [False, True] * 3
+
+
+def test_health_answers_while_requests_run(server, ends) -> None:
+    """Many clients wait, with texts to turn into tokens."""
+    body = {"prompt": "pack my box with five dozen jugs " * 10, "max_tokens": 4}
+    with ThreadPoolExecutor(6) as clients:
+        asked = [clients.submit(server.post, TEXT, body) for _ in range(6)]
+        times = []
+        while not all(request.done() for request in asked):
+            begun = time.monotonic()
+            assert server.client.get("/health").status_code == 200
+            times.append(time.monotonic() - begun)
+        assert {request.result().status_code for request in asked} == {200}
+    assert sorted(times)[len(times) // 2] < 0.25
+
+
+def test_models_are_listed_by_all_their_names(server) -> None:
+    listed = server.client.get("/v1/models").json()
+    assert [model["id"] for model in listed["data"]] == ["tiny", "alias"]
+    assert server.client.get("/v1/models/alias").json() == listed["data"][1]
+    assert listed["data"][0]["max_model_len"] == 512
+    body = {"prompt": "hi", "max_tokens": 1}
+    assert server.post(TEXT, {**body, "model": "alias"}).json()["model"] == "alias"
+
+
+def test_text_becomes_tokens_and_text_again(server, llm) -> None:
+    text = "pack my böx 🦊"
+    ids = llm.encode(text)
+    told = server.post("/tokenize", {"prompt": text}).json()
+    assert told == {"count": len(ids), "max_model_len": 512, "tokens": ids}
+    assert server.post("/tokenize", {"content": text}).json() == told
+    assert server.post("/detokenize", {"tokens": ids}).json()["prompt"] == text
+    messages = [{"role": "user", "content": text}]
+    told = server.post("/tokenize", {"messages": messages}).json()
+    assert told["tokens"] == llm.encode(messages)
+
+
+def test_a_request_has_an_id_its_own_or_one_that_is_made(server) -> None:
+    given = server.client.get("/health", headers={"x-request-id": "mine-1"})
+    assert given.headers["x-request-id"] == "mine-1"
+    made = [server.client.get("/v1/nothing").headers["x-request-id"] for _ in range(2)]
+    assert made[0] != made[1]

@@ -1,0 +1,173 @@
+"""Requests that are refused: in OpenAI's shape, naming the field, and leaving all in order."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from ppsd.serve.schema import MAX_BODY
+from tests.support.http_server import Served, serving
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HI = [{"role": "user", "content": "hi"}]
+
+
+def chat(**fields: Any) -> tuple[str, dict[str, Any]]:
+    return CHAT, {"messages": HI, **fields}
+
+
+def text(**fields: Any) -> tuple[str, dict[str, Any]]:
+    return TEXT, {"prompt": "hi", **fields}
+
+
+MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
+    ((CHAT, b""), None, "not valid JSON"),
+    ((CHAT, b"{"), None, "not valid JSON"),
+    ((CHAT, b'{"messages": "\xff"}'), None, "not valid JSON"),
+    ((CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}'), None, "not valid JSON"),
+    ((CHAT, b"[" * 100_000), None, "not valid JSON"),
+    ((CHAT, []), None, "the body"),
+    ((CHAT, "hi"), None, "the body"),
+    ((CHAT, {}), "messages", "required"),
+    ((CHAT, {"messages": []}), "messages", "at least 1"),
+    ((CHAT, {"messages": "hi"}), "messages", "array"),
+    ((CHAT, {"messages": ["hi"]}), "messages[0]", "is wrong"),
+    ((CHAT, {"messages": [{"role": "user"}]}), "messages[0].content", "required"),
+    ((CHAT, {"messages": [{"content": "hi"}]}), "messages[0].role", "required"),
+    ((CHAT, {"messages": [{"role": 1, "content": "hi"}]}), "messages[0].role", "string"),
+    (
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        "messages[0].content",
+        "parts of type text",
+    ),
+    ((CHAT, {"messages": [{**HI[0], "tool_calls": [{}]}]}), "messages[0].tool_calls", "supported"),
+    (chat(temprature=1), "temprature", "did you mean temperature?"),
+    (chat(tools=[{"type": "function"}]), "tools", "not supported"),
+    (chat(response_format={"type": "json_object"}), "response_format", "not supported"),
+    (chat(top_logprobs=2), "top_logprobs", "unless logprobs"),
+    (chat(logprobs=True, top_logprobs=21), "top_logprobs", "less than or equal to 20"),
+    (chat(max_tokens=3, max_completion_tokens=4), "max_tokens", "left out beside"),
+    (chat(max_completion_tokens=0), "max_completion_tokens", "in [1, "),
+    (chat(stream_options={"include_usage": True}), "stream_options", "unless stream"),
+    (chat(stream=True, stream_options={"x": 1}), "stream_options.x", "no field"),
+    (chat(temperature="hot"), "temperature", "valid number"),
+    (chat(temperature=-1), "temperature", "in [0, 100], got -1"),
+    (chat(temperature=True), "temperature", "valid number"),
+    (chat(top_p=0), "top_p", "in (0, 1]"),
+    (chat(n=0), "n", "greater than or equal to 1"),
+    (chat(n=1.5, temperature=1), "n", "integer"),
+    (chat(n=2), "n", "temperature 0"),
+    (chat(n=129, temperature=1), "n", "less than or equal to 128"),
+    (chat(n=65, temperature=1), "n", "at most 64 choices"),
+    (chat(seed=-1), "seed", "in [0, "),
+    (chat(stop=""), "stop", "non-empty"),
+    (chat(stop=["a"] * 17), "stop", "at most 16"),
+    (chat(stop=[1]), "stop[0]", "string"),
+    (chat(logit_bias={"x": 1}), "logit_bias.x", "integer"),
+    (chat(logit_bias={"5": 101}), "logit_bias", "in [-100, 100]"),
+    (chat(logit_bias={"296": 1}), "logit_bias", "in [0, 295]"),
+    (chat(stop_token_ids=[9999]), "stop_token_ids", "in [0, 295]"),
+    (chat(min_tokens=5, max_tokens=4), "min_tokens", "in [0, 4]"),
+    (chat(stream="yes"), "stream", "boolean"),
+    (chat(prompt="hi"), "prompt", "no field"),
+    ((CHAT, {"messages": [{"role": "user", "content": "a" * 2000}]}), "messages", "512"),
+    ((TEXT, {}), "prompt", "required"),
+    ((TEXT, {"prompt": ""}), "prompt", "0 tokens"),
+    ((TEXT, {"prompt": []}), "prompt", "a text, a list of token ids"),
+    ((TEXT, {"prompt": [1, "a"]}), "prompt", "a text, a list of token ids"),
+    ((TEXT, {"prompt": [True]}), "prompt", "a text, a list of token ids"),
+    ((TEXT, {"prompt": [296]}), "prompt", "in [0, 295]"),
+    ((TEXT, {"prompt": [5] * 512}), "prompt", "1 to 511 tokens"),
+    ((TEXT, {"prompt": ["a"] * 129}), "prompt", "128"),
+    (text(echo=True), "echo", "not supported"),
+    (text(best_of=3), "best_of", "equal to n"),
+    (text(suffix="x"), "suffix", "not supported"),
+    (text(logprobs=-1), "logprobs", "greater than or equal to 0"),
+    (("/tokenize", {}), "prompt", "must be given"),
+    (("/tokenize", {"prompt": "a", "content": "a"}), "prompt", "only one"),
+    (("/detokenize", {"tokens": [-1]}), "tokens", "in [0, 295]"),
+]
+
+
+def error_of(response: Any) -> dict[str, Any]:
+    """Return the error of an answer, which is all that it has."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+@pytest.mark.parametrize(("asked", "param", "told"), MALFORMED)
+def test_a_malformed_body_is_refused_by_the_field(server: Served, asked, param, told) -> None:
+    path, body = asked
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = server.client.post(path, content=content)
+    error = error_of(response)
+    assert (response.status_code, error["param"]) == (400, param), error
+    assert told in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) < 600
+    assert server.service.active == 0
+
+
+def test_what_is_not_there_is_refused_in_the_same_shape(server) -> None:
+    for status, method, path, body in [
+        (404, "GET", "/v1/nothing", None),
+        (404, "GET", "/v1/models/other", None),
+        (404, "POST", CHAT, {"messages": HI, "model": "other"}),
+        (405, "GET", CHAT, None),
+        (405, "DELETE", "/health", None),
+        (413, "POST", CHAT, {"messages": "a" * MAX_BODY}),
+    ]:
+        response = server.client.request(method, path, json=body)
+        assert response.status_code == status, path
+        error_of(response)
+    error = error_of(server.post(CHAT, {"messages": HI, "model": "other"}))
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert error["type"] == "not_found_error"
+
+
+def test_a_prompt_that_is_too_long_has_openais_code(server) -> None:
+    error = error_of(server.post(TEXT, {"prompt": [5] * 512}))
+    assert error["code"] == "context_length_exceeded"
+
+
+def test_a_full_queue_is_refused_and_told_when_to_come_again(server) -> None:
+    body = {"prompt": "hi", "n": 5, "temperature": 1, "max_tokens": 2}
+    with server.service.room(60):
+        response = server.post(TEXT, body)
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "1"
+        assert error_of(response)["type"] == "rate_limit_error"
+        assert server.client.get("/health").status_code == 200
+    assert server.post(TEXT, body).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_cannot_go_on_ends_alone(server, stream) -> None:
+    """All tokens end the answer, and none may: nothing is left to say."""
+    body = {"prompt": "hi", "stop_token_ids": list(range(296)), "min_tokens": 2, "stream": stream}
+    response = server.post(TEXT, body)
+    if stream:  # 200 has been said
+        event = response.text.split("\n\n")[-2].removeprefix("data: ")
+        error = json.loads(event)["error"]
+    else:
+        assert response.status_code == 400
+        error = error_of(response)
+    assert "min_tokens' ban" in error["message"]
+    assert server.post(TEXT, {"prompt": "hi", "max_tokens": 2}).status_code == 200
+
+
+def test_a_key_is_asked_for_but_not_by_health(llm) -> None:
+    with serving(llm, api_key="secret") as served:
+        for headers in ({}, {"authorization": "Bearer other"}, {"authorization": "secret"}):
+            response = served.client.get("/v1/models", headers=headers)
+            assert response.status_code == 401
+            assert error_of(response)["code"] == "invalid_api_key"
+            assert "secret" not in response.text
+        right = {"authorization": "Bearer secret"}
+        assert served.client.get("/v1/models", headers=right).status_code == 200
+        assert served.client.get("/health").status_code == 200
