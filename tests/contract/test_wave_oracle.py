@@ -6,9 +6,6 @@ begin, end and break off at any moment, and answers and epochs that come late.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -50,7 +50,9 @@ class WaveRig(Rig):
         costs: Sequence[float] = (),
         **settings,
     ) -> None:
-        super().__init__(stages, Schedule(1, stages), concurrent=concurrent, loose=loose, **settings)
+        super().__init__(
+            stages, Schedule(1, stages), concurrent=concurrent, loose=loose, **settings
+        )
         held = {"slots": concurrent, "loose": loose}
         self.heads = {r: HashHead(r, self.vocab, alpha, **held) for r, alpha in heads.items()}
         for rank, head in self.heads.items():
@@ -81,9 +83,7 @@ class WaveRig(Rig):
         for worker in self.workers:
             worker._link.epoch = self._late(luck, worker._link.epoch)
 
-    def _late(
-        self, luck: Callable[[], bool], newest: Callable[[int], int]
-    ) -> Callable[[int], int]:
+    def _late(self, luck: Callable[[], bool], newest: Callable[[int], int]) -> Callable[[int], int]:
         seen = [0] * self.concurrent
 
         def epoch(slot: int) -> int:

@@ -34,8 +34,8 @@ def stage_bytes(
 ) -> list[int]:
     """Bytes each process needs for its stage: weights, a full key/value cache, runtime.
 
-    ``head`` counts the numbers of stage 0's exit head, ``inner`` those of later ones. Stages that are not ``apart`` share one
-    process, and come as one number.
+    ``head`` counts the numbers of stage 0's exit head, ``inner`` those of later ones. Stages that
+    are not ``apart`` share one process, and come as one number.
     """
     sizes = Sizes.of(spec)
     bounds = (0, *(plan.last for plan in plans))

@@ -198,8 +198,10 @@ class WaveEngine(Engine):
             self._verify(answer)
         elif isinstance(answer, Verdict):
             super()._take(answer)
-        elif (sequence := self._slots.get(answer.slot)) is not None:
-            if answer.epoch == sequence.waves.tree.root.id:  # the node that cannot be judged
+        else:
+            sequence = self._slots.get(answer.slot)
+            # an epoch here is the node that cannot be judged
+            if sequence is not None and answer.epoch == sequence.waves.tree.root.id:
                 self._fail(sequence, answer)
 
     def _hear(self, said: Opinion) -> None:
