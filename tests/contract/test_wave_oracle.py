@@ -6,9 +6,6 @@ begin, end and break off at any moment, and answers and epochs that come late.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +30,7 @@ def requests(draw: st.DrawFn) -> list[Asked]:
     return asked
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     data=st.data(),
     stages=st.integers(2, 5),
