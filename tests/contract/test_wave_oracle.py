@@ -30,7 +30,7 @@ def requests(draw: st.DrawFn) -> list[Asked]:
     return asked
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     data=st.data(),
     stages=st.integers(2, 5),

@@ -119,7 +119,7 @@ def _(patch: Patch) -> None:
         self.step = getattr(self, "step", len(history) - 1) + 1
         values = self.process(logits, history)
         if not self._params.greedy:
-            values = values + gumbel(self._params.seed, self.step, self._vocab_size, stream)
+            values = values + gumbel(self._params.seed, self.step, self.vocab_size, stream)
         return int(values.argmax())
 
     patch.setattr(Sampler, "draw", draw)

@@ -192,7 +192,7 @@ def _(patch: Patch) -> None:
         if place is None or self._params.greedy:
             return draw(self, logits, history, stream)
         self.place += 1
-        noise = gumbel(self._params.seed, place, self._vocab_size, stream)
+        noise = gumbel(self._params.seed, place, self.vocab_size, stream)
         return int((self.process(logits, history) + noise).argmax())
 
     patch.setattr(Judge, "verdicts", judging)
@@ -209,16 +209,6 @@ def _(patch: Patch) -> None:
         return said._replace(tokens=said.tokens[::-1]) if several else said
 
     patch.setattr(Judge, "verdicts", swapped)
-
-
-@bug("opinion of an old root taken for the new one's")
-def _(patch: Patch) -> None:
-    hear = WavePolicy.hear
-
-    def trusting(self, node, *said):
-        hear(self, node if node in self.tree.nodes else self.tree.root.id, *said)
-
-    patch.setattr(WavePolicy, "hear", trusting)
 
 
 @bug("a row lives by another slot's epoch")
@@ -301,3 +291,13 @@ def _(patch: Patch) -> None:
 
     patch.setattr(WavePolicy, "_commit", trusting)
     patch.setattr(WaveEngine, "_verify", unchecked)
+
+
+@bug("opinion of an old root taken for the new one's")
+def _(patch: Patch) -> None:
+    hear = WavePolicy.hear
+
+    def trusting(self, node, *said):
+        hear(self, node if node in self.tree.nodes else self.tree.root.id, *said)
+
+    patch.setattr(WavePolicy, "hear", trusting)

@@ -1,0 +1,140 @@
+"""The wave policy by itself: what goes into a wave, in which order, and what is never looked at."""
+
+from __future__ import annotations
+
+from math import inf
+
+import pytest
+
+from ppsd.errors import ProtocolError
+from ppsd.speculation.lookup import LENGTHS
+from ppsd.speculation.policy import Emit, Judged
+from ppsd.speculation.tree import Cells, Node
+from ppsd.speculation.waves import Verified, WavePolicy, choose
+
+ODDS = [0.0] * len(LENGTHS)
+PROMPT = [5, 6, 7]
+
+
+def policy(slot: int = 0, *, prompt: list[int] = PROMPT, chunk: int = 8, loose: int = 8):
+    made = WavePolicy(
+        slot,
+        4,
+        max_tokens=20,
+        stop_ids=frozenset(),
+        cells=Cells(64, loose),
+        lookup=False,
+        prefill_chunk=chunk,
+    )
+    made.start(prompt)
+    return made
+
+
+def decoding(slot: int = 0, token: int = 1, **settings) -> WavePolicy:
+    """Return a policy whose prompt has been answered with ``token``."""
+    made = policy(slot, **settings)
+    feed = made.chunk(1)
+    assert made.on(Judged(feed.epoch, 0, len(PROMPT), (token,), 1)) == [Emit((token,), 0)]
+    return made
+
+
+def tokens(chosen: list[tuple[WavePolicy, Node]]) -> list[tuple[int, int]]:
+    return [(made.slot, node.token) for made, node in chosen]
+
+
+def say(made: WavePolicy, node: int, candidates: dict[int, float], level: int = 0) -> None:
+    made.hear(node, level, list(candidates), [*candidates.values(), *ODDS])
+
+
+def check_opinions() -> None:
+    """Let opinions of nodes that are no more change nothing, and deeper ones decide."""
+    made = decoding()
+    (_, root), *_ = choose([made], 1, 2)
+    say(made, root.id, {2: 0.6, 3: 0.3})
+    choose([made], 2, 3)
+    say(made, root.id, {3: 0.9}, level=1)
+    say(made, root.id, {4: 0.9}, level=1)
+    assert [node.token for _, node in made.offers()] == []
+    made.on(Verified((root.id,), (9,)))
+    say(made, root.id, {8: 0.9}, level=3)
+    (_, new), *rest = choose([made], 4, 4)
+    assert (new.token, rest) == (9, [])
+    say(made, 10**6, {8: 0.9}, level=3)
+    assert list(made.offers()) == []
+
+
+def test_opinions_of_dead_nodes_mean_nothing() -> None:
+    check_opinions()
+
+
+def test_certain_rows_come_first_and_are_not_counted() -> None:
+    made = [decoding(0), decoding(1, 2), decoding(2, 3)]
+    roots = choose(made, 2, 2)
+    assert tokens(roots) == [(0, 1), (1, 2), (2, 3)]
+    for owner, root in roots:
+        say(owner, root.id, {4: 0.5 + 0.1 * owner.slot, 5: 0.2})
+    made[0].on(Verified((roots[0][1].id,), (6,)))
+    assert tokens(choose(made, 3, 3)) == [(0, 6), (2, 4), (1, 4)]
+
+
+def test_no_rows_are_plain_decoding() -> None:
+    made = decoding()
+    (_, root), *rest = choose([made], 0, 2)
+    assert rest == []
+    say(made, root.id, {4: 0.9})
+    assert choose([made], 0, 3) == []
+
+
+def test_a_paused_policy_feeds_roots_only() -> None:
+    made = decoding()
+    made.pause()
+    (_, root), *rest = choose([made], 8, 2)
+    assert rest == []
+    say(made, root.id, {4: 0.9})
+    assert choose([made], 8, 3) == []
+    made.resume()
+    assert tokens(choose([made], 8, 3)) == [(0, 4)]
+
+
+def test_drafts_stop_where_they_no_longer_pay() -> None:
+    made = decoding()
+    (_, root), *_ = choose([made], 1, 2)
+    say(made, root.id, {4: 0.5, 5: 0.3, 6: 0.15})
+    assert tokens(choose([made], 8, 3, (1.0, 1.5, 3.0))) == [(0, 4), (0, 5)]
+
+
+def test_no_cell_no_row() -> None:
+    made = decoding(loose=1)
+    (_, root), *_ = choose([made], 1, 2)
+    say(made, root.id, {4: 0.5, 5: 0.3, 6: 0.15})
+    assert tokens(choose([made], 8, 3)) == [(0, 4), (0, 5)]
+
+
+def test_chunks_end_at_multiples_and_rows_wait_for_the_prompt() -> None:
+    made = policy(prompt=list(range(10)), chunk=4)
+    feeds = [made.chunk(wave) for wave in (1, 2, 3)]
+    assert [len(feed.tokens) for feed in feeds] == [4, 4, 2]
+    assert [feed.judge for feed in feeds] == [0, 0, 1]
+    assert (made.chunk(4), list(made.offers()), set(made.waves)) == (None, [], {1, 2, 3})
+    with pytest.raises(ProtocolError, match="does not answer the oldest block"):
+        made.on(Judged(made.epoch, 4, 8, (), 1))
+
+
+def test_moves_are_told_once_and_before_rows_above_them() -> None:
+    made = decoding()
+    (_, root), *_ = choose([made], 1, 2)
+    say(made, root.id, {4: 0.5, 5: 0.3})
+    siblings = [node for _, node in choose([made], 2, 3)]
+    made.part(siblings)
+    made.on(Verified((root.id, siblings[1].id), (5, 6)))
+    (_, new), *_ = choose([made], 1, 4)
+    part, rows = made.part([new])
+    assert part.moves == ((siblings[1].cell, siblings[1].position),)
+    assert (part.length, rows[0].cells, rows[0].parent) == (5, (), siblings[1].id)
+    say(made, new.id, {1: 0.9})
+    (_, child), *_ = choose([made], 1, 5)
+    assert made.part([child])[0].moves == ()
+
+
+def test_the_offer_of_a_root_is_infinite() -> None:
+    assert [value for value, _ in decoding().offers()] == [inf]
