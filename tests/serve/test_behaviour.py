@@ -159,6 +159,33 @@ def test_health_answers_while_requests_run(server, ends) -> None:
     assert sorted(times)[len(times) // 2] < 0.25
 
 
+def test_metrics_count_what_was_answered(server, ends) -> None:
+    """Also those who left; names are vLLM's, where they mean the same."""
+
+    def told() -> dict[str, float]:
+        text = server.client.get("/metrics").text
+        samples = [line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#"]
+        return {name: float(value) for name, value in samples}
+
+    before = told()
+    body = {"prompt": [5] * 20, "max_tokens": 4, "ignore_eos": True, "n": 2, "temperature": 1}
+    server.post(TEXT, body)
+    leave(server, TEXT, {**LONG, "stream": True}, after=b"data: ")
+    for _ in range(2):
+        assert ends.arrived.acquire(timeout=60)
+    after = told()
+    grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    assert grown["ppsd:prompt_tokens_total"] == 20
+    assert grown["ppsd:generation_tokens_total"] >= 9
+    assert grown['ppsd:request_success_total{finished_reason="length"}'] == 2
+    assert grown['ppsd:request_success_total{finished_reason="abort"}'] == 1
+    assert grown["ppsd:time_to_first_token_seconds_count"] == 3
+    assert grown["ppsd:e2e_request_latency_seconds_count"] == 2
+    assert grown["ppsd:request_queue_time_seconds_count"] == 2
+    assert grown["ppsd:spec_decode_num_draft_tokens_total"] >= 1
+    assert after["ppsd:num_requests_running"] == after["ppsd:num_requests_waiting"] == 0
+
+
 def test_models_are_listed_by_all_their_names(server) -> None:
     listed = server.client.get("/v1/models").json()
     assert [model["id"] for model in listed["data"]] == ["tiny", "alias"]

@@ -127,8 +127,8 @@ def test_prompts_come_as_texts_ids_and_batches_of_both(server, plain) -> None:
 def test_a_fresh_seed_is_told_and_repeats_the_answer(server) -> None:
     body = {**PROMPT[TEXT], **ASK, "temperature": 1.5}
     first, second = server.post(TEXT, body).json(), server.post(TEXT, body).json()
-    seed = first["metadata"]["seed"]
-    assert seed != second["metadata"]["seed"]
+    seed = first["seed"]
+    assert seed != second["seed"]
     again = server.post(TEXT, {**body, "seed": seed}).json()
     assert again["choices"][0]["text"] == first["choices"][0]["text"]
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.serve.conftest import TEMPLATE
@@ -58,6 +59,15 @@ def test_a_signal_ends_the_server_once_its_requests_are_answered(tiny_model) -> 
         last = json.loads(events[-1].removeprefix("data: "))
         assert last["choices"][0]["finish_reason"] == "length"
         assert process.wait(30) == 0
+
+
+def test_a_lost_worker_ends_the_server_though_nobody_asks(tiny_model) -> None:
+    with started(tiny_model()) as (process, _):
+        [worker] = psutil.Process(process.pid).children()
+        worker.kill()
+        assert process.stderr is not None
+        assert f"stage 1 (pid {worker.pid}) was killed" in process.stderr.read()
+        assert process.wait(30) == 1
 
 
 @pytest.mark.parametrize(

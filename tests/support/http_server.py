@@ -44,7 +44,7 @@ class Served:
 def serving(llm: LLM, **settings: Any) -> Iterator[Served]:
     """Serve a model on a free port of this machine."""
     service = Service(llm, ServerConfig(**settings))
-    config = uvicorn.Config(create_app(service), lifespan="off", log_level="error")
+    config = uvicorn.Config(create_app(service), lifespan="on", log_level="error")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})

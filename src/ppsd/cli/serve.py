@@ -12,7 +12,7 @@ from ppsd.config import EngineConfig
 from ppsd.errors import PpsdError
 from ppsd.serve.config import ServerConfig
 
-NEEDED = ("pydantic", "starlette", "uvicorn")
+NEEDED = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
 
 def serve(config: EngineConfig, server: ServerConfig) -> None:

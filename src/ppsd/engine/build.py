@@ -97,6 +97,14 @@ class RunningPipeline:
         ]
         return [memory_used(), *others]
 
+    def pids(self) -> list[int]:
+        """Process ids of the workers on this host."""
+        return list(self._supervisor.pids().values())
+
+    def check(self) -> None:
+        """Raise PipelineError if a worker on this host is lost."""
+        self._supervisor.check()
+
     def close(self) -> None:
         """Stop workers and give back everything; may be called twice."""
         self._cleanup.close()

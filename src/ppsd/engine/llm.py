@@ -119,6 +119,18 @@ class LLM:
         return self._thread.ended
 
     @property
+    def pids(self) -> list[int]:
+        """Return the ids of the worker processes on this host."""
+        return self._running.pids()
+
+    def check(self) -> None:
+        """Raise PipelineError if a worker is lost, once no request is under way.
+
+        From then on the LLM is ended, as by a request that finds out.
+        """
+        self._thread.call(self._running.check)
+
+    @property
     def memory(self) -> list[int]:
         """Bytes that each stage's process uses now; ``memory_needed`` says how many they may."""
         return self._running.memory()

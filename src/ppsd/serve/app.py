@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ppsd.serve.metrics import TEXT_FORMAT
 from ppsd.serve.replies import ChatReply, Parts, Reply, TextReply, conversation
 from ppsd.serve.schema import (
     MAX_BODY,
@@ -45,6 +46,7 @@ def create_app(service: Service) -> Starlette:
         routes=[
             Route("/health", routes.health),
             Route("/ready", routes.health),
+            Route("/metrics", routes.metrics),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.model),
             Route(
@@ -54,6 +56,7 @@ def create_app(service: Service) -> Starlette:
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/detokenize", routes.detokenize, methods=["POST"]),
         ],
+        lifespan=service.watching,
         middleware=[Middleware(Doors, key=service.config.api_key)],
         exception_handlers={
             RefusedError: _refuse,
@@ -75,6 +78,10 @@ class Routes:
         if error := self._service.broken:
             raise RefusedError(503, f"the pipeline is lost: {error}")
         return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        """Tell counts and times, as Prometheus reads them."""
+        return Response(self._service.metrics.text(), media_type=TEXT_FORMAT)
 
     async def models(self, request: Request) -> Response:
         """List the names of the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from ppsd.errors import ConfigError
 from ppsd.settings import setting
 
 PANEL = "Server"
+PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
 LOOPBACK = "a loopback address such as 127.0.0.1, or used with --api-key or --insecure"
 
 
@@ -46,6 +48,12 @@ class ServerConfig:
     drain_timeout: float = setting(
         "Seconds that running requests have at the end.", 30.0, panel=PANEL
     )
+    metrics_prefix: str = setting(
+        "Beginning of the names at /metrics; vllm: suits ready dashboards.",
+        "ppsd:",
+        panel=PANEL,
+        metavar="PREFIX",
+    )
     ssl_certfile: str | None = setting("Certificate for TLS.", None, panel=PANEL, metavar="FILE")
     ssl_keyfile: str | None = setting(
         "Private key of the certificate.", None, panel=PANEL, metavar="FILE"
@@ -61,6 +69,8 @@ class ServerConfig:
             raise ConfigError("api_key", "…", "non-empty ASCII text")
         if "" in self.served_model_name:
             raise ConfigError("served_model_name", "", "a non-empty text")
+        if not PREFIX.fullmatch(self.metrics_prefix):
+            raise ConfigError("metrics_prefix", self.metrics_prefix, "letters, digits, _ and :")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError("ssl_keyfile", self.ssl_keyfile, "used with --ssl-certfile")
         for name in ("ssl_certfile", "ssl_keyfile"):

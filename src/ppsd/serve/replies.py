@@ -141,7 +141,7 @@ class Reply:
 
     def _about(self) -> Json:
         """Return what OpenAI's answers do not have: the seed, and times as llama-server tells."""
-        about: Json = {"metadata": {"seed": self.params.seed}}
+        about: Json = {"seed": self.params.seed}
         if len(self.done) == 1:
             about["timings"] = _timings(self.done[0])
         return about

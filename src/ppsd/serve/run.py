@@ -54,7 +54,7 @@ def serve(
     service = Service(llm, config)
     settings = uvicorn.Config(
         create_app(service),
-        lifespan="off",
+        lifespan="on",
         ws="none",
         log_level="warning",
         access_log=False,

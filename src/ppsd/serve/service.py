@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from functools import partial
 from typing import TypeVar
 
 from ppsd.engine.async_llm import as_they_come
 from ppsd.engine.llm import LLM
 from ppsd.engine.prompt import Prompt
-from ppsd.errors import ConfigError, PipelineError, RequestError
+from ppsd.errors import ConfigError, PipelineError, PpsdError, RequestError
 from ppsd.serve.config import ServerConfig
+from ppsd.serve.metrics import Metrics
 from ppsd.serve.replies import Parts, Reply, sampling
 from ppsd.serve.schema import RefusedError, Sampled, refusal_of
 
@@ -36,6 +38,7 @@ class Service:
         self.created = int(time.time())
         self.active = 0  # choices under way or waiting
         self.capacity = llm.config.concurrent + config.max_queue
+        self.metrics = Metrics(config.metrics_prefix, self._running, self._waiting)
         self.on_broken: Callable[[], object] = lambda: None
         # One thread: it limits the process's memory while a chat template is rendered.
         self._text = ThreadPoolExecutor(1, "ppsd-text")
@@ -48,6 +51,32 @@ class Service:
     def broken(self) -> PipelineError | None:
         """Return what broke the pipeline, None while it works."""
         return self.llm.ended
+
+    @asynccontextmanager
+    async def watching(self, app: object = None) -> AsyncIterator[None]:
+        """Notice the end of a worker process at once, also while there is no request.
+
+        Where the system has no such descriptors, the next request finds out.
+        """
+        loop = asyncio.get_running_loop()
+        with ExitStack() as stack:
+            for pid in self.llm.pids if hasattr(os, "pidfd_open") else ():
+                ended = os.pidfd_open(pid)
+                stack.callback(os.close, ended)
+                stack.callback(loop.remove_reader, ended)
+                loop.add_reader(ended, self._look, loop, ended)
+            yield
+
+    def _look(self, loop: asyncio.AbstractEventLoop, ended: int) -> None:
+        """Let the engine find out that a process has ended."""
+        loop.remove_reader(ended)
+        loop.run_in_executor(None, self._check)
+
+    def _check(self) -> None:
+        try:
+            self.llm.check()
+        except PpsdError:
+            self.on_broken()
 
     def check_model(self, name: str | None) -> str:
         """Return the name that an answer tells; raises RefusedError for that of another model."""
@@ -62,6 +91,12 @@ class Service:
         model = self.check_model(body.model)
         params = sampling(body, self.llm.defaults.values, self.llm.layout.spec.num_tokens)
         return kind(model, self.llm.tokenizer, body, params)
+
+    def _running(self) -> int:
+        return min(self.active, self.llm.config.concurrent)
+
+    def _waiting(self) -> int:
+        return self.active - self._running()
 
     @contextmanager
     def room(self, choices: int) -> Iterator[None]:
@@ -96,9 +131,11 @@ class Service:
             for i in range(reply.params.n)
         ]
         try:
-            async with aclosing(as_they_come(requests)) as parts:
-                async for part in parts:
-                    yield part
+            with self.metrics.watch(reply.choices) as watch:
+                async with aclosing(as_they_come(requests)) as parts:
+                    async for index, part in parts:
+                        watch.see(index, part, first=index % reply.params.n == 0)
+                        yield index, part
         except (RequestError, ConfigError) as error:
             raise RefusedError(400, str(error)) from error
         except PipelineError as error:
