@@ -232,7 +232,7 @@ class Life:
 
 
 @given(st.data(), st.integers(2, 4), st.integers(1, 6), st.booleans())
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_a_request_says_what_the_target_says(
     data: st.DataObject, depth: int, rows: int, lookup: bool
 ) -> None:
