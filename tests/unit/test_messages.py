@@ -12,10 +12,12 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from ppsd.errors import ProtocolError
+from ppsd.speculation.lookup import LENGTHS
+from ppsd.speculation.waves import Part, Row
 from ppsd.transport.base import gather, part_bytes
 from ppsd.types import SamplingParams
 from ppsd.worker import messages
-from ppsd.worker.frame import DTYPES, HEADER, HEADER_BYTES, MAGIC, VERSION, Landing
+from ppsd.worker.frame import DTYPES, HEADER, HEADER_BYTES, MAGIC, VERSION, Landing, packed_ids
 from ppsd.worker.messages import (
     Begin,
     Block,
@@ -28,6 +30,7 @@ from ppsd.worker.messages import (
     encode,
     frame_bytes,
 )
+from ppsd.worker.wave_messages import Opinion, Verdicts, Wave
 
 words = st.integers(0, 2**16 - 1)
 positions = st.integers(0, 2**31 - 1)
@@ -80,6 +83,41 @@ def verdicts(draw: st.DrawFn) -> Verdict:
     )
 
 
+@st.composite
+def waves(draw: st.DrawFn) -> Wave:
+    """Rows of any parts; at times none, as when all have died."""
+    parts = []
+    for slot in draw(st.lists(ids, min_size=1, max_size=3, unique=True)):
+        moves = draw(st.lists(st.tuples(ids, ids), max_size=3).map(tuple))
+        parts.append(Part(slot, draw(ids), draw(ids), moves))
+    rows = []
+    for _ in range(draw(st.integers(0, 4))):
+        depth = draw(st.integers(0, 3))
+        alone = draw(st.sampled_from(parts)).slot, *draw(token_ids(5))
+        rows.append(Row(*alone, draw(token_ids(depth)), draw(token_ids(depth))))
+    hidden = draw(rows_of_numbers(len(rows), min_width=1)) if rows else torch.empty(0, 3)
+    return Wave(tuple(parts), tuple(rows), hidden)
+
+
+@st.composite
+def wave_verdicts(draw: st.DrawFn) -> Verdicts:
+    count = draw(st.integers(0, 4))
+    logits = draw(st.none() | rows_of_numbers(count, min_width=1)) if count else None
+    feedback = draw(st.none() | rows_of_numbers(count, min_width=1)) if count else None
+    if logits is not None and feedback is not None:
+        feedback = feedback.to(logits.dtype)
+    nodes = tuple(zip(draw(token_ids(count)), draw(token_ids(count)), strict=True))
+    return Verdicts(draw(words), nodes, draw(token_ids(count)), logits, feedback)
+
+
+@st.composite
+def opinions(draw: st.DrawFn) -> Opinion:
+    count, width = draw(st.integers(1, 4)), draw(st.integers(0, 4))
+    nodes = tuple(zip(draw(token_ids(count)), draw(token_ids(count)), strict=True))
+    tokens = tuple(draw(token_ids(width)) for _ in range(count))
+    return Opinion(draw(words), nodes, tokens, torch.rand(count, width + len(LENGTHS)))
+
+
 params = st.builds(
     SamplingParams,
     temperature=st.floats(0, 100),
@@ -99,6 +137,9 @@ begins = st.builds(
     vocab_size=positions,
     want_logits=st.booleans(),
     want_feedback=st.booleans(),
+    want_opinions=st.booleans(),
+    source=words,
+    shared=positions,
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -108,7 +149,15 @@ json_values = st.recursive(
 statuses = st.builds(Status, words, st.text(), st.dictionaries(st.text(), json_values, max_size=4))
 refusals = st.builds(Refusal, slot=words, epoch=epochs, source=words, message=st.text())
 all_messages = st.one_of(
-    blocks(), verdicts(), refusals, begins, st.builds(Control, st.text()), statuses
+    blocks(),
+    verdicts(),
+    waves(),
+    wave_verdicts(),
+    opinions(),
+    refusals,
+    begins,
+    st.builds(Control, st.text()),
+    statuses,
 )
 
 
@@ -249,6 +298,37 @@ def test_the_header_used_below_is_well_formed() -> None:
 def test_absurd_headers_are_named(changes, words) -> None:
     with pytest.raises(ProtocolError, match=words):
         decode(headed(ROW, **changes))
+
+
+def fields_of(*fields: int) -> bytes:
+    return packed_ids(fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "changes", "words"),
+    [
+        (7, (), {"rows": 0}, "ends within its fields"),
+        (7, (2**62,), {"rows": 0}, "ends within its fields"),
+        (7, (1, 0, 1, 5, 2**62), {"rows": 0}, "ends within its fields"),
+        (7, (1, 0, 1, 5, 0, 9), {"rows": 0}, "has other fields"),
+        (7, (1, 0, 1, 5, -1), {"rows": 0}, "list of -2 fields"),
+        (7, (1, 0, 1, 5, 0, 3, 1, 1, 1, 1, 1, 0), {"rows": 1, "width": 0}, "has other fields"),
+        (7, (1, 0, 1, 5, 0, 0, 1, 1, 1, 1, 1, -1), {"rows": 1, "width": 0}, "list of -1 fields"),
+        (7, (0,), {"rows": -1}, "states dtype"),
+        (8, (1, 2), {"rows": 0}, "not three a node"),
+        (8, (0, 1, 2), {"rows": 2, "width": 0, "feedback": 2}, None),
+        (9, (), {"rows": 0}, "other numbers"),
+        (9, (-3,), {"rows": 0}, "other numbers"),
+        (9, (2**62, 1), {"rows": 1, "width": 0}, "other numbers"),
+    ],
+)
+def test_absurd_fields_of_waves_are_named(kind, body, changes, words) -> None:
+    frame = headed(fields_of(*body), kind=kind, judge=len(body), **changes)
+    if words is None:
+        assert refused_or_read(frame) is not None
+        return
+    with pytest.raises(ProtocolError, match=words):
+        decode(frame)
 
 
 GOOD = {

@@ -153,6 +153,8 @@ def _row(fields: Iterator[int]) -> Row:
 
 
 def _some(fields: Iterator[int], count: int) -> tuple[int, ...]:
+    if count < 0:
+        raise ProtocolError(f"wave has a list of {count} fields")
     return tuple([next(fields) for _ in range(count)])
 
 
