@@ -145,6 +145,31 @@ def test_logprobs_under_load_are_those_alone(server) -> None:
     assert [choices[0]["logprobs"] is not None for choices in at_once] == [False, True] * 3
 
 
+def test_a_reader_that_stops_reading_holds_up_nobody(server, ends) -> None:
+    """Its own request goes on, too, and its answer waits in the connection."""
+    data = json.dumps({**LONG, "max_tokens": 30, "stream": True}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 60) as connection:
+        head = f"POST {TEXT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        with ThreadPoolExecutor(4) as clients:
+            body = {"prompt": "hi", "max_tokens": 2}
+            found = clients.map(lambda _: server.post(TEXT, body).status_code, range(8))
+            assert set(found) == {200}
+        for _ in range(9):
+            assert ends.arrived.acquire(timeout=60)
+        assert not any(line.endswith("abort") for line in ends.lines)
+
+
+def test_more_requests_than_the_queue_holds_are_answered_or_refused(server) -> None:
+    body = {"prompt": [5, 6, 7], "max_tokens": 1}
+    with ThreadPoolExecutor(90) as clients:
+        found = list(clients.map(lambda _: server.post(TEXT, body).status_code, range(160)))
+    assert set(found) <= {200, 429}
+    assert found.count(200) >= server.service.capacity
+    assert server.post(TEXT, body).status_code == 200
+
+
 def test_health_answers_while_requests_run(server, ends) -> None:
     """Many clients wait, with texts to turn into tokens."""
     body = {"prompt": "pack my box with five dozen jugs " * 10, "max_tokens": 4}
