@@ -21,7 +21,7 @@ from tests.contract.test_exact_transformers import expected
 from tests.support.tiny_models import save_perfect_head
 
 SPLIT, INNER = (1, 3, 4), (3, 4)
-TOKENS = 20
+TOKENS = 14
 PROMPTS = [[5], [7, 9, 200, 31, 7, 9, 200], list(range(3, 40))]
 MANY = [[*range(3, 3 + n), 99, n] for n in (3, 18, 20, 20, 33, 33, 37, 37)]
 GREEDY = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
@@ -77,7 +77,7 @@ def test_eight_at_a_time_with_shared_beginnings(model, plain, transport) -> None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("rows", [1, 16])
 def test_logits_are_bitwise_plain(model, rows, dtype) -> None:
     heads = {"heads": "auto"} if rows == 1 else {}
     with open_waves(model, rows, dtype=dtype, **heads) as llm:
