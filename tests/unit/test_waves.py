@@ -54,13 +54,13 @@ def check_opinions() -> None:
     choose([made], 2, 3)
     say(made, root.id, {3: 0.9}, level=1)
     say(made, root.id, {4: 0.9}, level=1)
-    assert [node.token for _, node in made.offers()] == []
+    assert [node.token for _, node in made.offers(9)] == []
     made.on(Verified((root.id,), (9,)))
     say(made, root.id, {8: 0.9}, level=3)
     (_, new), *rest = choose([made], 4, 4)
     assert (new.token, rest) == (9, [])
     say(made, 10**6, {8: 0.9}, level=3)
-    assert list(made.offers()) == []
+    assert list(made.offers(9)) == []
 
 
 def test_opinions_of_dead_nodes_mean_nothing() -> None:
@@ -115,7 +115,7 @@ def test_chunks_end_at_multiples_and_rows_wait_for_the_prompt() -> None:
     feeds = [made.chunk(wave) for wave in (1, 2, 3)]
     assert [len(feed.tokens) for feed in feeds] == [4, 4, 2]
     assert [feed.judge for feed in feeds] == [0, 0, 1]
-    assert (made.chunk(4), list(made.offers()), set(made.waves)) == (None, [], {1, 2, 3})
+    assert (made.chunk(4), list(made.offers(9)), set(made.waves)) == (None, [], {1, 2, 3})
     with pytest.raises(ProtocolError, match="does not answer the oldest block"):
         made.on(Judged(made.epoch, 4, 8, (), 1))
 
@@ -137,4 +137,4 @@ def test_moves_are_told_once_and_before_rows_above_them() -> None:
 
 
 def test_the_offer_of_a_root_is_infinite() -> None:
-    assert [value for value, _ in decoding().offers()] == [inf]
+    assert [value for value, _ in decoding().offers(9)] == [inf]
