@@ -35,6 +35,7 @@ from ppsd.serve.service import Service
 
 B = TypeVar("B", bound=Body)
 OPEN = ("/health", "/ready")  # also without a key
+SMALL_BODY = 1 << 16  # bytes that are read in less than a millisecond
 RETRY_SECONDS = "1"
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -104,7 +105,7 @@ class Routes:
 
     async def tokenize(self, request: Request) -> Response:
         """Return the token ids of a text, or of a conversation by the chat template."""
-        body = await _read(request, TokenizeBody)
+        body = await _read(request, TokenizeBody, self._service)
         self._service.check_model(body.model)
         name = "messages" if body.messages else "prompt" if body.prompt is not None else "content"
         text = conversation(body.messages) if body.messages else getattr(body, name)
@@ -114,7 +115,7 @@ class Routes:
 
     async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids."""
-        body = await _read(request, DetokenizeBody)
+        body = await _read(request, DetokenizeBody, self._service)
         llm = self._service.llm
         self._service.check_model(body.model)
         most = llm.layout.spec.num_tokens - 1
@@ -136,7 +137,8 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, as an ASGI application does."""
         request = Request(scope, receive)
-        reply = self._service.reply(self._reply, await _read(request, self._body))
+        body = await _read(request, self._body, self._service)
+        reply = self._service.reply(self._reply, body)
         with self._service.logged(reply), self._service.room(reply.choices):
             await _while_there(receive, self._answer(reply, scope, receive, send))
 
@@ -191,13 +193,15 @@ async def _while_there(receive: Receive, work: Coroutine[Any, Any, None]) -> Non
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
-async def _read(request: Request, kind: type[B]) -> B:
-    """Return the checked body of a request; raises RefusedError."""
+async def _read(request: Request, kind: type[B], service: Service) -> B:
+    """Return the checked body of a request, a large one read off the loop; raises RefusedError."""
     data = bytearray()
     async for piece in request.stream():
         data += piece
         if len(data) > MAX_BODY:
             raise RefusedError(413, f"the body must have at most {MAX_BODY} bytes")
+    if len(data) > SMALL_BODY:
+        return await service.apart(lambda: kind.read(bytes(data)))
     return kind.read(bytes(data))
 
 
