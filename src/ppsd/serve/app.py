@@ -140,7 +140,11 @@ class Completions:
         body = await _read(request, self._body, self._service)
         reply = self._service.reply(self._reply, body)
         with self._service.logged(reply), self._service.room(reply.choices):
-            await _while_there(receive, self._answer(reply, scope, receive, send))
+            try:
+                await _while_there(receive, self._answer(reply, scope, receive, send))
+            except asyncio.CancelledError:  # by uvicorn, which waits for nobody any more
+                if not reply.body.stream:
+                    raise _ending() from None
 
     async def _answer(self, reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
@@ -167,7 +171,13 @@ async def _stream(reply: Reply, parts: Parts, send: Send) -> None:
         await send(_event("[DONE]"))
     except RefusedError as error:
         await send(_event(json.dumps(error.to_json())))
+    except asyncio.CancelledError:  # the client has gone, and this goes nowhere; or the server ends
+        await send(_event(json.dumps(_ending().to_json())))
     await send({"type": "http.response.body", "body": b""})
+
+
+def _ending() -> RefusedError:
+    return RefusedError(503, "the server is ending")
 
 
 def _event(data: str) -> Message:
