@@ -12,7 +12,7 @@ PYTEST ?=
 DEMO_TOKENS ?= 128
 DEMO_PROMPT ?= "Explain in simple words why the sky is blue."
 
-.PHONY: demo serve test check install exactness pipeline-bench clean
+.PHONY: demo serve clients test check install exactness pipeline-bench clean
 
 demo: $(RUN)
 	$(BIN)/ppsd generate $(DEMO_PROMPT) --stages 2 --max-tokens $(DEMO_TOKENS) --highlight
@@ -24,6 +24,11 @@ serve: $(SERVING)
 # Two processes; the tests of a file stay together, as they share what they load.
 test: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+# OpenAI's client, unmodified, against the server.
+clients: $(DEV)
+	@$(BIN)/python tools/install.py "$(TORCH)" --editable ".[dev,clients]"
+	$(BIN)/python -m pytest tests/serve/test_clients.py
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

@@ -80,6 +80,8 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     ((TEXT, {"prompt": [True]}), "prompt", "a text, a list of token ids"),
     ((TEXT, {"prompt": [296]}), "prompt", "in [0, 295]"),
     ((TEXT, {"prompt": [5] * 512}), "prompt", "1 to 511 tokens"),
+    ((TEXT, {"prompt": [5] * 40_000}), "prompt", "1 to 511 tokens"),
+    ((TEXT, {"prompt": [5] * 40_000 + [5.5]}), "prompt", "a text, a list of token ids"),
     ((TEXT, {"prompt": ["a"] * 129}), "prompt", "128"),
     (text(echo=True), "echo", "not supported"),
     (text(best_of=3), "best_of", "equal to n"),

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -46,19 +47,33 @@ def started(model: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], s
         process.communicate()
 
 
-def test_a_signal_ends_the_server_once_its_requests_are_answered(tiny_model) -> None:
-    with (
-        started(tiny_model(), "--transport", "inprocess") as (process, url),
-        httpx.stream("POST", f"{url}/v1/chat/completions", json={**BODY, "stream": True}) as answer,
-    ):
-        lines = answer.iter_lines()
-        assert next(lines).startswith("data: ")
-        process.send_signal(signal.SIGTERM)
-        events = [line for line in lines if line]
-        assert events.pop() == "data: [DONE]"
-        last = json.loads(events[-1].removeprefix("data: "))
-        assert last["choices"][0]["finish_reason"] == "length"
+def read(line: str) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
+    return event
+
+
+def test_a_signal_lets_requests_end_and_a_second_one_does_not(tiny_model) -> None:
+    """One is under way, another waits; its client hears why it gets no answer."""
+    long = {**BODY, "max_tokens": 450, "stream": True}
+    with started(tiny_model(), "--transport", "inprocess") as (process, url):
+        path = f"{url}/v1/chat/completions"
+        with (
+            httpx.stream("POST", path, json={**BODY, "stream": True}, timeout=60) as first,
+            httpx.stream("POST", path, json=long, timeout=60) as second,
+        ):
+            lines, others = first.iter_lines(), second.iter_lines()
+            assert next(lines).startswith("data: ")
+            assert next(others).startswith("data: ")
+            process.send_signal(signal.SIGTERM)
+            events = [line for line in lines if line]
+            assert events.pop() == "data: [DONE]"
+            assert read(events[-1])["choices"][0]["finish_reason"] == "length"
+            process.send_signal(signal.SIGINT)
+            error = read([line for line in others if line][-1])["error"]
+            assert error["message"] == "the server is ending"
         assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_a_lost_worker_ends_the_server_though_nobody_asks(tiny_model) -> None:

@@ -35,6 +35,7 @@ from ppsd.serve.service import Service
 
 B = TypeVar("B", bound=Body)
 OPEN = ("/health", "/ready")  # also without a key
+SMALL_BODY = 1 << 16  # bytes that are read in less than a millisecond
 RETRY_SECONDS = "1"
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -104,7 +105,7 @@ class Routes:
 
     async def tokenize(self, request: Request) -> Response:
         """Return the token ids of a text, or of a conversation by the chat template."""
-        body = await _read(request, TokenizeBody)
+        body = await _read(request, TokenizeBody, self._service)
         self._service.check_model(body.model)
         name = "messages" if body.messages else "prompt" if body.prompt is not None else "content"
         text = conversation(body.messages) if body.messages else getattr(body, name)
@@ -114,7 +115,7 @@ class Routes:
 
     async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids."""
-        body = await _read(request, DetokenizeBody)
+        body = await _read(request, DetokenizeBody, self._service)
         llm = self._service.llm
         self._service.check_model(body.model)
         most = llm.layout.spec.num_tokens - 1
@@ -136,9 +137,14 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, as an ASGI application does."""
         request = Request(scope, receive)
-        reply = self._service.reply(self._reply, await _read(request, self._body))
+        body = await _read(request, self._body, self._service)
+        reply = self._service.reply(self._reply, body)
         with self._service.logged(reply), self._service.room(reply.choices):
-            await _while_there(receive, self._answer(reply, scope, receive, send))
+            try:
+                await _while_there(receive, self._answer(reply, scope, receive, send))
+            except asyncio.CancelledError:  # by uvicorn, which waits for nobody any more
+                if not reply.body.stream:
+                    raise _ending() from None
 
     async def _answer(self, reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
@@ -165,7 +171,13 @@ async def _stream(reply: Reply, parts: Parts, send: Send) -> None:
         await send(_event("[DONE]"))
     except RefusedError as error:
         await send(_event(json.dumps(error.to_json())))
+    except asyncio.CancelledError:  # the client has gone, and this goes nowhere; or the server ends
+        await send(_event(json.dumps(_ending().to_json())))
     await send({"type": "http.response.body", "body": b""})
+
+
+def _ending() -> RefusedError:
+    return RefusedError(503, "the server is ending")
 
 
 def _event(data: str) -> Message:
@@ -191,13 +203,15 @@ async def _while_there(receive: Receive, work: Coroutine[Any, Any, None]) -> Non
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
-async def _read(request: Request, kind: type[B]) -> B:
-    """Return the checked body of a request; raises RefusedError."""
+async def _read(request: Request, kind: type[B], service: Service) -> B:
+    """Return the checked body of a request, a large one read off the loop; raises RefusedError."""
     data = bytearray()
     async for piece in request.stream():
         data += piece
         if len(data) > MAX_BODY:
             raise RefusedError(413, f"the body must have at most {MAX_BODY} bytes")
+    if len(data) > SMALL_BODY:
+        return await service.apart(lambda: kind.read(bytes(data)))
     return kind.read(bytes(data))
 
 

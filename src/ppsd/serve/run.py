@@ -31,6 +31,13 @@ class _Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if (
+            self.force_exit
+        ):  # else it is cancelled, with a traceback
+            await self.lifespan.shutdown()
+
 
 def bind(config: ServerConfig) -> socket.socket:
     """Return a socket at the address, which does not listen yet; raises PpsdError."""
