@@ -33,9 +33,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        if (
-            self.force_exit
-        ):  # else it is cancelled, with a traceback
+        if self.force_exit:  # else it is cancelled, with a traceback
             await self.lifespan.shutdown()
 
 
