@@ -101,6 +101,37 @@ def test_a_wrong_flag_is_refused_before_the_model_is_loaded(flags, told) -> None
     assert told in error
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("port = '1'", "port must be an integer"),
+        ("api_key = 3", "api_key must be a text, got 3"),
+        ("insecure = 1", "insecure must be True or False"),
+        ("served_model_name = [1]", "served_model_name must be a text, got 1"),
+        ("host = '0.0.0.0'\napi_key = 'k'\nmetrics_prefix = ' '", "metrics_prefix must be letters"),
+        ("hots = 'x'", "'hots' is no setting; did you mean host?"),
+    ],
+)
+def test_a_file_sets_the_server_too(text, told, tmp_path) -> None:
+    file = tmp_path / "ppsd.toml"
+    file.write_text(text)
+    assert told in str(ppsd("serve", "--config", file).exception)
+
+
+def test_a_variable_holds_the_key(monkeypatch) -> None:
+    monkeypatch.setenv("PPSD_API_KEY", "k")
+    error = str(ppsd("serve", "--host", "192.0.2.1", "--model", "/no/such").exception)
+    assert error.startswith("cannot listen on 192.0.2.1:8000")  # which a key had to allow
+
+
+def test_a_bug_report_does_not_tell_the_key(monkeypatch) -> None:
+    monkeypatch.setenv("PPSD_API_KEY", "hush-hush")
+    for flags in ((), ("--json",)):
+        said = ppsd("env", *flags).stdout
+        assert "PPSD_API_KEY" in said
+        assert "hush-hush" not in said
+
+
 def test_an_address_in_use_is_told_before_the_model_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

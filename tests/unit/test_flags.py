@@ -18,6 +18,7 @@ from ppsd.cli.settings import ALL, EXPERTS, Sampling, settings_of
 from ppsd.config import Decoding, EngineConfig, Placement
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.lab.cli import app as laboratory
+from ppsd.serve.config import ServerConfig
 from ppsd.types import SamplingParams
 from tests.support.command import ppsd as run
 
@@ -113,17 +114,20 @@ def test_verbs_and_flags_are_frozen_and_explained(name) -> None:
 
 def test_every_setting_has_one_default_and_a_flag_that_shows_it() -> None:
     """Experts' flags stand in a panel of their own, the last one."""
-    flags = {p.name: p for p in parameters(product)["generate"]}
+    verbs = parameters(product)
+    flags = {p.name: p for p in verbs["generate"]}
+    every = flags | {p.name: p for p in verbs["serve"]}
     for name, field in ALL.items():
-        panel = flags[name].rich_help_panel
+        panel = every[name].rich_help_panel
         assert (panel == EXPERTS) == field.metadata["expert"]
         if isinstance(field.default, int | float | str):
-            shown = flags[name].default
+            shown = every[name].default
             assert (int(shown) if name == "rows" else shown) == field.default
     assert set(settings_of(Placement)) & set(settings_of(Decoding)) == set()
     panels = [p.rich_help_panel for p in flags.values() if p.rich_help_panel]
     assert list(dict.fromkeys(panels)) == ["Placement", "Decoding", "Sampling", EXPERTS]
-    shown = {f.name for f in dataclasses.fields(EngineConfig)} - {"trace"}
+    records = (EngineConfig, ServerConfig)
+    shown = {f.name for record in records for f in dataclasses.fields(record)} - {"trace"}
     assert shown | {f.name for f in dataclasses.fields(SamplingParams)} - {"n"} == set(ALL)
 
 

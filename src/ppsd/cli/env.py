@@ -18,6 +18,7 @@ VARIABLES = (
     *("PPSD_CACHE", "PPSD_HEADS", "PPSD_KERNELS", "PPSD_CONFIG"),
     *("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "CC", "OMP_NUM_THREADS"),
 )
+SECRETS = ("PPSD_API_KEY",)
 
 
 def env(
@@ -56,8 +57,14 @@ def _record() -> dict[str, Any]:
         "memory_free_bytes": memory.available,
         "accelerators": _accelerators(),
         "kernels": origin["bfloat16_kernels"],
-        "environment": {name: os.environ.get(name) for name in (*VARIABLES, *_settings())},
+        "environment": {name: _told(name) for name in (*VARIABLES, *_settings())},
     } | _places()
+
+
+def _told(name: str) -> str | None:
+    """Return the value of a variable, without what is nobody else's business."""
+    value = os.environ.get(name)
+    return "(a secret)" if value and name in SECRETS else value
 
 
 def _settings() -> list[str]:

@@ -22,6 +22,7 @@ import typer
 from ppsd.cli.flags import integers, numbers, pairs
 from ppsd.config import Decoding, EngineConfig, Placement
 from ppsd.errors import ConfigError, PpsdError
+from ppsd.serve.config import ServerConfig
 from ppsd.types import SamplingParams
 
 PREFIX = "PPSD_"
@@ -30,7 +31,13 @@ EXPERTS = "For experts"
 TRUTHS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
     ("0", "false", "no", "off"), False
 )
-PANELS = {Placement: "Placement", Decoding: "Decoding", SamplingParams: "Sampling"}
+PANELS = {
+    Placement: "Placement",
+    Decoding: "Decoding",
+    SamplingParams: "Sampling",
+    ServerConfig: "Server",
+}
+AMBIENT = (EngineConfig, SamplingParams, ServerConfig)  # the environment and a file set them, too
 FILE_HELP = "TOML file of settings; flags and variables PPSD_… come first."
 
 
@@ -78,7 +85,7 @@ def settings_of(record: Any) -> dict[str, Field[Any]]:
     return {f.name: f for f in dataclasses.fields(record) if "help" in f.metadata}
 
 
-ALL = settings_of(EngineConfig) | settings_of(SamplingParams)
+ALL = {name: field for record in AMBIENT for name, field in settings_of(record).items()}
 
 
 class Group:
@@ -105,7 +112,7 @@ class Group:
     @property
     def ambient(self) -> bool:
         """Return True if the environment and a file set these settings as well."""
-        return self._record in (EngineConfig, SamplingParams)
+        return self._record in AMBIENT
 
     @property
     def parameters(self) -> list[inspect.Parameter]:

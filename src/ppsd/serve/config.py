@@ -12,7 +12,6 @@ from ppsd import checks
 from ppsd.errors import ConfigError
 from ppsd.settings import setting
 
-PANEL = "Server"
 PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
 LOOPBACK = "a loopback address such as 127.0.0.1, or used with --api-key or --insecure"
 
@@ -21,45 +20,39 @@ LOOPBACK = "a loopback address such as 127.0.0.1, or used with --api-key or --in
 class ServerConfig:
     """Say where to listen, who may ask, and how many may wait."""
 
-    host: str = setting("Address to listen on.", "127.0.0.1", panel=PANEL, metavar="ADDRESS")
-    port: int = setting("Port to listen on; 0 takes a free one.", 8000, panel=PANEL)
+    host: str = setting("Address to listen on.", "127.0.0.1", metavar="ADDRESS")
+    port: int = setting("Port to listen on; 0 takes a free one.", 8000)
     api_key: str | None = setting(
         "Key that clients must send; other users of the machine can read it here.",
         None,
-        panel=PANEL,
         metavar="KEY",
     )
-    api_key_file: str | None = setting(
-        "File that holds the key.", None, panel=PANEL, metavar="FILE"
-    )
-    insecure: bool = setting(
-        "Listen on an address that others reach, without a key.", False, panel=PANEL
-    )
+    api_key_file: str | None = setting("File that holds the key.", None, metavar="FILE")
+    insecure: bool = setting("Listen on an address that others reach, without a key.", False)
     served_model_name: tuple[str, ...] = setting(
         "Name of the model for clients, in place of its own; may be repeated.",
         (),
-        panel=PANEL,
         metavar="NAME",
         repeated=True,
     )
-    max_queue: int = setting(
-        "Choices that may wait for those under way; more are refused.", 256, panel=PANEL
-    )
-    drain_timeout: float = setting(
-        "Seconds that running requests have at the end.", 30.0, panel=PANEL
-    )
+    max_queue: int = setting("Choices that may wait for those under way; more are refused.", 256)
+    drain_timeout: float = setting("Seconds that running requests have at the end.", 30.0)
     metrics_prefix: str = setting(
         "Beginning of the names at /metrics; vllm: suits ready dashboards.",
         "ppsd:",
-        panel=PANEL,
         metavar="PREFIX",
     )
-    ssl_certfile: str | None = setting("Certificate for TLS.", None, panel=PANEL, metavar="FILE")
-    ssl_keyfile: str | None = setting(
-        "Private key of the certificate.", None, panel=PANEL, metavar="FILE"
-    )
+    ssl_certfile: str | None = setting("Certificate for TLS.", None, metavar="FILE")
+    ssl_keyfile: str | None = setting("Private key of the certificate.", None, metavar="FILE")
 
     def __post_init__(self) -> None:
+        for name in ("host", "metrics_prefix"):
+            checks.string(name, getattr(self, name))
+        for name in ("api_key", "api_key_file", "ssl_certfile", "ssl_keyfile"):
+            if getattr(self, name) is not None:
+                checks.string(name, getattr(self, name))
+        checks.truth("insecure", self.insecure)
+        self._check_names()
         checks.integer("port", self.port, 0, 65535)
         checks.integer("max_queue", self.max_queue, 0, 1_000_000)
         checks.number("drain_timeout", self.drain_timeout, 0.0, 86400.0)
@@ -67,8 +60,6 @@ class ServerConfig:
             raise ConfigError("api_key_file", self.api_key_file, "left out beside --api-key")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
             raise ConfigError("api_key", "…", "non-empty ASCII text")
-        if "" in self.served_model_name:
-            raise ConfigError("served_model_name", "", "a non-empty text")
         if not PREFIX.fullmatch(self.metrics_prefix):
             raise ConfigError("metrics_prefix", self.metrics_prefix, "letters, digits, _ and :")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
@@ -80,6 +71,14 @@ class ServerConfig:
         closed = self.api_key is not None or self.api_key_file is not None or self.insecure
         if not closed and not _is_loopback(self.host):
             raise ConfigError("host", self.host, LOOPBACK)
+
+    def _check_names(self) -> None:
+        names = self.served_model_name
+        several = (names,) if isinstance(names, str) else names
+        for name in checks.items("served_model_name", several, "a text or several"):
+            if not checks.string("served_model_name", name):
+                raise ConfigError("served_model_name", name, "a non-empty text")
+        object.__setattr__(self, "served_model_name", tuple(several))
 
     def with_key(self) -> ServerConfig:
         """Return the settings with the key that the file holds, if one is named."""
