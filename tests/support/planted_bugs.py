@@ -256,9 +256,9 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     take = HeldRows.take
 
-    def keeping(self, request):
+    def keeping(self, request, cached, *, own):
         tokens = self.tokens
-        cached = take(self, request)
+        take(self, request, cached, own=own)
         self.tokens = tokens
         return cached
 
@@ -267,8 +267,12 @@ def _(patch: Patch) -> None:
 
 @bug("rows reused that were computed in other shapes")
 def _(patch: Patch) -> None:
-    take = HeldRows.take
-    patch.setattr(HeldRows, "take", lambda self, request: take(self, replace(request, reuse=True)))
+    overlap = HeldRows.overlap
+
+    def everything(self, request):
+        return overlap(self, replace(request, reuse=True))
+
+    patch.setattr(HeldRows, "overlap", everything)
 
 
 @bug("rows of an answer taken for whole chunks of a prompt")
