@@ -21,7 +21,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def llm(tiny_model, tmp_path_factory) -> Iterator[LLM]:
     head = save_perfect_head(tmp_path_factory.mktemp("head"), tiny_model(), 4, 0.3)
     settings = SETTINGS | {"rows": 2, "concurrent": 3, "mode": "ppsd", "head": str(head)}
@@ -29,14 +29,14 @@ def llm(tiny_model, tmp_path_factory) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def plain(tiny_model) -> Iterator[LLM]:
     """Plain decoding of one request at a time, as the reference."""
     with LLM(str(tiny_model()), mode="autoregressive", **SETTINGS) as llm:
         yield llm
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(llm) -> Iterator[Served]:
     with serving(llm, served_model_name=("tiny", "alias"), max_queue=61) as served:
         yield served

@@ -89,7 +89,7 @@ def test_heads_describe_themselves_and_are_put_to_use(
     assert shown["provenance"]["settings"]["kl_weight"] == 1.0
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-    monkeypatch.setenv("PPSD_HEADS", str(tmp_path / "heads"))
+    monkeypatch.setenv("PPSD_HEAD_DIR", str(tmp_path / "heads"))
     listed = json.loads(run("heads", "list", "--json"))
     assert {(h["exit_layer"], h["alpha"]) for h in listed if not h["shipped"]} == {
         (layer, json.loads((out / f"transformer-{layer}" / "head.json").read_text())["metrics"]
@@ -98,7 +98,7 @@ def test_heads_describe_themselves_and_are_put_to_use(
     common = ("generate", "-m", model, "--head", "auto", "--transport", "inprocess")
     common += ("-n", "8", "--json", "hello")
     drafted = json.loads(run(*common, "--exit-layer", "2", "--mode", "ppsd"))
-    monkeypatch.setenv("PPSD_HEADS", str(tmp_path / "nothing"))
+    monkeypatch.setenv("PPSD_HEAD_DIR", str(tmp_path / "nothing"))
     plain = json.loads(run(*common))
     assert (drafted["mode"], plain["mode"]) == ("ppsd", "autoregressive")
     assert drafted["token_ids"] == plain["token_ids"]
@@ -107,7 +107,7 @@ def test_heads_describe_themselves_and_are_put_to_use(
 def test_without_heads_generate_says_how_to_get_one(
     tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PPSD_HEADS", str(tmp_path))
+    monkeypatch.setenv("PPSD_HEAD_DIR", str(tmp_path))
     model = str(tiny_model("llama"))
     arguments = ("generate", "-m", model, "--head", "auto", "--transport", "inprocess")
     result = invoke(*arguments, "-n", "2", "hello")

@@ -170,12 +170,12 @@ def test_env_prints_what_is_in_force(ppsd, places, tiny_model, monkeypatch) -> N
     monkeypatch.setattr("ppsd.model.kernels._in_use", None)  # decided by a test before, maybe
     monkeypatch.setenv("PPSD_KERNELS", "torch")
     monkeypatch.setenv("PPSD_STAGES", "3")
-    monkeypatch.delenv("PPSD_HEADS", raising=False)
+    monkeypatch.delenv("PPSD_HEAD_DIR", raising=False)
     monkeypatch.setattr("ppsd.model.catalog.embedded_file", lambda: tiny_model())
     out = " ".join(ppsd("env").out.split())
     cache = places / "cache"
     kernels = "kernels PyTorch, for bfloat16 on CPUs cache"
-    for told in (kernels, "PPSD_KERNELS torch", "PPSD_HEADS not set", f"PPSD_CACHE {cache}"):
+    for told in (kernels, "PPSD_KERNELS torch", "PPSD_HEAD_DIR not set", f"PPSD_CACHE {cache}"):
         assert told in out
     record = json.loads(ppsd("env", "--json").out)
     assert record["cache"] == str(cache)

@@ -34,7 +34,7 @@ def spec(tiny_model: Callable[[str], Path]) -> ModelSpec:
 @pytest.fixture(autouse=True)
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_library, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setenv("PPSD_HEADS", str(tmp_path / "local"))
+    monkeypatch.setenv("PPSD_HEAD_DIR", str(tmp_path / "local"))
 
 
 def put(place: Path, exit_layer: int, alpha: float | None, **changes: object) -> None:

@@ -15,7 +15,7 @@ from ppsd.cli.display import size
 
 NAMES, WIDTH = 17, 80  # columns
 VARIABLES = (
-    *("PPSD_CACHE", "PPSD_HEADS", "PPSD_KERNELS", "PPSD_CONFIG"),
+    *("PPSD_CACHE", "PPSD_HEAD_DIR", "PPSD_KERNELS", "PPSD_CONFIG"),
     *("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "CC", "OMP_NUM_THREADS"),
 )
 SECRETS = ("PPSD_API_KEY",)

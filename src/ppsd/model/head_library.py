@@ -87,8 +87,8 @@ def known_rate(config: HeadConfig, *, lookup: bool = True) -> Rate | None:
 
 
 def local_root() -> Path:
-    """Return $PPSD_HEADS, else ``heads`` in ppsd's cache directory (see ``cache_root``)."""
-    own = os.environ.get("PPSD_HEADS")
+    """Return $PPSD_HEAD_DIR, else ``heads`` in ppsd's cache directory (see ``cache_root``)."""
+    own = os.environ.get("PPSD_HEAD_DIR")
     return Path(own) if own else cache_root() / "heads"
 
 
