@@ -72,7 +72,7 @@ def prepare() -> None:
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     for name in closed:  # the lowest free descriptor is the one that was closed
         mode = "r" if name == "stdin" else "w"
-        setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (stays open)
     sys.stdout = _rewrapped(sys.stdout, _Output, "replace") or sys.stdout
     sys.stderr = _rewrapped(sys.stderr, _Notices, "backslashreplace") or sys.stderr
     if "stdout" in closed:

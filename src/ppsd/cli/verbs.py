@@ -130,6 +130,7 @@ def _loaded(package: str, verb: str) -> TyperCommand | TyperGroup:
     verbs: typer.Typer = getattr(module, "app", None) or typer.Typer(add_completion=False)
     if not hasattr(module, "app"):
         verbs.command(verb)(grouped(getattr(module, verb)))
+    # Typer says no more than that it is a click.Command.
     command: TyperCommand | TyperGroup = typer.main.get_command(verbs)  # type: ignore[assignment]
     command.name = verb
     return command

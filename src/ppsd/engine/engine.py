@@ -20,7 +20,7 @@ from ppsd.speculation.gate import Gate
 from ppsd.speculation.policy import Command, Emit, Feed, Finish, Judged, Policy, Schedule
 from ppsd.speculation.sampling import Stream
 from ppsd.speculation.waves import WavePolicy
-from ppsd.worker.messages import Refusal, Verdict
+from ppsd.worker.messages import Block, Refusal, Verdict
 from ppsd.worker.slot import sampler_of
 
 Output = Emit | Finish
@@ -167,18 +167,27 @@ class Engine:
     def _feed(self, sequence: Sequence, feed: Feed) -> None:
         """Run rows through stage 0, ship a complete block, then draft if asked to."""
         stage = self.stage
+        hidden, _ = self._ship(sequence, feed)
+        if hidden is None:
+            return
+        stage.observe(sequence, feed, hidden)
+        if feed.draft and stage.drafting and self._still_wanted(sequence, feed):
+            self._note(sequence, sequence.chain.on(stage.draft(sequence, feed)))
+
+    def _ship(self, sequence: Sequence, feed: Feed) -> tuple[torch.Tensor | None, Block | None]:
+        """Run rows through stage 0 and send the block that they complete.
+
+        Return the rows, None once an answer has made them pointless, and the block if there is one.
+        """
+        stage = self.stage
         start = stage.recorder.now()
         hidden = self._run(sequence, feed)
         kind = "cancelled" if hidden is None else "forward" if feed.judge else "prefill"
         stage.recorder.add(start, kind, feed.epoch, feed.position, len(feed.tokens))
-        if hidden is None:
-            return
-        block = stage.finish(sequence, feed, hidden)
+        block = None if hidden is None else stage.finish(sequence, feed, hidden)
         if block is not None:  # before drafting, so that a miss never pays for the draft
             self.links.send(block)
-        stage.observe(sequence, feed, hidden)
-        if feed.draft and stage.drafting and self._still_wanted(sequence, feed):
-            self._note(sequence, sequence.chain.on(stage.draft(sequence, feed)))
+        return hidden, block
 
     def _run(self, sequence: Sequence, feed: Feed) -> torch.Tensor | None:
         """Return the rows of a pass, or None once an answer has made it pointless.

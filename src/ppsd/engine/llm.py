@@ -246,9 +246,10 @@ class LLM:
         if params.n > 1 and params.greedy:
             raise ConfigError("n", params.n, "1 at temperature 0, where all samples are equal")
         many = _prompts(prompt)
+        one = [prompt] if many is None else many
         tickets = [
             self._ticket(self._request(ids, params.sample(i), reuse=reuse), silent=True)
-            for ids in [self.encode(one) for one in many or [prompt]]  # type: ignore[list-item]
+            for ids in [self.encode(p) for p in one]  # type: ignore[arg-type]  # see _prompts
             for i in range(params.n)
         ]
         found = self._thread.results(tickets)

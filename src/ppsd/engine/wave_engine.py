@@ -102,18 +102,11 @@ class WaveEngine(Engine):
         return False
 
     def _run_chunk(self, sequence: Sequence, feed: Feed) -> None:
-        stage = self.stage
-        start = stage.recorder.now()
-        hidden = self._run(sequence, feed)
-        kind = "cancelled" if hidden is None else "forward" if feed.judge else "prefill"
-        stage.recorder.add(start, kind, feed.epoch, feed.position, len(feed.tokens))
-        if hidden is None:
-            return
-        block = stage.finish(sequence, feed, hidden)
-        assert block is not None
-        self.links.send(block)
-        if stage.head is not None and stage.drafting:
-            said = stage.head.observe(0, block, hidden)
+        """Run a piece of a prompt, ship it, and hear what the first head says of its end."""
+        hidden, block = self._ship(sequence, feed)
+        head = self.stage.head
+        if hidden is not None and block is not None and head is not None and self.stage.drafting:
+            said = head.observe(0, block, hidden)
             if said is not None:
                 self._hear(said)
 

@@ -108,17 +108,23 @@ def simulate(
         prefill_chunk=prefill_chunk,
         gate=gate,
     )
-    params = SamplingParams(max_tokens=len(hits))
+    return decoded(engine, pipeline, prompt_tokens, len(hits), TOY_VOCABULARY)
+
+
+def decoded(
+    engine: Engine, pipeline: VirtualPipeline, prompt_tokens: int, tokens: int, vocabulary: int
+) -> Simulated:
+    """Decode one request of ``tokens`` tokens by an engine on a virtual pipeline."""
+    params = SamplingParams(max_tokens=tokens)
     prompt = (RIGHT,) * prompt_tokens
-    sequence = engine.add(Request(prompt, params, frozenset(), TOY_VOCABULARY))
+    sequence = engine.add(Request(prompt, params, frozenset(), vocabulary))
     clock, first = pipeline.clocks[0], 0
     while engine.busy:
         for _, output in engine.step():
             if isinstance(output, Emit):
                 first = first or clock.now
-    return simulated(
-        sequence.policy.emitted, sequence.policy.counts, clock.now, first, pipeline, engine.links
-    )
+    policy = sequence.policy
+    return _simulated(policy.emitted, policy.counts, clock.now, first, pipeline, engine.links)
 
 
 def _links(pipeline: VirtualPipeline) -> Links:
@@ -132,7 +138,7 @@ def _links(pipeline: VirtualPipeline) -> Links:
     return VirtualLinks(pipeline)
 
 
-def simulated(
+def _simulated(
     tokens: int,
     counts: Counts,
     end: int,

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from ppsd.engine.first_stage import FirstStage
-from ppsd.engine.sequence import Request
 from ppsd.engine.wave_engine import WaveEngine
 from ppsd.errors import ConfigError
-from ppsd.lab.simulator import Simulated, simulated
+from ppsd.lab.simulator import Simulated, decoded
 from ppsd.lab.virtual import (
     HEAD,
     RIGHT,
@@ -29,9 +28,8 @@ from ppsd.lab.virtual import (
 )
 from ppsd.plan.model import CostModel
 from ppsd.speculation.lookup import LENGTHS
-from ppsd.speculation.policy import Emit, Schedule
+from ppsd.speculation.policy import Schedule
 from ppsd.speculation.waves import Row
-from ppsd.types import SamplingParams
 from ppsd.worker.inner_head import CANDIDATES
 from ppsd.worker.loop import Worker
 from ppsd.worker.messages import Begin, Block
@@ -171,13 +169,4 @@ def simulate_waves(
         lookup=False,
         opinions=bool(inner),
     )
-    params = SamplingParams(max_tokens=len(found))
-    prompt = (RIGHT,) * prompt_tokens
-    sequence = engine.add(Request(prompt, params, frozenset(), VOCABULARY))
-    clock, first = pipeline.clocks[0], 0
-    while engine.busy:
-        for _, output in engine.step():
-            if isinstance(output, Emit):
-                first = first or clock.now
-    policy = sequence.policy
-    return simulated(policy.emitted, policy.counts, clock.now, first, pipeline, engine.links)
+    return decoded(engine, pipeline, prompt_tokens, len(found), VOCABULARY)
