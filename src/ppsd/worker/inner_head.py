@@ -65,8 +65,14 @@ class InnerHead:
         self._noise: dict[tuple[int, int], torch.Tensor] = {}  # by seed and position
 
     def begin(self, begin: Begin) -> None:
-        """Draft for a request in its slot from now on."""
+        """Draft for a request in its slot from now on.
+
+        If it takes over no rows, those that still wait there are void, and may even be another
+        engine's, after which the cache has been written to.
+        """
         self._requests[begin.slot] = begin
+        if not begin.shared and self._lagging and self._lagging[0][0].slot == begin.slot:
+            self._lagging.clear()  # all of them are of one slot
 
     def lag(self, rows: Sequence[Row], hidden: torch.Tensor) -> None:
         """Take the rows [n, C] of a wave on which no opinion is wanted.
