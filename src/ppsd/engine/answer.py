@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 from ppsd.engine.logprobs import Logprobs, TokenLogprob
@@ -44,18 +43,18 @@ class Completion:
 
 @dataclass
 class Answer:
-    """A completion while it grows; times in seconds of the monotonic clock."""
+    """A completion while it grows; times in seconds of the engine's clock."""
 
     transcript: Transcript
     token_ids: list[int] = field(default_factory=list)
     accepted: list[bool] = field(default_factory=list)
-    start: float = field(default_factory=time.monotonic)
+    start: float = 0.0
     first: float | None = None
     logprobs: Logprobs | None = None
 
-    def take(self, emit: Emit) -> Chunk:
-        """Add tokens until a stop string is complete; what comes after it is dropped."""
-        self.first = self.first or time.monotonic()
+    def take(self, emit: Emit, now: float) -> Chunk:
+        """Add tokens that came ``now``, as far as a complete stop string lets them in."""
+        self.first = self.first or now
         pieces: list[Piece] = []
         taken = 0
         for token in emit.tokens:

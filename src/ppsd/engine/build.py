@@ -226,12 +226,18 @@ class RunningPipeline:
         return Worker(rank, stage, link, judge, recorder, head)
 
     def _inner_head(self, rank: int, stage: Stage) -> InnerHead | None:
-        config, layout, found = self._config, self.layout, self.layout.inner[rank]
+        head = self._load_inner(rank, stage)
+        if head is None:
+            return None
+        pace = self._config.pace_of(rank)
+        return InnerHead(head, head_seconds(pace, self.layout, rank, head.config))
+
+    def _load_inner(self, rank: int, stage: Stage) -> ExitHead | None:
+        """Return the exit head behind a later stage, if there is one."""
+        layout, found = self.layout, self.layout.inner[rank]
         if found is None:
             return None
-        about = layout.spec, stage.plan, self._source, layout.identity
-        head = load_head(found.path, *about)
-        return InnerHead(head, head_seconds(config.pace_of(rank), layout, rank, found.config))
+        return load_head(found.path, layout.spec, stage.plan, self._source, layout.identity)
 
     def _paced(self, stage: Stage, rank: int, recorder: Recorder) -> StageModel:
         return paced(stage, self._config.pace_of(rank), self._most_rows(), recorder)

@@ -96,7 +96,7 @@ class Engine:
         if stage.head is not None:
             stage.head.begin(begin)
         if self.gate is not None:
-            self.gate.begin(policy, self._seconds())
+            self.gate.begin(policy, self.now())
         sequence.commands.extend(policy.start(request.prompt, cached))
         return sequence
 
@@ -245,12 +245,13 @@ class Engine:
         """Note what a verdict has made final, and let the gate see it."""
         self._note(sequence, commands)
         if self.gate is not None:
-            self.gate.watch(sequence.policy, self._seconds())
+            self.gate.watch(sequence.policy, self.now())
 
     def _note(self, sequence: Sequence, commands: Iterable[Command]) -> None:
         sequence.commands.extend(commands)
         if sequence.policy.epoch > self.links.epoch(sequence.slot):
             self.links.publish(sequence.slot, sequence.policy.epoch)
 
-    def _seconds(self) -> float:
+    def now(self) -> float:
+        """Return the time in seconds by stage 0's clock."""
         return self.stage.recorder.now() / 1e9

@@ -57,6 +57,7 @@ class LLM:
         *,
         progress: Progress = lambda rank, done, total: None,
         drafter: Drafter | None = None,
+        pipeline: type[RunningPipeline] = RunningPipeline,
         **settings: Any,
     ) -> None:
         self.config = EngineConfig(model=model, **settings)
@@ -79,7 +80,7 @@ class LLM:
         )
         self.layout = replace(self.layout, spec=self.tokenizer.fit(self.layout.spec))
         self.defaults = sampling_defaults(files)
-        running = RunningPipeline(self.config, self.layout, source)
+        running = pipeline(self.config, self.layout, source)
         self._running = running
         self._engine = TextEngine(self.layout.bounds)
         self.trace = self._engine.trace
@@ -327,6 +328,10 @@ class LLM:
         """Return the token ids of a prompt, checked."""
         layout = self.layout
         return encode(prompt, self.tokenizer, layout.spec.num_tokens, layout.max_context)
+
+    def now(self) -> float:
+        """Return the time in seconds by the engine's clock, which statistics go by."""
+        return self._engine.now()
 
     def _ticket(self, request: Request, *, silent: bool = False) -> Ticket:
         return Ticket(self._engine, request, StreamDecoder(self.tokenizer), silent=silent)

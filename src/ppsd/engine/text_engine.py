@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence as Items
 from copy import copy
 from typing import Any
@@ -40,9 +39,13 @@ class TextEngine:
         """True if a ticket could begin at once."""
         return not self._tickets or self.engine.has_room
 
+    def now(self) -> float:
+        """Return the time in seconds by the engine's clock."""
+        return self.engine.now()
+
     def begin(self, ticket: Ticket) -> None:
         """Let the engine begin with a ticket's request."""
-        ticket.answer.start = time.monotonic()
+        ticket.answer.start = self.now()
         self._tickets[self.engine.add(ticket.request)] = ticket
 
     def step(self) -> None:
@@ -71,7 +74,7 @@ class TextEngine:
                 ticket.fail(error)
 
     def _take(self, sequence: Sequence, ticket: Ticket, emit: Emit) -> None:
-        chunk = ticket.answer.take(emit)
+        chunk = ticket.answer.take(emit, self.now())
         if not ticket.silent:
             ticket.put(chunk)
         if ticket.answer.transcript.stopped:
@@ -80,7 +83,7 @@ class TextEngine:
 
     def _finish(self, sequence: Sequence, ticket: Ticket) -> None:
         """Complete the answer of a sequence that is over."""
-        answer, end = ticket.answer, time.monotonic()
+        answer, end = ticket.answer, self.now()
         if sequence.error is not None:
             self._settle(sequence)
             ticket.fail(sequence.error)
@@ -103,7 +106,7 @@ class TextEngine:
         answer = self._tickets.pop(sequence).answer
         # Asking makes the stages wait, so what they do for several requests at once stays untold.
         reports = [] if self._tickets else self._report()
-        end = end or time.monotonic()
+        end = end or self.now()
         switches = None if self.engine.gate is None else self.engine.gate.switches
         self.trace.add(reports, switches.pauses_until(end) if switches else [])
         first = answer.first or end

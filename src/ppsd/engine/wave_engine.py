@@ -48,6 +48,8 @@ class WaveEngine(Engine):
         self._rows = rows
         self._costs = costs
         self.stage.drafting = self.stage.drafting and rows > 0
+        # of many requests without drafts the schedule knows one
+        self._in_flight = self.schedule.in_flight if rows else self.links.size
         self._loose = loose
         self._lookup = lookup
         self.opinions = opinions
@@ -83,7 +85,7 @@ class WaveEngine(Engine):
     def _feed_wave(self) -> bool:
         """Feed a piece of a prompt or a wave, in turn; return False if nothing may be fed."""
         waves = {wave for sequence in self._running for wave in sequence.waves.waves}
-        if len(waves) >= self.links.size:
+        if len(waves) >= self._in_flight:
             return False
         if self._chunked and self._feed_rows():
             return True

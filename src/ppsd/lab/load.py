@@ -5,8 +5,8 @@ Used by ``ppsd-lab load``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ppsd.engine.llm import LLM
@@ -42,10 +42,7 @@ def measure(
     counts: Sequence[int],
     done: Callable[[Load], None],
 ) -> Iterator[Load]:
-    """Decode the prompts with so many at once, plain and by PPSD in turn.
-
-    Each count takes as many prompts as come out even: the first ones of the list, all if it can.
-    """
+    """Decode the prompts with so many at once, plain and by PPSD in turn."""
     mode = llm.config.mode
     llm.use("autoregressive")
     alone = [llm.run(ids, params).token_ids for ids in prompts]
@@ -53,13 +50,10 @@ def measure(
         speeds: dict[str, float] = {}
         for variant in (PLAIN, PPSD):
             llm.use("autoregressive" if variant == PLAIN else mode)
-            start = time.monotonic()
-            answers = [
-                answer
-                for first in range(0, len(prompts), count)
-                for answer in llm.run_all(prompts[first : first + count], params)
-            ]
-            seconds = time.monotonic() - start
+            start = llm.now()
+            with ThreadPoolExecutor(count) as clients:  # each asks again once it is answered
+                answers = list(clients.map(lambda ids: llm.run(ids, params), prompts))
+            seconds = llm.now() - start
             tokens = sum(len(answer.token_ids) for answer in answers)
             speeds[variant] = tokens / seconds
             found = Load(

@@ -2,16 +2,17 @@
 
 Every rank has a clock of its own, in whole nanoseconds, so equal times are equal. A message carries
 the time at which it arrives. All runs in one thread, by one observation: nothing that a stage does
-can change before rank 0 has taken the oldest answer under way. So a stage works only when rank 0
-asks for that answer, and then it knows already which epochs were published meanwhile, and when.
+can change before rank 0 has taken the next answer. So stages work only when rank 0 asks for that
+answer, what ends first before the rest, and none that ends later than the answer comes; each knows
+already which epochs were published meanwhile, and when.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from bisect import bisect_right
-from collections import deque
+from bisect import bisect_right, insort
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 from ppsd.engine.drafter import DraftState, Given
 from ppsd.engine.links import Answer
-from ppsd.model.passes import Place, Watch
+from ppsd.model.passes import Pass, Place, Watch
 from ppsd.plan.model import CostModel
 from ppsd.worker.judge import Judge
 from ppsd.worker.messages import Begin, Block, Message, Verdict
@@ -56,8 +57,10 @@ class VirtualPipeline:
         self.clocks = [Clock() for _ in cost.stages]
         self.recorders = [Recorder(trace, clock) for clock in self.clocks]
         self.inboxes: list[deque[tuple[int, Message]]] = [deque() for _ in cost.stages]
-        self.newest = 1  # epoch
-        self.seen_at, self.epochs = [0], [1]  # when stages see an epoch, and which
+        self.answers: list[tuple[int, int, Answer]] = []  # (arrival, number, …) in this order
+        self._answered = 0
+        self._published: dict[int, Published] = defaultdict(Published)  # by slot
+        self._changes: list[int] = []  # when stages see any of them
         self.overhead = nanoseconds(cost.overhead) if cost.size > 1 else 0
         self.cancel = NEVER if math.isinf(cost.cancel) else nanoseconds(cost.cancel)
         self._noise = noise(jitter, seed, cost.size + 1) if jitter else None
@@ -65,7 +68,7 @@ class VirtualPipeline:
         self.hop = functools.cache(self._hop)
         self.layer = functools.cache(self._layer)
         self.lm_head = functools.cache(self._lm_head)
-        self.workers: list[Any] = []  # the stages behind the first, set by whoever makes them
+        self.workers: list[Any] = []  # those of ranks 1, 2, …, set by whoever makes them
 
     def jittered(self, time: int, lane: int, position: int) -> int:
         """Return ``time`` as it turns out at a position: the same in every schedule.
@@ -86,7 +89,12 @@ class VirtualPipeline:
             clock.now += self.overhead
             rows = len(message.hidden) if isinstance(message, Block | Wave) else 0
             delay = self.hop(source, rows)
-        self.inboxes[to].append((clock.now + delay, message))
+        if to:
+            self.inboxes[to].append((clock.now + delay, message))
+        else:
+            self._answered += 1
+            assert isinstance(message, Answer)
+            insort(self.answers, (clock.now + delay, self._answered, message))
 
     def _hop(self, source: int, rows: int) -> int:
         """Return nanoseconds on the link that leaves stage ``source``."""
@@ -100,32 +108,67 @@ class VirtualPipeline:
         """Return nanoseconds of the LM head for ``rows`` rows together."""
         return nanoseconds(self.cost.lm_head * self.cost.growth(rows)) if rows else 0
 
-    def publish(self, epoch: int) -> None:
-        """Let stages see a new epoch a moment from now."""
-        if epoch > self.newest:
-            self.newest = epoch
-            self.seen_at.append(self.clocks[0].now + self.cancel)
-            self.epochs.append(epoch)
+    def newest(self, slot: int) -> int:
+        """Return the newest epoch that rank 0 has published of a slot."""
+        return self._published[slot].epochs[-1]
 
-    def epoch(self, rank: int) -> int:
+    def publish(self, slot: int, epoch: int) -> None:
+        """Let stages see a new epoch a moment from now."""
+        if epoch > self.newest(slot):
+            seen_at = self.clocks[0].now + self.cancel
+            self._published[slot].add(seen_at, epoch)
+            self._changes.append(seen_at)
+
+    def epoch(self, rank: int, slot: int) -> int:
         """Return the newest epoch that a stage behind the first sees now."""
-        return self.epochs[bisect_right(self.seen_at, self.clocks[rank].now) - 1]
+        return self._published[slot].at(self.clocks[rank].now)
 
     def next_epoch(self, rank: int) -> int:
         """Return when the stage sees another epoch than now, as far as is decided yet."""
-        following = bisect_right(self.seen_at, self.clocks[rank].now)
-        return self.seen_at[following] if following < len(self.seen_at) else NEVER
+        following = bisect_right(self._changes, self.clocks[rank].now)
+        return self._changes[following] if following < len(self._changes) else NEVER
 
     def next_answer(self) -> int:
-        """Return when the oldest answer under way is at rank 0: let the stages work for it."""
-        while not self.inboxes[0]:
-            if not self.work():
-                return NEVER
-        return self.inboxes[0][0][0]
+        """Return when the next answer is at rank 0: let the stages work for it."""
+        while True:
+            arrival = self.answers[0][0] if self.answers else NEVER
+            if not self.work(arrival):
+                return arrival
 
-    def work(self) -> bool:
-        """Let the stage that holds the oldest message handle it; return False if none does."""
-        return any(worker.step(0.0) for worker in reversed(self.workers))
+    def work(self, until: int = NEVER) -> bool:
+        """Let the stage work that is done first; return False if none is before ``until``."""
+        ends = [(self._end(worker.rank), -worker.rank) for worker in self.workers]
+        end, rank = min(ends, default=(NEVER, 0))
+        return end < until and self.workers[-rank - 1].step(0.0)
+
+    def _end(self, rank: int) -> int:
+        """Return when a stage will be done with its oldest message, unless rows of it die."""
+        if not self.inboxes[rank]:
+            return NEVER
+        arrival, message = self.inboxes[rank][0]
+        end = max(arrival, self.clocks[rank].now)
+        if isinstance(message, Block | Wave) and (rows := len(message.hidden)):
+            end += self.layer(rank, rows) * self.cost.stages[rank].layers
+            if rank == self.cost.size - 1:
+                end += self.lm_head(1)
+        return end
+
+
+class Published:
+    """The epochs of a slot, and when stages see them."""
+
+    def __init__(self) -> None:
+        self.epochs = [1]
+        self._seen_at = [0]
+
+    def add(self, seen_at: int, epoch: int) -> None:
+        """Let stages see ``epoch`` from ``seen_at`` on."""
+        self._seen_at.append(seen_at)
+        self.epochs.append(epoch)
+
+    def at(self, now: int) -> int:
+        """Return the newest epoch that is seen at a time."""
+        return self.epochs[bisect_right(self._seen_at, now) - 1]
 
 
 class VirtualWatch(Watch):
@@ -155,7 +198,7 @@ class VirtualStage:
         self._rank = rank
         self._watch = VirtualWatch(pipeline, rank)
 
-    def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> VirtualPass:
+    def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
         rows = inputs.shape[0]
         pipeline, rank = self._pipeline, self._rank
         layer = pipeline.layer(rank, rows)
@@ -163,7 +206,7 @@ class VirtualStage:
         layers = pipeline.cost.stages[rank].layers
         return VirtualPass(self._watch, pipeline.clocks[rank], layer, layers, rows)
 
-    def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> VirtualPass:
+    def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
         return self.start(inputs, places[0].position)
 
     def share(self, source: int, slot: int, length: int) -> None:
@@ -254,10 +297,10 @@ class VirtualLinks:
         self._watch = VirtualWatch(pipeline, 0)
 
     def epoch(self, slot: int) -> int:
-        return self._pipeline.newest
+        return self._pipeline.newest(slot)
 
     def publish(self, slot: int, epoch: int) -> None:
-        self._pipeline.publish(epoch)
+        self._pipeline.publish(slot, epoch)
 
     def watch(self) -> VirtualWatch:
         return self._watch
@@ -282,9 +325,7 @@ class VirtualLinks:
         """Need nothing."""
 
     def _take(self) -> Answer:
-        _, answer = self._pipeline.inboxes[0].popleft()
-        assert isinstance(answer, Answer)
-        return answer
+        return self._pipeline.answers.pop(0)[2]
 
 
 class VirtualLink:
@@ -308,7 +349,7 @@ class VirtualLink:
         self._pipeline.deliver(self._rank, to, message)
 
     def epoch(self, slot: int) -> int:
-        return self._pipeline.epoch(self._rank)
+        return self._pipeline.epoch(self._rank, slot)
 
     def watch(self, *slots: int) -> VirtualWatch:
         return self._watch

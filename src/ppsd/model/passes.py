@@ -42,6 +42,9 @@ class Watch:
         )
 
 
+EACH_LAYER = Watch()  # stops a pass after every layer
+
+
 class Place(NamedTuple):
     """Say where a row of a candidate tree stands, and what it sees.
 

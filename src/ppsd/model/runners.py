@@ -24,7 +24,7 @@ from ppsd.model.layers import (
     cached_attention,
     causal_mask,
 )
-from ppsd.model.passes import Pass, Place, Watch
+from ppsd.model.passes import EACH_LAYER, Pass, Place, Watch
 from ppsd.model.spec import ModelSpec
 
 UNWATCHED: tuple[int | None, int | None, int] = (None, None, 0)
@@ -180,7 +180,7 @@ class CompiledRunner:
         starts = range(0, len(rows), MAX_ROWS)
         parts = [(rows[i : i + MAX_ROWS].contiguous(), places[i : i + MAX_ROWS]) for i in starts]
         passes = [CompiledPass(self, part, tree=places) for part, places in parts]
-        return passes[0] if len(passes) == 1 else PassesInTurn(passes)
+        return passes[0] if len(passes) == 1 else PassesTogether(passes)
 
 
 class CompiledPass:
@@ -228,11 +228,14 @@ class CompiledPass:
         return True
 
 
-class PassesInTurn:
-    """Passes as one, of which each begins when the one before it is done."""
+class PassesTogether:
+    """Passes through the same layers as one: each layer runs them in turn.
+
+    A later one may stand on rows of an earlier one, whose keys every layer has first.
+    """
 
     def __init__(self, passes: Sequence[Pass]) -> None:
-        self._passes, self._done = passes, 0
+        self._passes = passes
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -240,13 +243,12 @@ class PassesInTurn:
 
     def advance(self, watch: Watch | None = None) -> bool:
         """Run on."""
-        while self._passes[self._done].advance(watch):
-            self._done += 1
-            if self._done == len(self._passes):
+        while True:
+            done = [part.advance(EACH_LAYER) for part in self._passes]
+            if all(done):
                 return True
             if watch is not None and (watch.blind or watch.changed()):
                 return False
-        return False
 
 
 def _place_tables(places: Sequence[Place]) -> tuple[array[int], array[int]]:

@@ -16,7 +16,7 @@ import torch
 from ppsd.model.cache import KVCache
 from ppsd.model.layers import Attention, DecoderLayer, LayerWeights, Rope, RopeRows, attend
 from ppsd.model.passes import Pass, Place, Watch
-from ppsd.model.runners import PassesInTurn, TorchRunner
+from ppsd.model.runners import PassesTogether, TorchRunner
 from ppsd.model.spec import ModelSpec
 
 BUCKET = 256  # cells: a graph serves all contexts up to the next multiple
@@ -207,7 +207,7 @@ class CudaRunner:
         chains = _chains(places)
         parts = torch.split(rows, [len(chain) for chain in chains])
         passes = [CudaChainPass(self, *both) for both in zip(parts, chains, strict=True)]
-        return PassesInTurn(passes)
+        return PassesTogether(passes)
 
 
 class CudaPass:

@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ppsd.model.passes import Pass, Place, Watch
+from ppsd.model.passes import EACH_LAYER, Pass, Place, Watch
 from ppsd.model.stage import Stage, StageModel
 from ppsd.worker.recorder import OVERRUN, Recorder
 
-EACH_LAYER = Watch()  # without words to look at a pass stops after every layer
 POLL_S = 1e-3  # a paced stage drops stale work this soon, as a device does between its kernels
 
 

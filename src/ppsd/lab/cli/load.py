@@ -17,7 +17,7 @@ from ppsd.cli.session import open_llm
 from ppsd.config import MAX_CONCURRENT
 from ppsd.errors import ConfigError
 from ppsd.lab.cli.oracle import benchmark
-from ppsd.lab.cli.prompts import Pipeline
+from ppsd.lab.cli.prompts import Pipeline, Virtual, clocks
 
 
 def load(
@@ -29,6 +29,7 @@ def load(
         str, benchmark("Requests under way at once, one count after another.", metavar="N,…")
     ] = "1,8",
     out: Annotated[Path | None, benchmark("Write the JSON object here, too.")] = None,
+    virtual: Virtual = False,
     as_json: Annotated[bool, benchmark("Print one JSON object.", "--json")] = False,
 ) -> None:
     """Compare PPSD with plain continuous batching while many requests are under way."""
@@ -43,7 +44,7 @@ def load(
     from ppsd.types import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens)
-    with open_llm(config.replaced(mode="ppsd", concurrent=max(counts))) as llm:
+    with open_llm(config.replaced(mode="ppsd", concurrent=max(counts)), **clocks(virtual)) as llm:
         ids = [llm.encode(task.messages) for task in tasks]
         with progress.bar("measuring", 2 * len(counts), "") as (bar, task):
             rows = list(

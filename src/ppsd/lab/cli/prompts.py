@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +31,11 @@ GREEDY, SAMPLED = "greedy", "T=1"
 Pipeline = Annotated[
     EngineConfig, Without(("mode", "block", "in_flight", "concurrent"))
 ]  # these verbs run all modes
+
+Virtual = Annotated[
+    bool,
+    benchmark("Run on virtual clocks: stages take just their pace, however long they compute."),
+]
 
 
 @dataclass
@@ -60,7 +65,9 @@ class WorkOptions:
 
 
 @contextmanager
-def planned_pipeline(config: EngineConfig, chosen: Sequence[Variant]) -> Iterator[LLM]:
+def planned_pipeline(
+    config: EngineConfig, chosen: Sequence[Variant], *, virtual: bool = False
+) -> Iterator[LLM]:
     """Open a pipeline planned for PPSD whose buffers suit every variant.
 
     Raises ConfigError when it has no drafts.
@@ -74,10 +81,17 @@ def planned_pipeline(config: EngineConfig, chosen: Sequence[Variant]) -> Iterato
     fixed = config.replaced(
         split=best.split, exit_layer=None, head=best.head, mode=mode, block=largest, rows=rows
     )
-    with open_llm(fixed) as llm:
+    with open_llm(fixed, **clocks(virtual)) as llm:
         if not llm.drafts:
             raise ConfigError("head", config.head, "an exit head: drafts are what is measured")
         yield llm
+
+
+def clocks(virtual: bool) -> dict[str, Any]:
+    """Return what makes an LLM run on virtual clocks, or on real ones."""
+    from ppsd.lab.emulated import EmulatedPipeline
+
+    return {"pipeline": EmulatedPipeline} if virtual else {}
 
 
 def measured(

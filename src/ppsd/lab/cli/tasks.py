@@ -11,6 +11,7 @@ from ppsd.lab.cli.oracle import benchmark
 from ppsd.lab.cli.prompts import (
     GREEDY,
     SAMPLED,
+    Virtual,
     WorkOptions,
     groups_of,
     measured,
@@ -29,9 +30,11 @@ def tasks(
         str | None, benchmark("Rows of waves: PPSD with each of these.", metavar="R,…")
     ] = None,
     sampled: Annotated[bool, benchmark("Also decode at temperature 1.", "--sampled")] = False,
+    virtual: Virtual = False,
 ) -> None:
     """Compare plain decoding, draft-then-verify and PPSD on real prompts with a trained head."""
     several = integers("rows", rows) if rows else ()
+    verb = "tasks --virtual" if virtual else "tasks"
     lengths = () if rows and gammas == EVERY else integers("gammas", gammas)
     tasks = work.tasks()
     from ppsd.lab.tasks import TaskBench, variants
@@ -41,8 +44,8 @@ def tasks(
     params = {GREEDY: SamplingParams(max_tokens=work.max_tokens)}
     if sampled:
         params[SAMPLED] = SamplingParams(1.0, max_tokens=work.max_tokens)
-    with planned_pipeline(config, chosen) as llm:
+    with planned_pipeline(config, chosen, virtual=virtual) as llm:
         bench = TaskBench(llm, chosen, tasks, params)
         names = [v.name for v in chosen]
-        results = measured("tasks", llm, work, names, tasks, list(params), bench.measure)
+        results = measured(verb, llm, work, names, tasks, list(params), bench.measure)
         show(llm, work, results, groups_of(tasks, list(params)))

@@ -1,0 +1,195 @@
+"""Real weights, heads and drafts on virtual clocks: emulated devices that are never late.
+
+Stages take what paced ones take (worker/pace.py), messages and rank 0's own work nothing; what is
+decoded is the same. All stages are computed in one thread, in whatever time that needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ppsd.config import EngineConfig
+from ppsd.engine.build import Progress, RunningPipeline
+from ppsd.engine.drafter import Drafter, DraftState, Given, HeadDrafter
+from ppsd.engine.first_stage import FirstStage
+from ppsd.engine.layout import Layout, head_seconds
+from ppsd.errors import ConfigError
+from ppsd.lab.virtual import (
+    Clock,
+    VirtualLink,
+    VirtualLinks,
+    VirtualPipeline,
+    VirtualStage,
+    nanoseconds,
+)
+from ppsd.model.exit_head import ExitHead
+from ppsd.model.passes import Pass, Place, Watch
+from ppsd.model.stage import Stage
+from ppsd.plan.model import CostModel, Link, StageCost
+from ppsd.speculation.waves import Row
+from ppsd.worker.inner_head import InnerHead
+from ppsd.worker.judge import Judge
+from ppsd.worker.loop import Worker
+from ppsd.worker.process import set_own_threads
+from ppsd.worker.wave_messages import Opinion
+
+
+class EmulatedPipeline(RunningPipeline):
+    """A pipeline whose stages are all here, each with a clock of its own.
+
+    Raises ConfigError for a configuration without a pace, and for a single stage.
+    """
+
+    def _open(self, progress: Progress) -> None:
+        config, layout = self._config, self.layout
+        set_own_threads(layout.threads)
+        pipeline = VirtualPipeline(_costs(config, layout), jitter=0.0, seed=0, trace=config.trace)
+        models = [
+            Stage(
+                layout.spec,
+                layout.plan(rank, config.device(rank)),
+                self._source,
+                lambda done, total, rank=rank: progress(rank, done, total),  # type: ignore[misc]
+            )
+            for rank in range(layout.stages)
+        ]
+        stages = [EmulatedStage(pipeline, rank, model) for rank, model in enumerate(models)]
+        for rank in range(1, layout.stages):
+            judge = Judge(stages[rank], rank, layout.max_context, layout.slots)
+            worker = Worker(
+                rank,
+                stages[rank],
+                VirtualLink(pipeline, rank),
+                judge if stages[rank].is_last else None,
+                pipeline.recorders[rank],
+                self._emulated(self._load_inner(rank, models[rank]), pipeline, rank),
+            )
+            pipeline.workers.append(worker)
+        head = self._first_head(models[0])
+        drafter = self._drafter(head, 0.0)
+        if isinstance(drafter, HeadDrafter):
+            drafter = EmulatedDrafter(drafter, pipeline.clocks[0], pipeline.cost.head)
+        speaker = self._emulated(head, pipeline, 0)
+        self.stage = FirstStage(stages[0], drafter, pipeline.recorders[0], speaker)
+        self.links = VirtualLinks(pipeline)
+
+    def _first_head(self, model: Stage) -> ExitHead | None:
+        found = self.layout.head
+        return None if found is None else self._load_head(found, model, model.plan)
+
+    def _emulated(
+        self, head: ExitHead | None, pipeline: VirtualPipeline, rank: int
+    ) -> EmulatedHead | None:
+        if head is None:
+            return None
+        seconds = head_seconds(self._config.pace_of(rank), self.layout, rank, head.config)
+        return EmulatedHead(head, pipeline.clocks[rank], seconds)
+
+
+def _costs(config: EngineConfig, layout: Layout) -> CostModel:
+    """Return what stages of the configuration's pace cost, where rows are free."""
+    last = layout.stages - 1
+    if not config.pace or not last:
+        raise ConfigError("pace", config.pace, "set, for two stages or more, on virtual clocks")
+    lm_head = layout.spec.head_parameters / layout.spec.layer_parameters  # in layers
+    stages = []
+    for rank, (first, end) in enumerate(zip(layout.bounds, layout.bounds[1:], strict=False)):
+        layers = end - first
+        counted = layers + lm_head * (rank == last)
+        stages.append(StageCost(layers, config.pace_of(rank) / counted))
+    return CostModel(
+        tuple(stages),
+        (Link(),) * layout.stages,
+        head=head_seconds(config.pace_of(0), layout, 0, layout.head),
+        lm_head=stages[last].layer * lm_head,
+        source="pace",
+    )
+
+
+class EmulatedStage(VirtualStage):
+    """A stage that computes, and takes the time of an emulated device for it."""
+
+    def __init__(self, pipeline: VirtualPipeline, rank: int, model: Stage) -> None:
+        super().__init__(pipeline, rank)
+        self._model = model
+        self._judged = 0  # rows of the newest pass
+
+    def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
+        return self._timed(inputs, position, self._model.start(inputs, position, slot))
+
+    def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
+        return self._timed(inputs, places[0].position, self._model.start_rows(inputs, places))
+
+    def _timed(self, inputs: torch.Tensor, position: int, work: Pass) -> EmulatedPass:
+        self._judged = 0
+        return EmulatedPass(super().start(inputs, position), work)
+
+    def share(self, source: int, slot: int, length: int) -> None:
+        self._model.share(source, slot, length)
+
+    def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
+        self._model.commit(slot, length, moves)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the model's logits; all rows of a pass share the time of the LM head."""
+        before, self._judged = self._judged, self._judged + hidden.shape[0]
+        pipeline = self._pipeline
+        more = pipeline.lm_head(self._judged) - pipeline.lm_head(before)
+        pipeline.clocks[self._rank].now += more
+        return self._model.logits(hidden)
+
+
+class EmulatedPass:
+    """A pass that computes once its time is over."""
+
+    def __init__(self, timed: Pass, work: Pass) -> None:
+        self._timed = timed
+        self._work = work
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        return self._work.hidden
+
+    def advance(self, watch: Watch | None = None) -> bool:
+        return self._timed.advance(watch) and self._work.advance()
+
+
+class EmulatedHead(InnerHead):
+    """An exit head whose opinions take ``seconds`` of a virtual clock."""
+
+    def __init__(self, head: ExitHead, clock: Clock, seconds: float) -> None:
+        super().__init__(head)
+        self._clock = clock
+        self._time = nanoseconds(seconds)
+
+    def opinion(
+        self,
+        rank: int,
+        rows: Sequence[Row],
+        hidden: torch.Tensor,
+        verified: torch.Tensor | None = None,
+    ) -> Opinion:
+        self._clock.now += self._time
+        return super().opinion(rank, rows, hidden, verified)
+
+
+class EmulatedDrafter:
+    """A drafter whose drafts take ``seconds`` of a virtual clock."""
+
+    def __init__(self, drafter: Drafter, clock: Clock, seconds: float) -> None:
+        self._drafter = drafter
+        self._clock = clock
+        self._time = nanoseconds(seconds)
+
+    @property
+    def feedback(self) -> bool:
+        return self._drafter.feedback
+
+    def observe(self, state: DraftState, position: int, hidden: torch.Tensor) -> None:
+        self._drafter.observe(state, position, hidden)
+
+    def draft(self, state: DraftState, given: Given) -> int:
+        self._clock.now += self._time
+        return self._drafter.draft(state, given)
