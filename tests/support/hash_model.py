@@ -124,6 +124,8 @@ class HashStage:
         # bfloat16 holds a byte exactly, and takes the way of the compiled kernels where they are
         return torch.tensor([self._row(c) for c in unpack(hidden)], dtype=torch.bfloat16)
 
+    row_logits = logits
+
     def _row(self, checksum: int) -> list[float]:
         seed = checksum.to_bytes(8, "little", signed=True)
         data = hashlib.blake2b(seed, digest_size=self.vocab).digest()

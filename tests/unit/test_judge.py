@@ -25,6 +25,8 @@ class Scripted:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.one_hot(hidden[:, 0].long(), VOCAB).float()
 
+    row_logits = logits
+
 
 def judge(slots: int, **params: object) -> Judge:
     """Return a judge that has heard a prompt in each slot, after which token 4 comes."""
@@ -76,3 +78,23 @@ def test_a_request_that_cannot_go_on_is_refused_and_its_neighbours_are_judged() 
     assert (verdicts.nodes, verdicts.tokens) == (((1, 21),), (1,))
     assert (refusal.slot, refusal.epoch) == (0, RIGHT)
     assert "must leave a finite largest logit at position 4" in refusal.message
+
+
+def test_rows_that_are_sure_to_be_judged_share_a_pass(monkeypatch) -> None:
+    """Compiled kernels read an LM head once for all of them."""
+    asked: list[int] = []
+    score = Scripted.row_logits
+
+    def noted(self: Scripted, hidden: torch.Tensor) -> torch.Tensor:
+        asked.append(len(hidden))
+        return score(self, hidden)
+
+    monkeypatch.setattr(Scripted, "row_logits", noted)
+    monkeypatch.setattr("ppsd.model.kernels.reader", lambda x: object())
+    monkeypatch.setattr("ppsd.model.kernels.largest", lambda x, among: None)
+    rows = [*ROWS, *[r._replace(slot=1) for r in ROWS]]
+    made = judge(2)
+    [verdicts] = made.verdicts(rows, torch.tensor([[6.0], [1.0], [7.0], [1.0]] * 2))
+    assert verdicts.nodes == ((0, RIGHT), (0, CHILD), (1, RIGHT), (1, CHILD))
+    assert verdicts.tokens == (6, 7, 6, 7)
+    assert asked == [4]

@@ -122,6 +122,23 @@ class OwnLinks:
         pass
 
 
+class Patience:
+    """How long others may take, asked after every wait of CHECK_S.
+
+    A longer gap than two of these means that this host stood still, and the others with it.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+        self._asked = time.monotonic()
+
+    def ended(self) -> bool:
+        """Return True once the time is over."""
+        before, self._asked = self._asked, time.monotonic()
+        self._left -= min(self._asked - before, 2 * CHECK_S)
+        return self._left < 0
+
+
 class StageLinks:
     """The stages behind ``endpoint``.
 
@@ -169,7 +186,7 @@ class StageLinks:
 
     def send(self, message: Message) -> None:
         parts = encode(message)
-        deadline = time.monotonic() + self._timeout
+        patience = Patience(self._timeout)
         while True:
             try:
                 return self._endpoint.send(1, parts, CHECK_S)
@@ -178,7 +195,7 @@ class StageLinks:
                 raise
             except PipelineTimeoutError:
                 raise_if_lost(self._endpoint, self._check)
-                if time.monotonic() > deadline:
+                if patience.ended():
                     raise PipelineTimeoutError(
                         f"no room for {self._timeout:g} s; stage 1 does not answer"
                     ) from None
@@ -220,10 +237,10 @@ class StageLinks:
         self._endpoint.close()
 
     def _wait_for(self, what: str) -> Message:
-        deadline = time.monotonic() + self._timeout
+        patience = Patience(self._timeout)
         while (message := self._receive(CHECK_S)) is None:
             raise_if_lost(self._endpoint, self._check)
-            if time.monotonic() > deadline:
+            if patience.ended():
                 silent = self._first_silent_stage()
                 raise PipelineTimeoutError(
                     f"no stage sent {what} for {self._timeout:g} s; {silent}"

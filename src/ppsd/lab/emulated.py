@@ -133,12 +133,19 @@ class EmulatedStage(VirtualStage):
         self._model.commit(slot, length, moves)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the model's logits; all rows of a pass share the time of the LM head."""
+        self._judge(hidden)
+        return self._model.logits(hidden)
+
+    def row_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._judge(hidden)
+        return self._model.row_logits(hidden)
+
+    def _judge(self, hidden: torch.Tensor) -> None:
+        """Take the time of the LM head, once for all rows of a pass where rows are free."""
         before, self._judged = self._judged, self._judged + hidden.shape[0]
         pipeline = self._pipeline
         more = pipeline.lm_head(self._judged) - pipeline.lm_head(before)
         pipeline.clocks[self._rank].now += more
-        return self._model.logits(hidden)
 
 
 class EmulatedPass:

@@ -220,6 +220,10 @@ class VirtualStage:
         self._pipeline.clocks[self._rank].now += self._pipeline.lm_head(1)
         return torch.zeros(hidden.shape[0], LOGITS)
 
+    def row_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the same: all are equal."""
+        return self.logits(hidden)
+
 
 class VirtualPass:
     """A pass of rows: it ends, or stops before the first layer that begins after a change.

@@ -168,7 +168,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def all_finite(x: torch.Tensor) -> bool:
     """Return True if ``x`` is known to hold no NaN or infinity, which takes bfloat16 on a CPU."""
-    if (kernels := _readable(x)) is None:
+    if (kernels := reader(x)) is None:
         return False
     return bool(kernels.all_finite(x.data_ptr(), x.numel()))
 
@@ -179,7 +179,7 @@ def largest(x: torch.Tensor, among: int) -> tuple[int, ...] | None:
     Of equals the first counts. Returns None for rows other than bfloat16 on a CPU, if a number is
     NaN, or if the largest is not finite.
     """
-    if (kernels := _readable(x)) is None:
+    if (kernels := reader(x)) is None:
         return None
     rows, size = x.shape
     at = x.data_ptr()
@@ -187,7 +187,7 @@ def largest(x: torch.Tensor, among: int) -> tuple[int, ...] | None:
     return None if -1 in found else found
 
 
-def _readable(x: torch.Tensor) -> ctypes.CDLL | None:
+def reader(x: torch.Tensor) -> ctypes.CDLL | None:
     """Return the library if it can read ``x``."""
     if x.dtype != torch.bfloat16 or not x.is_cpu or not x.is_contiguous():
         return None

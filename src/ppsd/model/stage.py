@@ -66,6 +66,9 @@ class StageModel(Protocol):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return target logits [n, vocabulary] of the last stage's output rows [n, C]."""
 
+    def row_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the same, each row with the bits that it has alone."""
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -271,7 +274,14 @@ class Stage:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return target logits [n, vocabulary] of the last stage's output rows [n, C]."""
         assert self._score is not None, "only the last stage has logits"
-        logits = self._score(hidden)
+        return self._without_unused(self._score(hidden))
+
+    def row_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the same, each row with the bits that it has alone."""
+        assert self._score is not None, "only the last stage has logits"
+        return self._without_unused(self._score.by_rows(hidden))
+
+    def _without_unused(self, logits: torch.Tensor) -> torch.Tensor:
         if self.spec.unused_ids:
             logits[:, list(self.spec.unused_ids)] = float("-inf")
         return logits

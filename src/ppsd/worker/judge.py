@@ -6,7 +6,7 @@ Used by the last worker, or by rank 0 when there is one stage only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,8 @@ from ppsd.speculation.waves import Row
 from ppsd.worker.messages import Begin, Block, Refusal, Verdict
 from ppsd.worker.slot import Slot
 from ppsd.worker.wave_messages import Verdicts
+
+MOST_BELOW = 3  # rows of an LM head that cost hardly more than one
 
 
 def require_finite(hidden: torch.Tensor, rank: int, position: int) -> None:
@@ -91,6 +93,7 @@ class Judge:
         A request that cannot go on is refused, and the others of the wave are judged.
         """
         following = {(row.slot, row.parent, row.token): i for i, row in enumerate(rows)}
+        known = self._likely(rows, following, hidden)
         judged: dict[int, int] = {}  # the target's token after a row
         logits: list[torch.Tensor] = []
         refusals: list[Verdicts | Refusal] = []
@@ -99,7 +102,9 @@ class Judge:
             while (found := following.get((index, slot.node, slot.token))) is not None:
                 row = rows[found]
                 slot.history.write(row.position, (row.token,))
-                own = self._stage.logits(hidden[found : found + 1])
+                own = known.get(found)
+                if own is None:
+                    own = self._stage.row_logits(hidden[found : found + 1])
                 try:
                     token = self._tokens(slot, own, row.position + 1)[0]
                 except RequestError as error:
@@ -119,6 +124,36 @@ class Judge:
             feedback=hidden[list(judged)] if any(slot.want_feedback for slot in wanted) else None,
         )
         return [verdicts, *refusals]
+
+    def _likely(
+        self,
+        rows: Sequence[Row],
+        following: Mapping[tuple[int, int, int], int],
+        hidden: torch.Tensor,
+    ) -> dict[int, torch.Tensor]:
+        """Return the logits [1, V] of rows that are or may be judged, where one pass finds them.
+
+        Those are the first of each slot that follows, and the next ones below it.
+        """
+        if kernels.reader(hidden) is None:  # several rows would take as many passes
+            return {}
+        likely = []
+        for index in {row.slot: None for row in rows}:
+            slot = self._slot(index)
+            first = following.get((index, slot.node, slot.token))
+            if first is not None:
+                node = rows[first].node
+                below = [
+                    i
+                    for i, row in enumerate(rows)
+                    if row.slot == index and (node in row.nodes or node == row.parent)
+                ]
+                likely += [first, *below[:MOST_BELOW]]
+        if not likely:
+            return {}
+        found = torch.split(self._stage.row_logits(hidden[likely]), 1)
+        # copies lie as aligned as a row alone, on which a library's bits may rest
+        return {index: row.clone() for index, row in zip(likely, found, strict=True)}
 
     def _slot(self, index: int) -> Slot:
         if index >= len(self._slots):

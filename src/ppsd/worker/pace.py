@@ -67,7 +67,13 @@ class PacedStage:
         self._stage.commit(slot, length, moves)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = self._stage.logits(hidden)
+        return self._in_time(self._stage.logits(hidden))
+
+    def row_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._in_time(self._stage.row_logits(hidden))
+
+    def _in_time(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return logits once the block's time is over."""
         self._count()
         while (left := self._start + self._seconds - time.monotonic()) > 0:
             time.sleep(left)
