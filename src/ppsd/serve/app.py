@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ppsd.serve.live import Live, TintedReply
 from ppsd.serve.metrics import TEXT_FORMAT
 from ppsd.serve.replies import ChatReply, Parts, Reply, TextReply, conversation
 from ppsd.serve.schema import (
@@ -42,7 +43,7 @@ REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 def create_app(service: Service) -> Starlette:
     """Return the application that serves one model."""
-    routes = Routes(service)
+    routes, live = Routes(service), Live(service)
     return Starlette(
         routes=[
             Route("/health", routes.health),
@@ -54,6 +55,11 @@ def create_app(service: Service) -> Starlette:
                 "/v1/chat/completions", Completions(service, ChatBody, ChatReply), methods=["POST"]
             ),
             Route("/v1/completions", Completions(service, TextBody, TextReply), methods=["POST"]),
+            Route("/v1/pipeline", live.pipeline),
+            Route("/v1/pipeline/events", live.events),
+            Route(
+                "/v1/pipeline/chat", Completions(service, ChatBody, TintedReply), methods=["POST"]
+            ),
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/detokenize", routes.detokenize, methods=["POST"]),
         ],
