@@ -33,9 +33,10 @@ from ppsd.serve.schema import (
     TokenizeBody,
 )
 from ppsd.serve.service import Service
+from ppsd.serve.site import site
 
 B = TypeVar("B", bound=Body)
-OPEN = ("/health", "/ready")  # also without a key
+OPEN = ("/health", "/ready", "/", "/docs", "/openapi.json")  # also without a key
 SMALL_BODY = 1 << 16  # bytes that are read in less than a millisecond
 RETRY_SECONDS = "1"
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -60,6 +61,7 @@ def create_app(service: Service) -> Starlette:
             Route(
                 "/v1/pipeline/chat", Completions(service, ChatBody, TintedReply), methods=["POST"]
             ),
+            *site(),
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/detokenize", routes.detokenize, methods=["POST"]),
         ],

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -190,7 +191,7 @@ def facts(service: Service) -> Json:
         "block": config.schedule.block,
         "in_flight": config.schedule.in_flight,
         "rows": config.most_rows if config.waves else None,
-        "draft_source": config.head if config.schedule.drafts else None,
+        "draft_source": Path(config.head).name if config.schedule.drafts else None,
         "acceptance": config.acceptance,
         "dtype": str(layout.dtype).removeprefix("torch."),
         "max_context": layout.max_context,
