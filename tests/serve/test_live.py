@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +17,10 @@ import pytest
 
 from ppsd import LLM, SamplingParams
 from ppsd.engine import engine, events, wave_engine
+from ppsd.serve.live import Live
+from ppsd.serve.pulse import Pulse
 from ppsd.serve.scene import Scene
+from ppsd.speculation.gate import Switches
 from tests.serve.conftest import SETTINGS
 from tests.serve.test_serve_verb import started
 from tests.support.http_server import Served
@@ -61,15 +66,19 @@ def observed(llm: LLM, params: SamplingParams = PARAMS, after: int = 0):
     finally:
         llm.observe(None)
     scene = Scene(str)
-    return [scene.take(event) for event in seen[after:]], completion, scene
+    told, trees = [], []
+    for event in seen[after:]:
+        told.append(scene.take(event))
+        trees.append(scene.trees())
+    return told, completion, trees
 
 
-def check(told: list[dict[str, Any]], completion) -> None:
-    """Check that what is drawn is what happened."""
+def check(told: list[dict[str, Any]], completion, trees: list[Any]) -> None:
+    """Check that what is drawn is what happened, and the trees what a page would have drawn."""
     fed: dict[int, tuple[int, str]] = {}
     final, dead = [], set()
     hits = 0
-    for each in told:
+    for each, now in zip(told, trees, strict=True):
         if each["kind"] == "fed":
             for _, node, parent, position, text in each["rows"]:
                 assert node not in dead
@@ -87,6 +96,11 @@ def check(told: list[dict[str, Any]], completion) -> None:
                 hits += hit
             dead.update(each["dead"])
             assert not dead & {node for node, *_ in each["path"]}
+            [tree] = now
+            assert tree["root"] == each["path"][-1][:4]
+            assert [text for text, _ in tree["trail"]] == [str(token) for token in final[-12:]]
+            assert not dead & {node for node, *_ in tree["nodes"]}
+            assert all(fed[node] == (place, text) for node, _, place, text in tree["nodes"])
     assert tuple(final) == completion.token_ids
     assert hits == completion.stats.counts.accepted > 0
     assert completion.stats.counts.judged > hits
@@ -97,9 +111,9 @@ def check(told: list[dict[str, Any]], completion) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_tree_is_drawn_as_it_grew(llm, temperature) -> None:
     params = SamplingParams(max_tokens=24, ignore_eos=True, temperature=temperature, seed=3)
-    told, completion, scene = observed(llm, params)
-    check(told, completion)
-    assert scene.trees() == []
+    told, completion, trees = observed(llm, params)
+    check(told, completion, trees)
+    assert trees[-1] == []
     waves = [each["wave"] for each in told if each["kind"] == "fed"]
     assert waves == list(range(1, len(waves) + 1))
 
@@ -112,8 +126,8 @@ def test_a_chain_is_drawn_as_it_grew(tiny_model, head, settings) -> None:
     settings = SETTINGS | {"mode": "ppsd", "gate": False, "head": head} | settings
     params = SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.7, seed=1)
     with LLM(str(tiny_model()), **settings) as llm:
-        told, completion, _ = observed(llm, params)
-    check(told, completion)
+        told, completion, trees = observed(llm, params)
+    check(told, completion, trees)
     prompts = [each["prompt"] for each in told if "prompt" in each]
     assert sum(prompts) == len(PROMPT)
 
@@ -182,6 +196,28 @@ def test_a_generation_appears_in_the_feed(server) -> None:
     assert after["drafts"]["accepted"] > before["drafts"]["accepted"]
     assert 0 < after["drafts"]["acceptance_rate"] < 1
     assert len(after["busy_share"]) == 2
+
+
+def test_one_who_reads_too_slowly_gets_the_newest_state(server) -> None:
+    async def send() -> list[str]:
+        live, updates = Live(server.service), asyncio.Queue[str](2)
+        for update in "abc":
+            await live._send(updates, update)
+        return [updates.get_nowait() for _ in range(updates.qsize())]
+
+    [only] = asyncio.run(send())
+    assert json.loads(only.removeprefix("data: "))["trees"] == []
+
+
+def test_plain_decoding_is_told_where_it_was_measured(chain) -> None:
+    completion, pulse = chain.run(PROMPT, PARAMS), Pulse()
+    pulse.see(completion)
+    assert pulse.plain is None
+    for plain in (0.02, None):  # of a later request that knew nothing
+        stats = replace(completion.stats, gate=Switches(plain=plain))
+        pulse.see(replace(completion, stats=stats))
+    assert pulse.plain == 50.0
+    assert pulse.judged == 3 * completion.stats.counts.judged
 
 
 def test_the_pipeline_is_described(server, llm) -> None:
