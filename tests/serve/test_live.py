@@ -17,9 +17,11 @@ import pytest
 
 from ppsd import LLM, SamplingParams
 from ppsd.engine import engine, events, wave_engine
-from ppsd.serve.live import Live
+from ppsd.serve.config import ServerConfig
+from ppsd.serve.live import Live, facts
 from ppsd.serve.pulse import Pulse
 from ppsd.serve.scene import Scene
+from ppsd.serve.service import Service
 from ppsd.speculation.gate import Switches
 from tests.serve.conftest import SETTINGS
 from tests.serve.test_serve_verb import started
@@ -130,6 +132,18 @@ def test_a_chain_is_drawn_as_it_grew(tiny_model, head, settings) -> None:
     check(told, completion, trees)
     prompts = [each["prompt"] for each in told if "prompt" in each]
     assert sum(prompts) == len(PROMPT)
+
+
+def test_one_stage_without_guesses_is_drawn(tiny_model) -> None:
+    settings = SETTINGS | {"split": None, "stages": 1, "mode": "autoregressive", "head": "none"}
+    with LLM(str(tiny_model()), **settings) as llm:
+        told, completion, _ = observed(llm)
+        about = facts(Service(llm, ServerConfig()))
+    path = [node for each in told if each["kind"] == "made" for node in each["path"]]
+    assert tuple(int(text) for *_, text, _ in path) == completion.token_ids
+    assert not any(hit for *_, hit in path)
+    assert [(stage["layers"], stage["head"]) for stage in about["stages"]] == [((0, 6), None)]
+    assert about["draft_source"] is None
 
 
 @pytest.mark.parametrize("after", [5, 11, 30])

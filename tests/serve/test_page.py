@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ from tests.support.http_server import serving
 
 api = pytest.importorskip("playwright.sync_api", reason="the extra `page` is not installed")
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "page.png"
+OTHER = """(() => {
+  const other = [...slots].find(([number, slot]) => slot.live && number !== chosen)[0];
+  $("slot").value = other;
+  $("slot").dispatchEvent(new Event("change"));
+  return other;
+})()"""
 ALL_NAMED = """[...document.querySelectorAll("button, input, textarea, select")].every((each) =>
   each.textContent.trim() || each.labels?.length || each.getAttribute("aria-label"))"""
 
@@ -85,6 +92,21 @@ def test_a_generation_appears_as_it_grows_and_a_reload_recovers(page, server, tm
         "[...document.querySelectorAll('.assistant span')].map(e => e.textContent)"
     )
     assert "".join(shown) == whole
+
+
+def test_of_several_requests_one_is_chosen(page, server) -> None:
+    page.goto(server.url)
+    live(page)
+    body = {"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True}
+    with ThreadPoolExecutor(2) as clients:
+        answers = [clients.submit(server.post, "/v1/completions", body) for _ in range(2)]
+        until(page, "!document.getElementById('slots').hidden")
+        other = page.evaluate(OTHER)
+        assert page.evaluate("[chosen, $('slot').value]") == [other, str(other)]
+        until(page, "[...nodes.values()].some((node) => node.slot === chosen)")
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+    until(page, "document.getElementById('slots').hidden")
+    page.goto("about:blank")
 
 
 def test_a_key_is_asked_for_and_kept(page, llm) -> None:
