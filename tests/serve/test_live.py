@@ -228,8 +228,9 @@ def test_plain_decoding_is_told_where_it_was_measured(chain) -> None:
     pulse.see(completion)
     assert pulse.plain is None
     for plain in (0.02, None):  # of a later request that knew nothing
-        stats = replace(completion.stats, gate=Switches(plain=plain))
-        pulse.see(replace(completion, stats=stats))
+        switches = Switches(plain=plain, times=[(1.0, False), (2.0, True)] if plain is None else [])
+        pulse.see(replace(completion, stats=replace(completion.stats, gate=switches)))
+        assert pulse.paused is (plain is None)
     assert pulse.plain == 50.0
     assert pulse.judged == 3 * completion.stats.counts.judged
 

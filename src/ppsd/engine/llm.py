@@ -137,12 +137,6 @@ class LLM:
         """Bytes that each stage's process uses now; ``memory_needed`` says how many they may."""
         return self._running.memory()
 
-    @property
-    def paused(self) -> bool:
-        """True while the gate has found that speculation does not pay."""
-        gate = self._engine.engine.gate
-        return gate is not None and gate.paused
-
     def observe(self, observer: Callable[[Event], object] | None) -> None:
         """Let ``observer`` see what the engine does, on its thread; None: nobody looks."""
         self._running.stage.recorder.observer = observer

@@ -111,7 +111,7 @@ class Live:
         service, pulse = self._service, self._service.pulse
         return {
             "healthy": service.broken is None,
-            "paused": service.llm.paused,
+            "paused": pulse.paused,
             "requests": {
                 "running": service.running(),
                 "waiting": service.waiting(),

@@ -15,11 +15,13 @@ OVER_S = 1.0  # without a token nothing is growing
 class Pulse:
     """Sees all that choices bring. ``plain``: tokens/s without speculation, where it was measured.
 
-    ``stages`` are those of the newest request that was alone when it ended.
+    ``stages`` are those of the newest request that was alone when it ended; ``paused``: speculation
+    was switched off at its end, because it did not pay.
     """
 
     def __init__(self) -> None:
         self.generated = self.drafted = self.judged = self.accepted = 0
+        self.paused = False
         self.plain: float | None = None
         self.stages: tuple[StageStats, ...] = ()
         self._recent: deque[tuple[float, int]] = deque(maxlen=512)
@@ -35,8 +37,9 @@ class Pulse:
         self.judged += stats.counts.judged
         self.accepted += stats.counts.accepted
         self.stages = stats.stages or self.stages
-        if stats.gate is not None and stats.gate.plain:
-            self.plain = 1.0 / stats.gate.plain
+        if stats.gate is not None:
+            self.paused = any(paused for _, paused in stats.gate.times[-1:])
+            self.plain = 1.0 / stats.gate.plain if stats.gate.plain else self.plain
 
     @property
     def speed(self) -> float | None:
