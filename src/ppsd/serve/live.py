@@ -61,7 +61,7 @@ class Live:
         self._viewers.add(updates)
         try:
             yield _line(self._facts | await self._update([], whole=True))
-            while not self._service.ending:
+            while not (self._service.ending or self._ticking is None or self._ticking.done()):
                 with suppress(TimeoutError):
                     yield await asyncio.wait_for(updates.get(), 1.0)
         finally:
