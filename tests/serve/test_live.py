@@ -152,6 +152,24 @@ def test_one_stage_without_guesses_is_drawn(tiny_model) -> None:
     assert about["draft_source"] is None
 
 
+def test_many_requests_are_drawn_each_by_itself(llm) -> None:
+    """Seven requests in three slots, whose waves they share."""
+    seen: list[events.Event] = []
+    llm.observe(seen.append)
+    try:
+        completions = llm.run_all([[*range(3, 20), 30 + i] for i in range(7)], PARAMS)
+    finally:
+        llm.observe(None)
+    scene, slots, ended = Scene(str), dict[int, list[int]](), []
+    for told in map(scene.take, seen):
+        if told["kind"] == "made":
+            slots.setdefault(told["slot"], []).extend(int(text) for *_, text, _ in told["path"])
+        elif told["kind"] == "left":
+            ended.append(tuple(slots.pop(told["slot"])))
+    assert slots == {}
+    assert sorted(ended) == sorted(completion.token_ids for completion in completions)
+
+
 def test_a_page_that_comes_at_any_time_finds_its_way(llm, chain) -> None:
     for each in (llm, chain):
         seen, completion = recorded(each)

@@ -21,8 +21,8 @@ from starlette.types import Send
 
 from ppsd.engine.answer import Chunk
 from ppsd.engine.events import Event
-from ppsd.serve.replies import ChatReply, Json, Parts
-from ppsd.serve.scene import Scene
+from ppsd.serve.replies import ChatReply, Parts
+from ppsd.serve.scene import Json, Scene
 from ppsd.serve.service import Service
 
 UPDATE_S = 0.1
