@@ -12,7 +12,7 @@ PYTEST ?=
 DEMO_TOKENS ?= 128
 DEMO_PROMPT ?= "Explain in simple words why the sky is blue."
 
-.PHONY: demo serve clients test check install exactness pipeline-bench clean
+.PHONY: demo serve clients page test check install exactness pipeline-bench clean
 
 demo: $(RUN)
 	$(BIN)/ppsd generate $(DEMO_PROMPT) --stages 2 --max-tokens $(DEMO_TOKENS) --highlight
@@ -29,6 +29,11 @@ test: $(DEV)
 clients: $(DEV)
 	@$(BIN)/python tools/install.py "$(TORCH)" --editable ".[dev,clients]"
 	$(BIN)/python -m pytest tests/serve/test_clients.py
+
+# The live page in Debian's chromium (apt-get install chromium), or in playwright's own.
+page: $(DEV)
+	@$(BIN)/python tools/install.py "$(TORCH)" --editable ".[dev,page]"
+	$(BIN)/python -m pytest tests/serve/test_page.py
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import replace
 
 import torch
 
+from ppsd.engine.events import FedBlock, Left, Made
 from ppsd.engine.first_stage import FirstStage
 from ppsd.engine.links import Answer, Links
 from ppsd.engine.rejection import redraw
@@ -163,6 +165,8 @@ class Engine:
         self._held[sequence.slot].keep(sequence)
         self._free.append(sequence.slot)
         self.links.publish(sequence.slot, sequence.policy.epoch)
+        if (observer := self.stage.recorder.observer) is not None:
+            observer(Left(sequence.slot))
 
     def _feed(self, sequence: Sequence, feed: Feed) -> None:
         """Run rows through stage 0, ship a complete block, then draft if asked to."""
@@ -181,6 +185,8 @@ class Engine:
         """
         stage = self.stage
         start = stage.recorder.now()
+        if stage.recorder.observer is not None:
+            stage.recorder.observer(FedBlock(start, sequence.slot, feed))
         hidden = self._run(sequence, feed)
         kind = "cancelled" if hidden is None else "forward" if feed.judge else "prefill"
         stage.recorder.add(start, kind, feed.epoch, feed.position, len(feed.tokens))
@@ -241,8 +247,13 @@ class Engine:
         said = verdict.epoch, verdict.position, first, tokens, verdict.source
         self._obey(sequence, sequence.policy.on(Judged(*said)))
 
-    def _obey(self, sequence: Sequence, commands: Iterable[Command]) -> None:
+    def _obey(self, sequence: Sequence, commands: Items[Command]) -> None:
         """Note what a verdict has made final, and let the gate see it."""
+        if (observer := self.stage.recorder.observer) is not None:
+            place = self.stage.recorder.now(), sequence.slot, sequence.policy.committed
+            for emit in commands:
+                if isinstance(emit, Emit):
+                    observer(Made(*place, *emit))
         self._note(sequence, commands)
         if self.gate is not None:
             self.gate.watch(sequence.policy, self.now())

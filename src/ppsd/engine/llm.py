@@ -18,6 +18,7 @@ from ppsd.engine.build import Progress, RunningPipeline
 from ppsd.engine.choose import serves_as
 from ppsd.engine.drafter import Drafter
 from ppsd.engine.engine import Engine
+from ppsd.engine.events import Event
 from ppsd.engine.layout import check_memory, plan_layout
 from ppsd.engine.logprobs import Logprobs
 from ppsd.engine.prompt import Prompt, encode
@@ -135,6 +136,10 @@ class LLM:
     def memory(self) -> list[int]:
         """Bytes that each stage's process uses now; ``memory_needed`` says how many they may."""
         return self._running.memory()
+
+    def observe(self, observer: Callable[[Event], object] | None) -> None:
+        """Let ``observer`` see what the engine does, on its thread; None: nobody looks."""
+        self._running.stage.recorder.observer = observer
 
     def draft_with(self, drafter: Drafter | None) -> None:
         """Take the drafts of the next requests from ``drafter``; None: from the exit head again."""

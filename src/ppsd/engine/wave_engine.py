@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ppsd.engine.engine import Engine, Output
+from ppsd.engine.events import FedRows
 from ppsd.engine.links import Answer
 from ppsd.engine.sequence import Request, Sequence
 from ppsd.errors import NonFiniteError
@@ -131,6 +132,8 @@ class WaveEngine(Engine):
         """Run rows through stage 0, ship those that still live, and then draft behind them."""
         stage = self.stage
         start = stage.recorder.now()
+        if stage.recorder.observer is not None:
+            stage.recorder.observer(FedRows(start, rows))
         for part in parts:
             stage.commit(part)
         hidden = self._advance(rows)

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ppsd.serve.live import Live, TintedReply
 from ppsd.serve.metrics import TEXT_FORMAT
 from ppsd.serve.replies import ChatReply, Parts, Reply, TextReply, conversation
 from ppsd.serve.schema import (
@@ -32,9 +33,10 @@ from ppsd.serve.schema import (
     TokenizeBody,
 )
 from ppsd.serve.service import Service
+from ppsd.serve.site import site
 
 B = TypeVar("B", bound=Body)
-OPEN = ("/health", "/ready")  # also without a key
+OPEN = ("/health", "/ready", "/", "/docs", "/openapi.json")  # also without a key
 SMALL_BODY = 1 << 16  # bytes that are read in less than a millisecond
 RETRY_SECONDS = "1"
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -42,7 +44,7 @@ REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 def create_app(service: Service) -> Starlette:
     """Return the application that serves one model."""
-    routes = Routes(service)
+    routes, live = Routes(service), Live(service)
     return Starlette(
         routes=[
             Route("/health", routes.health),
@@ -54,6 +56,12 @@ def create_app(service: Service) -> Starlette:
                 "/v1/chat/completions", Completions(service, ChatBody, ChatReply), methods=["POST"]
             ),
             Route("/v1/completions", Completions(service, TextBody, TextReply), methods=["POST"]),
+            Route("/v1/pipeline", live.pipeline),
+            Route("/v1/pipeline/events", live.events),
+            Route(
+                "/v1/pipeline/chat", Completions(service, ChatBody, TintedReply), methods=["POST"]
+            ),
+            *site(),
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/detokenize", routes.detokenize, methods=["POST"]),
         ],

@@ -21,6 +21,8 @@ KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection, so that they e
 class _Server(uvicorn.Server):
     """A server that a signal ends without an error: uvicorn's own would raise it again."""
 
+    on_shutdown: Callable[[], object]
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         numbers = (signal.SIGINT, signal.SIGTERM)
@@ -32,6 +34,7 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.on_shutdown()
         await super().shutdown(sockets)
         if self.force_exit:  # else it is cancelled, with a traceback
             await self.lifespan.shutdown()
@@ -70,6 +73,7 @@ def serve(
         ssl_keyfile=config.ssl_keyfile,
     )
     server = _Server(settings)
+    server.on_shutdown = service.end
 
     def end() -> None:
         server.should_exit = True

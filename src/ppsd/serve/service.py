@@ -18,6 +18,7 @@ from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError, PipelineError, PpsdError, RequestError
 from ppsd.serve.config import ServerConfig
 from ppsd.serve.metrics import Metrics
+from ppsd.serve.pulse import Pulse
 from ppsd.serve.replies import Parts, Reply, sampling
 from ppsd.serve.schema import RefusedError, Sampled, refusal_of
 
@@ -38,10 +39,16 @@ class Service:
         self.created = int(time.time())
         self.active = 0  # choices under way or waiting
         self.capacity = llm.config.concurrent + config.max_queue
-        self.metrics = Metrics(config.metrics_prefix, self._running, self._waiting)
+        self.metrics = Metrics(config.metrics_prefix, self.running, self.waiting)
+        self.pulse = Pulse()
+        self.ending = False
         self.on_broken: Callable[[], object] = lambda: None
         # One thread: it limits the process's memory while a chat template is rendered.
         self._text = ThreadPoolExecutor(1, "ppsd-text")
+
+    def end(self) -> None:
+        """Let streams end that have no end of their own: the server is about to wait for them."""
+        self.ending = True
 
     def close(self) -> None:
         """End the thread that turns text into tokens."""
@@ -92,11 +99,11 @@ class Service:
         params = sampling(body, self.llm.defaults.values, self.llm.layout.spec.num_tokens)
         return kind(model, self.llm.tokenizer, body, params)
 
-    def _running(self) -> int:
+    def running(self) -> int:
         return min(self.active, self.llm.config.concurrent)
 
-    def _waiting(self) -> int:
-        return self.active - self._running()
+    def waiting(self) -> int:
+        return self.active - self.running()
 
     @contextmanager
     def room(self, choices: int) -> Iterator[None]:
@@ -135,6 +142,7 @@ class Service:
                 async with aclosing(as_they_come(requests)) as parts:
                     async for index, part in parts:
                         watch.see(index, part, first=index % reply.params.n == 0)
+                        self.pulse.see(part)
                         yield index, part
         except (RequestError, ConfigError) as error:
             raise RefusedError(400, str(error)) from error

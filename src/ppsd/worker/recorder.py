@@ -19,11 +19,13 @@ Slice = tuple[int, int, str, int, int, int]  # start, end, kind, epoch, position
 class Recorder:
     """Adds up busy time by kind: ``prefill``, ``forward``, ``draft``, ``verify``, ``cancelled``.
 
-    ``now`` is the clock of the rank, which the simulator replaces by a virtual one.
+    ``now`` is the clock of the rank, which the simulator replaces by a virtual one. ``observer``,
+    if there is one, is called with each slice as it ends; on rank 0 the engine tells it more.
     """
 
     def __init__(self, trace: bool = False, now: Callable[[], int] = time.monotonic_ns) -> None:
         self.now = now
+        self.observer: Callable[[Any], object] | None = None
         self.busy_ns: Counter[str] = Counter()
         self.blocks: Counter[str] = Counter()
         self.slices: deque[Slice] | None = deque(maxlen=MAX_SLICES) if trace else None
@@ -35,6 +37,8 @@ class Recorder:
         self.blocks[kind] += 1
         if self.slices is not None:
             self.slices.append((start, end, kind, epoch, position, rows))
+        if self.observer is not None:
+            self.observer((start, end, kind, epoch, position, rows))
 
     def take(self) -> dict[str, Any]:
         """Return everything since the last ``take``, JSON-ready, and start anew."""
