@@ -6,10 +6,10 @@ mutant gets a fork of that process, so neither PyTorch nor a test is imported ag
 only the tests that call its function, the fastest first.
 
 Mutants of a module are taken in the order of a hash of their names, as many as the budget allows:
-the sample is random and a later run goes on where this one stopped. The result file keeps the
-counts, each survivor with its difference, and the argument that somebody wrote beside it; a
-survivor without an argument is tried again. A mutant whose function none of these tests calls is
-counted as uncovered: slower tests may well call it.
+the sample is random, and a later run goes on where this one stopped unless the module has changed.
+The result file keeps the counts, each survivor with its difference, and the argument that somebody
+wrote beside it; a survivor without an argument is tried again. A mutant whose function none of
+these tests calls is counted as uncovered: slower tests may well call it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,30 +34,47 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs" / "results" / "exactness" / "mutation.json"
-CHECKS = ("contract/test_planted_bugs.py::test_without_a_bug_every_check_passes",)
+OUTCOMES = ROOT / "mutants" / "outcomes.json"  # of single mutants, to go on from
+CHAINS = "contract/test_planted_bugs.py::test_without_a_bug_every_check_passes"
+TREES = "contract/test_planted_wave_bugs.py::test_without_a_bug_every_check_passes"
 TESTS = {  # by module, below src/ppsd
-    "worker/judge": CHECKS,
-    "engine/llm": CHECKS,
-    "engine/text_engine": CHECKS,
-    "engine/engine": CHECKS,
-    "speculation/policy": ("unit/test_policy.py",),
     "speculation/accept": ("unit/test_accept.py",),
-    "model/cache": ("unit/test_cache_stage.py",),
+    "speculation/policy": ("unit/test_policy.py", "unit/test_tree.py"),
     "speculation/sampling": ("unit/test_sampling.py",),
-    "model/tokenizer": ("unit/test_tokenizer.py",),
-    "engine/first_stage": CHECKS,
-    "engine/links": CHECKS,
-    "engine/rejection": CHECKS,
-    "engine/sequence": CHECKS,
-    "worker/loop": CHECKS,
-    "engine/text": ("unit/test_text.py",),
-    "worker/messages": ("unit/test_messages.py",),
-    "speculation/lookup": ("unit/test_lookup.py",),
-    "engine/drafter": CHECKS,
-    "model/runners": ("unit/test_kernels.py", "unit/test_cache_stage.py"),
-    "model/stage": ("unit/test_cache_stage.py",),
+    "speculation/tree": ("unit/test_tree.py", "unit/test_waves.py", TREES),
+    "speculation/waves": ("unit/test_tree.py", "unit/test_waves.py", TREES),
+    "speculation/copies": ("unit/test_tree.py", "unit/test_lookup.py", TREES),
+    "speculation/lookup": ("unit/test_lookup.py", "unit/test_tree.py"),
     "speculation/gate": ("unit/test_gate.py",),
+    "model/cache": ("unit/test_cache_stage.py", "unit/test_slots.py", TREES),
+    "model/tokenizer": ("unit/test_tokenizer.py", "unit/test_ids.py"),
+    "model/gguf_tokenizer": ("unit/test_gguf_tokenizer.py",),
+    "model/escape": ("unit/test_escape.py",),
+    "worker/judge": ("unit/test_judge.py", CHAINS, TREES),
+    "worker/inner_head": ("unit/test_inner_head.py", TREES),
+    "worker/wave_messages": ("unit/test_messages.py",),
+    "worker/messages": ("unit/test_messages.py",),
+    "worker/frame": ("unit/test_messages.py",),
+    "worker/slot": (CHAINS, TREES),
+    "worker/link": (CHAINS, TREES),
+    "worker/loop": (CHAINS, TREES),
     "worker/recorder": ("unit/test_trace.py",),
+    "engine/wave_engine": (TREES,),
+    "engine/engine": (CHAINS, TREES),
+    "engine/first_stage": (CHAINS, TREES),
+    "engine/links": (CHAINS, TREES),
+    "engine/sequence": (CHAINS, TREES),
+    "engine/drafter": (CHAINS,),
+    "engine/rejection": (CHAINS, "contract/test_rejection.py"),
+    "engine/layout": (CHAINS, "unit/test_memory.py"),
+    "engine/llm": (CHAINS,),
+    "engine/text_engine": (CHAINS,),
+    "engine/text": ("unit/test_text.py",),
+    "engine/logprobs": ("unit/test_logprobs.py",),
+    "engine/stats": (CHAINS, "unit/test_logprobs.py"),
+    "engine/thread": (CHAINS, "unit/test_logprobs.py"),
+    "model/stage": ("unit/test_cache_stage.py", "unit/test_slots.py"),
+    "model/runners": ("unit/test_kernels.py", "unit/test_cache_stage.py"),
 }
 SLOW_S = 30.0  # of processor time: a longer test is left out
 PATIENCE = 6  # times as long as without a mutant, and then some, before a mutant counts as endless
@@ -205,20 +223,55 @@ def difference(mutant: str, module: str) -> str:
     return "\n".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---"))
 
 
-def record(result: dict[str, Any], names: dict[str, list[str]]) -> None:
-    """Write the result file: counts of every module, and what survived."""
-    for module, entry in result.items():
-        outcomes = entry["outcomes"]
-        counts = Counter(outcomes.values())
-        before = entry.get("survivors", {})
-        entry["survivors"] = survivors = {}
-        entry["mutants"] = len(names[module])
-        entry["counts"] = {"run": len(outcomes), **dict(sorted(counts.items()))}
-        for mutant, outcome in outcomes.items():
-            if outcome == SURVIVED:
-                fresh = {"difference": difference(mutant, module), "argument": ""}
-                survivors[mutant] = before.get(mutant, fresh)
+def source_hash(module: str) -> str:
+    """Return what changes with a module's source: its mutants' numbers then mean others."""
+    return hashlib.sha256(Path(f"src/ppsd/{module}.py").read_bytes()).hexdigest()[:16]
+
+
+def record(outcomes: dict[str, Any], names: dict[str, list[str]]) -> None:
+    """Write the outcomes, and the result file: counts of every module, and what survived."""
+    OUTCOMES.write_text(json.dumps(outcomes))
+    arguments = read_arguments()
+    modules = {}
+    for module in (name for name in TESTS if name in outcomes):
+        of_mutants = outcomes[module]["of"]
+        differences = {
+            mutant: difference(mutant, module)
+            for mutant, outcome in of_mutants.items()
+            if outcome == SURVIVED
+        }
+        modules[module] = {
+            "mutants": len(names[module]),
+            "run": len(of_mutants),
+            **dict(sorted(Counter(of_mutants.values()).items())),
+            "survivors": {
+                mutant: {"difference": lines, "argument": arguments.get(lines, "")}
+                for mutant, lines in differences.items()
+            },
+        }
+    counts: Counter[str] = Counter()
+    for entry in modules.values():
+        counts.update({key: value for key, value in entry.items() if isinstance(value, int)})
+    result = {"provenance": {"commit": commit()}, "all": counts, "modules": modules}
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def commit() -> str:
+    """Return the commit whose mutants these are."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def read_arguments() -> dict[str, str]:
+    """Return what the result file says of survivors, by their difference."""
+    modules = json.loads(RESULT.read_text())["modules"] if RESULT.exists() else {}
+    survivors = [s for entry in modules.values() for s in entry["survivors"].values()]
+    return {s["difference"]: s["argument"] for s in survivors if s["argument"]}
+
+
+def is_settled(mutant: str, outcome: str, module: str, arguments: dict[str, str]) -> bool:
+    """Return True if a mutant need not be tried again."""
+    return outcome != SURVIVED or difference(mutant, module) in arguments
 
 
 def main() -> None:
@@ -232,24 +285,23 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "mutants"))
     names = write_mutants()
+    importlib.invalidate_caches()  # mutants/ may be new
     for preloaded in ("torch", "transformers", "hypothesis", "scipy.stats"):
         importlib.import_module(preloaded)
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
     modules = options.modules or list(TESTS)
     for number, module in enumerate(modules):
-        outcomes = result.setdefault(module, {}).setdefault("outcomes", {})
-        argued = {n for n, s in result[module].get("survivors", {}).items() if s["argument"]}
-        known = {
-            name: outcomes[name]
-            for name in names[module]
-            if outcomes.get(name) in (KILLED, ENDLESS, UNCOVERED) or name in argued
-        }
+        before = outcomes.get(module, {})
+        known = before["of"] if before.get("source") == source_hash(module) else {}
+        arguments = read_arguments()
+        known = {n: o for n, o in known.items() if is_settled(n, o, module, arguments)}
         left = [name for name in names[module][: options.most] if name not in known]
         share = (deadline - time.monotonic()) / (len(modules) - number)
         if left and share > 0:
-            result[module]["outcomes"] = known | search(module, left, share)
-            record(result, names)
-            print(module, result[module]["counts"], flush=True)
+            found = known | search(module, left, share)
+            outcomes[module] = {"source": source_hash(module), "of": found}
+            record(outcomes, names)
+            print(module, Counter(found.values()), flush=True)
 
 
 if __name__ == "__main__":
