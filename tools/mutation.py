@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,43 +38,31 @@ RESULT = ROOT / "docs" / "results" / "exactness" / "mutation.json"
 OUTCOMES = ROOT / "mutants" / "outcomes.json"  # of single mutants, to go on from
 CHAINS = "contract/test_planted_bugs.py::test_without_a_bug_every_check_passes"
 TREES = "contract/test_planted_wave_bugs.py::test_without_a_bug_every_check_passes"
-TESTS = {  # by module, below src/ppsd
+RULES = ("unit/test_policy.py", "unit/test_tree.py", "unit/test_waves.py", "unit/test_lookup.py")
+TEXT = ("unit/test_tokenizer.py", "unit/test_ids.py", "unit/test_text.py", "unit/test_escape.py")
+LOOPS = ("unit/test_judge.py", "unit/test_inner_head.py", CHAINS, TREES)
+MEMORY = ("unit/test_cache_stage.py", "unit/test_slots.py")
+TESTS = {  # by module, below src/ppsd; modules with the same tests are searched together
     "speculation/accept": ("unit/test_accept.py",),
-    "speculation/policy": ("unit/test_policy.py", "unit/test_tree.py"),
     "speculation/sampling": ("unit/test_sampling.py",),
-    "speculation/tree": ("unit/test_tree.py", "unit/test_waves.py", TREES),
-    "speculation/waves": ("unit/test_tree.py", "unit/test_waves.py", TREES),
-    "speculation/copies": ("unit/test_tree.py", "unit/test_lookup.py", TREES),
-    "speculation/lookup": ("unit/test_lookup.py", "unit/test_tree.py"),
-    "speculation/gate": ("unit/test_gate.py",),
-    "model/cache": ("unit/test_cache_stage.py", "unit/test_slots.py", TREES),
-    "model/tokenizer": ("unit/test_tokenizer.py", "unit/test_ids.py"),
+    **dict.fromkeys([f"speculation/{n}" for n in ("policy", "tree", "waves")], RULES),
+    **dict.fromkeys([f"speculation/{n}" for n in ("copies", "lookup")], RULES),
+    **dict.fromkeys(
+        [f"worker/{n}" for n in ("judge", "inner_head", "slot", "link", "loop")], LOOPS
+    ),
+    **dict.fromkeys([f"engine/{n}" for n in ("wave_engine", "engine", "first_stage")], LOOPS),
+    **dict.fromkeys([f"engine/{n}" for n in ("links", "sequence", "drafter", "layout")], LOOPS),
+    **dict.fromkeys([f"engine/{n}" for n in ("llm", "text_engine", "thread", "stats")], LOOPS),
+    **dict.fromkeys([f"model/{n}" for n in ("cache", "stage")], MEMORY),
+    **dict.fromkeys(
+        [f"worker/{n}" for n in ("messages", "wave_messages", "frame")], ("unit/test_messages.py",)
+    ),
+    **dict.fromkeys(("model/tokenizer", "model/escape", "engine/text"), TEXT),
     "model/gguf_tokenizer": ("unit/test_gguf_tokenizer.py",),
-    "model/escape": ("unit/test_escape.py",),
-    "worker/judge": ("unit/test_judge.py", CHAINS, TREES),
-    "worker/inner_head": ("unit/test_inner_head.py", TREES),
-    "worker/wave_messages": ("unit/test_messages.py",),
-    "worker/messages": ("unit/test_messages.py",),
-    "worker/frame": ("unit/test_messages.py",),
-    "worker/slot": (CHAINS, TREES),
-    "worker/link": (CHAINS, TREES),
-    "worker/loop": (CHAINS, TREES),
-    "worker/recorder": ("unit/test_trace.py",),
-    "engine/wave_engine": (TREES,),
-    "engine/engine": (CHAINS, TREES),
-    "engine/first_stage": (CHAINS, TREES),
-    "engine/links": (CHAINS, TREES),
-    "engine/sequence": (CHAINS, TREES),
-    "engine/drafter": (CHAINS,),
-    "engine/rejection": (CHAINS, "contract/test_rejection.py"),
-    "engine/layout": (CHAINS, "unit/test_memory.py"),
-    "engine/llm": (CHAINS,),
-    "engine/text_engine": (CHAINS,),
-    "engine/text": ("unit/test_text.py",),
     "engine/logprobs": ("unit/test_logprobs.py",),
-    "engine/stats": (CHAINS, "unit/test_logprobs.py"),
-    "engine/thread": (CHAINS, "unit/test_logprobs.py"),
-    "model/stage": ("unit/test_cache_stage.py", "unit/test_slots.py"),
+    "engine/rejection": ("contract/test_rejection.py",),
+    "worker/recorder": ("unit/test_trace.py",),
+    "speculation/gate": ("unit/test_gate.py",),
     "model/runners": ("unit/test_kernels.py", "unit/test_cache_stage.py"),
 }
 SLOW_S = 30.0  # of processor time: a longer test is left out
@@ -196,12 +185,12 @@ def digest(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def search(module: str, mutants: list[str], seconds: float) -> dict[str, str]:
-    """Run ``mutants`` in a process that has collected the module's tests."""
+def search(files: tuple[str, ...], mutants: list[str], seconds: float) -> dict[str, str]:
+    """Run ``mutants`` in a process that has collected the tests of these files."""
     with tempfile.NamedTemporaryFile() as place:
         if not (pid := os.fork()):
             plugin = Search(mutants, seconds)
-            tests = [f"tests/{name}" for name in TESTS[module]]
+            tests = [f"tests/{name}" for name in files]
             os.chdir("mutants")
             options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:warnings"]
             options += ["--hypothesis-profile=unshrunk"]
@@ -210,7 +199,7 @@ def search(module: str, mutants: list[str], seconds: float) -> dict[str, str]:
             os._exit(int(code not in (0, 5)))
         _, status = os.waitpid(pid, 0)
         if status:
-            raise SystemExit(f"{module}: its tests cannot be run without a mutant")
+            raise SystemExit(f"{', '.join(files)}: cannot be run without a mutant")
         outcomes: dict[str, str] = json.loads(Path(place.name).read_text())
         return outcomes
 
@@ -231,8 +220,7 @@ def source_hash(module: str) -> str:
 def record(outcomes: dict[str, Any], names: dict[str, list[str]]) -> None:
     """Write the outcomes, and the result file: counts of every module, and what survived."""
     OUTCOMES.write_text(json.dumps(outcomes))
-    arguments = read_arguments()
-    modules = {}
+    arguments, modules = read_arguments(), read_result()
     for module in (name for name in TESTS if name in outcomes):
         of_mutants = outcomes[module]["of"]
         differences = {
@@ -262,16 +250,28 @@ def commit() -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def read_result() -> dict[str, Any]:
+    """Return what the result file says, by module."""
+    modules: dict[str, Any] = json.loads(RESULT.read_text())["modules"] if RESULT.exists() else {}
+    return modules
+
+
 def read_arguments() -> dict[str, str]:
     """Return what the result file says of survivors, by their difference."""
-    modules = json.loads(RESULT.read_text())["modules"] if RESULT.exists() else {}
-    survivors = [s for entry in modules.values() for s in entry["survivors"].values()]
+    survivors = [s for entry in read_result().values() for s in entry["survivors"].values()]
     return {s["difference"]: s["argument"] for s in survivors if s["argument"]}
 
 
-def is_settled(mutant: str, outcome: str, module: str, arguments: dict[str, str]) -> bool:
-    """Return True if a mutant need not be tried again."""
-    return outcome != SURVIVED or difference(mutant, module) in arguments
+def settled(before: dict[str, Any], module: str) -> dict[str, str]:
+    """Return the outcomes that need not be found again: all but survivors without an argument."""
+    if before.get("source") != source_hash(module):
+        return {}
+    arguments = read_arguments()
+    return {
+        mutant: outcome
+        for mutant, outcome in before["of"].items()
+        if outcome != SURVIVED or difference(mutant, module) in arguments
+    }
 
 
 def main() -> None:
@@ -290,18 +290,22 @@ def main() -> None:
         importlib.import_module(preloaded)
     outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
     modules = options.modules or list(TESTS)
-    for number, module in enumerate(modules):
-        before = outcomes.get(module, {})
-        known = before["of"] if before.get("source") == source_hash(module) else {}
-        arguments = read_arguments()
-        known = {n: o for n, o in known.items() if is_settled(n, o, module, arguments)}
-        left = [name for name in names[module][: options.most] if name not in known]
-        share = (deadline - time.monotonic()) / (len(modules) - number)
-        if left and share > 0:
-            found = known | search(module, left, share)
-            outcomes[module] = {"source": source_hash(module), "of": found}
-            record(outcomes, names)
-            print(module, Counter(found.values()), flush=True)
+    for files, group in groupby(modules, TESTS.__getitem__):
+        known, left = {}, []
+        together = list(group)
+        for module in together:
+            known[module] = settled(outcomes.get(module, {}), module)
+            left += [n for n in names[module][: options.most] if n not in known[module]]
+        share = (deadline - time.monotonic()) * len(together) / len(modules)
+        modules = modules[len(together) :]
+        if not left or share <= 0:
+            continue
+        found = search(files, sorted(left, key=digest), share)
+        for module in together:
+            new = {name: found[name] for name in names[module] if name in found}
+            outcomes[module] = {"source": source_hash(module), "of": known[module] | new}
+            print(module, Counter(outcomes[module]["of"].values()), flush=True)
+        record(outcomes, names)
 
 
 if __name__ == "__main__":
