@@ -72,10 +72,24 @@ def check_opinions() -> None:
     assert (new.token, rest) == (9, [])
     say(made, 10**6, {8: 0.9}, level=3)
     assert list(made.offers(9)) == []
+    assert made.counts.opinions == 2, "of live nodes, from later heads"
 
 
 def test_opinions_of_dead_nodes_mean_nothing() -> None:
     check_opinions()
+
+
+def test_a_node_never_has_the_number_of_one_that_died() -> None:
+    made = decoding()
+    seen = set()
+    for wave in range(2, 6):
+        (_, root), *_ = choose([made], 1, 2 * wave)
+        say(made, root.id, {4: 0.5, 5: 0.3})
+        numbers = {root.id, *(node.id for _, node in choose([made], 2, 2 * wave + 1))}
+        assert len(numbers) == 3
+        assert not seen & numbers
+        seen |= numbers
+        made.on(Verified((root.id,), (6,)))
 
 
 def test_certain_rows_come_first_and_are_not_counted() -> None:
@@ -126,6 +140,7 @@ def test_chunks_end_at_multiples_and_rows_wait_for_the_prompt() -> None:
     feeds = [made.chunk(wave) for wave in (1, 2, 3)]
     assert [len(feed.tokens) for feed in feeds] == [4, 4, 2]
     assert [feed.judge for feed in feeds] == [0, 0, 1]
+    assert [feed.draft for feed in feeds] == [False, False, True]
     assert (made.chunk(4), list(made.offers(9)), set(made.waves)) == (None, [], {1, 2, 3})
     with pytest.raises(ProtocolError, match="does not answer the oldest block"):
         made.on(Judged(made.epoch, 4, 8, (), 1))
