@@ -3,7 +3,7 @@
 ``tools/compare.py OLD NEW`` with two checkouts whose ``.venv`` is installed. Both load the embedded
 model with two stages; each repeat decodes one prompt plainly and by PPSD in either tree, in an
 order that changes. Prints JSON: for each mode the ratio new over old of decoding speed, median and
-quartiles over the repeats, and whether both said the same tokens.
+quartiles over the repeats, whether both said the same tokens, and where the figures come from.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from ppsd.provenance import provenance
 
 MODES = ("autoregressive", "ppsd")
 PROMPT = "Write a short story about a lighthouse keeper who finds an old map."
@@ -74,6 +76,7 @@ def compare(trees: tuple[Tree, Tree], repeats: int) -> dict[str, Any]:
                 ratios[mode].append(found[1][0] / found[0][0])
                 speeds[mode].append(found[1][0])
     return {
+        "provenance": provenance() | {"command": "tools/compare.py OLD NEW"},
         "old": trees[0].commit,
         "new": trees[1].commit,
         "repeats": repeats,
@@ -84,12 +87,15 @@ def compare(trees: tuple[Tree, Tree], repeats: int) -> dict[str, Any]:
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    if len(values) == 1:
+        low = middle = high = values[0]
+    else:
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def _commit(path: Path) -> str:
-    command = ["git", "-C", path, "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", path, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -103,7 +109,8 @@ def main() -> None:
     options = parser.parse_args()
     trees = Tree(options.old, options.tokens), Tree(options.new, options.tokens)
     try:
-        print(json.dumps(compare(trees, options.repeats), indent=1))
+        result = compare(trees, options.repeats) | {"tokens": options.tokens}
+        print(json.dumps(result, indent=1))
     finally:
         for tree in trees:
             tree.close()

@@ -6,10 +6,10 @@ mutant gets a fork of that process, so neither PyTorch nor a test is imported ag
 only the tests that call its function, the fastest first.
 
 Mutants of a module are taken in the order of a hash of their names, as many as the budget allows:
-the sample is random and a later run goes on where this one stopped. The result file keeps the
-counts, each survivor with its difference, and the argument that somebody wrote beside it; a
-survivor without an argument is tried again. A mutant whose function none of these tests calls is
-counted as uncovered: slower tests may well call it.
+the sample is random, and a later run goes on where this one stopped unless the module has changed.
+The result file keeps the counts, each survivor with its difference, and the argument that somebody
+wrote beside it; a survivor without an argument is tried again. A mutant whose function none of
+these tests calls is counted as uncovered: slower tests may well call it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +35,35 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs" / "results" / "exactness" / "mutation.json"
-CHECKS = ("contract/test_planted_bugs.py::test_without_a_bug_every_check_passes",)
-TESTS = {  # by module, below src/ppsd
-    "worker/judge": CHECKS,
-    "engine/llm": CHECKS,
-    "engine/text_engine": CHECKS,
-    "engine/engine": CHECKS,
-    "speculation/policy": ("unit/test_policy.py",),
+OUTCOMES = ROOT / "mutants" / "outcomes.json"  # of single mutants, to go on from
+CHAINS = "contract/test_planted_bugs.py::test_without_a_bug_every_check_passes"
+TREES = "contract/test_planted_wave_bugs.py::test_without_a_bug_every_check_passes"
+RULES = ("unit/test_policy.py", "unit/test_tree.py", "unit/test_waves.py", "unit/test_lookup.py")
+TEXT = ("unit/test_tokenizer.py", "unit/test_ids.py", "unit/test_text.py", "unit/test_escape.py")
+LOOPS = ("unit/test_judge.py", "unit/test_inner_head.py", CHAINS, TREES)
+MEMORY = ("unit/test_cache_stage.py", "unit/test_slots.py")
+TESTS = {  # by module, below src/ppsd; modules with the same tests are searched together
     "speculation/accept": ("unit/test_accept.py",),
-    "model/cache": ("unit/test_cache_stage.py",),
     "speculation/sampling": ("unit/test_sampling.py",),
-    "model/tokenizer": ("unit/test_tokenizer.py",),
-    "engine/first_stage": CHECKS,
-    "engine/links": CHECKS,
-    "engine/rejection": CHECKS,
-    "engine/sequence": CHECKS,
-    "worker/loop": CHECKS,
-    "engine/text": ("unit/test_text.py",),
-    "worker/messages": ("unit/test_messages.py",),
-    "speculation/lookup": ("unit/test_lookup.py",),
-    "engine/drafter": CHECKS,
-    "model/runners": ("unit/test_kernels.py", "unit/test_cache_stage.py"),
-    "model/stage": ("unit/test_cache_stage.py",),
-    "speculation/gate": ("unit/test_gate.py",),
+    **dict.fromkeys([f"speculation/{n}" for n in ("policy", "tree", "waves")], RULES),
+    **dict.fromkeys([f"speculation/{n}" for n in ("copies", "lookup")], RULES),
+    **dict.fromkeys(
+        [f"worker/{n}" for n in ("judge", "inner_head", "slot", "link", "loop")], LOOPS
+    ),
+    **dict.fromkeys([f"engine/{n}" for n in ("wave_engine", "engine", "first_stage")], LOOPS),
+    **dict.fromkeys([f"engine/{n}" for n in ("links", "sequence", "drafter", "layout")], LOOPS),
+    **dict.fromkeys([f"engine/{n}" for n in ("llm", "text_engine", "thread", "stats")], LOOPS),
+    **dict.fromkeys([f"model/{n}" for n in ("cache", "stage")], MEMORY),
+    **dict.fromkeys(
+        [f"worker/{n}" for n in ("messages", "wave_messages", "frame")], ("unit/test_messages.py",)
+    ),
+    **dict.fromkeys(("model/tokenizer", "model/escape", "engine/text"), TEXT),
+    "model/gguf_tokenizer": ("unit/test_gguf_tokenizer.py",),
+    "engine/logprobs": ("unit/test_logprobs.py",),
+    "engine/rejection": ("contract/test_rejection.py",),
     "worker/recorder": ("unit/test_trace.py",),
+    "speculation/gate": ("unit/test_gate.py",),
+    "model/runners": ("unit/test_kernels.py", "unit/test_cache_stage.py"),
 }
 SLOW_S = 30.0  # of processor time: a longer test is left out
 PATIENCE = 6  # times as long as without a mutant, and then some, before a mutant counts as endless
@@ -178,12 +185,12 @@ def digest(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def search(module: str, mutants: list[str], seconds: float) -> dict[str, str]:
-    """Run ``mutants`` in a process that has collected the module's tests."""
+def search(files: tuple[str, ...], mutants: list[str], seconds: float) -> dict[str, str]:
+    """Run ``mutants`` in a process that has collected the tests of these files."""
     with tempfile.NamedTemporaryFile() as place:
         if not (pid := os.fork()):
             plugin = Search(mutants, seconds)
-            tests = [f"tests/{name}" for name in TESTS[module]]
+            tests = [f"tests/{name}" for name in files]
             os.chdir("mutants")
             options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:warnings"]
             options += ["--hypothesis-profile=unshrunk"]
@@ -192,7 +199,7 @@ def search(module: str, mutants: list[str], seconds: float) -> dict[str, str]:
             os._exit(int(code not in (0, 5)))
         _, status = os.waitpid(pid, 0)
         if status:
-            raise SystemExit(f"{module}: its tests cannot be run without a mutant")
+            raise SystemExit(f"{', '.join(files)}: cannot be run without a mutant")
         outcomes: dict[str, str] = json.loads(Path(place.name).read_text())
         return outcomes
 
@@ -205,20 +212,66 @@ def difference(mutant: str, module: str) -> str:
     return "\n".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---"))
 
 
-def record(result: dict[str, Any], names: dict[str, list[str]]) -> None:
-    """Write the result file: counts of every module, and what survived."""
-    for module, entry in result.items():
-        outcomes = entry["outcomes"]
-        counts = Counter(outcomes.values())
-        before = entry.get("survivors", {})
-        entry["survivors"] = survivors = {}
-        entry["mutants"] = len(names[module])
-        entry["counts"] = {"run": len(outcomes), **dict(sorted(counts.items()))}
-        for mutant, outcome in outcomes.items():
-            if outcome == SURVIVED:
-                fresh = {"difference": difference(mutant, module), "argument": ""}
-                survivors[mutant] = before.get(mutant, fresh)
+def source_hash(module: str) -> str:
+    """Return what changes with a module's source: its mutants' numbers then mean others."""
+    return hashlib.sha256(Path(f"src/ppsd/{module}.py").read_bytes()).hexdigest()[:16]
+
+
+def record(outcomes: dict[str, Any], names: dict[str, list[str]]) -> None:
+    """Write the outcomes, and the result file: counts of every module, and what survived."""
+    OUTCOMES.write_text(json.dumps(outcomes))
+    arguments, modules = read_arguments(), read_result()
+    for module in (name for name in TESTS if name in outcomes):
+        of_mutants = outcomes[module]["of"]
+        differences = {
+            mutant: difference(mutant, module)
+            for mutant, outcome in of_mutants.items()
+            if outcome == SURVIVED
+        }
+        modules[module] = {
+            "mutants": len(names[module]),
+            "run": len(of_mutants),
+            **dict(sorted(Counter(of_mutants.values()).items())),
+            "survivors": {
+                mutant: {"difference": lines, "argument": arguments.get(lines, "")}
+                for mutant, lines in differences.items()
+            },
+        }
+    counts: Counter[str] = Counter()
+    for entry in modules.values():
+        counts.update({key: value for key, value in entry.items() if isinstance(value, int)})
+    result = {"provenance": {"commit": commit()}, "all": counts, "modules": modules}
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def commit() -> str:
+    """Return the commit whose mutants these are."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def read_result() -> dict[str, Any]:
+    """Return what the result file says, by module."""
+    modules: dict[str, Any] = json.loads(RESULT.read_text())["modules"] if RESULT.exists() else {}
+    return modules
+
+
+def read_arguments() -> dict[str, str]:
+    """Return what the result file says of survivors, by their difference."""
+    survivors = [s for entry in read_result().values() for s in entry["survivors"].values()]
+    return {s["difference"]: s["argument"] for s in survivors if s["argument"]}
+
+
+def settled(before: dict[str, Any], module: str) -> dict[str, str]:
+    """Return the outcomes that need not be found again: all but survivors without an argument."""
+    if before.get("source") != source_hash(module):
+        return {}
+    arguments = read_arguments()
+    return {
+        mutant: outcome
+        for mutant, outcome in before["of"].items()
+        if outcome != SURVIVED or difference(mutant, module) in arguments
+    }
 
 
 def main() -> None:
@@ -232,24 +285,27 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "mutants"))
     names = write_mutants()
+    importlib.invalidate_caches()  # mutants/ may be new
     for preloaded in ("torch", "transformers", "hypothesis", "scipy.stats"):
         importlib.import_module(preloaded)
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
     modules = options.modules or list(TESTS)
-    for number, module in enumerate(modules):
-        outcomes = result.setdefault(module, {}).setdefault("outcomes", {})
-        argued = {n for n, s in result[module].get("survivors", {}).items() if s["argument"]}
-        known = {
-            name: outcomes[name]
-            for name in names[module]
-            if outcomes.get(name) in (KILLED, ENDLESS, UNCOVERED) or name in argued
-        }
-        left = [name for name in names[module][: options.most] if name not in known]
-        share = (deadline - time.monotonic()) / (len(modules) - number)
-        if left and share > 0:
-            result[module]["outcomes"] = known | search(module, left, share)
-            record(result, names)
-            print(module, result[module]["counts"], flush=True)
+    for files, group in groupby(modules, TESTS.__getitem__):
+        known, left = {}, []
+        together = list(group)
+        for module in together:
+            known[module] = settled(outcomes.get(module, {}), module)
+            left += [n for n in names[module][: options.most] if n not in known[module]]
+        share = (deadline - time.monotonic()) * len(together) / len(modules)
+        modules = modules[len(together) :]
+        if not left or share <= 0:
+            continue
+        found = search(files, sorted(left, key=digest), share)
+        for module in together:
+            new = {name: found[name] for name in names[module] if name in found}
+            outcomes[module] = {"source": source_hash(module), "of": known[module] | new}
+            print(module, Counter(outcomes[module]["of"].values()), flush=True)
+        record(outcomes, names)
 
 
 if __name__ == "__main__":

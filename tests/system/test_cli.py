@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ppsd import LLM, SamplingParams
+from tests.support import command
 from tests.support.tiny_models import save_perfect_head
 from tests.unit.test_trace import arrows, check, lanes, read
 
@@ -82,8 +83,8 @@ def test_chat_over_a_pipe(tiny_model, flags) -> None:
 def test_verify(flags, tmp_path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the quick\nfive jugs\n")
-    result = ppsd("verify", prompts, "--json", "-n", 16, *flags)
-    assert result.returncode == 0, result.stderr
+    result = command.ppsd("verify", prompts, "--json", "-n", 16, *flags)
+    assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)
     assert (record["passed"], record["exact"], record["bitwise_logits"]) == (True, 2, 2)
     assert record["tokens"] == 32

@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 
 from ppsd import LLM, SamplingParams
-from ppsd.errors import PipelineError, PpsdError
+from ppsd.errors import ConfigError, PipelineError, PpsdError
 from ppsd.worker.process import Supervisor, WorkerConfig
 from tests.stress.lifecycle import PARAMS, PROMPT, Alarm, forks, interrupted_within
+from tests.support.command import ppsd
 from tests.support.faults import gone
 
 ROOT = Path(__file__).parents[2]
@@ -274,16 +275,18 @@ def test_a_script_under_torchrun(open_llm: Open, tmp_path: Path, transport: str)
     [("RANK", "two"), ("MASTER_PORT", "99999"), ("GLOO_SOCKET_IFNAME", "nonsense0")],
 )
 def test_a_wrong_variable_of_a_launcher_is_one_sentence(
-    open_llm: Open, name: str, value: str
+    tiny_model: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     torchrun = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for variable, given in (torchrun | {name: value}).items():
+        monkeypatch.setenv(variable, given)
     arguments = ["generate", "hello", "--raw", "--stages", "2", "--head", "untrained"]
-    arguments += ["--plan", "off", "--transport"]
-    command = ("-m", "ppsd", *arguments, "distributed", "-m", llm_model(open_llm))
-    result = run_program("", launcher=command, **torchrun | {name: value})
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"ppsd: {name} must be ")
-    assert result.stderr.count("\n") == 1
+    arguments += ["--plan", "off", "--transport", "distributed", "-m", str(tiny_model())]
+    result = ppsd(*arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith(f"{name} must be ")
+    assert "\n" not in str(result.exception)
+    assert result.stdout == ""
 
 
 def test_nothing_depends_on_the_clock_on_the_wall(

@@ -160,6 +160,8 @@ def test_errors_name_tensors_as_the_file_does(tmp_path: Path) -> None:
         check_shapes(source, replace(spec, num_layers=3))
     with pytest.raises(ModelError, match=r"tensor blk.0.ffn_gate.weight has shape \[24, 32\], but"):
         check_shapes(source, replace(spec, intermediate_size=25))
+    with pytest.raises(ModelError, match=r"9 tensors do not belong .* first is blk.1.\w+.weight"):
+        check_shapes(source, replace(spec, num_layers=1))
 
 
 def split(path: Path, cut: Callable[[list[str]], list[list[str]]], **keys: Any) -> list[Path]:

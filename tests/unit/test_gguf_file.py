@@ -21,7 +21,7 @@ from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import spec_from_config
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.model.weights import check_shapes, fingerprint, open_source
-from tests.support.gguf_files import as_stored, random_model, write_model
+from tests.support.gguf_files import add_value, as_stored, random_model, write_model
 
 HEADS, KV_HEADS, LAYERS = 4, 2, 2
 SIZES = {
@@ -146,6 +146,40 @@ def test_unsupported_metadata_is_named(tmp_path, extend, message):
     write_model(tmp_path / "m.gguf", random_model(LlamaConfig(**SIZES)), extend=with_head_size)
     with pytest.raises(UnsupportedModelError, match=message):
         GGUFSource(tmp_path / "m.gguf").spec("m")
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "Llama", "gemma2"])
+def test_other_architectures_are_named_before_keys_they_lack(tmp_path, architecture):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match=f"architecture '{architecture}' is not supp"):
+        GGUFSource(tmp_path / "m.gguf").spec("m")
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("general.alignment", [7], "general.alignment 7"),
+        ("general.alignment", [True], "general.alignment True"),
+        ("llama.rope.scaling.factor", [2.0, 4.0], "llama.rope.scaling.factor stands there twice"),
+    ],
+)
+def test_headers_that_can_be_read_in_two_ways_are_refused(tmp_path, key, values, message):
+    def extend(writer: gguf.GGUFWriter) -> None:
+        for number, value in enumerate(values):  # the writer itself takes a key once
+            add_value(writer, key[:-1] + str(number), value)
+
+    write_model(tmp_path / "m.gguf", random_model(LlamaConfig(**SIZES)), extend=extend)
+    data = (tmp_path / "m.gguf").read_bytes()
+    for number in range(len(values)):
+        data = data.replace((key[:-1] + str(number)).encode(), key.encode())
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ModelError, match=message):
+        read_header(tmp_path / "m.gguf")
 
 
 def test_tensors_without_a_meaning_are_refused(tmp_path):

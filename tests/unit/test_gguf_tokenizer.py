@@ -56,6 +56,9 @@ PIECES = {
     "gpt-2": "I|'|LL| pay| 12345| \n\n| x|\t|return| café|!| ok|\u00a0| 日本",
     "tekken": "I|'LL| pay| |1|2|3|4|5| \n\n| x|\treturn| café|!| ok|\u00a0| 日本",
     "seed-coder": "I|'LL| pay| |1|2|3|4|5| \n\n| x|\treturn| café|!| ok|\u00a0| 日本",
+    "dbrx": "I|'LL| pay| |123|45| \n\n| x|\treturn| café|!| ok|\u00a0| 日本",
+    "minicpm5": "I|'LL| pay| |123|45| \n\n| x|\treturn| café|!| ok|\u00a0| 日本",
+    "viking": "I'LL| pay| |1|2|3|4|5| \n\n| x|\t|return| café|!| ok|\u00a0| 日本",
     "deepseek-coder": "I|'|LL| pay| |1|2|3|4|5| |\n|\n| x|\treturn| café|!| ok|\u00a0| |日本",
 }
 
@@ -259,8 +262,14 @@ def test_end_tokens_are_found_by_key_and_by_name(tmp_path: Path) -> None:
         ({"merges": ["no"]}, "merges joins 'no' and ''"),
         (
             {"add_bos_token": True},
-            "add_bos_token is true, but tokenizer.ggml.bos_token_id names no",
+            "add_bos_token is true, .* but tokenizer.ggml.bos_token_id names no",
         ),
+        ({"pre": "llama-bpe", "bos_token_id": 999}, "tokenizer.ggml.bos_token_id names no token"),
+        ({"add_eos_token": True, "eos_token_id": 999}, "tokenizer.ggml.eos_token_id names no tok"),
+        ({"bos_token_id": "1"}, "tokenizer.ggml.bos_token_id must be a token id, got '1'"),
+        ({"bos_token_id": 1.0}, "tokenizer.ggml.bos_token_id must be a token id, got 1.0"),
+        ({"bos_token_id": True}, "tokenizer.ggml.bos_token_id must be a token id, got True"),
+        ({"unknown_token_id": [1]}, "tokenizer.ggml.unknown_token_id must be a .*, got an array"),
         ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token must be True or False, got 1"),
         ({"more": {"a": NORMAL}}, "tokenizer.ggml.tokens holds 'a' twice"),
     ],

@@ -35,7 +35,8 @@ def judge(slots: int, **params: object) -> Judge:
         begin = Begin(slot, SamplingParams(), len(PROMPT), (), VOCAB)
         made.begin(begin)
         block = Block(slot, ROOT, 0, -1, 1, PROMPT, torch.full((3, 1), 4.0))
-        assert made.verdict(block, block.hidden).tokens == (4,)
+        said = made.verdict(block, block.hidden)
+        assert (said.tokens, said.feedback) == ((4,), None)
         made.begin(replace(begin, params=SamplingParams(**params), stop_ids=tuple(range(VOCAB))))
     return made
 

@@ -261,6 +261,14 @@ def test_presets_are_points_of_one_schedule() -> None:
     assert schedule_for("ppsd", 2, block=3) == Schedule(3, 2)
 
 
+def test_pieces_of_a_prompt_have_a_window_of_their_own() -> None:
+    policy = Policy(
+        Schedule(1, 1), max_tokens=1, stop_ids=frozenset(), prefill_chunk=2, prefill_in_flight=3
+    )
+    feeds = policy.start(list(range(9)))
+    assert [feed.tokens for feed in feeds if isinstance(feed, Feed)] == [(0, 1), (2, 3), (4, 5)]
+
+
 def plain_policy() -> Policy:
     return Policy(Schedule(1, 1), max_tokens=1, stop_ids=frozenset())
 
@@ -277,6 +285,6 @@ def plain_policy() -> Policy:
     ],
 )
 def test_bad_schedules_are_named(field_name: str, value: object, call) -> None:
-    with pytest.raises(ConfigError, match=field_name) as caught:
+    with pytest.raises(ConfigError, match=f"^{field_name} must") as caught:
         call()
     assert repr(value) in str(caught.value)

@@ -185,6 +185,7 @@ def test_top_k_keeps_everything_equal_to_the_kth():
     assert kept([1.0, 3.0, 2.0, 2.0, 0.0], top_k=2) == [1, 2, 3]
     assert kept([1.0, 3.0, 2.0], top_k=50) == [0, 1, 2]
     assert kept([-math.inf, 3.0, -math.inf], top_k=2) == [1]
+    assert kept([1.0, 3.0, 2.0], top_k=1) == [1]
 
 
 def test_top_p_keeps_the_smallest_set_with_ties_to_the_lowest_id():
@@ -294,7 +295,18 @@ def test_probabilities_are_softmax_or_one_hot():
     warm = make_sampler(3, temperature=1.0).probabilities(logits, tokens())
     assert warm.tolist() == pytest.approx([0.2, 0.6, 0.2], rel=1e-7)
     assert warm.dtype == torch.float64
-    assert make_sampler(3).probabilities(logits, tokens()).tolist() == [0.0, 1.0, 0.0]
+    cold = make_sampler(3).probabilities(logits, tokens())
+    assert cold.tolist() == [0.0, 1.0, 0.0]
+    assert cold.dtype == torch.float64
+
+
+def test_logits_of_a_model_are_adjusted_in_double_precision():
+    sampler = make_sampler(logit_bias={3: 0.1}, repetition_penalty=1.3)
+    logits, history = random_row(4)
+    logits, history = logits.float(), history[history != 3]
+    adjusted = sampler.process(logits, history)
+    assert torch.equal(adjusted, sampler.process(logits.double(), history))
+    assert adjusted[3] == logits[3].double() + 0.1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from math import inf
 
 import pytest
@@ -16,14 +18,21 @@ ODDS = [0.0] * len(LENGTHS)
 PROMPT = [5, 6, 7]
 
 
-def policy(slot: int = 0, *, prompt: list[int] = PROMPT, chunk: int = 8, loose: int = 8):
+def policy(
+    slot: int = 0,
+    *,
+    prompt: list[int] = PROMPT,
+    chunk: int = 8,
+    loose: int = 8,
+    lookup: bool = False,
+) -> WavePolicy:
     made = WavePolicy(
         slot,
         4,
         max_tokens=20,
         stop_ids=frozenset(),
         cells=Cells(64, loose),
-        lookup=False,
+        lookup=lookup,
         prefill_chunk=chunk,
     )
     made.start(prompt)
@@ -34,7 +43,9 @@ def decoding(slot: int = 0, token: int = 1, **settings) -> WavePolicy:
     """Return a policy whose prompt has been answered with ``token``."""
     made = policy(slot, **settings)
     feed = made.chunk(1)
-    assert made.on(Judged(feed.epoch, 0, len(PROMPT), (token,), 1)) == [Emit((token,), 0)]
+    assert feed is not None
+    length = len(settings.get("prompt", PROMPT))
+    assert made.on(Judged(feed.epoch, 0, length, (token,), 1)) == [Emit((token,), 0)]
     return made
 
 
@@ -61,10 +72,24 @@ def check_opinions() -> None:
     assert (new.token, rest) == (9, [])
     say(made, 10**6, {8: 0.9}, level=3)
     assert list(made.offers(9)) == []
+    assert made.counts.opinions == 2, "of live nodes, from later heads"
 
 
 def test_opinions_of_dead_nodes_mean_nothing() -> None:
     check_opinions()
+
+
+def test_a_node_never_has_the_number_of_one_that_died() -> None:
+    made = decoding()
+    seen = set()
+    for wave in range(2, 6):
+        (_, root), *_ = choose([made], 1, 2 * wave)
+        say(made, root.id, {4: 0.5, 5: 0.3})
+        numbers = {root.id, *(node.id for _, node in choose([made], 2, 2 * wave + 1))}
+        assert len(numbers) == 3
+        assert not seen & numbers
+        seen |= numbers
+        made.on(Verified((root.id,), (6,)))
 
 
 def test_certain_rows_come_first_and_are_not_counted() -> None:
@@ -115,6 +140,7 @@ def test_chunks_end_at_multiples_and_rows_wait_for_the_prompt() -> None:
     feeds = [made.chunk(wave) for wave in (1, 2, 3)]
     assert [len(feed.tokens) for feed in feeds] == [4, 4, 2]
     assert [feed.judge for feed in feeds] == [0, 0, 1]
+    assert [feed.draft for feed in feeds] == [False, False, True]
     assert (made.chunk(4), list(made.offers(9)), set(made.waves)) == (None, [], {1, 2, 3})
     with pytest.raises(ProtocolError, match="does not answer the oldest block"):
         made.on(Judged(made.epoch, 4, 8, (), 1))
@@ -126,7 +152,7 @@ def test_moves_are_told_once_and_before_rows_above_them() -> None:
     say(made, root.id, {4: 0.5, 5: 0.3})
     siblings = [node for _, node in choose([made], 2, 3)]
     made.part(siblings)
-    made.on(Verified((root.id, siblings[1].id), (5, 6)))
+    assert made.on(Verified((root.id, siblings[1].id), (5, 6))) == [Emit((5, 6), 1)]
     (_, new), *_ = choose([made], 1, 4)
     part, rows = made.part([new])
     assert part.moves == ((siblings[1].cell, siblings[1].position),)
@@ -134,6 +160,20 @@ def test_moves_are_told_once_and_before_rows_above_them() -> None:
     say(made, new.id, {1: 0.9})
     (_, child), *_ = choose([made], 1, 5)
     assert made.part([child])[0].moves == ()
+
+
+def test_copies_in_a_wave_are_worth_less_the_deeper_they_are() -> None:
+    made = decoding(prompt=[5, 6, 7, 8, 9, 5], token=6, lookup=True)
+    values = [value for value, _ in islice(worth_feeding(made, 2), 4)]
+    assert values[0] == inf
+    assert 1 > values[1] > values[2] > values[3] > 0
+
+
+def worth_feeding(made: WavePolicy, wave: int) -> Iterator[tuple[float, Node]]:
+    """Yield what is offered, and feed it."""
+    for value, node in made.offers(wave):
+        made.feed(node, wave)
+        yield value, node
 
 
 def test_the_offer_of_a_root_is_infinite() -> None:

@@ -6,11 +6,13 @@ Keys that would change the numbers are obeyed or refused, as llama.cpp reads the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ppsd import checks
 from ppsd.errors import ModelError, UnsupportedModelError, shortened
 from ppsd.model.gguf_header import Header
+from ppsd.model.spec import require_supported
 
 ROPE_KEYS = {
     "rope.dimension_count",
@@ -125,6 +127,7 @@ def config_record(header: Header, where: str) -> dict[str, Any]:
         raise ModelError(f"{where}: tensor token_embd.weight is missing")
     if keys.architecture is None:
         raise ModelError(f"{where}: metadata general.architecture is missing")
+    require_supported(keys.architecture, where)
     keys.refuse_what_would_be_ignored()
     heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
     whole = max(1, hidden // heads)
@@ -179,19 +182,23 @@ def _rope_record(keys: _Keys) -> dict[str, Any]:
     return scaled
 
 
+def token_id(header: Header, where: str, key: str, default: int | None = None) -> int | None:
+    """Return the id that a key of the tokenizer holds; raises ModelError for anything else."""
+    name = f"tokenizer.ggml.{key}"
+    value = header.metadata.get(name, default)
+    if name in header.arrays or (value is not None and type(value) is not int):
+        told = "an array" if name in header.arrays else shortened(repr(value))
+        raise ModelError(f"{where}: metadata {name} must be a token id, got {told}")
+    return value
+
+
 def end_ids(header: Header, tokens: Sequence[str], where: str) -> set[int]:
     """Return the ids that end an answer, by the file's keys and by the names of its ``tokens``.
 
     Raises ModelError for a key that holds no id.
     """
 
-    def stated(key: str, default: int | None = None) -> int | None:
-        value = header.metadata.get(f"tokenizer.ggml.{key}", default)
-        if value is not None and type(value) is not int:
-            told = f"must be a token id, got {shortened(repr(value))}"
-            raise ModelError(f"{where}: metadata tokenizer.ggml.{key} {told}")
-        return value
-
+    stated = partial(token_id, header, where)
     ids = {name: i for i, name in enumerate(tokens)}
     default = 2 if header.metadata.get("tokenizer.ggml.model") == "llama" else None
     ends = {stated("eos_token_id", default), stated("eot_token_id"), stated("eom_token_id")}

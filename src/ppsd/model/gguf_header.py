@@ -152,6 +152,8 @@ class _Reader:
         arrays: set[str] = set()
         for _ in range(pair_count):
             key = self._string()
+            if key in metadata or key in arrays:
+                raise ValueError(f"{shortened(key)} stands there twice")
             value = self._value(self._number("I"), key in self._wanted)
             if value is None:
                 arrays.add(key)
@@ -159,7 +161,7 @@ class _Reader:
                 metadata[key] = value
         table = [self._tensor_info() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment {shortened(repr(alignment))}")
         start = -(-self._at // alignment) * alignment
         tensors = {info[0]: self._entry(*info, start) for info in table}

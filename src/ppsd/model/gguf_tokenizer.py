@@ -24,8 +24,8 @@ from tokenizers import (
 
 from ppsd import checks
 from ppsd.errors import ModelError, UnsupportedModelError, shortened
-from ppsd.model.gguf_config import END_NAMES
-from ppsd.model.gguf_header import read_header
+from ppsd.model.gguf_config import END_NAMES, token_id
+from ppsd.model.gguf_header import Header, read_header
 
 PREFIX = "tokenizer.ggml."
 ARRAYS = [PREFIX + name for name in ("tokens", "token_type", "scores", "merges")]
@@ -47,6 +47,8 @@ TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+MINICPM5 = rf"{WORDS}|\p{{N}}+|{REST}"
+NO_STOPS = r" ?[^(\s|.,!?…。，、।۔،)]+"
 SEED_CODER = rf"{WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
@@ -74,7 +76,9 @@ SPLITTINGS: dict[str, _Splitting] = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"), _QWEN2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "minerva-7b"), _DIGITS),
     **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "trillion"), _GPT2),
-    "smaug-bpe": _Splitting((LLAMA3,)),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _Splitting((LLAMA3,))),
+    "minicpm5": _Splitting((r"\p{N}{1,3}", MINICPM5), whole=True),
+    "viking": _Splitting((NO_STOPS, r"\p{N}")),
     "tekken": _Splitting((TEKKEN,), whole=True, bos=True),
     "seed-coder": _Splitting((SEED_CODER,)),
     "deepseek-coder": _Splitting((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}")),
@@ -99,13 +103,13 @@ def convert(path: Path) -> Any:
     """
     import transformers
 
-    metadata = read_header(path, ARRAYS).metadata
-    vocabulary = _Vocabulary(metadata, str(path))
+    header = read_header(path, ARRAYS)
+    vocabulary = _Vocabulary(header, str(path))
     backend = vocabulary.backend()
     build: Any = transformers.PreTrainedTokenizerFast  # not typed
     return build(
         tokenizer_object=backend,
-        chat_template=_templates(metadata),
+        chat_template=_templates(header.metadata),
         clean_up_tokenization_spaces=False,
         **vocabulary.named(),
     )
@@ -123,8 +127,8 @@ def _templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
 class _Vocabulary:
     """The tokens of a GGUF file, and what its keys say about them."""
 
-    def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
-        self._metadata = metadata
+    def __init__(self, header: Header, where: str) -> None:
+        self._header = header
         self._where = where
         self.model = self._key("model")
         if self.model not in ("gpt2", "llama"):
@@ -227,10 +231,11 @@ class _Vocabulary:
         sides = []
         for key, default in (("bos", usual), ("eos", False)):
             wanted, token = self._flag(f"add_{key}_token", default), self._token(key)
-            if token is None and f"{PREFIX}add_{key}_token" in self._metadata and wanted:
+            stated = {f"{PREFIX}{name}" for name in (f"add_{key}_token", f"{key}_token_id")}
+            if wanted and token is None and stated & self._header.metadata.keys():
                 raise ModelError(
-                    f"{self._where}: tokenizer.ggml.add_{key}_token is true, but "
-                    f"tokenizer.ggml.{key}_token_id names no token"
+                    f"{self._where}: tokenizer.ggml.add_{key}_token is true, if only by default, "
+                    f"but tokenizer.ggml.{key}_token_id names no token"
                 )
             sides.append([token] if wanted and token is not None else [])
         return sides[0], sides[1]
@@ -238,9 +243,8 @@ class _Vocabulary:
     def _token(self, role: str) -> str | None:
         """Return the token of a role, by its key or by SentencePiece's custom."""
         custom = {"unknown": 0, "bos": 1, "eos": 2} if self.model == "llama" else {}
-        token = self._key(f"{role}_token_id", custom.get(role))
-        known = isinstance(token, int) and 0 <= token < len(self.tokens)
-        return self.tokens[token] if known else None
+        token = token_id(self._header, self._where, f"{role}_token_id", custom.get(role))
+        return self.tokens[token] if token is not None and 0 <= token < len(self.tokens) else None
 
     def _splitting(self) -> _Splitting:
         name = self._key("pre")
@@ -253,7 +257,7 @@ class _Vocabulary:
         return SPLITTINGS[name]
 
     def _key(self, name: str, default: Any = None) -> Any:
-        return self._metadata.get(PREFIX + name, default)
+        return self._header.metadata.get(PREFIX + name, default)
 
     def _flag(self, name: str, default: bool) -> bool:
         with checks.inside(self._where, ModelError):

@@ -130,6 +130,15 @@ class ModelSpec:
         return cls(**values | lists)
 
 
+def require_supported(architecture: object, where: str) -> None:
+    """Raise UnsupportedModelError unless ``architecture`` is of the Llama family."""
+    if architecture not in SUPPORTED:
+        raise UnsupportedModelError(
+            f"{where}: architecture {shortened(repr(architecture))} is not supported; "
+            f"supported are {SUPPORTED_TEXT}"
+        )
+
+
 def config_from_dict(record: Mapping[str, Any], where: str) -> PretrainedConfig:
     """Build transformers' own config object from the contents of a config.json.
 
@@ -138,11 +147,7 @@ def config_from_dict(record: Mapping[str, Any], where: str) -> PretrainedConfig:
     class refuses; both name ``where``.
     """
     model_type = record.get("model_type")
-    if model_type not in SUPPORTED:
-        raise UnsupportedModelError(
-            f"{where}: architecture {shortened(repr(model_type))} is not supported; "
-            f"supported are {SUPPORTED_TEXT}"
-        )
+    require_supported(model_type, where)
     check_sizes(record, where)
     for name in ("rope_parameters", "rope_scaling"):  # else transformers quotes all of it in a log
         _check_rope(record.get(name) or {}, where)
@@ -151,7 +156,7 @@ def config_from_dict(record: Mapping[str, Any], where: str) -> PretrainedConfig:
     # Only what is read here: others can fill the memory, as num_labels does.
     known = {key: value for key, value in record.items() if key in READ or key in LIMITS}
     try:
-        return CONFIG_MAPPING[model_type].from_dict(known)
+        return CONFIG_MAPPING[str(model_type)].from_dict(known)
     except Exception as error:  # the classes validate with several unrelated exception types
         raise ModelError(
             f"{where}: not a valid {model_type} configuration: {shortened(str(error))}"
@@ -233,11 +238,7 @@ def speakable(ends: Iterable[int], size: int) -> tuple[tuple[int, ...], tuple[st
 
 
 def _refuse_unsupported(config: PretrainedConfig, name: str) -> None:
-    if config.model_type not in SUPPORTED:
-        raise UnsupportedModelError(
-            f"{name}: architecture {config.model_type!r} is not supported; "
-            f"supported are {SUPPORTED_TEXT}"
-        )
+    require_supported(config.model_type, name)
     if config.hidden_act != "silu":
         raise UnsupportedModelError(
             f"{name}: hidden_act {shortened(repr(config.hidden_act))} is not supported; "

@@ -74,7 +74,7 @@ def check_shapes(source: TensorSource, spec: ModelSpec) -> None:
     if extras:
         raise ModelError(
             f"{spec.name}: {len(extras)} tensors do not belong to this architecture, "
-            f"the first is {extras[0]}"
+            f"the first is {source.name_in_file(extras[0])}"
         )
 
 
