@@ -16,8 +16,17 @@ from ppsd.speculation.lookup import LENGTHS
 from ppsd.speculation.waves import Part, Row
 from ppsd.transport.base import gather, part_bytes
 from ppsd.types import SamplingParams
-from ppsd.worker import messages
-from ppsd.worker.frame import DTYPES, HEADER, HEADER_BYTES, MAGIC, VERSION, Landing, packed_ids
+from ppsd.worker.frame import (
+    CONTROL_BYTES,
+    DTYPES,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    VERSION,
+    Landing,
+    frame_bytes,
+    packed_ids,
+)
 from ppsd.worker.messages import (
     Begin,
     Block,
@@ -28,8 +37,8 @@ from ppsd.worker.messages import (
     Verdict,
     decode,
     encode,
-    frame_bytes,
 )
+from ppsd.worker.scores import Scores
 from ppsd.worker.wave_messages import Opinion, Verdicts, Wave
 
 words = st.integers(0, 2**16 - 1)
@@ -118,6 +127,14 @@ def opinions(draw: st.DrawFn) -> Opinion:
     return Opinion(draw(words), nodes, tokens, torch.rand(count, width + len(LENGTHS)))
 
 
+@st.composite
+def prompt_scores(draw: st.DrawFn) -> Scores:
+    count, width = draw(st.integers(1, 4)), draw(st.integers(0, 4))
+    tokens = tuple(draw(token_ids(width)) for _ in range(count))
+    numbers = torch.rand(count, 1 + width, dtype=torch.float64)
+    return Scores(draw(words), draw(epochs), draw(words), draw(positions), tokens, numbers)
+
+
 params = st.builds(
     SamplingParams,
     temperature=st.floats(0, 100),
@@ -138,6 +155,7 @@ begins = st.builds(
     want_logits=st.booleans(),
     want_feedback=st.booleans(),
     want_opinions=st.booleans(),
+    scores=st.integers(-1, 20),
     source=words,
     shared=positions,
 )
@@ -154,6 +172,7 @@ all_messages = st.one_of(
     waves(),
     wave_verdicts(),
     opinions(),
+    prompt_scores(),
     refusals,
     begins,
     st.builds(Control, st.text()),
@@ -222,7 +241,7 @@ def test_frames_fit_what_the_geometry_reserves(dtype) -> None:
     hidden = torch.zeros(500, 90, dtype=dtype)
     block = Block(0, 1, 0, -1, 500, (0,) * 500, hidden)
     assert len(frame(block)) == frame_bytes(500, 90, dtype)
-    assert frame_bytes(1, 1, dtype) == HEADER_BYTES + messages.CONTROL_BYTES
+    assert frame_bytes(1, 1, dtype) == HEADER_BYTES + CONTROL_BYTES
 
 
 def refused_or_read(bits: bytes | bytearray) -> Message | None:
@@ -320,6 +339,9 @@ def fields_of(*fields: int) -> bytes:
         (9, (), {"rows": 0}, "other numbers"),
         (9, (-3,), {"rows": 0}, "other numbers"),
         (9, (2**62, 1), {"rows": 1, "width": 0}, "other numbers"),
+        (10, (), {"rows": 0}, "scores of 0 tokens"),
+        (10, (1, 2), {"rows": 1, "width": 0}, "scores of 1 tokens"),
+        (10, (1, 2), {"rows": 2**31 - 1, "width": 0}, "scores of 2147483647 tokens"),
     ],
 )
 def test_absurd_fields_of_waves_are_named(kind, body, changes, words) -> None:
@@ -339,6 +361,7 @@ GOOD = {
     "want_logits": False,
     "want_feedback": False,
     "want_opinions": False,
+    "scores": -1,
     "source": 0,
     "shared": 0,
 }

@@ -28,11 +28,12 @@ from ppsd.model.stage import Stage, StageModel, StagePlan
 from ppsd.model.weights import TensorSource
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
+from ppsd.worker.frame import frame_bytes
 from ppsd.worker.inner_head import InnerHead
 from ppsd.worker.judge import Judge
 from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker
-from ppsd.worker.messages import Status, frame_bytes
+from ppsd.worker.messages import Status
 from ppsd.worker.pace import paced
 from ppsd.worker.process import (
     Supervisor,
@@ -44,6 +45,7 @@ from ppsd.worker.process import (
     set_own_threads,
 )
 from ppsd.worker.recorder import Recorder
+from ppsd.worker.scores import scores_bytes
 from ppsd.worker.wave_messages import wave_bytes
 
 CLOSE_GRACE_S = 1.0  # leaving takes a worker milliseconds
@@ -193,7 +195,7 @@ class RunningPipeline:
         return Geometry(
             size=self.layout.stages,
             forward_bytes=frame_bytes(rows, spec.hidden_size, dtype) + fields,
-            return_bytes=frame_bytes(*verdicts, dtype) + fields,
+            return_bytes=max(frame_bytes(*verdicts, dtype) + fields, scores_bytes(rows)),
             # a window of stale work, one of new work, requests that begin, and control
             frames=2 * window + config.concurrent + 3,
             slots=self.layout.slots,

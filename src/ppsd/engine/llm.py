@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import torch
 
+from ppsd import checks
 from ppsd.config import AUTO, EngineConfig
 from ppsd.engine.answer import Chunk, Completion
 from ppsd.engine.build import Progress, RunningPipeline
@@ -32,6 +33,7 @@ from ppsd.model.tokenizer import StreamDecoder, Tokenizer
 from ppsd.speculation.gate import Gate
 from ppsd.speculation.policy import Schedule, schedule_for
 from ppsd.types import SamplingParams
+from ppsd.worker.scores import MAX_TOP
 
 __all__ = ["LLM", "Chunk", "Completion", "Prompt"]
 
@@ -278,21 +280,30 @@ class LLM:
         *,
         reuse: bool = False,
         logprobs: int | None = None,
+        prompt_logprobs: bool = False,
         notify: Callable[[], object],
     ) -> Ticket:
         """Begin one completion and return at once.
 
         ``notify`` is called, on the engine's thread, whenever the ticket has something to take.
-        With ``logprobs`` its chunks have those of their tokens and of so many most likely ones.
+        With ``logprobs`` its chunks have those of their tokens and of so many most likely ones, and
+        with ``prompt_logprobs`` the first has them of the prompt, all of which is then computed.
         """
         params = params or SamplingParams(**self.defaults.values)
         if params.n > 1:
             raise ConfigError("n", params.n, "1 in a stream")
         ids = self.encode(prompt)
-        sink = (
-            None if logprobs is None else Logprobs(len(ids), self.layout.spec.num_tokens, logprobs)
-        )
-        ticket = self._ticket(self._request(ids, params, reuse=reuse, logits=sink))
+        request = self._request(ids, params, reuse=reuse)
+        sink = None
+        if logprobs is not None:
+            sink = Logprobs(ids, request.vocab_size, logprobs)
+            request = replace(request, logits=sink)
+        if prompt_logprobs:
+            if sink is None:
+                raise ConfigError("prompt_logprobs", True, "used with logprobs")
+            top = checks.integer("logprobs", logprobs, 0, MAX_TOP)
+            request = replace(request, scores=sink.hear, top=top)
+        ticket = self._ticket(request)
         ticket.answer.logprobs = sink
         ticket.notify = notify
         self._thread.submit(ticket)

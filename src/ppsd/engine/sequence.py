@@ -15,6 +15,7 @@ from ppsd.speculation.sampling import Sampler
 from ppsd.speculation.waves import WavePolicy
 from ppsd.types import SamplingParams
 from ppsd.worker.messages import Begin
+from ppsd.worker.scores import UNSCORED, Scores
 from ppsd.worker.slot import TokenHistory
 
 LogitsSink = Callable[[int, torch.Tensor], None]
@@ -26,7 +27,8 @@ class Request:
 
     ``reuse`` takes over all rows of the prompt that its slot holds, not only those that computing
     them again would repeat bit for bit. ``logits``, when given, receives (position, target logits
-    [V]) of every judged row; a position may come again, and the last call for it counts.
+    [V]) of every judged row; a position may come again, and the last call for it counts. ``scores``
+    receives those of the prompt's tokens, with ``top`` likeliest tokens each.
     """
 
     prompt: tuple[int, ...]
@@ -35,6 +37,8 @@ class Request:
     vocab_size: int
     reuse: bool = False
     logits: LogitsSink | None = None
+    scores: Callable[[Scores], None] | None = None
+    top: int = 0
 
 
 @dataclass(eq=False)
@@ -96,6 +100,8 @@ class HeldRows:
 
     def overlap(self, request: Request) -> int:
         """Return how many rows of a request's prompt are here and need not be computed."""
+        if request.scores is not None:  # rows that are not computed have no logits
+            return 0
         cached = min(_common_prefix(self.tokens, request.prompt), len(request.prompt) - 1)
         if not request.reuse:
             cached = min(cached, self._whole) // self._chunk * self._chunk
@@ -140,4 +146,5 @@ def begin_message(slot: int, request: Request, *, feedback: bool, logits: bool) 
         vocab_size=request.vocab_size,
         want_logits=logits or request.logits is not None,
         want_feedback=feedback,
+        scores=UNSCORED if request.scores is None else request.top,
     )

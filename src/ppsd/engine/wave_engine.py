@@ -21,6 +21,7 @@ from ppsd.speculation.tree import Cells, Node
 from ppsd.speculation.waves import Part, Row, Verified, WavePolicy, choose
 from ppsd.worker.judge import require_finite
 from ppsd.worker.messages import Verdict
+from ppsd.worker.scores import Scores
 from ppsd.worker.wave_messages import Opinion, Verdicts, Wave
 
 
@@ -191,7 +192,7 @@ class WaveEngine(Engine):
             self._hear(answer)
         elif isinstance(answer, Verdicts):
             self._verify(answer)
-        elif isinstance(answer, Verdict):
+        elif isinstance(answer, Verdict | Scores):
             super()._take(answer)
         else:
             sequence = self._slots.get(answer.slot)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from ppsd.engine.answer import Chunk, Completion
 from ppsd.engine.logprobs import TokenLogprob
 from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError
-from ppsd.model.tokenizer import REPLACEMENT, Tokenizer
+from ppsd.model.tokenizer import REPLACEMENT, StreamDecoder, Tokenizer
 from ppsd.serve.schema import ChatBody, Message, RefusedError, Sampled, TextBody, refusal_of
 from ppsd.types import SamplingParams
 
@@ -37,6 +38,8 @@ def sampling(body: Sampled, defaults: Mapping[str, Any], vocab_size: int) -> Sam
     name = "max_tokens"
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         limits, name = {"max_tokens": body.max_completion_tokens}, "max_completion_tokens"
+    if body.only_echoes:
+        given["max_tokens"] = 1  # which is dropped: see silenced
     seed = {"seed": secrets.randbits(SEED_BITS)}
     try:
         params = SamplingParams(**{**defaults, **seed, **limits, **given})
@@ -49,6 +52,14 @@ def sampling(body: Sampled, defaults: Mapping[str, Any], vocab_size: int) -> Sam
             allowed = f"token ids in [0, {vocab_size - 1}], the model's vocabulary"
             raise refusal_of(ConfigError(told, wrong[0], allowed))
     return params
+
+
+def silenced(part: Chunk | Completion) -> Chunk | Completion:
+    """Return a part of an answer without what is new in it."""
+    if isinstance(part, Chunk):
+        return Chunk((), prompt_logprobs=part.prompt_logprobs)
+    stats = replace(part.stats, new_tokens=0)
+    return Completion("", (), (), finish_reason="length", stats=stats)
 
 
 def conversation(messages: Iterable[Message]) -> list[dict[str, str]]:
@@ -79,7 +90,6 @@ class Reply:
 
     def __post_init__(self) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self._offsets = [0] * self.choices
 
     @property
     def asked(self) -> list[Prompt]:
@@ -96,11 +106,14 @@ class Reply:
         logprobs: dict[int, list[TokenLogprob]] = {i: [] for i in range(self.choices)}
         async for index, part in parts:
             if isinstance(part, Chunk):
+                logprobs[index] += self._before(index, part)
                 logprobs[index] += part.logprobs
             else:
                 self.done[index] = part
         choices = [
-            self._choice(index, self._message(self.done[index].text), logprobs[index])
+            self._choice(
+                index, self._message(self._echo(index) + self.done[index].text), logprobs[index]
+            )
             | {"finish_reason": self.done[index].finish_reason}
             | self._ids(index, self.done[index].token_ids, first=True)
             for index in range(self.choices)
@@ -117,10 +130,13 @@ class Reply:
         told: set[int] = set()
         async for index, part in parts:
             if isinstance(part, Chunk):
-                ids = self._ids(index, part.token_ids, first=index not in told)
+                first_part = index not in told
                 told.add(index)
-                if part.text or part.logprobs or ids:
-                    choice = self._choice(index, self._piece(part.text), part.logprobs) | ids
+                ids = self._ids(index, part.token_ids, first=first_part)
+                text = (self._echo(index) if first_part else "") + part.text
+                logprobs = (*self._before(index, part), *part.logprobs)
+                if text or logprobs or ids:
+                    choice = self._choice(index, self._piece(text), logprobs) | ids
                     yield head | {"choices": [choice]} | usage
                 continue
             self.done[index] = part
@@ -129,6 +145,14 @@ class Reply:
             yield head | {"choices": [choice]} | usage | about
         if self.body.usage_streamed:
             yield head | {"choices": [], "usage": self._usage()}
+
+    def _echo(self, index: int) -> str:
+        """Return the text that an answer begins with."""
+        return ""
+
+    def _before(self, index: int, part: Chunk) -> Sequence[TokenLogprob]:
+        """Return log-probabilities that stand before a part's own."""
+        return ()
 
     def _head(self, kind: str) -> Json:
         return {
@@ -191,8 +215,12 @@ class Reply:
         raise NotImplementedError
 
     def _spell(self, token: int) -> str:
-        """Return the text of a token by itself, or its name if it has none."""
-        return self.tokenizer.decode([token]) or self.tokenizer.spelling(token) or ""
+        """Return the text of a token by itself, or its name if it has none of its own.
+
+        Parts of characters have the same text, U+FFFD, and different names.
+        """
+        text = self.tokenizer.decode([token])
+        return text if text and REPLACEMENT not in text else self.tokenizer.spelling(token) or text
 
 
 class ChatReply(Reply):
@@ -228,7 +256,8 @@ class ChatReply(Reply):
 
     def _entry(self, token: int, logprob: float) -> Json:
         text = self._spell(token)
-        known = None if REPLACEMENT in text else list(text.encode())  # a part of a character
+        whole = REPLACEMENT not in self.tokenizer.decode([token])
+        known = list(text.encode()) if whole else None  # a part of a character
         return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": known}
 
 
@@ -239,10 +268,31 @@ class TextReply(Reply):
     kind = chunk_kind = "text_completion"
     prefix, prompt_field = "cmpl", "prompt"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._offsets = [0] * self.choices  # of the next token in its choice's text
+        self._begun: set[int] = set()
+        self._decoders = [StreamDecoder(self.tokenizer) for _ in range(self.choices)]
+
     @property
     def asked(self) -> list[Prompt]:
         """Return the prompts of the body."""
         return self.body.prompt
+
+    def _echo(self, index: int) -> str:
+        if not self.body.echo:
+            return ""
+        at = index // self.params.n
+        prompt = self.body.prompt[at]
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(self.prompts[at])
+
+    def _before(self, index: int, part: Chunk) -> Sequence[TokenLogprob]:
+        """Return those of an echoed prompt; its first token has none, as nothing precedes it."""
+        if not self.body.prompt_scored or index in self._begun:
+            return ()
+        self._begun.add(index)
+        first = TokenLogprob(self.prompts[index // self.params.n][0], math.nan, ())
+        return (first, *part.prompt_logprobs)
 
     def _message(self, text: str) -> Json:
         return {"text": text}
@@ -256,20 +306,26 @@ class TextReply(Reply):
         return {"text": ""}
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> Json:
-        tokens = [self._spell(e.token) for e in entries]
         offsets = []
-        for token in tokens:
+        for entry in entries:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
+            self._offsets[index] += len(self._decoders[index].push([entry.token]))
         return {
-            "tokens": tokens,
-            "token_logprobs": [max(e.logprob, LEAST_LOGPROB) for e in entries],
+            "tokens": [self._spell(e.token) for e in entries],
+            "token_logprobs": [_told(e.logprob) for e in entries],
             "top_logprobs": [
-                {self._spell(token): max(value, LEAST_LOGPROB) for token, value in reversed(e.top)}
+                None
+                if math.isnan(e.logprob)
+                else {self._spell(token): _told(value) for token, value in reversed(e.top)}
                 for e in entries
             ],
             "text_offset": offsets,
         }
+
+
+def _told(logprob: float) -> float | None:
+    """Return a log-probability as JSON has it, None for one that there is not."""
+    return None if math.isnan(logprob) else max(logprob, LEAST_LOGPROB)
 
 
 def _timings(completion: Completion) -> Json:

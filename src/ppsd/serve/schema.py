@@ -165,6 +165,15 @@ class Sampled(Body):
         raise NotImplementedError
 
     @property
+    def only_echoes(self) -> bool:
+        return False
+
+    @property
+    def prompt_scored(self) -> bool:
+        """Return True if log-probabilities of the prompt's tokens are asked for."""
+        return False
+
+    @property
     def usage_streamed(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -215,7 +224,7 @@ class TextBody(Sampled):
     prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(max_length=MAX_PROMPTS)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: int | None = None
-    echo: Annotated[Any, _only(False)] = None
+    echo: bool | None = None
     suffix: Annotated[Any, _only("")] = None
 
     @model_validator(mode="after")
@@ -223,6 +232,15 @@ class TextBody(Sampled):
         if self.best_of not in (None, self.n or 1):
             raise _wrong("best_of must be left out, or equal to n")
         return self
+
+    @property
+    def only_echoes(self) -> bool:
+        """Return True if nothing new is asked for."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    @property
+    def prompt_scored(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
 
     @property
     def tops(self) -> int | None:

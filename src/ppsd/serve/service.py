@@ -18,7 +18,7 @@ from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError, PipelineError, PpsdError, RequestError
 from ppsd.serve.config import ServerConfig
 from ppsd.serve.metrics import Metrics
-from ppsd.serve.replies import Parts, Reply, sampling
+from ppsd.serve.replies import Parts, Reply, sampling, silenced
 from ppsd.serve.schema import RefusedError, Sampled, refusal_of
 
 LOG = logging.getLogger("ppsd.serve")
@@ -126,14 +126,21 @@ class Service:
     async def parts(self, reply: Reply) -> Parts:
         """Yield what the choices of a reply bring; leaving ends them. Raises RefusedError."""
         requests = [
-            partial(self.llm.submit, ids, reply.params.sample(i), logprobs=reply.body.tops)
+            partial(
+                self.llm.submit,
+                ids,
+                reply.params.sample(i),
+                logprobs=reply.body.tops,
+                prompt_logprobs=reply.body.prompt_scored,
+            )
             for ids in reply.prompts
             for i in range(reply.params.n)
         ]
         try:
             with self.metrics.watch(reply.choices) as watch:
                 async with aclosing(as_they_come(requests)) as parts:
-                    async for index, part in parts:
+                    async for index, given in parts:
+                        part = silenced(given) if reply.body.only_echoes else given
                         watch.see(index, part, first=index % reply.params.n == 0)
                         yield index, part
         except (RequestError, ConfigError) as error:

@@ -15,6 +15,7 @@ from ppsd.model import kernels
 from ppsd.model.stage import StageModel
 from ppsd.speculation.waves import Row
 from ppsd.worker.messages import Begin, Block, Refusal, Verdict
+from ppsd.worker.scores import UNSCORED, Scores, score
 from ppsd.worker.slot import Slot
 from ppsd.worker.wave_messages import Verdicts
 
@@ -67,6 +68,25 @@ class Judge:
             logits=logits if slot.want_logits else None,
             feedback=judged if slot.want_feedback and block.judge else None,
         )
+
+    def scores(self, block: Block, hidden: torch.Tensor) -> Scores | None:
+        """Score a piece of a prompt, if that is asked for; call it before ``verdict``.
+
+        Its rows [n, C], after the last one of the piece before, say what should follow.
+        """
+        slot = self._slot(block.slot)
+        if slot.scores == UNSCORED or block.position >= slot.prompt_length:
+            return None
+        rows, first = hidden[:-1], block.position + 1
+        if slot.last is not None:
+            rows, first = torch.cat([slot.last, rows]), block.position
+        slot.last = hidden[-1:].clone()
+        if not len(rows):
+            return None
+        assert slot.sampler is not None
+        following = block.tokens[first - block.position :]
+        said = score(self._stage.logits, rows, following, slot.sampler.vocab_size, slot.scores)
+        return Scores(block.slot, block.epoch, self._rank, first, *said)
 
     def may_follow(self, rows: Sequence[Row]) -> list[int]:
         """Return which rows of a wave can still be verified: all below what was judged last.

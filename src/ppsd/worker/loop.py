@@ -120,6 +120,8 @@ class Worker:
     def _answer(self, block: Block, hidden: torch.Tensor) -> Message:
         require_finite(hidden, self.rank, block.position)
         if self._judge is not None:
+            if (scores := self._judge.scores(block, hidden)) is not None:
+                self._link.send(0, scores)
             return self._judge.verdict(block, hidden)
         return block._replace(hidden=hidden)
 

@@ -17,17 +17,17 @@ from ppsd.errors import ProtocolError
 from ppsd.transport.base import Part
 from ppsd.types import SamplingParams
 from ppsd.worker.frame import (
-    CONTROL_BYTES,
     DTYPES,
     HEADER,
     HEADER_BYTES,
     MAGIC,
-    TOKEN_BYTES,
     VERSION,
     Landing,
     packed_ids,
     split_rows,
 )
+from ppsd.worker.scores import KIND as SCORES
+from ppsd.worker.scores import UNSCORED, Scores, decode_scores, encode_scores
 from ppsd.worker.wave_messages import (
     KINDS,
     Opinion,
@@ -82,8 +82,9 @@ class Begin:
 
     ``vocab_size`` counts the real tokens (logits may be padded); ``want_logits`` and
     ``want_feedback`` ask for the target's logits and the last layer's rows with every verdict,
-    ``want_opinions`` for those of heads on the way. Its first ``shared`` rows are those of the slot
-    ``source``: every stage copies them, unless that is its own.
+    ``want_opinions`` for those of heads on the way. ``scores``: each of the prompt's tokens is
+    scored, beside so many of the likeliest (UNSCORED: none is). Its first ``shared`` rows are those
+    of the slot ``source``: every stage copies them, unless that is its own.
     """
 
     slot: int
@@ -94,6 +95,7 @@ class Begin:
     want_logits: bool = False
     want_feedback: bool = False
     want_opinions: bool = False
+    scores: int = UNSCORED
     source: int = 0
     shared: int = 0
 
@@ -123,7 +125,7 @@ class Status:
     fields: dict[str, Any]
 
 
-Message = Block | Wave | Verdict | Verdicts | Opinion | Refusal | Begin | Control | Status
+Message = Block | Wave | Verdict | Verdicts | Opinion | Scores | Refusal | Begin | Control | Status
 _KINDS: dict[type, int] = {
     Block: 1,
     Verdict: 2,
@@ -132,13 +134,8 @@ _KINDS: dict[type, int] = {
     Status: 5,
     Refusal: 6,
     **KINDS,
+    Scores: SCORES,
 }
-
-
-def frame_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
-    """Size of the largest frame with ``rows`` rows of ``width`` numbers, or of a control frame."""
-    body = rows * (TOKEN_BYTES + width * dtype.itemsize)
-    return HEADER_BYTES + max(body, CONTROL_BYTES)
 
 
 def encode(message: Message) -> list[Part]:
@@ -152,6 +149,8 @@ def encode(message: Message) -> list[Part]:
         return _encode_verdict(message)
     if isinstance(message, Wave | Verdicts | Opinion):
         return encode_wave_message(message)
+    if isinstance(message, Scores):
+        return encode_scores(message)
     if isinstance(message, Begin):
         record = {
             "params": message.params.to_json(),
@@ -161,6 +160,7 @@ def encode(message: Message) -> list[Part]:
             "want_logits": message.want_logits,
             "want_feedback": message.want_feedback,
             "want_opinions": message.want_opinions,
+            "scores": message.scores,
             "source": message.source,
             "shared": message.shared,
         }
@@ -204,6 +204,8 @@ def decode(
         return decode_verdicts(header, body, rows)
     if kind == _KINDS[Opinion]:
         return decode_opinion(header, body, rows)
+    if kind == SCORES:
+        return decode_scores(header, body, rows)
     return _decode_json(header, body)
 
 
@@ -304,6 +306,7 @@ def _begin(slot: int, record: dict[str, Any]) -> Begin:
         want_logits=bool(record["want_logits"]),
         want_feedback=bool(record["want_feedback"]),
         want_opinions=bool(record["want_opinions"]),
+        scores=int(record["scores"]),
         source=int(record["source"]),
         shared=int(record["shared"]),
     )

@@ -16,16 +16,7 @@ from ppsd.speculation.lookup import LENGTHS
 from ppsd.speculation.tree import MAX_DEPTH
 from ppsd.speculation.waves import Part, Row
 from ppsd.transport.base import Part as Bytes
-from ppsd.worker.frame import (
-    DTYPES,
-    HEADER,
-    MAGIC,
-    TOKEN_BYTES,
-    VERSION,
-    Landing,
-    packed_ids,
-    split_rows,
-)
+from ppsd.worker.frame import TOKEN_BYTES, Landing, decode_fields, encode_fields
 
 
 class Wave(NamedTuple):
@@ -76,39 +67,19 @@ def wave_bytes(rows: int, slots: int) -> int:
 
 def encode_wave_message(message: Wave | Verdicts | Opinion) -> list[Bytes]:
     """Lay a message out as integers and rows of numbers."""
+    kind = KINDS[type(message)]
     if isinstance(message, Wave):
-        return _frame(message, _wave_fields(message), message.hidden)
+        return encode_fields(kind, _wave_fields(message), message.hidden)
     pairs = chain.from_iterable(message.nodes)
     if isinstance(message, Opinion):
         width = len(message.tokens[0]) if message.tokens else 0
         fields = [width, *pairs, *chain.from_iterable(message.tokens)]
-        return _frame(message, fields, message.numbers, source=message.source)
+        return encode_fields(kind, fields, message.numbers, source=message.source)
     parts = [part for part in (message.feedback, message.logits) if part is not None]
     numbers = torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else None
     beside = 0 if message.feedback is None else message.feedback.shape[1]
     fields = [*pairs, *message.tokens]
-    return _frame(message, fields, numbers, source=message.source, feedback=beside)
-
-
-def _frame(
-    message: Wave | Verdicts | Opinion,
-    fields: list[int],
-    numbers: torch.Tensor | None,
-    *,
-    source: int = 0,
-    feedback: int = 0,
-) -> list[Bytes]:
-    body = packed_ids(tuple(fields))
-    rows, width, dtype, size = 0, 0, 0, 0
-    if numbers is not None:
-        numbers = numbers.contiguous()
-        rows, width = numbers.shape
-        dtype, size = DTYPES.index(numbers.dtype), numbers.nbytes
-    header = HEADER.pack(
-        MAGIC, VERSION, KINDS[type(message)], dtype, 0, 0, source, 0,
-        0, 0, rows, len(fields), width, feedback, len(body) + size,
-    )  # fmt: skip
-    return [header + body] if numbers is None or not size else [header + body, numbers]
+    return encode_fields(kind, fields, numbers, source=message.source, feedback=beside)
 
 
 def _wave_fields(wave: Wave) -> list[int]:
@@ -127,7 +98,7 @@ def decode_wave(
     landing: Landing | None,
 ) -> Wave:
     """Read a wave; raises ProtocolError."""
-    fields, hidden = _read(header, body, apart, landing)
+    fields, hidden = decode_fields(header, body, apart, landing)
     rows, width, taken = header[10], header[12], iter(fields)
     try:
         parts = tuple([_part(taken) for _ in range(next(taken))])
@@ -162,7 +133,7 @@ def decode_verdicts(
     header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None
 ) -> Verdicts:
     """Read verdicts; raises ProtocolError."""
-    fields, numbers = _read(header, body, apart, None)
+    fields, numbers = decode_fields(header, body, apart)
     source, beside = header[6], header[13]
     count, rest = divmod(len(fields), 3)
     if rest or (numbers is not None and (len(numbers) != count or beside > numbers.shape[1])):
@@ -179,7 +150,7 @@ def decode_opinion(
     header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None
 ) -> Opinion:
     """Read an opinion; raises ProtocolError."""
-    fields, numbers = _read(header, body, apart, None)
+    fields, numbers = decode_fields(header, body, apart)
     rows, width = header[10], fields[0] if fields else -1
     if numbers is None or numbers.shape != (rows, width + len(LENGTHS)):
         raise ProtocolError(f"opinion on {rows} nodes has other numbers than it states")
@@ -192,13 +163,3 @@ def decode_opinion(
         tuple(tokens[i * width : (i + 1) * width] for i in range(rows)),
         numbers,
     )
-
-
-def _read(
-    header: tuple[int, ...],
-    body: memoryview,
-    apart: torch.Tensor | None,
-    landing: Landing | None,
-) -> tuple[tuple[int, ...], torch.Tensor | None]:
-    dtype, rows, fields, width = header[3], header[10], header[11], header[12]
-    return split_rows(body, apart, landing, fields, (rows, width), dtype)
