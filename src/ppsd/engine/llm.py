@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -335,10 +335,11 @@ class LLM:
             ]
         )
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt, checked."""
+    def encode(self, prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        """Return the token ids of a prompt, checked; for a chat template see prompt.encode."""
         layout = self.layout
-        return encode(prompt, self.tokenizer, layout.spec.num_tokens, layout.max_context)
+        sizes = layout.spec.num_tokens, layout.max_context
+        return encode(prompt, self.tokenizer, *sizes, template_kwargs)
 
     def now(self) -> float:
         """Return the time in seconds by the engine's clock, which statistics go by."""

@@ -15,8 +15,16 @@ KINDS = "a text, token ids or chat messages"
 MESSAGE = "a mapping of texts with role and content, such as {'role': 'user', 'content': 'Hi'}"
 
 
-def encode(prompt: Prompt, tokenizer: Tokenizer, num_tokens: int, max_context: int) -> list[int]:
+def encode(
+    prompt: Prompt,
+    tokenizer: Tokenizer,
+    num_tokens: int,
+    max_context: int,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Return the token ids of text as it is, of ids, or of messages by the chat template.
+
+    The template finds ``template_kwargs`` by name.
 
     Raises ConfigError for what is no prompt, ids beyond ``num_tokens`` and prompts without room.
     """
@@ -28,7 +36,9 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, num_tokens: int, max_context: i
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
             raise ConfigError("prompt", prompt, KINDS)
         if prompt and isinstance(prompt[0], Mapping):
-            ids = tokenizer.encode_chat([_message(message) for message in prompt])
+            ids = tokenizer.encode_chat(
+                [_message(message) for message in prompt], template_kwargs or {}
+            )
         else:
             ids = _ids(prompt, num_tokens - 1)
     if not 0 < len(ids) < max_context:

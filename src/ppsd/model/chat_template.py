@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, TypeVar
 
 import psutil
@@ -60,11 +60,17 @@ def _given(wanted: str, names: str) -> str:
         raise ConfigError("chat_template", wanted, f"{allowed} ({reason})") from error
 
 
-def render(inner: Any, template: str, messages: Sequence[Mapping[str, Any]]) -> str:
+def render(
+    inner: Any,
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     """Return the conversation as text, ready for the assistant's next message.
 
-    ``inner`` is transformers' tokenizer. Raises ConfigError when the template refuses the
-    conversation, fails, renders nothing, or takes more time or memory than any template needs.
+    ``inner`` is transformers' tokenizer; the template finds ``more`` by name. Raises
+    ConfigError when the template refuses the conversation, fails, renders nothing, or takes more
+    time or memory than any template needs.
     """
     try:
         if len(template) > MAX_TEMPLATE:
@@ -77,6 +83,7 @@ def render(inner: Any, template: str, messages: Sequence[Mapping[str, Any]]) -> 
                 chat_template=template,
                 add_generation_prompt=True,
                 tokenize=False,
+                **more,
             )
         )
         if not text:

@@ -6,6 +6,7 @@ import math
 import secrets
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from ppsd.types import SamplingParams
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; in a chat the context is the limit
 SEED_BITS = 53  # so many are exact where all numbers are floats, as in JavaScript
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
+MAX_POSITIONS = 64  # of drafts in a row that are told apart
 COMMON = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos"),
@@ -97,6 +99,11 @@ class Reply:
         raise NotImplementedError
 
     @property
+    def template_kwargs(self) -> Json | None:
+        """Return what the chat template finds by name."""
+        return None
+
+    @property
     def choices(self) -> int:
         """Return how many completions the request asks for."""
         return len(self.asked) * self.params.n
@@ -168,6 +175,7 @@ class Reply:
         about: Json = {"seed": self.params.seed}
         if len(self.done) == 1:
             about["timings"] = _timings(self.done[0])
+        about["metrics"] = {"speculative_decoding": speculation(self.done.values()).to_json()}
         return about
 
     def _usage(self) -> Json:
@@ -234,6 +242,10 @@ class ChatReply(Reply):
     def asked(self) -> list[Prompt]:
         """Return the prompts of the body."""
         return [conversation(self.body.messages)]
+
+    @property
+    def template_kwargs(self) -> Json | None:
+        return self.body.chat_template_kwargs
 
     def _message(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -326,6 +338,52 @@ class TextReply(Reply):
 def _told(logprob: float) -> float | None:
     """Return a log-probability as JSON has it, None for one that there is not."""
     return None if math.isnan(logprob) else max(logprob, LEAST_LOGPROB)
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How drafts fared.
+
+    A draft here is one in a row: each token of the target's own begins a row, ``rows`` in all, and
+    ``by_position`` counts the rows whose first, second, … draft was right.
+    """
+
+    rows: int
+    drafted: int
+    judged: int
+    accepted: int
+    by_position: list[int]
+
+    def to_json(self) -> Json:
+        """Return the counts in vLLM's names."""
+        return {
+            "num_drafts": self.rows,
+            "num_draft_tokens": self.drafted,
+            "num_accepted_tokens": self.accepted,
+            "acceptance_rate": self.accepted / self.judged if self.judged else None,
+            "num_accepted_tokens_per_pos": self.by_position,
+        }
+
+
+def speculation(completions: Iterable[Completion]) -> Speculation:
+    """Return how the drafts of completions fared."""
+    rows, by_position = 0, Counter[int]()
+    counts = []
+    for completion in completions:
+        counts.append(completion.stats.counts)
+        length = 0
+        for accepted in completion.accepted:
+            length = length + 1 if accepted else 0
+            rows += not accepted
+            by_position[length] += accepted
+    longest = max((n for n, count in by_position.items() if count), default=0)
+    return Speculation(
+        rows=rows,
+        drafted=sum(c.drafted for c in counts),
+        judged=sum(c.judged for c in counts),
+        accepted=sum(c.accepted for c in counts),
+        by_position=[by_position[i] for i in range(1, min(longest, MAX_POSITIONS) + 1)],
+    )
 
 
 def _timings(completion: Completion) -> Json:

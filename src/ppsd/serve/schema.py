@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,14 +24,23 @@ MAX_CHOICES = 128  # of one prompt
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 MAX_LOGPROBS = 20
+MAX_TIMEOUT = 86400.0  # seconds
 KINDS = {
     401: "authentication_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "server_error",
 }
-Metadata = dict[str, Any]
+RESERVED = {  # names that chat templates know already, or that transformers has a meaning for
+    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "self"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("bos_token", "eos_token", "unk_token", "pad_token", "raise_exception", "strftime_now"),
+    *("processor_kwargs", "template_kwargs"),
+}
+Json = dict[str, Any]
 
 
 class RefusedError(Exception):
@@ -96,6 +106,13 @@ def _prompts(value: object) -> object:
     raise _wrong("must be a text, a list of token ids, or a list of such prompts")
 
 
+def _unreserved(value: Json) -> Json:
+    """Refuse names that mean something else."""
+    if wrong := sorted(RESERVED & value.keys()):
+        raise _wrong(f"must not name {wrong[0]}, which is set already")
+    return value
+
+
 def _is_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
@@ -145,9 +162,10 @@ class Sampled(Body):
     max_tokens: int | None = None
     min_tokens: int | None = None
     return_token_ids: bool | None = None
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
     # Accepted, and without effect.
     user: str | None = None
-    metadata: Metadata | None = None
+    metadata: Json | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -192,6 +210,7 @@ class ChatBody(Sampled):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    chat_template_kwargs: Annotated[Json, AfterValidator(_unreserved)] | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -254,12 +273,15 @@ class TokenizeBody(Body):
     prompt: str | None = None
     content: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    chat_template_kwargs: Annotated[Json, AfterValidator(_unreserved)] | None = None
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
         given = [each for each in (self.prompt, self.content, self.messages) if each is not None]
         if len(given) != 1:
             raise _wrong("prompt must be given, or content, or messages, and only one of them")
+        if self.chat_template_kwargs is not None and self.messages is None:
+            raise _wrong("chat_template_kwargs must be left out without messages")
         return self
 
 
