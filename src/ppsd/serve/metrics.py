@@ -16,7 +16,7 @@ from prometheus_client import (
 )
 
 from ppsd.engine.answer import Chunk, Completion
-from ppsd.serve.replies import speculation
+from ppsd.serve.figures import speculation
 
 TEXT_FORMAT = CONTENT_TYPE_LATEST
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5)

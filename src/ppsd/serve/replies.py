@@ -6,7 +6,6 @@ import math
 import secrets
 import time
 import uuid
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -17,13 +16,13 @@ from ppsd.engine.logprobs import TokenLogprob
 from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError
 from ppsd.model.tokenizer import REPLACEMENT, StreamDecoder, Tokenizer
+from ppsd.serve.figures import speculation, timings, usage
 from ppsd.serve.schema import ChatBody, Message, RefusedError, Sampled, TextBody, refusal_of
 from ppsd.types import SamplingParams
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; in a chat the context is the limit
 SEED_BITS = 53  # so many are exact where all numbers are floats, as in JavaScript
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
-MAX_POSITIONS = 64  # of drafts in a row that are told apart
 COMMON = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos"),
@@ -174,26 +173,12 @@ class Reply:
         """Return what OpenAI's answers do not have: the seed, and times as llama-server tells."""
         about: Json = {"seed": self.params.seed}
         if len(self.done) == 1:
-            about["timings"] = _timings(self.done[0])
+            about["timings"] = timings(self.done[0])
         about["metrics"] = {"speculative_decoding": speculation(self.done.values()).to_json()}
         return about
 
     def _usage(self) -> Json:
-        """Return the tokens of all choices; a prompt counts once, however many choices it has."""
-        firsts = [self.done[i].stats for i in range(0, self.choices, self.params.n)]
-        counts = [completion.stats.counts for completion in self.done.values()]
-        prompt = sum(stats.prompt_tokens for stats in firsts)
-        new = sum(completion.stats.new_tokens for completion in self.done.values())
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": new,
-            "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in firsts)},
-            "completion_tokens_details": {
-                "accepted_prediction_tokens": sum(c.accepted for c in counts),
-                "rejected_prediction_tokens": sum(c.judged - c.accepted for c in counts),
-            },
-        }
+        return usage([self.done[i] for i in range(self.choices)], self.params.n)
 
     def _ids(self, index: int, ids: Sequence[int], *, first: bool) -> Json:
         """Return the token ids that a choice tells if asked, at first the prompt's as well."""
@@ -338,70 +323,3 @@ class TextReply(Reply):
 def _told(logprob: float) -> float | None:
     """Return a log-probability as JSON has it, None for one that there is not."""
     return None if math.isnan(logprob) else max(logprob, LEAST_LOGPROB)
-
-
-@dataclass(frozen=True)
-class Speculation:
-    """How drafts fared.
-
-    A draft here is one in a row: each token of the target's own begins a row, ``rows`` in all, and
-    ``by_position`` counts the rows whose first, second, … draft was right.
-    """
-
-    rows: int
-    drafted: int
-    judged: int
-    accepted: int
-    by_position: list[int]
-
-    def to_json(self) -> Json:
-        """Return the counts in vLLM's names."""
-        return {
-            "num_drafts": self.rows,
-            "num_draft_tokens": self.drafted,
-            "num_accepted_tokens": self.accepted,
-            "acceptance_rate": self.accepted / self.judged if self.judged else None,
-            "num_accepted_tokens_per_pos": self.by_position,
-        }
-
-
-def speculation(completions: Iterable[Completion]) -> Speculation:
-    """Return how the drafts of completions fared."""
-    rows, by_position = 0, Counter[int]()
-    counts = []
-    for completion in completions:
-        counts.append(completion.stats.counts)
-        length = 0
-        for accepted in completion.accepted:
-            length = length + 1 if accepted else 0
-            rows += not accepted
-            by_position[length] += accepted
-    longest = max((n for n, count in by_position.items() if count), default=0)
-    return Speculation(
-        rows=rows,
-        drafted=sum(c.drafted for c in counts),
-        judged=sum(c.judged for c in counts),
-        accepted=sum(c.accepted for c in counts),
-        by_position=[by_position[i] for i in range(1, min(longest, MAX_POSITIONS) + 1)],
-    )
-
-
-def _timings(completion: Completion) -> Json:
-    """Return how long an answer took, in llama-server's names."""
-    stats = completion.stats
-    computed = stats.prompt_tokens - stats.cached_tokens
-    return {
-        "cache_n": stats.cached_tokens,
-        "prompt_n": computed,
-        "prompt_ms": 1e3 * stats.prefill_seconds,
-        "prompt_per_second": _rate(computed, stats.prefill_seconds),
-        "predicted_n": stats.new_tokens,
-        "predicted_ms": 1e3 * stats.decode_seconds,
-        "predicted_per_second": _rate(stats.new_tokens - 1, stats.decode_seconds),
-        "draft_n": stats.counts.drafted,
-        "draft_n_accepted": stats.counts.accepted,
-    }
-
-
-def _rate(count: int, seconds: float) -> float:
-    return count / seconds if seconds > 0 else 0.0

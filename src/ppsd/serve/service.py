@@ -16,9 +16,10 @@ from ppsd.engine.llm import LLM
 from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError, PipelineError, PpsdError, RequestError
 from ppsd.serve.config import ServerConfig
+from ppsd.serve.figures import speculation
 from ppsd.serve.logs import log_request
 from ppsd.serve.metrics import Metrics
-from ppsd.serve.replies import Parts, Reply, sampling, silenced, speculation
+from ppsd.serve.replies import Parts, Reply, sampling, silenced
 from ppsd.serve.schema import Json, RefusedError, Sampled, refusal_of
 
 T = TypeVar("T")
