@@ -45,7 +45,6 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     ((CHAT, {"messages": [{**HI[0], "tool_calls": [{}]}]}), "messages[0].tool_calls", "supported"),
     (chat(temprature=1), "temprature", "did you mean temperature?"),
     (chat(tools=[{"type": "function"}]), "tools", "not supported"),
-    (chat(response_format={"type": "json_object"}), "response_format", "not supported"),
     (chat(top_logprobs=2), "top_logprobs", "unless logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "less than or equal to 20"),
     (chat(max_tokens=3, max_completion_tokens=4), "max_tokens", "left out beside"),

@@ -26,6 +26,7 @@ from ppsd.model.exit_head import ExitHead, load_head, untrained_head
 from ppsd.model.head_files import HeadConfig
 from ppsd.model.stage import Stage, StageModel, StagePlan
 from ppsd.model.weights import TensorSource
+from ppsd.speculation.masks import mask_bytes
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
 from ppsd.worker.frame import frame_bytes
@@ -191,10 +192,11 @@ class RunningPipeline:
         rows = max(config.prefill_chunk, self._most_rows())
         window = max(config.schedule.in_flight, self.layout.stages)
         fields = wave_bytes(self._most_rows(), config.concurrent)
+        masks = self._most_rows() * mask_bytes(spec.num_tokens)
         verdicts = self._most_rows(), spec.hidden_size + spec.vocab_size
         return Geometry(
             size=self.layout.stages,
-            forward_bytes=frame_bytes(rows, spec.hidden_size, dtype) + fields,
+            forward_bytes=frame_bytes(rows, spec.hidden_size, dtype) + fields + masks,
             return_bytes=max(frame_bytes(*verdicts, dtype) + fields, scores_bytes(rows)),
             # a window of stale work, one of new work, requests that begin, and control
             frames=2 * window + config.concurrent + 3,

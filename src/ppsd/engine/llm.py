@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +20,10 @@ from ppsd.engine.build import Progress, RunningPipeline
 from ppsd.engine.choose import serves_as
 from ppsd.engine.drafter import Drafter
 from ppsd.engine.engine import Engine
+from ppsd.engine.grammar import Grammar, Grammars
 from ppsd.engine.layout import check_memory, plan_layout
 from ppsd.engine.logprobs import Logprobs
-from ppsd.engine.prompt import Prompt, encode
+from ppsd.engine.prompt import Prompt, encode, several
 from ppsd.engine.sequence import LogitsSink, Request
 from ppsd.engine.text_engine import TextEngine, Ticket
 from ppsd.engine.thread import EngineThread, apart
@@ -248,11 +250,11 @@ class LLM:
         params = params or SamplingParams(**self.defaults.values)
         if params.n > 1 and params.greedy:
             raise ConfigError("n", params.n, "1 at temperature 0, where all samples are equal")
-        many = _prompts(prompt)
+        many = several(prompt)
         one = [prompt] if many is None else many
         tickets = [
             self._ticket(self._request(ids, params.sample(i), reuse=reuse), silent=True)
-            for ids in [self.encode(p) for p in one]  # type: ignore[arg-type]  # see _prompts
+            for ids in [self.encode(p) for p in one]  # type: ignore[arg-type]  # see several
             for i in range(params.n)
         ]
         found = self._thread.results(tickets)
@@ -281,6 +283,7 @@ class LLM:
         reuse: bool = False,
         logprobs: int | None = None,
         prompt_logprobs: bool = False,
+        grammar: Grammar | None = None,
         notify: Callable[[], object],
     ) -> Ticket:
         """Begin one completion and return at once.
@@ -288,12 +291,13 @@ class LLM:
         ``notify`` is called, on the engine's thread, whenever the ticket has something to take.
         With ``logprobs`` its chunks have those of their tokens and of so many most likely ones, and
         with ``prompt_logprobs`` the first has them of the prompt, all of which is then computed.
+        The answer follows ``grammar``.
         """
         params = params or SamplingParams(**self.defaults.values)
         if params.n > 1:
             raise ConfigError("n", params.n, "1 in a stream")
         ids = self.encode(prompt)
-        request = self._request(ids, params, reuse=reuse)
+        request = self._request(ids, params, reuse=reuse, grammar=grammar)
         sink = None
         if logprobs is not None:
             sink = Logprobs(ids, request.vocab_size, logprobs)
@@ -316,9 +320,10 @@ class LLM:
         *,
         reuse: bool = False,
         logits: LogitsSink | None = None,
+        grammar: Grammar | None = None,
     ) -> Completion:
         """Complete token ids; ``logits`` receives the target's logits (see engine.Request)."""
-        request = self._request(ids, params, reuse=reuse, logits=logits)
+        request = self._request(ids, params, reuse=reuse, logits=logits, grammar=grammar)
         return self._thread.result(self._ticket(request, silent=True))
 
     def run_all(
@@ -345,6 +350,15 @@ class LLM:
         """Return the time in seconds by the engine's clock, which statistics go by."""
         return self._engine.now()
 
+    def json_grammar(self, schema: Mapping[str, Any]) -> Grammar:
+        """Return the grammar of JSON that a schema allows; needs the extra ``structured``."""
+        return self._grammars.json(schema)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        spec = self.layout.spec
+        return Grammars(self.tokenizer.backend, spec.num_tokens, spec.eos_ids)
+
     def _ticket(self, request: Request, *, silent: bool = False) -> Ticket:
         return Ticket(self._engine, request, StreamDecoder(self.tokenizer), silent=silent)
 
@@ -355,8 +369,11 @@ class LLM:
         *,
         reuse: bool,
         logits: LogitsSink | None = None,
+        grammar: Grammar | None = None,
     ) -> Request:
         """Shape a request: it ends where the context does."""
+        if grammar is not None and self.config.acceptance == "rejection":
+            raise ConfigError("acceptance", "rejection", "coupled where answers follow a grammar")
         limited = min(params.max_tokens, self.layout.max_context - len(ids))
         least = min(params.min_tokens, limited)
         eos = () if params.ignore_eos else self.layout.spec.eos_ids
@@ -367,21 +384,12 @@ class LLM:
             vocab_size=self.layout.spec.num_tokens,
             reuse=reuse,
             logits=logits,
+            masks=None if grammar is None else grammar.start(),
         )
 
     def write_trace(self, path: Path) -> None:
         """Write the Chrome trace of all requests so far (needs ``trace=True``)."""
         self.trace.write(path, self.layout.bounds)
-
-
-def _prompts(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
-    """Return the prompts of a list of them; None for a single prompt."""
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
-        return None
-    several = isinstance(prompt[0], str) or (
-        isinstance(prompt[0], Sequence) and not isinstance(prompt[0], bytes)
-    )
-    return prompt if several else None  # type: ignore[return-value]  # as its first item shows
 
 
 def collect_logits() -> tuple[LogitsSink, dict[int, torch.Tensor]]:

@@ -47,6 +47,16 @@ def encode(
     return ids
 
 
+def several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
+    """Return the prompts of a list of them; None for a single prompt."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
+        return None
+    several = isinstance(prompt[0], str) or (
+        isinstance(prompt[0], Sequence) and not isinstance(prompt[0], bytes)
+    )
+    return prompt if several else None  # type: ignore[return-value]  # as its first item shows
+
+
 def _ids(prompt: Sequence[Any], most: int) -> list[int]:
     """Return checked token ids; those that are all right, as almost always, in a fraction of a ms.
 

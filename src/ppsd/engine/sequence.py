@@ -10,6 +10,7 @@ import torch
 
 from ppsd.engine.drafter import DraftState
 from ppsd.errors import RequestError
+from ppsd.speculation.masks import Mask, Masks
 from ppsd.speculation.policy import Command, Policy
 from ppsd.speculation.sampling import Sampler
 from ppsd.speculation.waves import WavePolicy
@@ -28,7 +29,8 @@ class Request:
     ``reuse`` takes over all rows of the prompt that its slot holds, not only those that computing
     them again would repeat bit for bit. ``logits``, when given, receives (position, target logits
     [V]) of every judged row; a position may come again, and the last call for it counts. ``scores``
-    receives those of the prompt's tokens, with ``top`` likeliest tokens each.
+    receives those of the prompt's tokens, with ``top`` likeliest tokens each. ``masks`` tells what
+    may follow the answer so far.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +41,7 @@ class Request:
     logits: LogitsSink | None = None
     scores: Callable[[Scores], None] | None = None
     top: int = 0
+    masks: Masks | None = None
 
 
 @dataclass(eq=False)
@@ -74,6 +77,14 @@ class Sequence:
         """Return the policy of a request that is decoded in waves."""
         assert isinstance(self.policy, WavePolicy)
         return self.policy
+
+    def masks(self, first: int, end: int) -> tuple[Mask, ...]:
+        """Return the masks of what follows the tokens fed at ``first`` to below ``end``, if any."""
+        masks, start = self.request.masks, len(self.request.prompt)
+        if masks is None:
+            return ()
+        ids = self.history.ids(start, end)
+        return tuple(masks(ids[: position + 1 - start]) for position in range(first, end))
 
     @property
     def length(self) -> int:

@@ -180,6 +180,11 @@ class Tokenizer:
         return self._encode(text, escape, special=False)
 
     @property
+    def backend(self) -> str | None:
+        """Return what tokenizer.json holds, None for a tokenizer of another kind."""
+        return None if self._backend is None else self._backend.to_str()
+
+    @property
     def about(self) -> dict[str, Any]:
         """Return what clients ask of a tokenizer, in the names of tokenizer_config.json."""
         template = None

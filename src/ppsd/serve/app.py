@@ -166,6 +166,7 @@ class Completions:
             reply.prompts = await service.encode(
                 reply.asked, reply.prompt_field, reply.template_kwargs
             )
+            reply.grammar = await service.grammar(reply.body.schema_wanted)
         async with aclosing(service.parts(reply)) as parts:
             if reply.body.stream:
                 await _stream(reply, parts, limit, send)

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any, ClassVar
 
 from ppsd.engine.answer import Chunk, Completion
+from ppsd.engine.grammar import Grammar
 from ppsd.engine.logprobs import TokenLogprob
 from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError
@@ -81,6 +82,7 @@ class Reply:
     body: Any
     params: SamplingParams
     prompts: Sequence[Sequence[int]] = ()
+    grammar: Grammar | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     done: dict[int, Completion] = field(default_factory=dict)
 

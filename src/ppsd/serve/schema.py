@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -141,6 +141,41 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class JsonSchema(BaseModel):
+    """A schema with its name; being exact, this server has no other way than ``strict``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    wanted: Annotated[Json | None, Field(alias="schema")] = None
+
+
+class ResponseFormat(BaseModel):
+    """Says which texts may be an answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise _wrong("must have json_schema if, and only if, its type is json_schema")
+        return self
+
+    @property
+    def schema_wanted(self) -> Json | None:
+        """Return the schema that the answer has to follow, None for any text."""
+        if self.type == "text":
+            return None
+        if self.json_schema is None or self.json_schema.wanted is None:
+            return {"type": "object"}
+        return self.json_schema.wanted
+
+
 class Sampled(Body):
     """The fields that both kinds of completion share. Ranges are those of SamplingParams."""
 
@@ -162,6 +197,7 @@ class Sampled(Body):
     max_tokens: int | None = None
     min_tokens: int | None = None
     return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
     # Accepted, and without effect.
     user: str | None = None
@@ -175,7 +211,14 @@ class Sampled(Body):
     def _check_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise _wrong("stream_options must be left out unless stream is true")
+        if self.ignore_eos and self.schema_wanted is not None:
+            raise _wrong("ignore_eos must be left out where response_format sets an end")
         return self
+
+    @property
+    def schema_wanted(self) -> Json | None:
+        """Return the JSON schema that the answer has to follow, if any."""
+        return None if self.response_format is None else self.response_format.schema_wanted
 
     @property
     def tops(self) -> int | None:
@@ -214,7 +257,6 @@ class ChatBody(Sampled):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
     tools: Annotated[Any, _only([])] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None
     functions: Annotated[Any, _only([])] = None

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TypeVar
 
 from ppsd.engine.async_llm import as_they_come
+from ppsd.engine.grammar import Grammar
 from ppsd.engine.llm import LLM
 from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError, PipelineError, PpsdError, RequestError
@@ -131,6 +132,15 @@ class Service:
         except ConfigError as error:
             raise refusal_of(error, lambda _: name) from error
 
+    async def grammar(self, schema: Json | None) -> Grammar | None:
+        """Return the grammar of a schema; raises RefusedError."""
+        if schema is None:
+            return None
+        try:
+            return await self.apart(lambda: self.llm.json_grammar(schema))
+        except ConfigError as error:
+            raise refusal_of(error) from error
+
     async def parts(self, reply: Reply) -> Parts:
         """Yield what the choices of a reply bring; leaving ends them. Raises RefusedError."""
         requests = [
@@ -140,6 +150,7 @@ class Service:
                 reply.params.sample(i),
                 logprobs=reply.body.tops,
                 prompt_logprobs=reply.body.prompt_scored,
+                grammar=reply.grammar,
             )
             for ids in reply.prompts
             for i in range(reply.params.n)

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 
 from ppsd.errors import ProtocolError
+from ppsd.speculation.masks import Mask
 from ppsd.transport.base import Part
 
 MAGIC = 0x50505344  # "PPSD"
 VERSION = 5
 # magic, version, kind, dtype, flags, slot, source, epoch,
-# position, parent, rows, judge, width, feedback, bytes of body
+# position, parent, rows, judge, width, beside, bytes of body
 HEADER = struct.Struct("<IBBBBHHQiiiiIIQ12x")
 HEADER_BYTES = HEADER.size
 TOKEN_BYTES = 8  # ids travel as int64: no conversion on either side
@@ -64,6 +65,15 @@ def ids_layout(count: int) -> struct.Struct:
     return struct.Struct(f"{count}q")
 
 
+def split_masks(body: memoryview, rows: int, width: int) -> tuple[tuple[Mask, ...], memoryview]:
+    """Return the masks of ``width`` bytes at the front of a body, one a row, and what follows."""
+    end = rows * width
+    if not 0 <= end <= len(body):
+        raise ProtocolError(f"frame states masks of {width} bytes for {rows} rows")
+    masks = tuple(bytes(body[i : i + width]) for i in range(0, end, width)) if width else ()
+    return masks, body[end:]
+
+
 def split_rows(
     body: memoryview,
     apart: torch.Tensor | None,
@@ -97,10 +107,11 @@ def encode_fields(
     source: int = 0,
     epoch: int = 0,
     position: int = 0,
-    feedback: int = 0,
+    beside: int = 0,
+    before: bytes = b"",
 ) -> list[Part]:
-    """Lay out integers and rows of numbers."""
-    body = packed_ids(tuple(fields))
+    """Lay out integers and rows of numbers, behind the bytes ``before``."""
+    body = before + packed_ids(tuple(fields))
     rows, width, dtype, size = 0, 0, 0, 0
     if numbers is not None:
         numbers = numbers.contiguous()
@@ -108,7 +119,7 @@ def encode_fields(
         dtype, size = DTYPES.index(numbers.dtype), numbers.nbytes
     header = HEADER.pack(
         MAGIC, VERSION, kind, dtype, 0, slot, source, epoch,
-        position, 0, rows, len(fields), width, feedback, len(body) + size,
+        position, 0, rows, len(fields), width, beside, len(body) + size,
     )  # fmt: skip
     return [header + body] if numbers is None or not size else [header + body, numbers]
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ppsd.errors import ProtocolError
+from ppsd.speculation.masks import Mask
 from ppsd.transport.base import Part
 from ppsd.types import SamplingParams
 from ppsd.worker.frame import (
@@ -24,6 +25,7 @@ from ppsd.worker.frame import (
     VERSION,
     Landing,
     packed_ids,
+    split_masks,
     split_rows,
 )
 from ppsd.worker.scores import KIND as SCORES
@@ -47,7 +49,8 @@ class Block(NamedTuple):
     """Rows of one request on their way from a stage to the next (k → k+1).
 
     ``tokens`` [n] and ``hidden`` [n, C] stand at ``position``… and follow the token at
-    ``parent`` (position - 1 in a chain); the last stage answers the last ``judge`` rows.
+    ``parent`` (position - 1 in a chain); the last stage answers the last ``judge`` rows, within
+    their ``masks`` if there are any.
     """
 
     slot: int
@@ -57,6 +60,7 @@ class Block(NamedTuple):
     judge: int
     tokens: tuple[int, ...]
     hidden: torch.Tensor
+    masks: tuple[Mask, ...] = ()
 
 
 class Verdict(NamedTuple):
@@ -210,11 +214,12 @@ def decode(
 
 
 def _encode_block(block: Block) -> list[Part]:
-    ids, hidden = packed_ids(block.tokens), block.hidden.contiguous()
+    ids, hidden = b"".join((*block.masks, packed_ids(block.tokens))), block.hidden.contiguous()
+    beside = len(block.masks[0]) if block.masks else 0
     rows, width = hidden.shape
     header = HEADER.pack(
         MAGIC, VERSION, _KINDS[Block], DTYPES.index(hidden.dtype), 0, block.slot, 0, block.epoch,
-        block.position, block.parent, rows, block.judge, width, 0, len(ids) + hidden.nbytes,
+        block.position, block.parent, rows, block.judge, width, beside, len(ids) + hidden.nbytes,
     )  # fmt: skip
     return [header + ids, hidden]
 
@@ -247,13 +252,14 @@ def _encode_json(
 def _decode_block(
     header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None, landing: Landing | None
 ) -> Block:
-    _, _, _, dtype, _, slot, _, epoch, position, parent, rows, judge, width, _, _ = header
+    _, _, _, dtype, _, slot, _, epoch, position, parent, rows, judge, width, beside, _ = header
     if not 0 <= judge <= rows or rows < 1 or position < 0:
         raise ProtocolError(f"block of {rows} rows at {position} asks for {judge} verdicts")
+    masks, body = split_masks(body, judge, beside)
     tokens, hidden = split_rows(body, apart, landing, rows, (rows, width), dtype)
     if hidden is None:
         raise ProtocolError(f"block of {rows} rows has none")
-    return Block(slot, epoch, position, parent, judge, tokens, hidden)
+    return Block(slot, epoch, position, parent, judge, tokens, hidden, masks)
 
 
 def _decode_verdict(

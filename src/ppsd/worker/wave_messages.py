@@ -13,22 +13,25 @@ import torch
 
 from ppsd.errors import ProtocolError
 from ppsd.speculation.lookup import LENGTHS
+from ppsd.speculation.masks import Mask
 from ppsd.speculation.tree import MAX_DEPTH
 from ppsd.speculation.waves import Part, Row
 from ppsd.transport.base import Part as Bytes
-from ppsd.worker.frame import TOKEN_BYTES, Landing, decode_fields, encode_fields
+from ppsd.worker.frame import TOKEN_BYTES, Landing, decode_fields, encode_fields, split_masks
 
 
 class Wave(NamedTuple):
     """Rows of candidate trees on their way from a stage to the next, parents before children.
 
     ``hidden`` [n, C] are the ``rows``; every slot among them has a part. A wave whose rows have all
-    died travels without any if its parts have moves to tell.
+    died travels without any if its parts have moves to tell. ``masks``: as in Block, for every row
+    or none.
     """
 
     parts: tuple[Part, ...]
     rows: tuple[Row, ...]
     hidden: torch.Tensor
+    masks: tuple[Mask, ...] = ()
 
 
 class Verdicts(NamedTuple):
@@ -69,7 +72,10 @@ def encode_wave_message(message: Wave | Verdicts | Opinion) -> list[Bytes]:
     """Lay a message out as integers and rows of numbers."""
     kind = KINDS[type(message)]
     if isinstance(message, Wave):
-        return encode_fields(kind, _wave_fields(message), message.hidden)
+        masks = message.masks
+        width = len(masks[0]) if masks else 0
+        fields = _wave_fields(message)
+        return encode_fields(kind, fields, message.hidden, beside=width, before=b"".join(masks))
     pairs = chain.from_iterable(message.nodes)
     if isinstance(message, Opinion):
         width = len(message.tokens[0]) if message.tokens else 0
@@ -79,7 +85,7 @@ def encode_wave_message(message: Wave | Verdicts | Opinion) -> list[Bytes]:
     numbers = torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else None
     beside = 0 if message.feedback is None else message.feedback.shape[1]
     fields = [*pairs, *message.tokens]
-    return encode_fields(kind, fields, numbers, source=message.source, feedback=beside)
+    return encode_fields(kind, fields, numbers, source=message.source, beside=beside)
 
 
 def _wave_fields(wave: Wave) -> list[int]:
@@ -98,6 +104,7 @@ def decode_wave(
     landing: Landing | None,
 ) -> Wave:
     """Read a wave; raises ProtocolError."""
+    masks, body = split_masks(body, header[10], header[13])
     fields, hidden = decode_fields(header, body, apart, landing)
     rows, width, taken = header[10], header[12], iter(fields)
     try:
@@ -107,7 +114,7 @@ def decode_wave(
         raise ProtocolError("wave ends within its fields") from error
     if next(taken, None) is not None or {row.slot for row in read} - {p.slot for p in parts}:
         raise ProtocolError(f"wave of {rows} rows and {len(parts)} parts has other fields")
-    return Wave(parts, read, torch.empty(0, width) if hidden is None else hidden)
+    return Wave(parts, read, torch.empty(0, width) if hidden is None else hidden, masks)
 
 
 def _part(fields: Iterator[int]) -> Part:
