@@ -41,7 +41,7 @@ class Service:
         self.capacity = llm.config.concurrent + config.max_queue
         self.metrics = Metrics(config.metrics_prefix, self._running, self._waiting)
         self.on_broken: Callable[[], object] = lambda: None
-        # One thread: it limits the process's memory while a chat template is rendered.
+        # One thread: a long text takes no more than one core from the engine.
         self._text = ThreadPoolExecutor(1, "ppsd-text")
 
     def close(self) -> None:
