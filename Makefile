@@ -25,10 +25,13 @@ serve: $(SERVING)
 test: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
-# OpenAI's client, unmodified, against the server.
+# OpenAI's client and others, unmodified, against the server; that for JavaScript if npm is at hand.
 clients: $(DEV)
+	@echo "Installing the clients …"
 	@$(BIN)/python tools/install.py "$(TORCH)" --editable ".[dev,clients]"
-	$(BIN)/python -m pytest tests/serve/test_clients.py
+	@! command -v npm > /dev/null || \
+	  npm install --silent --no-fund --no-audit --prefix $(VENV)/node openai@6.49.0
+	$(BIN)/python -m pytest -rs tests/serve/test_clients.py tests/serve/test_more_clients.py
 
 # The live page in Debian's chromium (apt-get install chromium), or in playwright's own.
 page: $(DEV)

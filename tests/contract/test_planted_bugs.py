@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ppsd import LLM, SamplingParams
-from ppsd.engine.llm import collect_logits
+from ppsd.engine.sequence import collect_logits
 from ppsd.lab.oracle import OracleDrafter
 from ppsd.speculation.policy import Schedule
 from tests.contract.test_rejection import check_certain_drafts

@@ -208,6 +208,10 @@ def test_metrics_count_what_was_answered(server, ends) -> None:
     assert grown["ppsd:e2e_request_latency_seconds_count"] == 2
     assert grown["ppsd:request_queue_time_seconds_count"] == 2
     assert grown["ppsd:spec_decode_num_draft_tokens_total"] >= 1
+    rows = grown["ppsd:spec_decode_num_drafts_total"]
+    right = {name: n for name, n in grown.items() if "accepted_tokens_per_pos_total" in name}
+    assert rows + sum(right.values()) == 8  # each token begins a row, or goes on with it
+    assert sum(right.values()) == grown["ppsd:spec_decode_num_accepted_tokens_total"]
     assert after["ppsd:num_requests_running"] == after["ppsd:num_requests_waiting"] == 0
 
 
@@ -230,6 +234,38 @@ def test_text_becomes_tokens_and_text_again(server, llm) -> None:
     messages = [{"role": "user", "content": text}]
     told = server.post("/tokenize", {"messages": messages}).json()
     assert told["tokens"] == llm.encode(messages)
+
+
+def test_the_tokenizer_is_described(server, llm) -> None:
+    told = server.client.get("/tokenizer_info").json()
+    assert (told["bos_token"], told["eos_token"], told["pad_token"]) == ("<s>", "</s>", None)
+    assert told["vocab_size"] == llm.tokenizer.vocab_size
+    assert told["model_max_length"] == 512
+    assert told["chat_template"] == llm.config.chat_template
+
+
+def test_it_is_not_ready_while_its_queue_is_full(server) -> None:
+    assert server.client.get("/ready").status_code == 200
+    with server.service.room(server.service.capacity):
+        assert server.client.get("/ready").status_code == 503
+        assert server.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_ends_when_its_time_is_over(server, ends, stream) -> None:
+    body = {**LONG, "timeout": 0.05, "stream": stream}
+    response = server.post(TEXT, body)
+    if stream:
+        error = json.loads(response.text.split("data: ")[-1])["error"]
+    else:
+        assert response.status_code == 408
+        error = response.json()["error"]
+    assert (error["param"], error["code"]) == ("timeout", "timeout")
+    assert error["message"] == "timeout: no complete answer within 0.05 seconds"
+    assert ends.arrived.acquire(timeout=60)
+    assert server.service.active == 0
+    body = {"prompt": [5], "max_tokens": 1, "timeout": 60, "stream": stream}
+    assert server.post(TEXT, body).status_code == 200
 
 
 def test_a_request_has_an_id_its_own_or_one_that_is_made(server) -> None:

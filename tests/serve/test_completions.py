@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ppsd import LLM, SamplingParams
-from tests.support.http_server import Served
+from tests.serve.conftest import SETTINGS
+from tests.support.http_server import Served, serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
@@ -204,3 +205,27 @@ def test_logprobs_of_completions_have_their_own_shape(server) -> None:
     streamed = [c["logprobs"] for e in server.events(TEXT, body) for c in e["choices"]]
     joined = {name: [v for s in streamed if s for v in s[name]] for name in told}
     assert joined == told
+
+
+def test_a_chat_template_finds_what_the_request_gives_it(llm) -> None:
+    template = "{{ messages[0].content }}{{ mood }}{% if deep.think %}!{% endif %}"
+    given = {"mood": " fox", "deep": {"think": True}}
+    with LLM(str(llm.config.model), **SETTINGS | {"chat_template": template}) as own:
+        with serving(own) as server:
+            body = {**PROMPT[CHAT], **ASK, "chat_template_kwargs": given, "return_token_ids": True}
+            choice = server.post(CHAT, body).json()["choices"][0]
+            told = server.post("/tokenize", {**PROMPT[CHAT], "chat_template_kwargs": given}).json()
+        assert choice["prompt_token_ids"] == own.encode("the quick brown fox fox!")
+        assert told["tokens"] == choice["prompt_token_ids"]
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_drafts_are_counted_by_their_place_in_a_row(server, llm, path) -> None:
+    answer = server.post(path, {**PROMPT[path], **ASK}).json()
+    told = answer["metrics"]["speculative_decoding"]
+    right = answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"]
+    assert told["num_accepted_tokens"] == sum(told["num_accepted_tokens_per_pos"]) == right
+    assert told["num_drafts"] == ASK["max_tokens"] - right
+    by_position = told["num_accepted_tokens_per_pos"]
+    assert by_position == sorted(by_position, reverse=True)
+    assert answer["timings"]["draft_n"] == told["num_draft_tokens"]

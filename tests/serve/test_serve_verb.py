@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ import httpx
 import psutil
 import pytest
 
+from ppsd.serve.logs import LOG, JsonFormatter
 from tests.serve.conftest import TEMPLATE
 from tests.support.command import ppsd
 
@@ -92,6 +95,7 @@ def test_a_lost_worker_ends_the_server_though_nobody_asks(tiny_model) -> None:
         ("--api-key-file /no/such", "api_key_file must be a readable file (No such file"),
         ("--ssl-keyfile /no/such", "ssl_keyfile must be used with --ssl-certfile"),
         ("--port 70000", "port must be an integer in [0, 65535]"),
+        ("--log-format xml", "log_format must be one of text, json"),
         ("--max-queue -1", "max_queue must be an integer in [0, "),
         ("--host no.such.host.invalid --insecure", "cannot listen on no.such.host.invalid:8000"),
     ],
@@ -130,6 +134,42 @@ def test_a_bug_report_does_not_tell_the_key(monkeypatch) -> None:
         said = ppsd("env", *flags).stdout
         assert "PPSD_API_KEY" in said
         assert "hush-hush" not in said
+
+
+def test_the_settings_are_shown_with_their_origins(monkeypatch, tmp_path) -> None:
+    """As a file that sets the same, and without the key."""
+    file = tmp_path / "ppsd.toml"
+    file.write_text("max_queue = 7\nport = 1\nserved_model_name = ['a', 'b']\nmode = 'ppsd'")
+    monkeypatch.setenv("PPSD_PORT", "2")
+    monkeypatch.setenv("PPSD_API_KEY", "hush-hush")
+    said = ppsd("serve", "--config", file, "--print-config", "--drain-timeout", 3).stdout
+    assert "hush-hush" not in said
+    lines = said.splitlines()
+    for line in [
+        f"max_queue = 7  # {file}",
+        f'served_model_name = ["a", "b"]  # {file}',
+        "port = 2  # PPSD_PORT",
+        "# api_key  # PPSD_API_KEY",
+        "drain_timeout = 3.0  # flag",
+        'host = "127.0.0.1"',
+        "# ssl_certfile",
+    ]:
+        assert line in lines
+    shown = tomllib.loads(said)
+    file.write_text(said)
+    monkeypatch.delenv("PPSD_PORT")
+    monkeypatch.delenv("PPSD_API_KEY")
+    again = ppsd("serve", "--config", file, "--print-config").stdout
+    assert tomllib.loads(again) == shown
+
+
+def test_a_line_of_the_log_may_be_json() -> None:
+    record = LOG.makeRecord(LOG.name, logging.INFO, "", 0, "a b=1", (), None)
+    line = json.loads(JsonFormatter().format(record))
+    assert (line["level"], line["message"]) == ("INFO", "a b=1")
+    record.request = {"id": "chatcmpl-1", "prompt_tokens": 3}
+    line = json.loads(JsonFormatter().format(record))
+    assert (line["id"], line["prompt_tokens"], "message" in line) == ("chatcmpl-1", 3, False)
 
 
 def test_an_address_in_use_is_told_before_the_model_is_loaded() -> None:

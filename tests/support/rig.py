@@ -19,10 +19,10 @@ from ppsd.speculation.policy import Emit, Schedule
 from ppsd.transport.base import Geometry
 from ppsd.transport.inprocess import InProcessHub
 from ppsd.types import SamplingParams
+from ppsd.worker.frame import frame_bytes
 from ppsd.worker.judge import Judge
 from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker
-from ppsd.worker.messages import frame_bytes
 from ppsd.worker.recorder import Recorder
 from tests.support.hash_model import PADDING, WIDTH, HashStage, last_rows, plain_decode
 

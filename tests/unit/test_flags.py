@@ -52,7 +52,8 @@ PRODUCT = {
     "--trace",
     "chat": f"{PIPELINE} {SAMPLING} --system --highlight --stats",
     "serve": f"{PIPELINE} --host --port --api-key --api-key-file --insecure --served-model-name "
-    "--max-queue --drain-timeout --metrics-prefix --ssl-certfile --ssl-keyfile",
+    "--max-queue --drain-timeout --metrics-prefix --log-format --print-config "
+    "--ssl-certfile --ssl-keyfile",
     "models": "directory --json",
     "heads list": "--json",
     "heads show": "head",

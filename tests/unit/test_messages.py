@@ -12,153 +12,28 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from ppsd.errors import ProtocolError
-from ppsd.speculation.lookup import LENGTHS
-from ppsd.speculation.waves import Part, Row
 from ppsd.transport.base import gather, part_bytes
 from ppsd.types import SamplingParams
-from ppsd.worker import messages
-from ppsd.worker.frame import DTYPES, HEADER, HEADER_BYTES, MAGIC, VERSION, Landing, packed_ids
+from ppsd.worker.frame import (
+    CONTROL_BYTES,
+    DTYPES,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    VERSION,
+    Landing,
+    frame_bytes,
+    packed_ids,
+)
 from ppsd.worker.messages import (
     Begin,
     Block,
-    Control,
     Message,
-    Refusal,
-    Status,
     Verdict,
     decode,
     encode,
-    frame_bytes,
 )
-from ppsd.worker.wave_messages import Opinion, Verdicts, Wave
-
-words = st.integers(0, 2**16 - 1)
-positions = st.integers(0, 2**31 - 1)
-epochs = st.integers(0, 2**64 - 1)
-ids = st.integers(-(2**63), 2**63 - 1)
-
-
-@st.composite
-def rows_of_numbers(draw: st.DrawFn, rows: int, min_width: int = 0) -> torch.Tensor:
-    width, dtype = draw(st.integers(min_width, 5)), draw(st.sampled_from(DTYPES))
-    size = rows * width * dtype.itemsize
-    bits = draw(st.binary(min_size=size, max_size=size))  # any bits: NaN must survive too
-    return torch.tensor(list(bits), dtype=torch.uint8).view(dtype).view(rows, width)
-
-
-def token_ids(count: int) -> st.SearchStrategy[tuple[int, ...]]:
-    return st.lists(ids, min_size=count, max_size=count).map(tuple)
-
-
-@st.composite
-def blocks(draw: st.DrawFn) -> Block:
-    rows = draw(st.integers(1, 4))
-    return Block(
-        slot=draw(words),
-        epoch=draw(epochs),
-        position=draw(positions),
-        parent=draw(st.integers(-1, 2**31 - 1)),
-        judge=draw(st.integers(0, rows)),
-        tokens=draw(token_ids(rows)),
-        hidden=draw(rows_of_numbers(rows, min_width=1)),
-    )
-
-
-@st.composite
-def verdicts(draw: st.DrawFn) -> Verdict:
-    judged = draw(st.integers(0, 4))
-    logits = draw(st.none() | rows_of_numbers(judged, min_width=1))
-    feedback = draw(st.none() | rows_of_numbers(judged, min_width=1))
-    if logits is not None and feedback is not None:
-        feedback = feedback.to(logits.dtype)  # as both come from one stage
-    return Verdict(
-        slot=draw(words),
-        epoch=draw(epochs),
-        source=draw(words),
-        position=draw(positions),
-        rows=draw(st.integers(judged, 9)),
-        tokens=draw(token_ids(judged)),
-        logits=logits,
-        feedback=feedback,
-    )
-
-
-@st.composite
-def waves(draw: st.DrawFn) -> Wave:
-    """Rows of any parts; at times none, as when all have died."""
-    parts = []
-    for slot in draw(st.lists(ids, min_size=1, max_size=3, unique=True)):
-        moves = draw(st.lists(st.tuples(ids, ids), max_size=3).map(tuple))
-        parts.append(Part(slot, draw(ids), draw(ids), moves))
-    rows = []
-    for _ in range(draw(st.integers(0, 4))):
-        depth = draw(st.integers(0, 3))
-        alone = draw(st.sampled_from(parts)).slot, *draw(token_ids(5))
-        rows.append(Row(*alone, draw(token_ids(depth)), draw(token_ids(depth))))
-    hidden = draw(rows_of_numbers(len(rows), min_width=1)) if rows else torch.empty(0, 3)
-    return Wave(tuple(parts), tuple(rows), hidden)
-
-
-@st.composite
-def wave_verdicts(draw: st.DrawFn) -> Verdicts:
-    count = draw(st.integers(0, 4))
-    logits = draw(st.none() | rows_of_numbers(count, min_width=1)) if count else None
-    feedback = draw(st.none() | rows_of_numbers(count, min_width=1)) if count else None
-    if logits is not None and feedback is not None:
-        feedback = feedback.to(logits.dtype)
-    nodes = tuple(zip(draw(token_ids(count)), draw(token_ids(count)), strict=True))
-    return Verdicts(draw(words), nodes, draw(token_ids(count)), logits, feedback)
-
-
-@st.composite
-def opinions(draw: st.DrawFn) -> Opinion:
-    count, width = draw(st.integers(1, 4)), draw(st.integers(0, 4))
-    nodes = tuple(zip(draw(token_ids(count)), draw(token_ids(count)), strict=True))
-    tokens = tuple(draw(token_ids(width)) for _ in range(count))
-    return Opinion(draw(words), nodes, tokens, torch.rand(count, width + len(LENGTHS)))
-
-
-params = st.builds(
-    SamplingParams,
-    temperature=st.floats(0, 100),
-    top_p=st.floats(0.01, 1),
-    logit_bias=st.dictionaries(st.integers(0, 99), st.floats(-100, 100), max_size=3),
-    seed=st.integers(0, 2**63 - 1),
-    stop=st.lists(st.text(min_size=1, max_size=5), max_size=3).map(tuple),
-    stop_token_ids=st.lists(st.integers(0, 99), max_size=3).map(tuple),
-    ignore_eos=st.booleans(),
-)
-begins = st.builds(
-    Begin,
-    slot=words,
-    params=params,
-    prompt_length=positions,
-    stop_ids=st.lists(positions, max_size=4).map(tuple),
-    vocab_size=positions,
-    want_logits=st.booleans(),
-    want_feedback=st.booleans(),
-    want_opinions=st.booleans(),
-    source=words,
-    shared=positions,
-)
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
-statuses = st.builds(Status, words, st.text(), st.dictionaries(st.text(), json_values, max_size=4))
-refusals = st.builds(Refusal, slot=words, epoch=epochs, source=words, message=st.text())
-all_messages = st.one_of(
-    blocks(),
-    verdicts(),
-    waves(),
-    wave_verdicts(),
-    opinions(),
-    refusals,
-    begins,
-    st.builds(Control, st.text()),
-    statuses,
-)
+from tests.support.any_messages import all_messages
 
 
 def frame(message: Message) -> bytearray:
@@ -222,7 +97,7 @@ def test_frames_fit_what_the_geometry_reserves(dtype) -> None:
     hidden = torch.zeros(500, 90, dtype=dtype)
     block = Block(0, 1, 0, -1, 500, (0,) * 500, hidden)
     assert len(frame(block)) == frame_bytes(500, 90, dtype)
-    assert frame_bytes(1, 1, dtype) == HEADER_BYTES + messages.CONTROL_BYTES
+    assert frame_bytes(1, 1, dtype) == HEADER_BYTES + CONTROL_BYTES
 
 
 def refused_or_read(bits: bytes | bytearray) -> Message | None:
@@ -262,7 +137,7 @@ def headed(body: bytes, **changes: int) -> memoryview:
     header = {
         "magic": MAGIC, "version": VERSION, "kind": 1, "dtype": 1, "flags": 0, "slot": 0,
         "source": 0, "epoch": 1, "position": 0, "parent": -1, "rows": 1, "judge": 1, "width": 2,
-        "feedback": 0, "bytes": len(body),
+        "beside": 0, "bytes": len(body),
     }  # fmt: skip
     assert set(changes) <= set(header)
     return memoryview(HEADER.pack(*(header | changes).values()) + body)
@@ -289,9 +164,11 @@ def test_the_header_used_below_is_well_formed() -> None:
         ({"judge": 2}, "2 verdicts"),
         ({"judge": -1}, "-1 verdicts"),
         ({"width": 2**32 - 1}, "shape .1, 4294967295"),
+        ({"beside": 2**32 - 1}, "masks of 4294967295 bytes for 1 rows"),
+        ({"beside": 8}, "not rows of shape"),
         ({"bytes": 2**63}, "announces 9223372036854775808"),
         ({"kind": 2, "judge": -1}, "-1 tokens"),
-        ({"kind": 2, "judge": 1, "width": 2, "feedback": 3}, "feedback of 3 numbers among 2"),
+        ({"kind": 2, "judge": 1, "width": 2, "beside": 3}, "feedback of 3 numbers among 2"),
         ({"kind": 2, "judge": 2**31 - 1}, "0 bytes are not rows of shape .2147483647"),
     ],
 )
@@ -316,10 +193,13 @@ def fields_of(*fields: int) -> bytes:
         (7, (1, 0, 1, 5, 0, 0, 1, 1, 1, 1, 1, -1), {"rows": 1, "width": 0}, "list of -1 fields"),
         (7, (0,), {"rows": -1}, "states dtype"),
         (8, (1, 2), {"rows": 0}, "not three a node"),
-        (8, (0, 1, 2), {"rows": 2, "width": 0, "feedback": 2}, None),
+        (8, (0, 1, 2), {"rows": 2, "width": 0, "beside": 2}, None),
         (9, (), {"rows": 0}, "other numbers"),
         (9, (-3,), {"rows": 0}, "other numbers"),
         (9, (2**62, 1), {"rows": 1, "width": 0}, "other numbers"),
+        (10, (), {"rows": 0}, "scores of 0 tokens"),
+        (10, (1, 2), {"rows": 1, "width": 0}, "scores of 1 tokens"),
+        (10, (1, 2), {"rows": 2**31 - 1, "width": 0}, "scores of 2147483647 tokens"),
     ],
 )
 def test_absurd_fields_of_waves_are_named(kind, body, changes, words) -> None:
@@ -339,6 +219,7 @@ GOOD = {
     "want_logits": False,
     "want_feedback": False,
     "want_opinions": False,
+    "scores": -1,
     "source": 0,
     "shared": 0,
 }

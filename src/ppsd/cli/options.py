@@ -20,7 +20,9 @@ import typer
 from ppsd.cli.settings import (
     CONFIG_FILE,
     EXPERTS,
+    GIVEN,
     Group,
+    Origins,
     check_environment,
     file_parameter,
     read_file,
@@ -46,7 +48,7 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
             parameters += records[name].parameters
         elif name in options:
             parameters += _expand(options[name])
-        else:
+        elif hints[name] != Origins:
             parameters.append(parameter.replace(kind=KEYWORD, annotation=hints[name]))
     ambient = any(record.ambient for record in records.values())
     if ambient:
@@ -64,6 +66,7 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
             for name, group in options.items():
                 fields = {f.name: flags.pop(f.name) for f in dataclasses.fields(group)}
                 arguments[name] = group(**fields)
+            arguments |= {name: ctx.meta[GIVEN] for name, hint in hints.items() if hint == Origins}
             verb(**flags, **arguments)
 
     signature = inspect.Signature(parameters)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from importlib.util import find_spec
+from typing import Annotated
+
+import typer
 
 from ppsd.cli.display import log_console
 from ppsd.cli.session import open_llm
+from ppsd.cli.settings import Origins, as_toml
 from ppsd.cli.streams import visible
 from ppsd.config import EngineConfig
 from ppsd.errors import PpsdError
@@ -15,17 +18,28 @@ from ppsd.serve.config import ServerConfig
 NEEDED = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
 
-def serve(config: EngineConfig, server: ServerConfig) -> None:
+def serve(
+    config: EngineConfig,
+    server: ServerConfig,
+    origins: Origins,
+    print_config: Annotated[
+        bool,
+        typer.Option("--print-config", help="Show all settings and where each is set, and end."),
+    ] = False,
+) -> None:
     """Answer OpenAI's clients over HTTP: exactly, and many at once with --concurrent."""
+    if print_config:
+        print(as_toml([config, server], origins))
+        return
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise PpsdError(f"ppsd serve needs {', '.join(missing)}: pip install 'ppsd-llm[serve]'")
+    from ppsd.serve.logs import set_up
     from ppsd.serve.run import bind, serve
 
     server = server.with_key()
     bound = bind(server)  # before the model is loaded: an address in use is told at once
     with bound, open_llm(config) as llm:
-        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-        logging.getLogger("ppsd.serve").setLevel(logging.INFO)
+        set_up(server.log_format)
 
         def ready() -> None:
             scheme = "http" if server.ssl_certfile is None else "https"

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import json
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,8 @@ from ppsd.serve.config import ServerConfig
 from ppsd.types import SamplingParams
 
 PREFIX = "PPSD_"
+GIVEN = "ppsd.given"  # the origins of a verb's settings, in its context
+SECRET = "api_key"
 CONFIG_FILE, FILE_VARIABLE = "config_file", f"{PREFIX}CONFIG"
 EXPERTS = "For experts"
 TRUTHS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
@@ -61,6 +64,9 @@ class Origin:
 
     place: str
     value: Any
+
+
+Origins = dict[str, Origin]  # by setting; a verb's parameter of this type holds those given
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class Group:
             ambient = file if self.ambient else None
             if origin := _given(ctx, field, hints[name], flags.pop(name), ambient):
                 origins[name] = origin
+        ctx.meta.setdefault(GIVEN, {}).update(origins)
         if self._made is Sampling:
             return Sampling(origins)
         with _named(origins):
@@ -248,6 +255,28 @@ def _from_toml(name: str, value: Any) -> Any:
         return {int(token): bias for token, bias in value.items()}
     except ValueError:
         raise ConfigError(name, value, "a table of token ids and numbers") from None
+
+
+def as_toml(records: Iterable[Any], origins: Origins) -> str:
+    """Return settings as a TOML file, with where each was given; those without a value as comments.
+
+    The key is not told.
+    """
+    lines = []
+    for record in records:
+        for name in settings_of(record):
+            value, origin = getattr(record, name), origins.get(name)
+            text = f"{name} = {_toml(value)}"
+            if value is None or name == SECRET:
+                text = f"# {name}"
+            lines.append(text if origin is None else f"{text}  # {origin.place or 'flag'}")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)  # TOML spells these as JSON does
 
 
 @contextmanager

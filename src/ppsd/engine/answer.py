@@ -16,13 +16,15 @@ class Chunk:
 
     ``accepted[i]`` says whether token i was an accepted draft. ``pieces`` is the text cut by the
     tokens it comes from, which may be earlier ones: text lags behind the tokens while a character
-    or a stop string is incomplete.
+    or a stop string is incomplete. ``prompt_logprobs`` come with the first step, if they are asked
+    for: those of the prompt's tokens but the first, before which there is nothing.
     """
 
     pieces: tuple[Piece, ...]
     token_ids: tuple[int, ...] = ()
     accepted: tuple[bool, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def text(self) -> str:
@@ -68,6 +70,7 @@ class Answer:
             tokens,
             tuple(i < emit.accepted for i in range(taken)),
             () if self.logprobs is None else self.logprobs.take(tokens),
+            () if self.logprobs is None else self.logprobs.take_prompt(),
         )
         self.token_ids += chunk.token_ids
         self.accepted += chunk.accepted

@@ -26,13 +26,15 @@ from ppsd.model.exit_head import ExitHead, load_head, untrained_head
 from ppsd.model.head_files import HeadConfig
 from ppsd.model.stage import Stage, StageModel, StagePlan
 from ppsd.model.weights import TensorSource
+from ppsd.speculation.masks import mask_bytes
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.inprocess import InProcessHub
+from ppsd.worker.frame import frame_bytes
 from ppsd.worker.inner_head import InnerHead
 from ppsd.worker.judge import Judge
 from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker
-from ppsd.worker.messages import Status, frame_bytes
+from ppsd.worker.messages import Status
 from ppsd.worker.pace import paced
 from ppsd.worker.process import (
     Supervisor,
@@ -44,6 +46,7 @@ from ppsd.worker.process import (
     set_own_threads,
 )
 from ppsd.worker.recorder import Recorder
+from ppsd.worker.scores import scores_bytes
 from ppsd.worker.wave_messages import wave_bytes
 
 CLOSE_GRACE_S = 1.0  # leaving takes a worker milliseconds
@@ -189,11 +192,12 @@ class RunningPipeline:
         rows = max(config.prefill_chunk, self._most_rows())
         window = max(config.schedule.in_flight, self.layout.stages)
         fields = wave_bytes(self._most_rows(), config.concurrent)
+        masks = self._most_rows() * mask_bytes(spec.num_tokens)
         verdicts = self._most_rows(), spec.hidden_size + spec.vocab_size
         return Geometry(
             size=self.layout.stages,
-            forward_bytes=frame_bytes(rows, spec.hidden_size, dtype) + fields,
-            return_bytes=frame_bytes(*verdicts, dtype) + fields,
+            forward_bytes=frame_bytes(rows, spec.hidden_size, dtype) + fields + masks,
+            return_bytes=max(frame_bytes(*verdicts, dtype) + fields, scores_bytes(rows)),
             # a window of stale work, one of new work, requests that begin, and control
             frames=2 * window + config.concurrent + 3,
             slots=self.layout.slots,

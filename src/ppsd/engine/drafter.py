@@ -12,6 +12,7 @@ import torch
 from ppsd.errors import RequestError
 from ppsd.model.exit_head import ExitHead
 from ppsd.speculation.lookup import ODDS, find, mixed
+from ppsd.speculation.masks import Mask
 from ppsd.speculation.sampling import Sampler, Stream
 
 # A head lags behind until its next draft, when a few rows cost as much as one; prompts do not wait.
@@ -23,13 +24,14 @@ class Given(NamedTuple):
 
     ``history`` [L] are all tokens so far; ``verified`` [1, C] is the last layer's row of the newest
     verified position, if one is known. ``stream`` is the noise to draw with: the target's own
-    where draft and target are coupled.
+    where draft and target are coupled; a draft that ``mask`` does not permit is not taken.
     """
 
     sampler: Sampler
     history: torch.Tensor
     stream: Stream = Stream.TARGET
     verified: torch.Tensor | None = None
+    mask: Mask | None = None
 
 
 @dataclass
@@ -100,19 +102,20 @@ class HeadDrafter:
     def draft(self, state: DraftState, given: Given) -> int:
         if state.rows:
             self._catch_up(state)
-        sampler, history, stream, verified = given
+        sampler, history, stream, verified, mask = given
         finished = self.head.finish(state.last, verified)
         scores = self.head.scores(finished)
         match = find(history) if self._lookup else None
         odds = self.head.copy_odds(finished)[0] if match else ODDS
-        if self.head.drafts_below(sampler.vocab_size) and sampler.takes_largest(len(history)):
+        largest = mask is None and sampler.takes_largest(len(history))
+        if largest and self.head.drafts_below(sampler.vocab_size):
             return self.head.likeliest(scores, match, odds)
         logits = self.head.spread(scores)[0]
         if match:
             logits = mixed(logits, match, odds)
         try:
             if stream is Stream.TARGET:
-                return sampler.choose(logits, history)
+                return sampler.choose(logits, history, mask)
             position = history.numel()
             state.drawn = {p: row for p, row in state.drawn.items() if p < position}
             state.drawn[position] = sampler.probabilities(logits, history)

@@ -23,6 +23,7 @@ from ppsd.speculation.policy import Command, Emit, Feed, Finish, Judged, Policy,
 from ppsd.speculation.sampling import Stream
 from ppsd.speculation.waves import WavePolicy
 from ppsd.worker.messages import Block, Refusal, Verdict
+from ppsd.worker.scores import Scores
 from ppsd.worker.slot import sampler_of
 
 Output = Emit | Finish
@@ -218,13 +219,16 @@ class Engine:
 
     def _take(self, answer: Answer) -> None:
         """Act on an answer of the stages; of old work it means nothing."""
-        if not isinstance(answer, Verdict | Refusal):
+        if not isinstance(answer, Verdict | Refusal | Scores):
             return  # late, to the waves of an engine before this one
         sequence = self._slots.get(answer.slot)
         if sequence is None or sequence.policy.epoch != answer.epoch:
             return
         if isinstance(answer, Refusal):
             self._fail(sequence, answer)
+        elif isinstance(answer, Scores):
+            if sequence.request.scores is not None:
+                sequence.request.scores(answer)
         else:
             self._judge(sequence, answer)
 

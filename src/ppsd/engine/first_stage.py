@@ -14,6 +14,7 @@ from ppsd.engine.sequence import Sequence
 from ppsd.errors import NonFiniteError, ProtocolError
 from ppsd.model.passes import Pass
 from ppsd.model.stage import StageModel
+from ppsd.speculation.masks import lowest, permits
 from ppsd.speculation.policy import UNVERIFIED, Drafted, Feed
 from ppsd.speculation.sampling import Stream
 from ppsd.speculation.waves import Part, Row
@@ -81,6 +82,7 @@ class FirstStage:
         if not feed.ship:
             return None
         rows = sequence.open_rows
+        end = feed.position + len(feed.tokens)
         hidden = torch.cat(rows) if len(rows) > 1 else rows[0]
         rows.clear()
         return Block(
@@ -89,8 +91,9 @@ class FirstStage:
             position=feed.block,
             parent=feed.block - 1,
             judge=feed.judge,
-            tokens=sequence.history.ids(feed.block, feed.position + len(feed.tokens)),
+            tokens=sequence.history.ids(feed.block, end),
             hidden=hidden,
+            masks=sequence.masks(end - feed.judge, end),
         )
 
     def observe(self, sequence: Sequence, feed: Feed, hidden: torch.Tensor) -> None:
@@ -109,11 +112,15 @@ class FirstStage:
         history = sequence.history.before(position)
         known = self.wants_feedback and feed.verified != UNVERIFIED
         verified = sequence.feedback[feed.verified] if known else None
+        mask = next(iter(sequence.masks(position - 1, position)), None)
         try:
-            given = Given(sequence.sampler, history, self.draft_stream, verified)
+            given = Given(sequence.sampler, history, self.draft_stream, verified, mask)
             token = self.drafter.draft(sequence.draft, given)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error} (exit head, position {position})") from error
+        if mask is not None and not permits(mask, token):
+            permitted = lowest(mask)
+            token = token if permitted is None else permitted
         self.recorder.add(start, "draft", feed.epoch, position, 1)
         return Drafted(feed.epoch, position, token)
 

@@ -35,13 +35,14 @@ from ppsd.worker.messages import (
     encode,
 )
 from ppsd.worker.recorder import Recorder
+from ppsd.worker.scores import Scores
 from ppsd.worker.wave_messages import Opinion, Verdicts, Wave
 
 CHECK_S = 0.05  # how often a wait looks after the worker processes
 ENDING_S = 0.5  # from a process closing its connections until it counts as ended, at most
 ANSWER_S = 1.0  # a stage that works answers a report sooner
 
-Answer = Verdict | Verdicts | Opinion | Refusal
+Answer = Verdict | Verdicts | Opinion | Scores | Refusal
 
 
 class Links(Protocol):
@@ -102,6 +103,8 @@ class OwnLinks:
             return
         start = self._recorder.now()
         try:
+            if (scores := self._judge.scores(message, message.hidden)) is not None:
+                self._answers.append(scores)
             self._answers.append(self._judge.verdict(message, message.hidden))
         except RequestError as error:
             self._answers.append(Refusal(message.slot, message.epoch, 0, str(error)))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
 
-import torch
-
+from ppsd import checks
 from ppsd.config import AUTO, EngineConfig
 from ppsd.engine.answer import Chunk, Completion
 from ppsd.engine.build import Progress, RunningPipeline
@@ -19,9 +19,10 @@ from ppsd.engine.choose import serves_as
 from ppsd.engine.drafter import Drafter
 from ppsd.engine.engine import Engine
 from ppsd.engine.events import Event
+from ppsd.engine.grammar import Grammar, Grammars
 from ppsd.engine.layout import check_memory, plan_layout
 from ppsd.engine.logprobs import Logprobs
-from ppsd.engine.prompt import Prompt, encode
+from ppsd.engine.prompt import Prompt, encode, several
 from ppsd.engine.sequence import LogitsSink, Request
 from ppsd.engine.text_engine import TextEngine, Ticket
 from ppsd.engine.thread import EngineThread, apart
@@ -33,6 +34,7 @@ from ppsd.model.tokenizer import StreamDecoder, Tokenizer
 from ppsd.speculation.gate import Gate
 from ppsd.speculation.policy import Schedule, schedule_for
 from ppsd.types import SamplingParams
+from ppsd.worker.scores import MAX_TOP
 
 __all__ = ["LLM", "Chunk", "Completion", "Prompt"]
 
@@ -251,11 +253,11 @@ class LLM:
         params = params or SamplingParams(**self.defaults.values)
         if params.n > 1 and params.greedy:
             raise ConfigError("n", params.n, "1 at temperature 0, where all samples are equal")
-        many = _prompts(prompt)
+        many = several(prompt)
         one = [prompt] if many is None else many
         tickets = [
             self._ticket(self._request(ids, params.sample(i), reuse=reuse), silent=True)
-            for ids in [self.encode(p) for p in one]  # type: ignore[arg-type]  # see _prompts
+            for ids in [self.encode(p) for p in one]  # type: ignore[arg-type]  # see several
             for i in range(params.n)
         ]
         found = self._thread.results(tickets)
@@ -283,21 +285,32 @@ class LLM:
         *,
         reuse: bool = False,
         logprobs: int | None = None,
+        prompt_logprobs: bool = False,
+        grammar: Grammar | None = None,
         notify: Callable[[], object],
     ) -> Ticket:
         """Begin one completion and return at once.
 
         ``notify`` is called, on the engine's thread, whenever the ticket has something to take.
-        With ``logprobs`` its chunks have those of their tokens and of so many most likely ones.
+        With ``logprobs`` its chunks have those of their tokens and of so many most likely ones, and
+        with ``prompt_logprobs`` the first has them of the prompt, all of which is then computed.
+        The answer follows ``grammar``.
         """
         params = params or SamplingParams(**self.defaults.values)
         if params.n > 1:
             raise ConfigError("n", params.n, "1 in a stream")
         ids = self.encode(prompt)
-        sink = (
-            None if logprobs is None else Logprobs(len(ids), self.layout.spec.num_tokens, logprobs)
-        )
-        ticket = self._ticket(self._request(ids, params, reuse=reuse, logits=sink))
+        request = self._request(ids, params, reuse=reuse, grammar=grammar)
+        sink = None
+        if logprobs is not None:
+            sink = Logprobs(ids, request.vocab_size, logprobs)
+            request = replace(request, logits=sink)
+        if prompt_logprobs:
+            if sink is None:
+                raise ConfigError("prompt_logprobs", True, "used with logprobs")
+            top = checks.integer("logprobs", logprobs, 0, MAX_TOP)
+            request = replace(request, scores=sink.hear, top=top)
+        ticket = self._ticket(request)
         ticket.answer.logprobs = sink
         ticket.notify = notify
         self._thread.submit(ticket)
@@ -310,9 +323,10 @@ class LLM:
         *,
         reuse: bool = False,
         logits: LogitsSink | None = None,
+        grammar: Grammar | None = None,
     ) -> Completion:
         """Complete token ids; ``logits`` receives the target's logits (see engine.Request)."""
-        request = self._request(ids, params, reuse=reuse, logits=logits)
+        request = self._request(ids, params, reuse=reuse, logits=logits, grammar=grammar)
         return self._thread.result(self._ticket(request, silent=True))
 
     def run_all(
@@ -329,14 +343,24 @@ class LLM:
             ]
         )
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt, checked."""
+    def encode(self, prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        """Return the token ids of a prompt, checked; for a chat template see prompt.encode."""
         layout = self.layout
-        return encode(prompt, self.tokenizer, layout.spec.num_tokens, layout.max_context)
+        sizes = layout.spec.num_tokens, layout.max_context
+        return encode(prompt, self.tokenizer, *sizes, template_kwargs)
 
     def now(self) -> float:
         """Return the time in seconds by the engine's clock, which statistics go by."""
         return self._engine.now()
+
+    def json_grammar(self, schema: Mapping[str, Any]) -> Grammar:
+        """Return the grammar of JSON that a schema allows; needs the extra ``structured``."""
+        return self._grammars.json(schema)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        spec = self.layout.spec
+        return Grammars(self.tokenizer.backend, spec.num_tokens, spec.eos_ids)
 
     def _ticket(self, request: Request, *, silent: bool = False) -> Ticket:
         return Ticket(self._engine, request, StreamDecoder(self.tokenizer), silent=silent)
@@ -348,8 +372,11 @@ class LLM:
         *,
         reuse: bool,
         logits: LogitsSink | None = None,
+        grammar: Grammar | None = None,
     ) -> Request:
         """Shape a request: it ends where the context does."""
+        if grammar is not None and self.config.acceptance == "rejection":
+            raise ConfigError("acceptance", "rejection", "coupled where answers follow a grammar")
         limited = min(params.max_tokens, self.layout.max_context - len(ids))
         least = min(params.min_tokens, limited)
         eos = () if params.ignore_eos else self.layout.spec.eos_ids
@@ -360,24 +387,9 @@ class LLM:
             vocab_size=self.layout.spec.num_tokens,
             reuse=reuse,
             logits=logits,
+            masks=None if grammar is None else grammar.start(),
         )
 
     def write_trace(self, path: Path) -> None:
         """Write the Chrome trace of all requests so far (needs ``trace=True``)."""
         self.trace.write(path, self.layout.bounds)
-
-
-def _prompts(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
-    """Return the prompts of a list of them; None for a single prompt."""
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
-        return None
-    several = isinstance(prompt[0], str) or (
-        isinstance(prompt[0], Sequence) and not isinstance(prompt[0], bytes)
-    )
-    return prompt if several else None  # type: ignore[return-value]  # as its first item shows
-
-
-def collect_logits() -> tuple[LogitsSink, dict[int, torch.Tensor]]:
-    """Return a sink and the dictionary it fills: the final target logits by position."""
-    rows: dict[int, torch.Tensor] = {}
-    return rows.__setitem__, rows

@@ -24,6 +24,7 @@ from ppsd.model.weights import TensorSource, codes_digest
 from ppsd.plan.profile import profile_path
 from ppsd.transport.base import Endpoint, Geometry, part_bytes
 from ppsd.types import SamplingParams
+from ppsd.worker.frame import frame_bytes
 from ppsd.worker.messages import (
     Begin,
     Block,
@@ -33,7 +34,6 @@ from ppsd.worker.messages import (
     Verdict,
     decode,
     encode,
-    frame_bytes,
 )
 from ppsd.worker.process import Supervisor, WorkerConfig, open_endpoint
 

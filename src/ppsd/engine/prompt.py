@@ -15,8 +15,16 @@ KINDS = "a text, token ids or chat messages"
 MESSAGE = "a mapping of texts with role and content, such as {'role': 'user', 'content': 'Hi'}"
 
 
-def encode(prompt: Prompt, tokenizer: Tokenizer, num_tokens: int, max_context: int) -> list[int]:
+def encode(
+    prompt: Prompt,
+    tokenizer: Tokenizer,
+    num_tokens: int,
+    max_context: int,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Return the token ids of text as it is, of ids, or of messages by the chat template.
+
+    The template finds ``template_kwargs`` by name.
 
     Raises ConfigError for what is no prompt, ids beyond ``num_tokens`` and prompts without room.
     """
@@ -28,13 +36,25 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, num_tokens: int, max_context: i
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
             raise ConfigError("prompt", prompt, KINDS)
         if prompt and isinstance(prompt[0], Mapping):
-            ids = tokenizer.encode_chat([_message(message) for message in prompt])
+            ids = tokenizer.encode_chat(
+                [_message(message) for message in prompt], template_kwargs or {}
+            )
         else:
             ids = _ids(prompt, num_tokens - 1)
     if not 0 < len(ids) < max_context:
         allowed = f"of 1 to {max_context - 1} tokens (the context holds {max_context})"
         raise ConfigError("prompt", f"{len(ids)} tokens", allowed)
     return ids
+
+
+def several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
+    """Return the prompts of a list of them; None for a single prompt."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
+        return None
+    several = isinstance(prompt[0], str) or (
+        isinstance(prompt[0], Sequence) and not isinstance(prompt[0], bytes)
+    )
+    return prompt if several else None  # type: ignore[return-value]  # as its first item shows
 
 
 def _ids(prompt: Sequence[Any], most: int) -> list[int]:

@@ -10,11 +10,13 @@ import torch
 
 from ppsd.engine.drafter import DraftState
 from ppsd.errors import RequestError
+from ppsd.speculation.masks import Mask, Masks
 from ppsd.speculation.policy import Command, Policy
 from ppsd.speculation.sampling import Sampler
 from ppsd.speculation.waves import WavePolicy
 from ppsd.types import SamplingParams
 from ppsd.worker.messages import Begin
+from ppsd.worker.scores import UNSCORED, Scores
 from ppsd.worker.slot import TokenHistory
 
 LogitsSink = Callable[[int, torch.Tensor], None]
@@ -26,7 +28,9 @@ class Request:
 
     ``reuse`` takes over all rows of the prompt that its slot holds, not only those that computing
     them again would repeat bit for bit. ``logits``, when given, receives (position, target logits
-    [V]) of every judged row; a position may come again, and the last call for it counts.
+    [V]) of every judged row; a position may come again, and the last call for it counts. ``scores``
+    receives those of the prompt's tokens, with ``top`` likeliest tokens each. ``masks`` tells what
+    may follow the answer so far.
     """
 
     prompt: tuple[int, ...]
@@ -35,6 +39,9 @@ class Request:
     vocab_size: int
     reuse: bool = False
     logits: LogitsSink | None = None
+    scores: Callable[[Scores], None] | None = None
+    top: int = 0
+    masks: Masks | None = None
 
 
 @dataclass(eq=False)
@@ -71,6 +78,14 @@ class Sequence:
         assert isinstance(self.policy, WavePolicy)
         return self.policy
 
+    def masks(self, first: int, end: int) -> tuple[Mask, ...]:
+        """Return the masks of what follows the tokens fed at ``first`` to below ``end``, if any."""
+        masks, start = self.request.masks, len(self.request.prompt)
+        if masks is None:
+            return ()
+        ids = self.history.ids(start, end)
+        return tuple(masks(ids[: position + 1 - start]) for position in range(first, end))
+
     @property
     def length(self) -> int:
         """Rows that every stage holds in their places, of committed tokens but the last."""
@@ -96,6 +111,8 @@ class HeldRows:
 
     def overlap(self, request: Request) -> int:
         """Return how many rows of a request's prompt are here and need not be computed."""
+        if request.scores is not None:  # rows that are not computed have no logits
+            return 0
         cached = min(_common_prefix(self.tokens, request.prompt), len(request.prompt) - 1)
         if not request.reuse:
             cached = min(cached, self._whole) // self._chunk * self._chunk
@@ -130,6 +147,12 @@ def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     return low
 
 
+def collect_logits() -> tuple[LogitsSink, dict[int, torch.Tensor]]:
+    """Return a sink and the dictionary it fills: the final target logits by position."""
+    rows: dict[int, torch.Tensor] = {}
+    return rows.__setitem__, rows
+
+
 def begin_message(slot: int, request: Request, *, feedback: bool, logits: bool) -> Begin:
     """Return what the last stage has to know of a request."""
     return Begin(
@@ -140,4 +163,5 @@ def begin_message(slot: int, request: Request, *, feedback: bool, logits: bool) 
         vocab_size=request.vocab_size,
         want_logits=logits or request.logits is not None,
         want_feedback=feedback,
+        scores=UNSCORED if request.scores is None else request.top,
     )

@@ -17,11 +17,13 @@ from ppsd.engine.events import FedRows
 from ppsd.engine.links import Answer
 from ppsd.engine.sequence import Request, Sequence
 from ppsd.errors import NonFiniteError
+from ppsd.speculation.masks import Mask
 from ppsd.speculation.policy import Feed
 from ppsd.speculation.tree import Cells, Node
 from ppsd.speculation.waves import Part, Row, Verified, WavePolicy, choose
 from ppsd.worker.judge import require_finite
 from ppsd.worker.messages import Verdict
+from ppsd.worker.scores import Scores
 from ppsd.worker.wave_messages import Opinion, Verdicts, Wave
 
 
@@ -77,6 +79,7 @@ class WaveEngine(Engine):
             lookup=self._lookup,
             epoch=self.links.epoch(slot),
             prefill_chunk=self._prefill_chunk,
+            masks=request.masks,
         )
 
     def _take_answers(self) -> None:
@@ -121,14 +124,16 @@ class WaveEngine(Engine):
         self._wave += 1
         self._chunked = False
         parts, rows = [], []
+        masks: list[Mask | None] = []
         for policy, nodes in _by_policy(chosen):
             part, own = policy.part(nodes)
             parts.append(part)
             rows += own
-        self._run_wave(tuple(parts), rows)
+            masks += policy.masks(nodes)
+        self._run_wave(tuple(parts), rows, _for_each(masks))
         return True
 
-    def _run_wave(self, parts: tuple[Part, ...], rows: list[Row]) -> None:
+    def _run_wave(self, parts: tuple[Part, ...], rows: list[Row], masks: tuple[Mask, ...]) -> None:
         """Run rows through stage 0, ship those that still live, and then draft behind them."""
         stage = self.stage
         start = stage.recorder.now()
@@ -144,7 +149,7 @@ class WaveEngine(Engine):
                 self.links.send(Wave(parts, (), torch.empty(0, 0)))
             return
         require_finite(hidden, 0, rows[0].position)
-        self.links.send(Wave(parts, tuple(rows), hidden))  # before drafting: see Engine
+        self.links.send(Wave(parts, tuple(rows), hidden, masks))  # before drafting: see Engine
         self._draft(rows, hidden)
 
     def _advance(self, rows: Items[Row]) -> torch.Tensor | None:
@@ -194,7 +199,7 @@ class WaveEngine(Engine):
             self._hear(answer)
         elif isinstance(answer, Verdicts):
             self._verify(answer)
-        elif isinstance(answer, Verdict):
+        elif isinstance(answer, Verdict | Scores):
             super()._take(answer)
         else:
             sequence = self._slots.get(answer.slot)
@@ -239,3 +244,11 @@ def _by_policy(chosen: Items[tuple[WavePolicy, Node]]) -> list[tuple[WavePolicy,
     for policy, node in chosen:
         nodes.setdefault(policy.slot, (policy, []))[1].append(node)
     return list(nodes.values())
+
+
+def _for_each(masks: list[Mask | None]) -> tuple[Mask, ...]:
+    """Return a mask for every row of a wave, or none if no row has one."""
+    widths = {len(mask) for mask in masks if mask is not None}
+    if not widths:
+        return ()
+    return tuple(b"\xff" * max(widths) if mask is None else mask for mask in masks)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ppsd.engine.llm import LLM, Completion, collect_logits
+from ppsd.engine.llm import LLM, Completion
+from ppsd.engine.sequence import collect_logits
 from ppsd.errors import PpsdError
 from ppsd.measure.workload import Task
 from ppsd.types import SamplingParams

@@ -7,10 +7,11 @@ from the machine but not from running or growing without end.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, TypeVar
 
 import psutil
@@ -20,7 +21,10 @@ from ppsd.errors import ConfigError, ModelError, shortened
 MAX_TEMPLATE = 1 << 18  # characters; the longest known have 30,000
 MAX_TEXT = 1 << 22  # characters of a rendered conversation
 MAX_SECONDS = 5.0  # of computing; a conversation takes milliseconds
-MAX_BYTES = 1 << 29
+MAX_BYTES = 1 << 29  # of growth, other threads' included
+MAX_DIGITS = 8
+DIGITS = re.compile(r"\d+")
+LOOK_SECONDS = 0.001  # so much is filled with a few MiB
 JINJA = ("{{", "{%", "{#")
 COMPILED = "<template>"  # what Jinja calls the file of a template's code
 
@@ -60,23 +64,29 @@ def _given(wanted: str, names: str) -> str:
         raise ConfigError("chat_template", wanted, f"{allowed} ({reason})") from error
 
 
-def render(inner: Any, template: str, messages: Sequence[Mapping[str, Any]]) -> str:
+def render(
+    inner: Any,
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     """Return the conversation as text, ready for the assistant's next message.
 
-    ``inner`` is transformers' tokenizer. Raises ConfigError when the template refuses the
-    conversation, fails, renders nothing, or takes more time or memory than any template needs.
+    ``inner`` is transformers' tokenizer; the template finds ``more`` by name. Raises
+    ConfigError when the template refuses the conversation, fails, renders nothing, or takes more
+    time or memory than any template needs.
     """
     try:
         if len(template) > MAX_TEMPLATE:
             raise ValueError(f"the template is longer than {MAX_TEMPLATE} characters")
-        if "**" in template:
-            _refuse_powers(template)
+        _refuse_large(template)
         text: str = _bounded(
             lambda: inner.apply_chat_template(
                 list(messages),
                 chat_template=template,
                 add_generation_prompt=True,
                 tokenize=False,
+                **more,
             )
         )
         if not text:
@@ -93,46 +103,51 @@ def render(inner: Any, template: str, messages: Sequence[Mapping[str, Any]]) -> 
     return text
 
 
-def _refuse_powers(template: str) -> None:
-    """Raise ValueError for ``a ** b``, which can take hours that nothing could interrupt."""
+def _refuse_large(template: str) -> None:
+    """Raise ValueError for what takes hours or all memory in a step that nothing interrupts.
+
+    That is ``a ** b``, and with large numbers products, formats and padding.
+    """
     from jinja2 import Environment
 
     before = ""
     for _, kind, value in Environment().lex(template):
         if value == "**" and kind == "operator" and before not in ("(", ","):  # f(**arguments)
             raise ValueError("powers are not supported")
+        digits = max(map(len, DIGITS.findall(value)), default=0)
+        if kind in ("integer", "float", "string") and digits > MAX_DIGITS:
+            raise ValueError(f"numbers of more than {MAX_DIGITS} digits are not supported")
         if kind != "whitespace":
             before = value
 
 
 def _bounded(call: Callable[[], T]) -> T:
-    """Call a function that ends with TimeoutError or MemoryError once it exceeds its bounds."""
+    """Call a function that ends with an error once it exceeds its bounds.
+
+    Its memory is looked at after each of a template's steps that takes a while, as growing does. No
+    limit of the operating system would do: each holds for the whole process, and would fail other
+    threads' work. So a single step may still ask for more than there is (``'x' * 10 ** 10``, which
+    ``_refuse_large`` is for).
+    """
     end = time.thread_time() + MAX_SECONDS
+    process = psutil.Process()
+    most = process.memory_info().rss + MAX_BYTES
+    looked = time.thread_time()
 
     def watch(frame: FrameType, event: str, argument: object) -> Any:
-        if time.thread_time() > end:
+        nonlocal looked
+        now = time.thread_time()
+        if now > end:
             raise TimeoutError(f"it takes more than {MAX_SECONDS:g} seconds")
+        if now - looked > LOOK_SECONDS:
+            looked = now
+            if process.memory_info().rss > most:
+                raise MemoryError(f"it takes more than {MAX_BYTES >> 20} MiB")
         return watch if frame.f_code.co_filename == COMPILED else None  # else calls are enough
 
-    before, release = sys.gettrace(), _hold_memory()
+    before = sys.gettrace()
     sys.settrace(watch)
     try:
         return call()
     finally:
         sys.settrace(before)
-        release()
-
-
-def _hold_memory() -> Callable[[], object]:
-    """Limit this process's growth to MAX_BYTES where possible; return what lifts the limit."""
-    try:
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limit = psutil.Process().memory_info().vms + MAX_BYTES
-        if soft != resource.RLIM_INFINITY:
-            limit = min(limit, soft)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    except (ImportError, OSError, ValueError):  # not on every system
-        return lambda: None
-    return lambda: resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

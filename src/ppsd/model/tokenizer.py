@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib.util
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ppsd import checks
@@ -25,6 +27,7 @@ from ppsd.model.spec import ModelSpec, config_from_dict, speakable
 REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 CONTEXT = 4  # tokens; an unfinished UTF-8 character has at most three bytes, a token at least one
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 MAX_LENGTH = 1 << 62  # the engine checks lengths: a tokenizer's own limit would only warn
 MOST = 3 * CONTEXT  # a window is cut back before it is so long
 
@@ -156,20 +159,43 @@ class Tokenizer:
             raise ConfigError("prompt", told, f"of the {self._rows} tokens that the model knows")
         return ids
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(
+        self, messages: list[dict[str, Any]], more: Mapping[str, Any] = MappingProxyType({})
+    ) -> list[int]:
         """Return the ids of a conversation, ready for the assistant's next message.
 
-        Raises ModelError when no chat template applies, and ConfigError when the template cannot
-        render the messages or a text is not valid Unicode.
+        The chat template finds ``more`` by name. Raises ModelError when no chat template applies,
+        and ConfigError when it cannot render the messages or a text is not valid Unicode.
         """
         for message in messages:
             for key, value in message.items():
                 if isinstance(value, str):
                     checks.unicode(f"message {key}", value)
-        escape = self._escaping([text for m in messages for text in m.values()])
+        given = [*messages, dict(more)]
+        escape = self._escaping(list(_texts(given)))
         if escape:
-            messages = [{key: escape.hide(text) for key, text in m.items()} for m in messages]
-        return self._encode(render(self._inner, self._template(), messages), escape, special=False)
+            given = _replaced(given, escape.hide)
+        *messages, more = given
+        text = render(self._inner, self._template(), messages, more)
+        return self._encode(text, escape, special=False)
+
+    @property
+    def backend(self) -> str | None:
+        """Return what tokenizer.json holds, None for a tokenizer of another kind."""
+        return None if self._backend is None else self._backend.to_str()
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Return what clients ask of a tokenizer, in the names of tokenizer_config.json."""
+        template = None
+        with suppress(ModelError):
+            template = self._template()
+        return {
+            "tokenizer_class": type(self._inner).__name__,
+            "vocab_size": self.vocab_size,
+            **{name: getattr(self._inner, name) for name in NAMED_TOKENS},
+            "chat_template": template,
+        }
 
     def _template(self) -> str:
         return choose_template(self._inner.chat_template, self._wanted, self._name)
@@ -195,6 +221,26 @@ class Tokenizer:
     def _special(self) -> frozenset[int]:
         added = self._inner.added_tokens_decoder.items()
         return frozenset(token for token, info in added if info.special)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
+
+
+def _replaced(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with other texts; keys stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return [_replaced(each, change) for each in value]
+    if isinstance(value, dict):
+        return {key: _replaced(each, change) for key, each in value.items()}
+    return value
 
 
 class StreamDecoder:

@@ -7,8 +7,8 @@ import hmac
 import json
 import re
 import uuid
-from collections.abc import Awaitable, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Coroutine
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -48,7 +48,7 @@ def create_app(service: Service) -> Starlette:
     return Starlette(
         routes=[
             Route("/health", routes.health),
-            Route("/ready", routes.health),
+            Route("/ready", routes.ready),
             Route("/metrics", routes.metrics),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.model),
@@ -64,6 +64,7 @@ def create_app(service: Service) -> Starlette:
             *site(),
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/detokenize", routes.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", routes.tokenizer_info),
         ],
         lifespan=service.watching,
         middleware=[Middleware(Doors, key=service.config.api_key)],
@@ -87,6 +88,12 @@ class Routes:
         if error := self._service.broken:
             raise RefusedError(503, f"the pipeline is lost: {error}")
         return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """Say whether a request would find room now."""
+        if self._service.full:
+            raise RefusedError(503, "as many choices wait as may")
+        return await self.health(request)
 
     async def metrics(self, request: Request) -> Response:
         """Tell counts and times, as Prometheus reads them."""
@@ -117,7 +124,7 @@ class Routes:
         self._service.check_model(body.model)
         name = "messages" if body.messages else "prompt" if body.prompt is not None else "content"
         text = conversation(body.messages) if body.messages else getattr(body, name)
-        [ids] = await self._service.encode([text], name)
+        [ids] = await self._service.encode([text], name, body.chat_template_kwargs)
         length = self._service.llm.layout.max_context
         return JSONResponse({"count": len(ids), "max_model_len": length, "tokens": ids})
 
@@ -132,6 +139,12 @@ class Routes:
             raise RefusedError(400, message, "tokens")
         text = await self._service.apart(lambda: llm.tokenizer.decode(body.tokens))
         return JSONResponse({"prompt": text, "content": text})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """Describe the tokenizer, as clients that count tokens themselves ask."""
+        llm = self._service.llm
+        about = await self._service.apart(lambda: llm.tokenizer.about)
+        return JSONResponse(about | {"model_max_length": llm.layout.max_context})
 
 
 class Completions:
@@ -156,16 +169,40 @@ class Completions:
 
     async def _answer(self, reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
-        reply.prompts = await service.encode(reply.asked, reply.prompt_field)
+        limit = _Limit(reply.body.timeout)
+        async with limit.held():
+            reply.prompts = await service.encode(
+                reply.asked, reply.prompt_field, reply.template_kwargs
+            )
+            reply.grammar = await service.grammar(reply.body.schema_wanted)
         async with aclosing(service.parts(reply)) as parts:
             if reply.body.stream:
-                await _stream(reply, parts, send)
+                await _stream(reply, parts, limit, send)
                 return
-            answer = await reply.whole(parts)
+            async with limit.held():
+                answer = await reply.whole(parts)
         await JSONResponse(answer)(scope, receive, send)
 
 
-async def _stream(reply: Reply, parts: Parts, send: Send) -> None:
+class _Limit:
+    """The time that a request gave itself, from when this was made; None is no limit."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._end = None if seconds is None else asyncio.get_running_loop().time() + seconds
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Refuse what is not done in time."""
+        try:
+            async with asyncio.timeout_at(self._end):
+                yield
+        except TimeoutError:
+            message = f"timeout: no complete answer within {self._seconds:g} seconds"
+            raise RefusedError(408, message, "timeout", "timeout") from None
+
+
+async def _stream(reply: Reply, parts: Parts, limit: _Limit, send: Send) -> None:
     """Send server-sent events; an error that comes now can only be one of them."""
     headers = [
         (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -174,8 +211,9 @@ async def _stream(reply: Reply, parts: Parts, send: Send) -> None:
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     try:
-        async for chunk in reply.chunks(parts):
-            await send(_event(json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))))
+        async with limit.held():
+            async for chunk in reply.chunks(parts):
+                await send(_event(json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))))
         await send(_event("[DONE]"))
     except RefusedError as error:
         await send(_event(json.dumps(error.to_json())))

@@ -42,17 +42,19 @@ class ServerConfig:
         "ppsd:",
         metavar="PREFIX",
     )
+    log_format: str = setting("Form of the lines on standard error: text or json.", "text")
     ssl_certfile: str | None = setting("Certificate for TLS.", None, metavar="FILE")
     ssl_keyfile: str | None = setting("Private key of the certificate.", None, metavar="FILE")
 
     def __post_init__(self) -> None:
-        for name in ("host", "metrics_prefix"):
+        for name in ("host", "metrics_prefix", "log_format"):
             checks.string(name, getattr(self, name))
         for name in ("api_key", "api_key_file", "ssl_certfile", "ssl_keyfile"):
             if getattr(self, name) is not None:
                 checks.string(name, getattr(self, name))
         checks.truth("insecure", self.insecure)
         self._check_names()
+        checks.one_of("log_format", self.log_format, ("text", "json"))
         checks.integer("port", self.port, 0, 65535)
         checks.integer("max_queue", self.max_queue, 0, 1_000_000)
         checks.number("drain_timeout", self.drain_timeout, 0.0, 86400.0)

@@ -16,6 +16,7 @@ from prometheus_client import (
 )
 
 from ppsd.engine.answer import Chunk, Completion
+from ppsd.serve.figures import speculation
 
 TEXT_FORMAT = CONTENT_TYPE_LATEST
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -43,6 +44,10 @@ class Metrics:
         self.prompt = counter("prompt_tokens", "Tokens of prompts, cached ones included.")
         self.new = counter("generation_tokens", "New tokens.")
         self.ends = counter("request_success", "Choices by how they ended.", "finished_reason")
+        self.rows = counter("spec_decode_num_drafts", "Rows of drafts of complete choices.")
+        self.by_position = counter(
+            "spec_decode_num_accepted_tokens_per_pos", "Right drafts by place in a row.", "position"
+        )
         self.drafted = counter("spec_decode_num_draft_tokens", "Drafts of complete choices.")
         self.accepted = counter("spec_decode_num_accepted_tokens", "Those of them that were right.")
         self.first = histogram("time_to_first_token_seconds", "From request to first token.", LONG)
@@ -94,8 +99,12 @@ class Watch:
         metrics.ends.labels(completion.finish_reason).inc()
         if first:
             metrics.prompt.inc(stats.prompt_tokens)
-        metrics.drafted.inc(stats.counts.drafted)
-        metrics.accepted.inc(stats.counts.accepted)
+        drafts = speculation([completion])
+        metrics.rows.inc(drafts.rows)
+        metrics.drafted.inc(drafts.drafted)
+        metrics.accepted.inc(drafts.accepted)
+        for position, count in enumerate(drafts.by_position):
+            metrics.by_position.labels(position).inc(count)
         seconds = time.monotonic() - self._begun
         metrics.whole.observe(seconds)
         metrics.queue.observe(max(0.0, seconds - stats.prefill_seconds - stats.decode_seconds))

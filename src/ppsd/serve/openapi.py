@@ -31,6 +31,7 @@ OPERATIONS = (
     Operation("/v1/models/{name}", "Describe the model of a name"),
     Operation("/tokenize", "Return the token ids of a text or a conversation", body=TokenizeBody),
     Operation("/detokenize", "Return the text of token ids", body=DetokenizeBody),
+    Operation("/tokenizer_info", "Tell special tokens and the chat template"),
     Operation("/v1/pipeline", "Describe the pipeline and what it does now"),
     Operation("/v1/pipeline/events", "Stream what the pipeline does, as it does it", (EVENTS,)),
     Operation(
@@ -41,7 +42,7 @@ OPERATIONS = (
     ),
     Operation("/metrics", "Tell counts and times, as Prometheus reads them", ("text/plain",)),
     Operation("/health", "Say whether the engine can decode: 200 or 503", open=True),
-    Operation("/ready", "Say the same as /health", open=True),
+    Operation("/ready", "Say whether one more request would be taken: 200 or 503", open=True),
     Operation("/", "Show the pipeline at work", (HTML,), open=True),
     Operation("/docs", "Show this description", (HTML,), open=True),
     Operation("/openapi.json", "Return this description", open=True),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, ClassVar
 
 from ppsd.engine.answer import Chunk, Completion
+from ppsd.engine.grammar import Grammar
 from ppsd.engine.logprobs import TokenLogprob
 from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError
-from ppsd.model.tokenizer import REPLACEMENT, Tokenizer
+from ppsd.model.tokenizer import REPLACEMENT, StreamDecoder, Tokenizer
+from ppsd.serve.figures import speculation, timings, usage
 from ppsd.serve.schema import ChatBody, Message, RefusedError, Sampled, TextBody, refusal_of
 from ppsd.types import SamplingParams
 
@@ -37,6 +40,8 @@ def sampling(body: Sampled, defaults: Mapping[str, Any], vocab_size: int) -> Sam
     name = "max_tokens"
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         limits, name = {"max_tokens": body.max_completion_tokens}, "max_completion_tokens"
+    if body.only_echoes:
+        given["max_tokens"] = 1  # which is dropped: see silenced
     seed = {"seed": secrets.randbits(SEED_BITS)}
     try:
         params = SamplingParams(**{**defaults, **seed, **limits, **given})
@@ -49,6 +54,14 @@ def sampling(body: Sampled, defaults: Mapping[str, Any], vocab_size: int) -> Sam
             allowed = f"token ids in [0, {vocab_size - 1}], the model's vocabulary"
             raise refusal_of(ConfigError(told, wrong[0], allowed))
     return params
+
+
+def silenced(part: Chunk | Completion) -> Chunk | Completion:
+    """Return a part of an answer without what is new in it."""
+    if isinstance(part, Chunk):
+        return Chunk((), prompt_logprobs=part.prompt_logprobs)
+    stats = replace(part.stats, new_tokens=0)
+    return Completion("", (), (), finish_reason="length", stats=stats)
 
 
 def conversation(messages: Iterable[Message]) -> list[dict[str, str]]:
@@ -69,6 +82,7 @@ class Reply:
     body: Any
     params: SamplingParams
     prompts: Sequence[Sequence[int]] = ()
+    grammar: Grammar | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     done: dict[int, Completion] = field(default_factory=dict)
 
@@ -79,12 +93,16 @@ class Reply:
 
     def __post_init__(self) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self._offsets = [0] * self.choices
 
     @property
     def asked(self) -> list[Prompt]:
         """Return the prompts of the body."""
         raise NotImplementedError
+
+    @property
+    def template_kwargs(self) -> Json | None:
+        """Return what the chat template finds by name."""
+        return None
 
     @property
     def choices(self) -> int:
@@ -96,11 +114,14 @@ class Reply:
         logprobs: dict[int, list[TokenLogprob]] = {i: [] for i in range(self.choices)}
         async for index, part in parts:
             if isinstance(part, Chunk):
+                logprobs[index] += self._before(index, part)
                 logprobs[index] += part.logprobs
             else:
                 self.done[index] = part
         choices = [
-            self._choice(index, self._message(self.done[index].text), logprobs[index])
+            self._choice(
+                index, self._message(self._echo(index) + self.done[index].text), logprobs[index]
+            )
             | {"finish_reason": self.done[index].finish_reason}
             | self._ids(index, self.done[index].token_ids, first=True)
             for index in range(self.choices)
@@ -117,10 +138,13 @@ class Reply:
         told: set[int] = set()
         async for index, part in parts:
             if isinstance(part, Chunk):
-                ids = self._ids(index, part.token_ids, first=index not in told)
+                first_part = index not in told
                 told.add(index)
-                if part.text or part.logprobs or ids:
-                    choice = self._choice(index, self._piece(part.text), part.logprobs) | ids
+                ids = self._ids(index, part.token_ids, first=first_part)
+                text = (self._echo(index) if first_part else "") + part.text
+                logprobs = (*self._before(index, part), *part.logprobs)
+                if text or logprobs or ids:
+                    choice = self._choice(index, self._piece(text), logprobs) | ids
                     yield head | {"choices": [choice]} | usage
                 continue
             self.done[index] = part
@@ -129,6 +153,14 @@ class Reply:
             yield head | {"choices": [choice]} | usage | about
         if self.body.usage_streamed:
             yield head | {"choices": [], "usage": self._usage()}
+
+    def _echo(self, index: int) -> str:
+        """Return the text that an answer begins with."""
+        return ""
+
+    def _before(self, index: int, part: Chunk) -> Sequence[TokenLogprob]:
+        """Return log-probabilities that stand before a part's own."""
+        return ()
 
     def _head(self, kind: str) -> Json:
         return {
@@ -143,25 +175,12 @@ class Reply:
         """Return what OpenAI's answers do not have: the seed, and times as llama-server tells."""
         about: Json = {"seed": self.params.seed}
         if len(self.done) == 1:
-            about["timings"] = _timings(self.done[0])
+            about["timings"] = timings(self.done[0])
+        about["metrics"] = {"speculative_decoding": speculation(self.done.values()).to_json()}
         return about
 
     def _usage(self) -> Json:
-        """Return the tokens of all choices; a prompt counts once, however many choices it has."""
-        firsts = [self.done[i].stats for i in range(0, self.choices, self.params.n)]
-        counts = [completion.stats.counts for completion in self.done.values()]
-        prompt = sum(stats.prompt_tokens for stats in firsts)
-        new = sum(completion.stats.new_tokens for completion in self.done.values())
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": new,
-            "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in firsts)},
-            "completion_tokens_details": {
-                "accepted_prediction_tokens": sum(c.accepted for c in counts),
-                "rejected_prediction_tokens": sum(c.judged - c.accepted for c in counts),
-            },
-        }
+        return usage([self.done[i] for i in range(self.choices)], self.params.n)
 
     def _ids(self, index: int, ids: Sequence[int], *, first: bool) -> Json:
         """Return the token ids that a choice tells if asked, at first the prompt's as well."""
@@ -191,8 +210,12 @@ class Reply:
         raise NotImplementedError
 
     def _spell(self, token: int) -> str:
-        """Return the text of a token by itself, or its name if it has none."""
-        return self.tokenizer.decode([token]) or self.tokenizer.spelling(token) or ""
+        """Return the text of a token by itself, or its name if it has none of its own.
+
+        Parts of characters have the same text, U+FFFD, and different names.
+        """
+        text = self.tokenizer.decode([token])
+        return text if text and REPLACEMENT not in text else self.tokenizer.spelling(token) or text
 
 
 class ChatReply(Reply):
@@ -206,6 +229,10 @@ class ChatReply(Reply):
     def asked(self) -> list[Prompt]:
         """Return the prompts of the body."""
         return [conversation(self.body.messages)]
+
+    @property
+    def template_kwargs(self) -> Json | None:
+        return self.body.chat_template_kwargs
 
     def _message(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -228,7 +255,8 @@ class ChatReply(Reply):
 
     def _entry(self, token: int, logprob: float) -> Json:
         text = self._spell(token)
-        known = None if REPLACEMENT in text else list(text.encode())  # a part of a character
+        whole = REPLACEMENT not in self.tokenizer.decode([token])
+        known = list(text.encode()) if whole else None  # a part of a character
         return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": known}
 
 
@@ -239,10 +267,31 @@ class TextReply(Reply):
     kind = chunk_kind = "text_completion"
     prefix, prompt_field = "cmpl", "prompt"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._offsets = [0] * self.choices  # of the next token in its choice's text
+        self._begun: set[int] = set()
+        self._decoders = [StreamDecoder(self.tokenizer) for _ in range(self.choices)]
+
     @property
     def asked(self) -> list[Prompt]:
         """Return the prompts of the body."""
         return self.body.prompt
+
+    def _echo(self, index: int) -> str:
+        if not self.body.echo:
+            return ""
+        at = index // self.params.n
+        prompt = self.body.prompt[at]
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(self.prompts[at])
+
+    def _before(self, index: int, part: Chunk) -> Sequence[TokenLogprob]:
+        """Return those of an echoed prompt; its first token has none, as nothing precedes it."""
+        if not self.body.prompt_scored or index in self._begun:
+            return ()
+        self._begun.add(index)
+        first = TokenLogprob(self.prompts[index // self.params.n][0], math.nan, ())
+        return (first, *part.prompt_logprobs)
 
     def _message(self, text: str) -> Json:
         return {"text": text}
@@ -256,38 +305,23 @@ class TextReply(Reply):
         return {"text": ""}
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> Json:
-        tokens = [self._spell(e.token) for e in entries]
         offsets = []
-        for token in tokens:
+        for entry in entries:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
+            self._offsets[index] += len(self._decoders[index].push([entry.token]))
         return {
-            "tokens": tokens,
-            "token_logprobs": [max(e.logprob, LEAST_LOGPROB) for e in entries],
+            "tokens": [self._spell(e.token) for e in entries],
+            "token_logprobs": [_told(e.logprob) for e in entries],
             "top_logprobs": [
-                {self._spell(token): max(value, LEAST_LOGPROB) for token, value in reversed(e.top)}
+                None
+                if math.isnan(e.logprob)
+                else {self._spell(token): _told(value) for token, value in reversed(e.top)}
                 for e in entries
             ],
             "text_offset": offsets,
         }
 
 
-def _timings(completion: Completion) -> Json:
-    """Return how long an answer took, in llama-server's names."""
-    stats = completion.stats
-    computed = stats.prompt_tokens - stats.cached_tokens
-    return {
-        "cache_n": stats.cached_tokens,
-        "prompt_n": computed,
-        "prompt_ms": 1e3 * stats.prefill_seconds,
-        "prompt_per_second": _rate(computed, stats.prefill_seconds),
-        "predicted_n": stats.new_tokens,
-        "predicted_ms": 1e3 * stats.decode_seconds,
-        "predicted_per_second": _rate(stats.new_tokens - 1, stats.decode_seconds),
-        "draft_n": stats.counts.drafted,
-        "draft_n_accepted": stats.counts.accepted,
-    }
-
-
-def _rate(count: int, seconds: float) -> float:
-    return count / seconds if seconds > 0 else 0.0
+def _told(logprob: float) -> float | None:
+    """Return a log-probability as JSON has it, None for one that there is not."""
+    return None if math.isnan(logprob) else max(logprob, LEAST_LOGPROB)

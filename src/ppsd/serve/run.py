@@ -79,6 +79,7 @@ def serve(
         server.should_exit = True
 
     service.on_broken = end
+    bound.listen(settings.backlog)  # who hears that it is ready may come before uvicorn looks
     ready()
     try:
         server.run(sockets=[bound])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,14 +24,23 @@ MAX_CHOICES = 128  # of one prompt
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 MAX_LOGPROBS = 20
+MAX_TIMEOUT = 86400.0  # seconds
 KINDS = {
     401: "authentication_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "server_error",
 }
-Metadata = dict[str, Any]
+RESERVED = {  # names that chat templates know already, or that transformers has a meaning for
+    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "self"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("bos_token", "eos_token", "unk_token", "pad_token", "raise_exception", "strftime_now"),
+    *("processor_kwargs", "template_kwargs"),
+}
+Json = dict[str, Any]
 
 
 class RefusedError(Exception):
@@ -96,6 +106,13 @@ def _prompts(value: object) -> object:
     raise _wrong("must be a text, a list of token ids, or a list of such prompts")
 
 
+def _unreserved(value: Json) -> Json:
+    """Refuse names that mean something else."""
+    if wrong := sorted(RESERVED & value.keys()):
+        raise _wrong(f"must not name {wrong[0]}, which is set already")
+    return value
+
+
 def _is_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
@@ -124,6 +141,41 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class JsonSchema(BaseModel):
+    """A schema with its name; being exact, this server has no other way than ``strict``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    wanted: Annotated[Json | None, Field(alias="schema")] = None
+
+
+class ResponseFormat(BaseModel):
+    """Says which texts may be an answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise _wrong("must have json_schema if, and only if, its type is json_schema")
+        return self
+
+    @property
+    def schema_wanted(self) -> Json | None:
+        """Return the schema that the answer has to follow, None for any text."""
+        if self.type == "text":
+            return None
+        if self.json_schema is None or self.json_schema.wanted is None:
+            return {"type": "object"}
+        return self.json_schema.wanted
+
+
 class Sampled(Body):
     """The fields that both kinds of completion share. Ranges are those of SamplingParams."""
 
@@ -145,9 +197,11 @@ class Sampled(Body):
     max_tokens: int | None = None
     min_tokens: int | None = None
     return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
     # Accepted, and without effect.
     user: str | None = None
-    metadata: Metadata | None = None
+    metadata: Json | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -157,12 +211,28 @@ class Sampled(Body):
     def _check_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise _wrong("stream_options must be left out unless stream is true")
+        if self.ignore_eos and self.schema_wanted is not None:
+            raise _wrong("ignore_eos must be left out where response_format sets an end")
         return self
+
+    @property
+    def schema_wanted(self) -> Json | None:
+        """Return the JSON schema that the answer has to follow, if any."""
+        return None if self.response_format is None else self.response_format.schema_wanted
 
     @property
     def tops(self) -> int | None:
         """Return how many log-probabilities a token gets beside its own; None: none at all."""
         raise NotImplementedError
+
+    @property
+    def only_echoes(self) -> bool:
+        return False
+
+    @property
+    def prompt_scored(self) -> bool:
+        """Return True if log-probabilities of the prompt's tokens are asked for."""
+        return False
 
     @property
     def usage_streamed(self) -> bool:
@@ -183,10 +253,10 @@ class ChatBody(Sampled):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    chat_template_kwargs: Annotated[Json, AfterValidator(_unreserved)] | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
     tools: Annotated[Any, _only([])] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None
     functions: Annotated[Any, _only([])] = None
@@ -215,7 +285,7 @@ class TextBody(Sampled):
     prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(max_length=MAX_PROMPTS)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: int | None = None
-    echo: Annotated[Any, _only(False)] = None
+    echo: bool | None = None
     suffix: Annotated[Any, _only("")] = None
 
     @model_validator(mode="after")
@@ -223,6 +293,15 @@ class TextBody(Sampled):
         if self.best_of not in (None, self.n or 1):
             raise _wrong("best_of must be left out, or equal to n")
         return self
+
+    @property
+    def only_echoes(self) -> bool:
+        """Return True if nothing new is asked for."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    @property
+    def prompt_scored(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
 
     @property
     def tops(self) -> int | None:
@@ -236,12 +315,15 @@ class TokenizeBody(Body):
     prompt: str | None = None
     content: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    chat_template_kwargs: Annotated[Json, AfterValidator(_unreserved)] | None = None
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
         given = [each for each in (self.prompt, self.content, self.messages) if each is not None]
         if len(given) != 1:
             raise _wrong("prompt must be given, or content, or messages, and only one of them")
+        if self.chat_template_kwargs is not None and self.messages is None:
+            raise _wrong("chat_template_kwargs must be left out without messages")
         return self
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -13,16 +12,18 @@ from functools import partial
 from typing import TypeVar
 
 from ppsd.engine.async_llm import as_they_come
+from ppsd.engine.grammar import Grammar
 from ppsd.engine.llm import LLM
 from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError, PipelineError, PpsdError, RequestError
 from ppsd.serve.config import ServerConfig
+from ppsd.serve.figures import speculation
+from ppsd.serve.logs import log_request
 from ppsd.serve.metrics import Metrics
 from ppsd.serve.pulse import Pulse
-from ppsd.serve.replies import Parts, Reply, sampling
-from ppsd.serve.schema import RefusedError, Sampled, refusal_of
+from ppsd.serve.replies import Parts, Reply, sampling, silenced
+from ppsd.serve.schema import Json, RefusedError, Sampled, refusal_of
 
-LOG = logging.getLogger("ppsd.serve")
 T = TypeVar("T")
 
 
@@ -43,7 +44,7 @@ class Service:
         self.pulse = Pulse()
         self.ending = False
         self.on_broken: Callable[[], object] = lambda: None
-        # One thread: it limits the process's memory while a chat template is rendered.
+        # One thread: a long text takes no more than one core from the engine.
         self._text = ThreadPoolExecutor(1, "ppsd-text")
 
     def end(self) -> None:
@@ -99,6 +100,11 @@ class Service:
         params = sampling(body, self.llm.defaults.values, self.llm.layout.spec.num_tokens)
         return kind(model, self.llm.tokenizer, body, params)
 
+    @property
+    def full(self) -> bool:
+        """Return True if one more choice would be refused."""
+        return self.active >= self.capacity
+
     def running(self) -> int:
         return min(self.active, self.llm.config.concurrent)
 
@@ -123,24 +129,44 @@ class Service:
         """Call a function that turns text into tokens, or back, off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._text, function)
 
-    async def encode(self, prompts: Sequence[Prompt], name: str) -> list[list[int]]:
+    async def encode(
+        self, prompts: Sequence[Prompt], name: str, template_kwargs: Json | None = None
+    ) -> list[list[int]]:
         """Return the token ids of prompts; raises RefusedError naming the field ``name``."""
+        encode = self.llm.encode
         try:
-            return await self.apart(lambda: [self.llm.encode(prompt) for prompt in prompts])
+            return await self.apart(lambda: [encode(each, template_kwargs) for each in prompts])
         except ConfigError as error:
             raise refusal_of(error, lambda _: name) from error
+
+    async def grammar(self, schema: Json | None) -> Grammar | None:
+        """Return the grammar of a schema; raises RefusedError."""
+        if schema is None:
+            return None
+        try:
+            return await self.apart(lambda: self.llm.json_grammar(schema))
+        except ConfigError as error:
+            raise refusal_of(error) from error
 
     async def parts(self, reply: Reply) -> Parts:
         """Yield what the choices of a reply bring; leaving ends them. Raises RefusedError."""
         requests = [
-            partial(self.llm.submit, ids, reply.params.sample(i), logprobs=reply.body.tops)
+            partial(
+                self.llm.submit,
+                ids,
+                reply.params.sample(i),
+                logprobs=reply.body.tops,
+                prompt_logprobs=reply.body.prompt_scored,
+                grammar=reply.grammar,
+            )
             for ids in reply.prompts
             for i in range(reply.params.n)
         ]
         try:
             with self.metrics.watch(reply.choices) as watch:
                 async with aclosing(as_they_come(requests)) as parts:
-                    async for index, part in parts:
+                    async for index, given in parts:
+                        part = silenced(given) if reply.body.only_echoes else given
                         watch.see(index, part, first=index % reply.params.n == 0)
                         self.pulse.see(part)
                         yield index, part
@@ -162,12 +188,15 @@ class Service:
             raise
         finally:
             ends = [completion.finish_reason for completion in reply.done.values()]
-            new = sum(completion.stats.new_tokens for completion in reply.done.values())
-            LOG.info(
-                "%s prompt_tokens=%d completion_tokens=%d seconds=%.3f finish=%s",
-                reply.id,
-                sum(map(len, reply.prompts)),
-                new,
-                time.monotonic() - begun,
-                ",".join(ends) if len(ends) == reply.choices else end,
+            drafts = speculation(reply.done.values())
+            log_request(
+                {
+                    "id": reply.id,
+                    "prompt_tokens": sum(map(len, reply.prompts)),
+                    "completion_tokens": sum(c.stats.new_tokens for c in reply.done.values()),
+                    "accepted_tokens": drafts.accepted,
+                    "rejected_tokens": drafts.judged - drafts.accepted,
+                    "seconds": time.monotonic() - begun,
+                    "finish": ",".join(ends) if len(ends) == reply.choices else end,
+                }
             )

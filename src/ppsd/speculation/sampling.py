@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ppsd.errors import ConfigError, NonFiniteError, RequestError
+from ppsd.speculation.masks import Mask
 from ppsd.types import SamplingParams
 
 
@@ -92,9 +93,22 @@ class Sampler:
         self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float64)
 
-    def choose(self, logits: Tensor, history: Tensor) -> int:
-        """Choose the token of this position: plain decoding's, and both sides' when coupled."""
+    def choose(self, logits: Tensor, history: Tensor, mask: Mask | None = None) -> int:
+        """Choose the token of this position: plain decoding's, and both sides' when coupled.
+
+        A ``mask`` bans the tokens that it does not permit, before all else.
+        """
+        if mask is not None:
+            logits = self._permitted(logits, history, mask)
         return self.draw(logits, history, Stream.TARGET)
+
+    def _permitted(self, logits: Tensor, history: Tensor, mask: Mask) -> Tensor:
+        values = self._real(logits).clone()
+        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+        values.numpy()[bits[: self.vocab_size] == 0] = -math.inf
+        if not math.isfinite(float(values.numpy().max())):
+            raise RequestError(f"no token that the model can say is permitted at {len(history)}")
+        return values
 
     def takes_largest(self, position: int) -> bool:
         """Return True if ``choose`` takes the largest real logit from ``position`` on."""

@@ -15,6 +15,7 @@ from math import exp, inf
 
 from ppsd.speculation.copies import Copy, CopyIndex
 from ppsd.speculation.lookup import CONFIDENCE
+from ppsd.speculation.masks import Mask, Masks, permits
 
 UNFED = 0
 MAX_DEPTH = 64  # levels below the root
@@ -33,7 +34,7 @@ class Node:
     ``probability`` is that of the token given the parent. ``wave`` numbers the wave that its row
     went into, UNFED before; then ``id``, ``cell`` and ``base`` (the verified rows of that wave)
     hold. ``children`` have been fed, the ``waiting`` tokens have not. ``nodes`` and ``cells`` are
-    those of the ancestors that were not verified when it was fed.
+    those of the ancestors that were not verified when it was fed. ``mask``: see Tree.mask.
     """
 
     __slots__ = (
@@ -45,6 +46,7 @@ class Node:
         "copy",
         "id",
         "level",
+        "mask",
         "nodes",
         "parent",
         "position",
@@ -69,6 +71,7 @@ class Node:
         self.level = UNHEARD
         self.rank = 0  # among its siblings, when it was fed
         self.copy: Copy | None = None
+        self.mask: Mask | None = None
         self.children: dict[int, Node] = {}
         self.said: tuple[tuple[Sequence[int], Sequence[float]], ...] = ()  # not yet looked at
         self.candidates = NOTHING  # probabilities, by what has been looked at
@@ -115,13 +118,21 @@ class Tree:
 
     ``depth`` P is after how many waves a row's verdict comes. ``copies`` finds what followed the
     same tokens before; without it only heads have candidates. Rows at ``end`` or later are of no
-    use.
+    use. ``masks`` tells what may follow the tokens from below the root to a node; what it does not
+    permit is no candidate.
     """
 
     def __init__(
-        self, root: Node, end: int, depth: int, cells: Cells, copies: CopyIndex | None
+        self,
+        root: Node,
+        end: int,
+        depth: int,
+        cells: Cells,
+        copies: CopyIndex | None,
+        masks: Masks | None = None,
     ) -> None:
         self.root = root
+        self._masks = masks
         self._worth = [max(1, depth - age) / max(1, depth - 1) for age in range(depth)]
         self.nodes: dict[int, Node] = {root.id: root}  # fed and alive, parents before children
         self._end = end
@@ -226,6 +237,12 @@ class Tree:
         self.root = root
         return root, dead
 
+    def mask(self, node: Node) -> Mask | None:
+        """Return the mask of what follows a fed node, None where everything may."""
+        if node.mask is None and self._masks is not None:
+            node.mask = self._masks(self._branch(node))
+        return node.mask
+
     def _settle(self, node: Node) -> None:
         """Work out a node's candidates from what heads have said since the last time.
 
@@ -241,7 +258,12 @@ class Tree:
                     child.probability = candidates.setdefault(token, kept)
             node.candidates = candidates
         node.said = ()
-        node.waiting = [(-p, t) for t, p in node.candidates.items() if t not in children]
+        mask = self.mask(node)
+        node.waiting = [
+            (-p, t)
+            for t, p in node.candidates.items()
+            if t not in children and (mask is None or permits(mask, t))
+        ]
         node.waiting.sort(reverse=True)
 
     def _look_up(self, node: Node) -> None:
@@ -254,7 +276,8 @@ class Tree:
             node.copy = self._copies.following(before)
         if node.copy is None:
             node.copy = self._copies.find(self._branch(node))
-        if node.copy is not None:
+        mask = None if node.copy is None else self.mask(node)
+        if node.copy is not None and (mask is None or permits(mask, node.copy.token)):
             node.waiting = [(-CONFIDENCE[node.copy.slot], node.copy.token)]
 
     def _branch(self, node: Node) -> list[int]:

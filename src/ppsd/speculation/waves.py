@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ppsd.errors import ConfigError, ProtocolError
 from ppsd.speculation.copies import CopyIndex
+from ppsd.speculation.masks import Mask, Masks
 from ppsd.speculation.policy import UNVERIFIED, Command, Counts, Emit, Feed, Finish, Judged
 from ppsd.speculation.tree import UNFED, Cells, Node, Tree
 
@@ -79,7 +80,7 @@ class WavePolicy:
     requests of a slot, so late answers to an older request mean nothing.
 
     ``restarted``: the last verdict left the pipeline empty. ``held``: so many rows lie verified in
-    their own cells on every stage.
+    their own cells on every stage. ``masks`` tells what may follow an answer so far.
     """
 
     def __init__(
@@ -93,8 +94,10 @@ class WavePolicy:
         lookup: bool = True,
         epoch: int = 1,
         prefill_chunk: int = 128,
+        masks: Masks | None = None,
     ) -> None:
         self.slot = slot
+        self._masks = masks
         self.epoch = epoch
         self.counts = WaveCounts()
         self.finished = False
@@ -128,7 +131,8 @@ class WavePolicy:
         root = Node(None, length - 1, prompt[-1], 1.0)
         root.id, root.base, root.cell = self.epoch, length, length - 1
         end = length + self._max_tokens - 1
-        self.tree = Tree(root, end, self._depth, self._cells, self._copies)
+        masks = None if self._masks is None else self._mask_after
+        self.tree = Tree(root, end, self._depth, self._cells, self._copies, masks)
         return []
 
     @property
@@ -231,6 +235,14 @@ class WavePolicy:
             for node in nodes
         ]
         return Part(self.slot, root.id, base, moves), rows
+
+    def masks(self, nodes: Sequence[Node]) -> list[Mask | None]:
+        """Return what may follow fed nodes (see Tree.mask)."""
+        return [self.tree.mask(node) for node in nodes]
+
+    def _mask_after(self, branch: Sequence[int]) -> Mask:
+        assert self._masks is not None
+        return self._masks([*self._tokens[self._prompt :], *branch])
 
     def hear(self, node: int, level: int, tokens: Sequence[int], numbers: Sequence[float]) -> None:
         """Take what a head says of a node's children (see Tree.hear); of dead nodes nothing."""

@@ -8,21 +8,30 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+from collections.abc import Sequence
 
 import torch
 
 from ppsd.errors import ProtocolError
+from ppsd.speculation.masks import Mask
+from ppsd.transport.base import Part
 
 MAGIC = 0x50505344  # "PPSD"
-VERSION = 4
+VERSION = 5
 # magic, version, kind, dtype, flags, slot, source, epoch,
-# position, parent, rows, judge, width, feedback, bytes of body
+# position, parent, rows, judge, width, beside, bytes of body
 HEADER = struct.Struct("<IBBBBHHQiiiiIIQ12x")
 HEADER_BYTES = HEADER.size
 TOKEN_BYTES = 8  # ids travel as int64: no conversion on either side
 CONTROL_BYTES = 1 << 16  # room for a control or status body; larger status texts are cut
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def frame_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
+    """Size of the largest frame with ``rows`` rows of ``width`` numbers, or of a control frame."""
+    body = rows * (TOKEN_BYTES + width * dtype.itemsize)
+    return HEADER_BYTES + max(body, CONTROL_BYTES)
 
 
 class Landing:
@@ -56,6 +65,15 @@ def ids_layout(count: int) -> struct.Struct:
     return struct.Struct(f"{count}q")
 
 
+def split_masks(body: memoryview, rows: int, width: int) -> tuple[tuple[Mask, ...], memoryview]:
+    """Return the masks of ``width`` bytes at the front of a body, one a row, and what follows."""
+    end = rows * width
+    if not 0 <= end <= len(body):
+        raise ProtocolError(f"frame states masks of {width} bytes for {rows} rows")
+    masks = tuple(bytes(body[i : i + width]) for i in range(0, end, width)) if width else ()
+    return masks, body[end:]
+
+
 def split_rows(
     body: memoryview,
     apart: torch.Tensor | None,
@@ -78,3 +96,40 @@ def split_rows(
     if apart is not None:
         return ids, apart.view(kind).view(shape)
     return ids, (landing or Landing()).put(body[cut:], shape, kind)
+
+
+def encode_fields(
+    kind: int,
+    fields: Sequence[int],
+    numbers: torch.Tensor | None,
+    *,
+    slot: int = 0,
+    source: int = 0,
+    epoch: int = 0,
+    position: int = 0,
+    beside: int = 0,
+    before: bytes = b"",
+) -> list[Part]:
+    """Lay out integers and rows of numbers, behind the bytes ``before``."""
+    body = before + packed_ids(tuple(fields))
+    rows, width, dtype, size = 0, 0, 0, 0
+    if numbers is not None:
+        numbers = numbers.contiguous()
+        rows, width = numbers.shape
+        dtype, size = DTYPES.index(numbers.dtype), numbers.nbytes
+    header = HEADER.pack(
+        MAGIC, VERSION, kind, dtype, 0, slot, source, epoch,
+        position, 0, rows, len(fields), width, beside, len(body) + size,
+    )  # fmt: skip
+    return [header + body] if numbers is None or not size else [header + body, numbers]
+
+
+def decode_fields(
+    header: tuple[int, ...],
+    body: memoryview,
+    apart: torch.Tensor | None,
+    landing: Landing | None = None,
+) -> tuple[tuple[int, ...], torch.Tensor | None]:
+    """Read integers and rows of numbers; raises ProtocolError."""
+    dtype, rows, fields, width = header[3], header[10], header[11], header[12]
+    return split_rows(body, apart, landing, fields, (rows, width), dtype)

@@ -13,8 +13,10 @@ import torch
 from ppsd.errors import NonFiniteError, ProtocolError, RequestError
 from ppsd.model import kernels
 from ppsd.model.stage import StageModel
+from ppsd.speculation.masks import Mask
 from ppsd.speculation.waves import Row
 from ppsd.worker.messages import Begin, Block, Refusal, Verdict
+from ppsd.worker.scores import UNSCORED, Scores, score
 from ppsd.worker.slot import Slot
 from ppsd.worker.wave_messages import Verdicts
 
@@ -56,7 +58,7 @@ class Judge:
         first = block.position + rows - block.judge + 1
         judged = hidden if block.judge == rows else hidden[rows - block.judge :]
         logits = self._stage.logits(judged) if block.judge else None
-        tokens = () if logits is None else self._tokens(slot, logits, first)
+        tokens = () if logits is None else self._tokens(slot, logits, first, block.masks)
         if tokens:  # a block's epoch is the root of the tree that its last row begins
             slot.node, slot.token = block.epoch, tokens[-1]
         return Verdict(
@@ -69,6 +71,25 @@ class Judge:
             logits=logits if slot.want_logits else None,
             feedback=judged if slot.want_feedback and block.judge else None,
         )
+
+    def scores(self, block: Block, hidden: torch.Tensor) -> Scores | None:
+        """Score a piece of a prompt, if that is asked for; call it before ``verdict``.
+
+        Its rows [n, C], after the last one of the piece before, say what should follow.
+        """
+        slot = self._slot(block.slot)
+        if slot.scores == UNSCORED or block.position >= slot.prompt_length:
+            return None
+        rows, first = hidden[:-1], block.position + 1
+        if slot.last is not None:
+            rows, first = torch.cat([slot.last, rows]), block.position
+        slot.last = hidden[-1:].clone()
+        if not len(rows):
+            return None
+        assert slot.sampler is not None
+        following = block.tokens[first - block.position :]
+        said = score(self._stage.logits, rows, following, slot.sampler.vocab_size, slot.scores)
+        return Scores(block.slot, block.epoch, self._rank, first, *said)
 
     def may_follow(self, rows: Sequence[Row]) -> list[int]:
         """Return which rows of a wave can still be verified: all below what was judged last.
@@ -87,10 +108,12 @@ class Judge:
                 live.append(index)
         return live
 
-    def verdicts(self, rows: Sequence[Row], hidden: torch.Tensor) -> list[Verdicts | Refusal]:
+    def verdicts(
+        self, rows: Sequence[Row], hidden: torch.Tensor, masks: Sequence[Mask] = ()
+    ) -> list[Verdicts | Refusal]:
         """Judge a wave's rows ``hidden`` [n, C]: those on the true path, as far as it goes.
 
-        A request that cannot go on is refused, and the others of the wave are judged.
+        ``masks``: as in Wave. A request that cannot go on is refused, and the others are judged.
         """
         following = {(row.slot, row.parent, row.token): i for i, row in enumerate(rows)}
         known = self._likely(rows, following, hidden)
@@ -106,7 +129,7 @@ class Judge:
                 if own is None:
                     own = self._stage.row_logits(hidden[found : found + 1])
                 try:
-                    token = self._tokens(slot, own, row.position + 1)[0]
+                    token = self._tokens(slot, own, row.position + 1, masks[found : found + 1])[0]
                 except RequestError as error:
                     refusals.append(Refusal(index, row.node, self._rank, str(error)))
                     break
@@ -160,18 +183,24 @@ class Judge:
             raise ProtocolError(f"slot {index} is none of the {len(self._slots)} there are")
         return self._slots[index]
 
-    def _tokens(self, slot: Slot, logits: torch.Tensor, first: int) -> tuple[int, ...]:
+    def _tokens(
+        self, slot: Slot, logits: torch.Tensor, first: int, masks: Sequence[Mask]
+    ) -> tuple[int, ...]:
         """Return the target's tokens at ``first``…, one for each row of ``logits`` [n, V]."""
         assert slot.sampler is not None
-        if slot.sampler.takes_largest(first):
+        if not masks and slot.sampler.takes_largest(first):
             largest = kernels.largest(logits, slot.sampler.vocab_size)
             if largest is not None:
                 return largest
-        return tuple(self._choose(slot, row, first + i) for i, row in enumerate(logits))
+        given: Sequence[Mask | None] = masks or [None] * len(logits)
+        return tuple(
+            self._choose(slot, row, first + i, mask)
+            for i, (row, mask) in enumerate(zip(logits, given, strict=True))
+        )
 
-    def _choose(self, slot: Slot, logits: torch.Tensor, position: int) -> int:
+    def _choose(self, slot: Slot, logits: torch.Tensor, position: int, mask: Mask | None) -> int:
         assert slot.sampler is not None
         try:
-            return slot.sampler.choose(logits, slot.history.before(position))
+            return slot.sampler.choose(logits, slot.history.before(position), mask)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error} (stage {self._rank}, position {position})") from error

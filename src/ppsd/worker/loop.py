@@ -120,6 +120,8 @@ class Worker:
     def _answer(self, block: Block, hidden: torch.Tensor) -> Message:
         require_finite(hidden, self.rank, block.position)
         if self._judge is not None:
+            if (scores := self._judge.scores(block, hidden)) is not None:
+                self._link.send(0, scores)
             return self._judge.verdict(block, hidden)
         return block._replace(hidden=hidden)
 
@@ -141,12 +143,12 @@ class Worker:
             require_finite(hidden, self.rank, wave.rows[0].position)
             self._on_rows(wave, hidden)
         elif self._judge is None and any(part.moves for part in wave.parts):
-            self._link.send(self.rank + 1, wave._replace(rows=(), hidden=wave.hidden[:0]))
+            self._link.send(self.rank + 1, _part_of(wave, []))
 
     def _on_rows(self, wave: Wave, hidden: torch.Tensor) -> None:
         """Judge a wave or send it on, and then say what a head here thinks of it."""
         if self._judge is not None:
-            for answer in self._judge.verdicts(wave.rows, hidden):
+            for answer in self._judge.verdicts(wave.rows, hidden, wave.masks):
                 self._link.send(0, answer)
             return
         self._link.send(self.rank + 1, wave._replace(hidden=hidden))
@@ -165,7 +167,7 @@ class Worker:
             live = [live[i] for i in self._judge.may_follow(rows)]
         if len(live) == len(wave.rows):
             return wave
-        return wave._replace(rows=tuple([wave.rows[i] for i in live]), hidden=wave.hidden[live])
+        return _part_of(wave, live)
 
     def _run_rows(self, wave: Wave) -> torch.Tensor | None:
         """Return the rows of a pass, or None once all of them are dead."""
@@ -192,6 +194,13 @@ class Worker:
             part, slices = slices[:SLICES_PER_REPORT], slices[SLICES_PER_REPORT:]
             self._link.send(0, Status(self.rank, "report", {"slices": part, "last": False}))
         self._link.send(0, Status(self.rank, "report", taken | {"slices": slices, "last": True}))
+
+
+def _part_of(wave: Wave, live: list[int]) -> Wave:
+    """Return a wave with some of its rows."""
+    rows = tuple([wave.rows[i] for i in live])
+    masks = tuple([wave.masks[i] for i in live]) if wave.masks else ()
+    return wave._replace(rows=rows, hidden=wave.hidden[live], masks=masks)
 
 
 def lives(row: Row, root: int, epoch: int) -> bool:

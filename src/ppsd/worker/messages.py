@@ -14,20 +14,22 @@ from typing import Any, NamedTuple
 import torch
 
 from ppsd.errors import ProtocolError
+from ppsd.speculation.masks import Mask
 from ppsd.transport.base import Part
 from ppsd.types import SamplingParams
 from ppsd.worker.frame import (
-    CONTROL_BYTES,
     DTYPES,
     HEADER,
     HEADER_BYTES,
     MAGIC,
-    TOKEN_BYTES,
     VERSION,
     Landing,
     packed_ids,
+    split_masks,
     split_rows,
 )
+from ppsd.worker.scores import KIND as SCORES
+from ppsd.worker.scores import UNSCORED, Scores, decode_scores, encode_scores
 from ppsd.worker.wave_messages import (
     KINDS,
     Opinion,
@@ -47,7 +49,8 @@ class Block(NamedTuple):
     """Rows of one request on their way from a stage to the next (k → k+1).
 
     ``tokens`` [n] and ``hidden`` [n, C] stand at ``position``… and follow the token at
-    ``parent`` (position - 1 in a chain); the last stage answers the last ``judge`` rows.
+    ``parent`` (position - 1 in a chain); the last stage answers the last ``judge`` rows, within
+    their ``masks`` if there are any.
     """
 
     slot: int
@@ -57,6 +60,7 @@ class Block(NamedTuple):
     judge: int
     tokens: tuple[int, ...]
     hidden: torch.Tensor
+    masks: tuple[Mask, ...] = ()
 
 
 class Verdict(NamedTuple):
@@ -82,8 +86,9 @@ class Begin:
 
     ``vocab_size`` counts the real tokens (logits may be padded); ``want_logits`` and
     ``want_feedback`` ask for the target's logits and the last layer's rows with every verdict,
-    ``want_opinions`` for those of heads on the way. Its first ``shared`` rows are those of the slot
-    ``source``: every stage copies them, unless that is its own.
+    ``want_opinions`` for those of heads on the way. ``scores``: each of the prompt's tokens is
+    scored, beside so many of the likeliest (UNSCORED: none is). Its first ``shared`` rows are those
+    of the slot ``source``: every stage copies them, unless that is its own.
     """
 
     slot: int
@@ -94,6 +99,7 @@ class Begin:
     want_logits: bool = False
     want_feedback: bool = False
     want_opinions: bool = False
+    scores: int = UNSCORED
     source: int = 0
     shared: int = 0
 
@@ -123,7 +129,7 @@ class Status:
     fields: dict[str, Any]
 
 
-Message = Block | Wave | Verdict | Verdicts | Opinion | Refusal | Begin | Control | Status
+Message = Block | Wave | Verdict | Verdicts | Opinion | Scores | Refusal | Begin | Control | Status
 _KINDS: dict[type, int] = {
     Block: 1,
     Verdict: 2,
@@ -132,13 +138,8 @@ _KINDS: dict[type, int] = {
     Status: 5,
     Refusal: 6,
     **KINDS,
+    Scores: SCORES,
 }
-
-
-def frame_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
-    """Size of the largest frame with ``rows`` rows of ``width`` numbers, or of a control frame."""
-    body = rows * (TOKEN_BYTES + width * dtype.itemsize)
-    return HEADER_BYTES + max(body, CONTROL_BYTES)
 
 
 def encode(message: Message) -> list[Part]:
@@ -152,6 +153,8 @@ def encode(message: Message) -> list[Part]:
         return _encode_verdict(message)
     if isinstance(message, Wave | Verdicts | Opinion):
         return encode_wave_message(message)
+    if isinstance(message, Scores):
+        return encode_scores(message)
     if isinstance(message, Begin):
         record = {
             "params": message.params.to_json(),
@@ -161,6 +164,7 @@ def encode(message: Message) -> list[Part]:
             "want_logits": message.want_logits,
             "want_feedback": message.want_feedback,
             "want_opinions": message.want_opinions,
+            "scores": message.scores,
             "source": message.source,
             "shared": message.shared,
         }
@@ -204,15 +208,18 @@ def decode(
         return decode_verdicts(header, body, rows)
     if kind == _KINDS[Opinion]:
         return decode_opinion(header, body, rows)
+    if kind == SCORES:
+        return decode_scores(header, body, rows)
     return _decode_json(header, body)
 
 
 def _encode_block(block: Block) -> list[Part]:
-    ids, hidden = packed_ids(block.tokens), block.hidden.contiguous()
+    ids, hidden = b"".join((*block.masks, packed_ids(block.tokens))), block.hidden.contiguous()
+    beside = len(block.masks[0]) if block.masks else 0
     rows, width = hidden.shape
     header = HEADER.pack(
         MAGIC, VERSION, _KINDS[Block], DTYPES.index(hidden.dtype), 0, block.slot, 0, block.epoch,
-        block.position, block.parent, rows, block.judge, width, 0, len(ids) + hidden.nbytes,
+        block.position, block.parent, rows, block.judge, width, beside, len(ids) + hidden.nbytes,
     )  # fmt: skip
     return [header + ids, hidden]
 
@@ -245,13 +252,14 @@ def _encode_json(
 def _decode_block(
     header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None, landing: Landing | None
 ) -> Block:
-    _, _, _, dtype, _, slot, _, epoch, position, parent, rows, judge, width, _, _ = header
+    _, _, _, dtype, _, slot, _, epoch, position, parent, rows, judge, width, beside, _ = header
     if not 0 <= judge <= rows or rows < 1 or position < 0:
         raise ProtocolError(f"block of {rows} rows at {position} asks for {judge} verdicts")
+    masks, body = split_masks(body, judge, beside)
     tokens, hidden = split_rows(body, apart, landing, rows, (rows, width), dtype)
     if hidden is None:
         raise ProtocolError(f"block of {rows} rows has none")
-    return Block(slot, epoch, position, parent, judge, tokens, hidden)
+    return Block(slot, epoch, position, parent, judge, tokens, hidden, masks)
 
 
 def _decode_verdict(
@@ -304,6 +312,7 @@ def _begin(slot: int, record: dict[str, Any]) -> Begin:
         want_logits=bool(record["want_logits"]),
         want_feedback=bool(record["want_feedback"]),
         want_opinions=bool(record["want_opinions"]),
+        scores=int(record["scores"]),
         source=int(record["source"]),
         shared=int(record["shared"]),
     )

@@ -12,6 +12,7 @@ import torch
 
 from ppsd.speculation.sampling import Sampler
 from ppsd.worker.messages import Begin
+from ppsd.worker.scores import UNSCORED
 
 
 class TokenHistory:
@@ -45,6 +46,7 @@ class Slot:
 
     The tokens stay: a request may reuse the rows that the one before it left in the cache.
     ``node`` is the newest node that was judged, and ``token`` what the target said after it.
+    ``last`` [1, C] is the newest row of a prompt whose tokens are scored.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -52,9 +54,13 @@ class Slot:
         self.node = self.token = -1
         self.sampler: Sampler | None = None
         self.want_logits = self.want_feedback = False
+        self.scores, self.prompt_length = UNSCORED, 0
+        self.last: torch.Tensor | None = None
 
     def begin(self, begin: Begin) -> None:
         """Sample as the request ``begin`` says from now on."""
         self.sampler = sampler_of(begin)
         self.want_logits = begin.want_logits
         self.want_feedback = begin.want_feedback
+        self.scores, self.prompt_length = begin.scores, begin.prompt_length
+        self.last = None

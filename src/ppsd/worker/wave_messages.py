@@ -13,31 +13,25 @@ import torch
 
 from ppsd.errors import ProtocolError
 from ppsd.speculation.lookup import LENGTHS
+from ppsd.speculation.masks import Mask
 from ppsd.speculation.tree import MAX_DEPTH
 from ppsd.speculation.waves import Part, Row
 from ppsd.transport.base import Part as Bytes
-from ppsd.worker.frame import (
-    DTYPES,
-    HEADER,
-    MAGIC,
-    TOKEN_BYTES,
-    VERSION,
-    Landing,
-    packed_ids,
-    split_rows,
-)
+from ppsd.worker.frame import TOKEN_BYTES, Landing, decode_fields, encode_fields, split_masks
 
 
 class Wave(NamedTuple):
     """Rows of candidate trees on their way from a stage to the next, parents before children.
 
     ``hidden`` [n, C] are the ``rows``; every slot among them has a part. A wave whose rows have all
-    died travels without any if its parts have moves to tell.
+    died travels without any if its parts have moves to tell. ``masks``: as in Block, for every row
+    or none.
     """
 
     parts: tuple[Part, ...]
     rows: tuple[Row, ...]
     hidden: torch.Tensor
+    masks: tuple[Mask, ...] = ()
 
 
 class Verdicts(NamedTuple):
@@ -76,39 +70,22 @@ def wave_bytes(rows: int, slots: int) -> int:
 
 def encode_wave_message(message: Wave | Verdicts | Opinion) -> list[Bytes]:
     """Lay a message out as integers and rows of numbers."""
+    kind = KINDS[type(message)]
     if isinstance(message, Wave):
-        return _frame(message, _wave_fields(message), message.hidden)
+        masks = message.masks
+        width = len(masks[0]) if masks else 0
+        fields = _wave_fields(message)
+        return encode_fields(kind, fields, message.hidden, beside=width, before=b"".join(masks))
     pairs = chain.from_iterable(message.nodes)
     if isinstance(message, Opinion):
         width = len(message.tokens[0]) if message.tokens else 0
         fields = [width, *pairs, *chain.from_iterable(message.tokens)]
-        return _frame(message, fields, message.numbers, source=message.source)
+        return encode_fields(kind, fields, message.numbers, source=message.source)
     parts = [part for part in (message.feedback, message.logits) if part is not None]
     numbers = torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else None
     beside = 0 if message.feedback is None else message.feedback.shape[1]
     fields = [*pairs, *message.tokens]
-    return _frame(message, fields, numbers, source=message.source, feedback=beside)
-
-
-def _frame(
-    message: Wave | Verdicts | Opinion,
-    fields: list[int],
-    numbers: torch.Tensor | None,
-    *,
-    source: int = 0,
-    feedback: int = 0,
-) -> list[Bytes]:
-    body = packed_ids(tuple(fields))
-    rows, width, dtype, size = 0, 0, 0, 0
-    if numbers is not None:
-        numbers = numbers.contiguous()
-        rows, width = numbers.shape
-        dtype, size = DTYPES.index(numbers.dtype), numbers.nbytes
-    header = HEADER.pack(
-        MAGIC, VERSION, KINDS[type(message)], dtype, 0, 0, source, 0,
-        0, 0, rows, len(fields), width, feedback, len(body) + size,
-    )  # fmt: skip
-    return [header + body] if numbers is None or not size else [header + body, numbers]
+    return encode_fields(kind, fields, numbers, source=message.source, beside=beside)
 
 
 def _wave_fields(wave: Wave) -> list[int]:
@@ -127,7 +104,8 @@ def decode_wave(
     landing: Landing | None,
 ) -> Wave:
     """Read a wave; raises ProtocolError."""
-    fields, hidden = _read(header, body, apart, landing)
+    masks, body = split_masks(body, header[10], header[13])
+    fields, hidden = decode_fields(header, body, apart, landing)
     rows, width, taken = header[10], header[12], iter(fields)
     try:
         parts = tuple([_part(taken) for _ in range(next(taken))])
@@ -136,7 +114,7 @@ def decode_wave(
         raise ProtocolError("wave ends within its fields") from error
     if next(taken, None) is not None or {row.slot for row in read} - {p.slot for p in parts}:
         raise ProtocolError(f"wave of {rows} rows and {len(parts)} parts has other fields")
-    return Wave(parts, read, torch.empty(0, width) if hidden is None else hidden)
+    return Wave(parts, read, torch.empty(0, width) if hidden is None else hidden, masks)
 
 
 def _part(fields: Iterator[int]) -> Part:
@@ -162,7 +140,7 @@ def decode_verdicts(
     header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None
 ) -> Verdicts:
     """Read verdicts; raises ProtocolError."""
-    fields, numbers = _read(header, body, apart, None)
+    fields, numbers = decode_fields(header, body, apart)
     source, beside = header[6], header[13]
     count, rest = divmod(len(fields), 3)
     if rest or (numbers is not None and (len(numbers) != count or beside > numbers.shape[1])):
@@ -179,7 +157,7 @@ def decode_opinion(
     header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None
 ) -> Opinion:
     """Read an opinion; raises ProtocolError."""
-    fields, numbers = _read(header, body, apart, None)
+    fields, numbers = decode_fields(header, body, apart)
     rows, width = header[10], fields[0] if fields else -1
     if numbers is None or numbers.shape != (rows, width + len(LENGTHS)):
         raise ProtocolError(f"opinion on {rows} nodes has other numbers than it states")
@@ -192,13 +170,3 @@ def decode_opinion(
         tuple(tokens[i * width : (i + 1) * width] for i in range(rows)),
         numbers,
     )
-
-
-def _read(
-    header: tuple[int, ...],
-    body: memoryview,
-    apart: torch.Tensor | None,
-    landing: Landing | None,
-) -> tuple[tuple[int, ...], torch.Tensor | None]:
-    dtype, rows, fields, width = header[3], header[10], header[11], header[12]
-    return split_rows(body, apart, landing, fields, (rows, width), dtype)
