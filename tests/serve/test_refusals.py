@@ -182,3 +182,16 @@ def test_a_key_is_asked_for_but_not_by_health(llm) -> None:
         right = {"authorization": "Bearer secret"}
         assert served.client.get("/v1/models", headers=right).status_code == 200
         assert served.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:8000", "LOCALHOST", "[::1]:8000", "::1"])
+def test_this_machine_has_several_names(server: Served, host: str) -> None:
+    assert server.client.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example"])
+def test_a_name_made_to_lead_here_is_refused_without_a_key(server: Served, host: str) -> None:
+    for path in ("/v1/models", "/", "/health"):
+        response = server.client.get(path, headers={"host": host})
+        assert response.status_code == 403, path
+        assert response.json()["error"]["code"] == "foreign_host"

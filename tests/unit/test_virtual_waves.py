@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ppsd.lab.simulator import simulate
-from ppsd.lab.virtual_waves import MISSED, Boundary, ranks, shares, simulate_waves
+from ppsd.lab.virtual_waves import MISSED, Boundary, ranks, simulate_waves
 from ppsd.plan.model import uniform
+from ppsd.plan.waves import shares
 from ppsd.speculation.policy import PLAIN, Schedule
 
 TOKENS = 300

@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ppsd.cli.flags import flag, integers, pairs
 from ppsd.cli.streams import visible
+from ppsd.config import MAX_CONCURRENT
 from ppsd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from ppsd.plan.planner import Exit, Plan, Problem
     from ppsd.plan.profile import Profile
     from ppsd.plan.sizes import Sizes
+    from ppsd.plan.waves import WavePlan
 
 PIPE_WIDTH = 160
+CUTS_FOR_TREES = 3  # of the best for chains; trying one takes a second
 IMAGINED_LAYERS, IMAGINED_VOCABULARY = 1, 8192  # of a head that --alpha speaks of
 
 _model = functools.partial(flag, panel="Model and workers")
@@ -55,6 +58,7 @@ class WorkerOptions:
         _model("Hop latency: one, or one a worker, the last back to the first.", metavar="MS,…"),
     ] = None
     context: Annotated[int, _model("Positions already cached.")] = 256
+    load: Annotated[int, _model("Requests under way at once.", min=1, max=MAX_CONCURRENT)] = 1
     dtype: Annotated[str, _model("As in generate.", metavar="DTYPE")] = "auto"
     threads_per_stage: Annotated[int, _model("As in generate.")] = 0
 
@@ -102,13 +106,15 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
     found = alternatives(problem, every_split=output.every_split)
     if not found:
         raise ConfigError("mode", decided.mode, "one that the heads and the split allow")
-    verdict = _verdict(found)
+    verdict, waves = _verdict(found), _waves(found, problem, workers.load)
     if output.as_json:
         rows = [_record(plan, subject.memory(plan)) for plan in found]
         about = {"source": problem.profile.source, "assumed": _assumed(problem)}
-        print(json.dumps(about | {"verdict": verdict, "plans": rows}))
+        trees = [asdict(plan) for plan in waves]
+        print(json.dumps(about | {"verdict": verdict, "plans": rows, "waves": trees}))
     else:
-        _show(found[: output.top], problem, subject.memory, verdict)
+        text = " ".join(filter(None, (verdict, _waves_text(waves, workers.load))))
+        _show(found[: output.top], problem, subject.memory, text)
 
 
 def _outlook(workers: WorkerOptions, decided: DecidedOptions) -> Outlook:
@@ -264,6 +270,29 @@ def _verdict(plans: Sequence[Plan]) -> str:
     if not drafting.bitwise:
         text += f" Faster, equal up to rounding: {_words(drafting)}, {drafting.speedup:.2f} times."
     return text
+
+
+def _waves(plans: Sequence[Plan], problem: Problem, load: int) -> list[WavePlan]:
+    """Return what candidate trees bring on the best cut for them, nothing without drafts."""
+    from ppsd.plan.waves import price
+
+    chains = [plan for plan in plans if plan.exit and plan.mode == "ppsd" and plan.bitwise]
+    return price(problem, chains[:CUTS_FOR_TREES], load)
+
+
+def _waves_text(plans: Sequence[WavePlan], load: int) -> str:
+    if not plans:
+        return ""
+    best = max(plans, key=lambda plan: plan.speedup)
+    about = f" for {load} requests at once (--concurrent {load})" if load > 1 else ""
+    way = f"--split {','.join(map(str, best.split))} --rows {best.rows}"
+    way += " --heads auto" if best.heads == "auto" else ""
+    each = ", ".join(f"{plan.speedup:.2f} with {plan.rows}" for plan in plans)
+    from ppsd.plan.planner import LEAST_GAIN
+
+    if best.speedup < LEAST_GAIN:
+        return f"Candidate trees{about} will not pay: {each} rows."
+    return f"Candidate trees{about}: {way}, {best.speedup:.2f} times plain decoding ({each} rows)."
 
 
 def _words(plan: Plan) -> str:

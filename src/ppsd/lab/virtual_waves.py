@@ -13,7 +13,6 @@ import torch
 
 from ppsd.engine.first_stage import FirstStage
 from ppsd.engine.wave_engine import WaveEngine
-from ppsd.errors import ConfigError
 from ppsd.lab.simulator import Simulated, decoded
 from ppsd.lab.virtual import (
     HEAD,
@@ -27,6 +26,7 @@ from ppsd.lab.virtual import (
     nanoseconds,
 )
 from ppsd.plan.model import CostModel
+from ppsd.plan.waves import shares
 from ppsd.speculation.lookup import LENGTHS
 from ppsd.speculation.policy import Schedule
 from ppsd.speculation.waves import Row
@@ -37,28 +37,16 @@ from ppsd.worker.wave_messages import Opinion
 
 VOCABULARY = 64
 MISSED = CANDIDATES  # the rank of a right token that is no candidate
-LATER = 0.35  # of what a head's first candidates miss, each next one has about so much
 
 
 def ranks(alpha: float, tokens: int, seed: int = 0) -> bytes:
     """Return for each position at which rank a head has the right token, MISSED for none.
 
-    Its first candidate is right with probability ``alpha``; see ``shares``.
+    Its first candidate is right with probability ``alpha``; see plan.waves.shares.
     """
-    if not 0 <= alpha <= 1:
-        raise ConfigError("alpha", alpha, "a rate in [0, 1]")
     limits = np.cumsum(shares(alpha))
     draws = np.random.default_rng(seed).random(tokens)
     return np.searchsorted(limits, draws, side="right").astype(np.uint8).tobytes()
-
-
-def shares(alpha: float) -> list[float]:
-    """Return how often each candidate of a head is right: the first ``alpha``, then LATER ones."""
-    found, left = [alpha], 1.0 - alpha
-    for _ in range(CANDIDATES - 1):
-        found.append(left * LATER)
-        left -= found[-1]
-    return found
 
 
 class VirtualHead:

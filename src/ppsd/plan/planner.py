@@ -220,6 +220,12 @@ def alternatives(problem: Problem, *, every_split: bool = False) -> list[Plan]:
     return sorted(priced, key=lambda p: (round(p.token_time / plain_time, 9), *_preference(p)))
 
 
+def plain_cost(problem: Problem, schedule: Schedule) -> CostModel:
+    """Return what the cut that suits plain decoding costs where ``schedule`` says what overlaps."""
+    found = [cost_model(problem, bounds, None, schedule) for bounds in _front(problem, None)]
+    return min(found, key=CostModel.latency if schedule.in_flight == 1 else CostModel.tick)
+
+
 def choose(problem: Problem) -> Plan:
     """Return the best plan; ConfigError when nothing suits what is already decided."""
     found = alternatives(problem)

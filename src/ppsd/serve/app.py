@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ppsd.serve.config import ServerConfig, is_loopback
 from ppsd.serve.live import Live, TintedReply
 from ppsd.serve.metrics import TEXT_FORMAT
 from ppsd.serve.replies import ChatReply, Parts, Reply, TextReply, conversation
@@ -39,6 +40,10 @@ B = TypeVar("B", bound=Body)
 OPEN = ("/health", "/ready", "/", "/docs", "/openapi.json")  # also without a key
 SMALL_BODY = 1 << 16  # bytes that are read in less than a millisecond
 RETRY_SECONDS = "1"
+FOREIGN = (
+    "the Host header names another machine: without a key the server answers this one alone; "
+    "other names need --api-key or --insecure"
+)
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -67,7 +72,7 @@ def create_app(service: Service) -> Starlette:
             Route("/tokenizer_info", routes.tokenizer_info),
         ],
         lifespan=service.watching,
-        middleware=[Middleware(Doors, key=service.config.api_key)],
+        middleware=[Middleware(Doors, config=service.config)],
         exception_handlers={
             RefusedError: _refuse,
             HTTPException: _refuse_http,
@@ -285,11 +290,16 @@ async def _fail(request: Request, error: Exception) -> Response:
 
 
 class Doors:
-    """Lets in who has the key, and gives every answer the id of its request."""
+    """Lets in who has the key, and gives every answer the id of its request.
 
-    def __init__(self, app: ASGIApp, key: str | None) -> None:
+    Without a key it lets in who asks for this machine by a name of its own: a web page from
+    elsewhere, whose name was made to lead here (DNS rebinding), asks for that name.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app = app
-        self._expected = None if key is None else f"Bearer {key}".encode()
+        self._expected = None if config.api_key is None else f"Bearer {config.api_key}".encode()
+        self._only_local = config.only_local
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass a request on, or refuse it."""
@@ -304,6 +314,9 @@ class Doors:
                 message["headers"] = [*message["headers"], (b"x-request-id", name)]
             await send(message)
 
+        if self._only_local and not is_loopback(_host(headers.get(b"host", b""))):
+            refusal = RefusedError(403, FOREIGN, code="foreign_host")
+            return JSONResponse(refusal.to_json(), 403)(scope, receive, named)
         given = headers.get(b"authorization", b"")
         expected = self._expected
         if expected and scope["path"] not in OPEN and not hmac.compare_digest(given, expected):
@@ -311,3 +324,11 @@ class Doors:
             headers_401 = {"www-authenticate": "Bearer"}
             return JSONResponse(refusal.to_json(), 401, headers_401)(scope, receive, named)
         return self._app(scope, receive, named)
+
+
+def _host(header: bytes) -> str:
+    """Return the name or address of a Host header, without port and brackets."""
+    name = header.decode("latin-1").strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name if name.count(":") > 1 else name.partition(":")[0]

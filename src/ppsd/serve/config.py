@@ -70,8 +70,7 @@ class ServerConfig:
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
                 raise ConfigError(name, path, "a file that exists")
-        closed = self.api_key is not None or self.api_key_file is not None or self.insecure
-        if not closed and not _is_loopback(self.host):
+        if self.only_local and not is_loopback(self.host):
             raise ConfigError("host", self.host, LOOPBACK)
 
     def _check_names(self) -> None:
@@ -81,6 +80,11 @@ class ServerConfig:
             if not checks.string("served_model_name", name):
                 raise ConfigError("served_model_name", name, "a non-empty text")
         object.__setattr__(self, "served_model_name", tuple(several))
+
+    @property
+    def only_local(self) -> bool:
+        """Return True if all who ask have to be on this machine, as no key is asked for."""
+        return self.api_key is None and self.api_key_file is None and not self.insecure
 
     def with_key(self) -> ServerConfig:
         """Return the settings with the key that the file holds, if one is named."""
@@ -98,7 +102,8 @@ class ServerConfig:
         return replace(self, api_key=key, api_key_file=None)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return True for a name or address that only this machine reaches itself by."""
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"

@@ -1,0 +1,175 @@
+"""What candidate trees bring: the real wave policy, tick by tick, with heads of given rates.
+
+Used by ``ppsd plan``. Waves move on together, whenever the slowest stage at work is done; with
+clocks of their own stages are simulated in the laboratory (lab/virtual_waves.py).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from ppsd.errors import ConfigError
+from ppsd.plan.model import CostModel
+from ppsd.plan.planner import Plan, Problem, plain_cost
+from ppsd.speculation.lookup import LENGTHS
+from ppsd.speculation.policy import Judged, Schedule
+from ppsd.speculation.tree import Cells, Node
+from ppsd.speculation.waves import Verified, WavePolicy, choose
+
+CANDIDATES = 8  # of a head for each row
+LATER = 0.35  # of what a head's first candidates miss, each next one has about so much
+TOKENS = 120  # of all requests together, at least
+LEAST_TOKENS = 24  # of one of them
+RIGHT, WRONG = 0, 1  # tokens: the target's own, and the first of those that it never says
+
+PRICED_ROWS = (1, 4, 16)
+
+Fed = list[tuple[WavePolicy, Node]]
+
+
+@dataclass(frozen=True)
+class WavePlan:
+    """What ``rows`` bring on a cut, with later heads or without, over plain decoding."""
+
+    split: tuple[int, ...]
+    rows: int
+    heads: str
+    tokens_per_second: float
+    speedup: float
+
+
+def price(problem: Problem, plans: Sequence[Plan], load: int) -> list[WavePlan]:
+    """Return what numbers of rows bring to ``load`` requests together, on the best of some cuts.
+
+    Heads of the problem that fit later boundaries count if they make it faster.
+    """
+    together = Schedule(1, min(load, 2))  # stages that work at the same time may share cores
+    plainly = plain_cost(problem, together)
+    plain = wave_token_time(plainly, problem.profile.growth, 0, {}, load)
+    tried = [_priced(problem, plan, load, plain) for plan in plans]
+    return max(tried, key=lambda ways: max(way.speedup for way in ways), default=[])
+
+
+def _priced(problem: Problem, plan: Plan, load: int, plain: float) -> list[WavePlan]:
+    assert plan.exit is not None
+    first = {0: plan.exit.alpha}
+    rates = {exit_.layer: exit_.alpha for exit_ in problem.exits}
+    inner = {k: rates[b] for k, b in enumerate(plan.bounds[1:-1]) if k and b in rates}
+    found = []
+    for rows in PRICED_ROWS:
+        times = {
+            name: wave_token_time(plan.cost, problem.profile.growth, rows, heads, load)
+            for name, heads in (("none", first), *([("auto", first | inner)] if inner else []))
+        }
+        heads = min(times, key=times.__getitem__)
+        time = times[heads]
+        found.append(WavePlan(plan.bounds[1:-1], rows, heads, 1 / time, plain / time))
+    return found
+
+
+def shares(alpha: float) -> list[float]:
+    """Return how often each candidate of a head is right: the first ``alpha``, then LATER ones.
+
+    Raises ConfigError for an ``alpha`` that is no rate.
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError("alpha", alpha, "a rate in [0, 1]")
+    found, left = [alpha], 1.0 - alpha
+    for _ in range(CANDIDATES - 1):
+        found.append(left * LATER)
+        left -= found[-1]
+    return found
+
+
+def wave_token_time(
+    cost: CostModel,
+    growth: Callable[[int], float],
+    rows: int,
+    heads: Mapping[int, float],
+    load: int = 1,
+) -> float:
+    """Return the seconds from token to token of ``load`` requests together.
+
+    ``growth`` says how many times as long as one row so many take in a layer. ``heads`` holds the
+    acceptance rate of the head behind each stage that has one; a head that is right more often is
+    right wherever another is. 0 ``rows`` decode plainly.
+    """
+    return Ticks(cost, growth, rows, heads, load).run()
+
+
+class Ticks:
+    """Requests on their way through a pipeline whose waves move on together."""
+
+    def __init__(
+        self,
+        cost: CostModel,
+        growth: Callable[[int], float],
+        rows: int,
+        heads: Mapping[int, float],
+        load: int,
+    ) -> None:
+        self._cost, self._rows = cost, rows
+        self._heads = {rank: shares(alpha) for rank, alpha in heads.items()} if rows else {}
+        self._growth = [growth(n) for n in range(1, rows + load + 1)]
+        self._tokens = max(LEAST_TOKENS, TOKENS // load)
+        draws = [np.random.default_rng(slot).random(self._tokens + 1) for slot in range(load)]
+        self._luck = [own.tolist() for own in draws]
+        self._policies = [self._begun(slot) for slot in range(load)]
+
+    def _begun(self, slot: int) -> WavePolicy:
+        """Return a request whose prompt is done."""
+        cells = Cells(self._tokens + 2, self._cost.size * (self._rows + 1))
+        policy = WavePolicy(
+            slot,
+            self._cost.size,
+            max_tokens=self._tokens,
+            stop_ids=frozenset(),
+            cells=cells,
+            lookup=False,
+        )
+        policy.start((RIGHT,))
+        policy.chunk(1)
+        policy.on(Judged(policy.epoch, 0, 1, (RIGHT,), self._cost.size - 1))
+        return policy
+
+    def run(self) -> float:
+        """Decode all requests; return the mean seconds a token of them takes."""
+        stages: list[Fed] = [[] for _ in range(self._cost.size)]
+        seconds, wave = 0.0, 1
+        while any(not policy.finished for policy in self._policies):
+            wave += 1
+            costs = self._growth if self._rows else ()
+            stages = [choose(self._policies, self._rows, wave, costs), *stages[:-1]]
+            alive = [[(p, node) for p, node in fed if _lives(p, node)] for fed in stages]
+            seconds += max(self._time(k, len(fed)) for k, fed in enumerate(alive) if fed)
+            for rank in self._heads:
+                for policy, node in alive[rank]:
+                    self._say(policy, node, rank)
+            for policy, node in alive[-1]:
+                if node is policy.tree.root:
+                    policy.on(Verified((node.id,), (RIGHT,)))
+        return seconds / (self._tokens - 1) / len(self._policies)
+
+    def _time(self, rank: int, rows: int) -> float:
+        """Return how long a stage is busy with a wave of ``rows`` rows."""
+        cost, grown = self._cost, self._growth[rows - 1]
+        stage = cost.stages[rank]
+        lm_head = cost.lm_head if rank == cost.size - 1 else 0.0
+        head = cost.head * grown if rank in self._heads else 0.0
+        return stage.layers * stage.layer * grown + lm_head + head + cost.overhead
+
+    def _say(self, policy: WavePolicy, node: Node, rank: int) -> None:
+        """Let the head behind a stage name candidates, the right one where it has it."""
+        chances = self._heads[rank]
+        place = bisect_right(list(accumulate(chances)), self._luck[policy.slot][node.position])
+        tokens = [RIGHT if i == place else WRONG + i for i in range(CANDIDATES)]
+        policy.hear(node.id, rank, tokens, [*chances, *[0.0] * len(LENGTHS)])
+
+
+def _lives(policy: WavePolicy, node: Node) -> bool:
+    return not policy.finished and node.id in policy.tree.nodes

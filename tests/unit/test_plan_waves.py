@@ -1,0 +1,86 @@
+"""What candidate trees are predicted to bring: in ticks, beside stages with clocks of their own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ppsd.errors import ConfigError
+from ppsd.lab.simulator import simulate
+from ppsd.lab.virtual_waves import ranks, simulate_waves
+from ppsd.plan.model import uniform
+from ppsd.plan.waves import shares, wave_token_time
+from ppsd.speculation.policy import PLAIN
+from tests.support.command import ppsd
+
+TOKENS = 120
+
+
+def free(rows: int) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_plain_decoding_is_as_simulated_and_requests_fill_the_pipeline(stages: int) -> None:
+    cost = uniform([4] * stages, 1e-3)
+    plain = simulate(cost, PLAIN, bytes(TOKENS)).token_time
+    assert wave_token_time(cost, free, 0, {}) == pytest.approx(plain)
+    assert wave_token_time(cost, free, 0, {}, load=stages) == pytest.approx(plain / stages, rel=0.1)
+    many = wave_token_time(cost, free, 0, {}, load=3 * stages)
+    assert many == pytest.approx(plain / stages / 3, rel=0.1)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize(("stages", "alpha"), [(2, 0.67), (4, 0.45), (4, 0.67), (8, 0.67)])
+def test_ticks_agree_with_clocks(stages: int, alpha: float, rows: int) -> None:
+    """With the same luck; a tick hides when a stage would have gone on by itself."""
+    cost = uniform([4] * stages, 1e-3)
+    clocks = simulate_waves(cost, rows, ranks(alpha, TOKENS)).token_time
+    assert wave_token_time(cost, free, rows, {0: alpha}) == pytest.approx(clocks, rel=0.06)
+
+
+def test_rows_that_cost_bring_less_and_heads_on_the_way_bring_more() -> None:
+    cost = uniform([4] * 4, 1e-3)
+    alone = wave_token_time(cost, free, 16, {0: 0.5})
+    assert wave_token_time(cost, lambda rows: rows, 16, {0: 0.5}) > alone
+    assert wave_token_time(cost, free, 16, {0: 0.5, 1: 0.8}) < alone
+
+
+def test_costly_rows_are_not_fed() -> None:
+    """Where a second row doubles the time, sixteen allowed rows are one or two."""
+    cost = uniform([4] * 4, 1e-3)
+    one = wave_token_time(cost, lambda rows: rows, 1, {0: 0.8})
+    assert wave_token_time(cost, lambda rows: rows, 16, {0: 0.8}) < 1.1 * one
+
+
+def test_a_rate_is_a_rate() -> None:
+    assert sum(shares(1.0)) == 1.0
+    with pytest.raises(ConfigError, match="alpha must be a rate"):
+        shares(1.5)
+
+
+def test_plan_names_rows_and_answers_for_a_load() -> None:
+    options = [
+        "--model",
+        "vicuna-7b",
+        "--hardware",
+        "h100-nvlink",
+        "--workers",
+        "4",
+        "--alpha",
+        "8:0.7,17:0.8",
+    ]
+    one = json.loads(ppsd("plan", *options, "--json").stdout)["waves"]
+    assert [way["rows"] for way in one] == [1, 4, 16]
+    assert one[-1]["speedup"] > max(way["speedup"] for way in one[:-1])  # there rows are free
+    many = json.loads(ppsd("plan", *options, "--load", 4, "--json").stdout)["waves"]
+    assert many[-1]["tokens_per_second"] > one[-1]["tokens_per_second"]
+    assert many[-1]["speedup"] < one[-1]["speedup"]  # plain decoding fills the pipeline, too
+    text = ppsd("plan", *options, "--load", 4).stdout
+    assert "Candidate trees for 4 requests at once (--concurrent 4): --split " in text
+
+
+def test_plan_without_heads_says_nothing_of_trees() -> None:
+    options = ["--model", "vicuna-7b", "--hardware", "h100-nvlink", "--workers", "4"]
+    assert json.loads(ppsd("plan", *options, "--json").stdout)["waves"] == []
