@@ -191,8 +191,8 @@ def test_what_is_shown_was_committed_before(ppsd, tiny, monkeypatch) -> None:
     shown: list[Chunk] = []
     take, stdout_write = Answer.take, display.show
 
-    def taken(self, emit):
-        committed.append(take(self, emit))
+    def taken(self, emit, now):
+        committed.append(take(self, emit, now))
         return committed[-1]
 
     def show(chunk, paint):

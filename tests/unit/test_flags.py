@@ -59,8 +59,8 @@ PRODUCT = {
     "heads show": "head",
     "env": "--json",
     "profile": "--model -m --dtype --stages --threads-per-stage --transport --config --out --json",
-    "plan": "--model -m --workers --profile --hardware --worker-speed --link-ms --context --dtype "
-    "--threads-per-stage --alpha --split --exit-layer --mode --block --in-flight --top "
+    "plan": "--model -m --workers --profile --hardware --worker-speed --link-ms --context --load "
+    "--dtype --threads-per-stage --alpha --split --exit-layer --mode --block --in-flight --top "
     "--every-split --json",
     "distill": "--exit-layer --head --head-mlp --draft-vocab --learning-rate --epochs --minutes "
     "--batch-tokens --seed --dtype --max-length --all-positions --raw --chat-template --validation "
@@ -76,9 +76,9 @@ LABORATORY = {
     "predict": f"{ORACLE} --exit-layer --block --alphas --profile --no-profile",
     "splits": f"{ORACLE} --alpha".replace(" --split", "").replace(" --pace", ""),
     "endurance": f"{ORACLE} --exit-layer --requests".replace(" --pace", ""),
-    "tasks": f"{TASKS} --gammas --sampled",
+    "tasks": f"{TASKS} --gammas --sampled --virtual",
     "baselines": TASKS,
-    "load": f"{TASKS} --concurrent".replace(" --repeats", "").replace(" --memory", ""),
+    "load": f"{TASKS} --concurrent --virtual".replace(" --repeats", "").replace(" --memory", ""),
     "simulate": "--stages --layers --exit-layer --alpha --trace --block --in-flight --rows "
     "--tokens "
     "--prompt-tokens --seed --jitter --model --hardware --layer-ms --head-ms --lm-head-ms --hop-ms "

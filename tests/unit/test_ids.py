@@ -146,9 +146,9 @@ def test_a_chat_goes_on_after_such_a_line_and_after_a_template_that_failed(
     seen: list[list[str]] = []
     encode = Tokenizer.encode_chat
 
-    def spy(self: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
+    def spy(self: Tokenizer, messages: list[dict[str, Any]], given: dict[str, Any]) -> list[int]:
         seen.append([m["content"] for m in messages if m["role"] == "user"])
-        return encode(self, messages)
+        return encode(self, messages, given)
 
     monkeypatch.setattr(Tokenizer, "encode_chat", spy)
     assert main() == 0

@@ -34,7 +34,10 @@ Pipeline = Annotated[
 
 Virtual = Annotated[
     bool,
-    benchmark("Run on virtual clocks: stages take just their pace, however long they compute."),
+    benchmark(
+        "Run on virtual clocks: stages take just their pace, however long they compute.",
+        "--virtual",
+    ),
 ]
 
 
