@@ -7,6 +7,7 @@ decoded is the same. All stages are computed in one thread, in whatever time tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -51,7 +52,7 @@ class EmulatedPipeline(RunningPipeline):
                 layout.spec,
                 layout.plan(rank, config.device(rank)),
                 self._source,
-                lambda done, total, rank=rank: progress(rank, done, total),  # type: ignore[misc]
+                partial(progress, rank),
             )
             for rank in range(layout.stages)
         ]
