@@ -157,7 +157,7 @@ def time_steps(bench: Bench, layers: Sequence[LayerWeights]) -> list[dict[str, A
 def time_reading(bench: Bench, layers: Sequence[LayerWeights]) -> dict[str, Any]:
     """Return how long reading a stage's weights once takes at least: a sum over their bytes."""
     weights = [w for layer in layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    size = sum(w.nbytes for w in weights)  # type: ignore[union-attr]
+    size = sum(w.nbytes for w in weights)  # type: ignore[union-attr]  # none is packed here
     big = torch.empty(size // 2, dtype=torch.uint8, device=bench.device)
     other = torch.empty_like(big)
     copied = bench.seconds(lambda: other.copy_(big))
