@@ -57,11 +57,13 @@ def leave(
     data = json.dumps(body).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 60) as connection:
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(data)}\r\n\r\n"
         connection.sendall(head.encode() + data)
         seen = b""
         while after not in seen:
-            seen += connection.recv(1 << 16)
+            received = connection.recv(1 << 16)
+            assert received, seen  # else it would wait for ever
+            seen += received
         until()
 
 
@@ -150,7 +152,7 @@ def test_a_reader_that_stops_reading_holds_up_nobody(server, ends) -> None:
     data = json.dumps({**LONG, "max_tokens": 30, "stream": True}).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 60) as connection:
-        head = f"POST {TEXT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+        head = f"POST {TEXT} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(data)}\r\n\r\n"
         connection.sendall(head.encode() + data)
         with ThreadPoolExecutor(4) as clients:
             body = {"prompt": "hi", "max_tokens": 2}

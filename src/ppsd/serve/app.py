@@ -314,7 +314,8 @@ class Doors:
                 message["headers"] = [*message["headers"], (b"x-request-id", name)]
             await send(message)
 
-        if self._only_local and not is_loopback(_host(headers.get(b"host", b""))):
+        host = _host(headers.get(b"host", b""))  # browsers, which are to be kept out, name it
+        if self._only_local and host and not is_loopback(host):
             refusal = RefusedError(403, FOREIGN, code="foreign_host")
             return JSONResponse(refusal.to_json(), 403)(scope, receive, named)
         given = headers.get(b"authorization", b"")
