@@ -71,9 +71,9 @@ def ask(connection: http.client.HTTPConnection, body: dict[str, Any]) -> tuple[i
 def vanish(port: int, body: dict[str, Any], rng: random.Random) -> None:
     """Send a request and go away: at once, in its prompt, or in its answer."""
     data = json.dumps(body).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nhost: ::1\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+    head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), 30) as connection:
-        sent = head + data
+        sent = head.encode() + data
         if rng.random() < 0.2:
             sent = sent[: rng.randrange(len(sent))]
         connection.sendall(sent)
