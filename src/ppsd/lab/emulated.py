@@ -13,7 +13,7 @@ import torch
 
 from ppsd.config import EngineConfig
 from ppsd.engine.build import Progress, RunningPipeline
-from ppsd.engine.drafter import Drafter, DraftState, Given, HeadDrafter
+from ppsd.engine.drafter import Drafter, DraftState, Given, HeadDrafter, PacedDrafter
 from ppsd.engine.first_stage import FirstStage
 from ppsd.engine.layout import Layout, head_seconds
 from ppsd.errors import ConfigError
@@ -183,21 +183,14 @@ class EmulatedHead(InnerHead):
         return super().opinion(rank, rows, hidden, verified)
 
 
-class EmulatedDrafter:
+class EmulatedDrafter(PacedDrafter):
     """A drafter whose drafts take ``seconds`` of a virtual clock."""
 
     def __init__(self, drafter: Drafter, clock: Clock, seconds: float) -> None:
-        self._drafter = drafter
+        super().__init__(drafter, 0.0)
         self._clock = clock
         self._time = nanoseconds(seconds)
 
-    @property
-    def feedback(self) -> bool:
-        return self._drafter.feedback
-
-    def observe(self, state: DraftState, position: int, hidden: torch.Tensor) -> None:
-        self._drafter.observe(state, position, hidden)
-
     def draft(self, state: DraftState, given: Given) -> int:
         self._clock.now += self._time
-        return self._drafter.draft(state, given)
+        return super().draft(state, given)

@@ -29,8 +29,8 @@ from ppsd.plan.model import CostModel
 from ppsd.plan.waves import shares
 from ppsd.speculation.lookup import LENGTHS
 from ppsd.speculation.policy import Schedule
+from ppsd.speculation.tree import CANDIDATES
 from ppsd.speculation.waves import Row
-from ppsd.worker.inner_head import CANDIDATES
 from ppsd.worker.loop import Worker
 from ppsd.worker.messages import Begin, Block
 from ppsd.worker.wave_messages import Opinion

@@ -81,7 +81,7 @@ def target() -> Target:
 
 def _cpu_features() -> frozenset[str]:
     lines: list[str] = []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # not on every system
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return frozenset(line.partition(":")[2].split())
@@ -251,7 +251,7 @@ def _ending(child: subprocess.Popen[bytes], name: str) -> int:
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"{BUILD_S:g}") from None
     except BaseException:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         raise

@@ -18,10 +18,9 @@ from ppsd.plan.model import CostModel
 from ppsd.plan.planner import Plan, Problem, plain_cost
 from ppsd.speculation.lookup import LENGTHS
 from ppsd.speculation.policy import Judged, Schedule
-from ppsd.speculation.tree import Cells, Node
+from ppsd.speculation.tree import CANDIDATES, Cells, Node
 from ppsd.speculation.waves import Verified, WavePolicy, choose
 
-CANDIDATES = 8  # of a head for each row
 LATER = 0.35  # of what a head's first candidates miss, each next one has about so much
 TOKENS = 120  # of all requests together, at least
 LEAST_TOKENS = 24  # of one of them

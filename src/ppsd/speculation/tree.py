@@ -17,6 +17,7 @@ from ppsd.speculation.copies import Copy, CopyIndex
 from ppsd.speculation.lookup import CONFIDENCE
 from ppsd.speculation.masks import Mask, Masks, permits
 
+CANDIDATES = 8  # of a head for each row: more are hardly ever fed
 UNFED = 0
 MAX_DEPTH = 64  # levels below the root
 KEPT = 0.3  # what earlier heads weigh against a deeper one: together they are right more often

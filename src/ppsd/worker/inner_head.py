@@ -15,11 +15,11 @@ from ppsd.model.exit_head import ExitHead
 from ppsd.model.passes import Place
 from ppsd.speculation.lookup import Array
 from ppsd.speculation.sampling import gumbel
+from ppsd.speculation.tree import CANDIDATES
 from ppsd.speculation.waves import Row
 from ppsd.worker.messages import Begin, Block
 from ppsd.worker.wave_messages import Opinion
 
-CANDIDATES = 8  # a row: more are hardly ever fed
 KEPT_NOISE = 64  # positions
 MAX_LAG_ROWS = 8  # that may wait for the next opinion, when a few rows cost as much as one
 

@@ -328,7 +328,7 @@ class Supervisor:
     def forget(self) -> None:
         """Let go of the workers without a word, as a forked child has to: they are its parent's."""
         for child, _ in self._children.values():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # closed, or its reader gone
                 assert child.stdin is not None
                 child.stdin.close()  # while a copy is open, they would not notice the parent's end
         self._children.clear()
