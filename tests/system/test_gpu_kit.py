@@ -51,6 +51,7 @@ def test_exactness_is_checked(tiny_model: Models, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "exactness.json").read_text())
     assert {row["kernel"] for row in found["rows"]} >= {"norm", "attention over 256"}
     assert all(row["equal"] == row["tokens"] for row in found["reference"])
+    assert [row["rows"] for row in found["decoding"]] == [1, 16]
     assert all(row["bitwise"] == row["prompts"] for row in found["decoding"])
 
 

@@ -3,7 +3,8 @@
 Three parts, each a list in the result:
   rows       products, norms and attention of a fixed number of rows: does a row keep its bits when
              its neighbours, its place or the masked tail change?
-  decoding   stages as processes on one device: tokens and logits of PPSD against plain decoding
+  decoding   stages as processes on one device: tokens and logits of PPSD, with one row and with
+             trees, against plain decoding
   reference  tiny float64 models against transformers' generate: tokens
 
     python tools/gpu/exactness.py --device cuda --out exactness.json
@@ -16,6 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from ppsd.provenance import provenance
 from tests.support.tiny_models import FAMILIES, reference_generate, save_tiny
 
 WIDTHS = (4, 8, 16, 32)
+ROWS = (1, 16)  # of a wave
 TRIALS = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = {  # hidden, inner, query heads, key/value heads, head size
@@ -122,15 +125,18 @@ def check_decoding(device: str, model: str | None, tiny: bool) -> list[dict[str,
             started = time.monotonic()
             head = "untrained" if tiny else "lookup"  # right often enough, and always there
             with LLM(model, stages=stages, dtype=dtype, devices=(device,), head=head,
-                     plan="off", mode="ppsd", gate=False, timeout=120.0) as llm:  # fmt: skip
-                for temperature in (0.0,) if tiny else (0.0, 0.8):
+                     plan="off", mode="ppsd", gate=False, rows=ROWS[-1],
+                     timeout=120.0) as llm:  # fmt: skip
+                for rows, temperature in product(ROWS, (0.0,) if tiny else (0.0, 0.8)):
+                    llm.use("ppsd", rows=rows)
                     params = SamplingParams(
                         max_tokens=8 if tiny else 48, temperature=temperature, seed=7
                     )
                     result = verify(llm, tasks, params)
                     found.append({
-                        "dtype": dtype, "stages": stages, "temperature": temperature,
-                        "prompts": len(tasks), "exact": result.exact, "bitwise": result.bitwise,
+                        "dtype": dtype, "stages": stages, "rows": rows,
+                        "temperature": temperature, "prompts": len(tasks),
+                        "exact": result.exact, "bitwise": result.bitwise,
                         "accepted": sum(c.accepted for c in result.comparisons),
                         "judged": sum(c.judged for c in result.comparisons),
                         "seconds": round(time.monotonic() - started, 1),

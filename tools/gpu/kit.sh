@@ -17,6 +17,7 @@ PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 KEPT=${KEPT:-/tmp/ppsd-gpu} # where received parts are kept between calls
 case "${1:-}" in
+  -h | --help) sed -n '2,13p' "$0" && exit 0 ;;
   pack | receive) exec "$PYTHON" tools/gpu/travel.py --kept "$KEPT" "$@" ;;
 esac
 
@@ -35,7 +36,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ ${#parts[@]} -gt 0 ] || { sed -n '2,14p' "$0" >&2 && exit 2; }
+[ ${#parts[@]} -gt 0 ] || { sed -n '2,13p' "$0" >&2 && exit 2; }
 mkdir -p "$out"
 if [ -d "$KEPT/wheels" ] && [ ! -d "$KEPT/site" ]; then
   "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$KEPT/site" "$KEPT"/wheels/*.whl

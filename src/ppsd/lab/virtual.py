@@ -57,6 +57,7 @@ class VirtualPipeline:
         self.clocks = [Clock() for _ in cost.stages]
         self.recorders = [Recorder(trace, clock) for clock in self.clocks]
         self.inboxes: list[deque[tuple[int, Message]]] = [deque() for _ in cost.stages]
+        self._ends: list[int | None] = [NEVER for _ in cost.stages]  # None: find it anew
         self.answers: list[tuple[int, int, Answer]] = []  # (arrival, number, …) in this order
         self._answered = 0
         self._published: dict[int, Published] = defaultdict(Published)  # by slot
@@ -87,9 +88,10 @@ class VirtualPipeline:
         if isinstance(message, Block | Wave | Verdict | Verdicts):
             self.recorders[source].busy_ns[SENDING] += self.overhead
             clock.now += self.overhead
-            rows = len(message.hidden) if isinstance(message, Block | Wave) else 0
-            delay = self.hop(source, rows)
+            delay = self.hop(source, rows_in(message))
         if to:
+            if not self.inboxes[to]:
+                self._ends[to] = None
             self.inboxes[to].append((clock.now + delay, message))
         else:
             self._answered += 1
@@ -137,9 +139,18 @@ class VirtualPipeline:
 
     def work(self, until: int = NEVER) -> bool:
         """Let the stage work that is done first; return False if none is before ``until``."""
-        ends = [(self._end(worker.rank), -worker.rank) for worker in self.workers]
-        end, rank = min(ends, default=(NEVER, 0))
-        return end < until and self.workers[-rank - 1].step(0.0)
+        ends, first, last = self._ends, NEVER, 0
+        for worker in self.workers:
+            rank = worker.rank
+            end = ends[rank]
+            if end is None:
+                end = ends[rank] = self._end(rank)
+            if end <= first:
+                first, last = end, rank
+        if first >= until:
+            return False
+        ends[last] = None
+        return bool(self.workers[last - 1].step(0.0))
 
     def _end(self, rank: int) -> int:
         """Return when a stage will be done with its oldest message, unless rows of it die."""
@@ -147,7 +158,7 @@ class VirtualPipeline:
             return NEVER
         arrival, message = self.inboxes[rank][0]
         end = max(arrival, self.clocks[rank].now)
-        if isinstance(message, Block | Wave) and (rows := len(message.hidden)):
+        if rows := rows_in(message):
             end += self.layer(rank, rows) * self.cost.stages[rank].layers
             if rank == self.cost.size - 1:
                 end += self.lm_head(1)
@@ -362,6 +373,11 @@ class VirtualLink:
 @functools.cache
 def _rows(count: int) -> torch.Tensor:
     return torch.zeros(count, 1)
+
+
+def rows_in(message: Message) -> int:
+    """Return how many rows of hidden states a message carries."""
+    return message.hidden.shape[0] if isinstance(message, Block | Wave) else 0
 
 
 def nanoseconds(seconds: float) -> int:
