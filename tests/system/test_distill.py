@@ -83,10 +83,13 @@ def test_heads_describe_themselves_and_are_put_to_use(
     tiny_model: Models, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, out = str(tiny_model("llama")), tmp_path / "heads" / "run"
-    run(*arguments(tiny_model("llama"), data, out))
+    told = " ".join(invoke(*arguments(tiny_model("llama"), data, out)).stderr.split())
+    assert "training takes about 0 min" in told
+    assert "prompt lookup alone would be right for" in told
     shown = json.loads(run("heads", "show", str(out / "transformer-4")))
     assert shown["provenance"]["data"][0]["records"] == 80
     assert shown["provenance"]["settings"]["kl_weight"] == 1.0
+    assert 0 <= shown["metrics"]["validation"]["lookup"] < 1
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setenv("PPSD_HEAD_DIR", str(tmp_path / "heads"))

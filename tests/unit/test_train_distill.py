@@ -16,8 +16,9 @@ from ppsd.train.batched import whole_sequences
 from ppsd.train.checkpoint import CHECKPOINT, RunDirectory
 from ppsd.train.copies import NONE
 from ppsd.train.distill import StepReport, Trainer
-from ppsd.train.evaluate import prepare
+from ppsd.train.evaluate import Agreement, prepare
 from ppsd.train.features import live_features
+from ppsd.train.gain import expected_gain
 from ppsd.train.settings import DistillConfig
 from tests.support.teachers import random_examples, tiny_config, tiny_teacher, tiny_trainer
 
@@ -96,6 +97,60 @@ def test_the_start_is_kept_where_training_does_not_help(tiny_model: Models, tmp_
     for layer, kept in trainer.best.kept.items():
         assert (kept.step, kept.alpha) == (0, kept.start)
         assert trainer.last[layer].alpha < found[layer].alpha
+
+
+def agreed(alpha: float, high: float) -> dict[int, Agreement]:
+    return {3: Agreement(alpha, alpha, (0.0, high), 4)}
+
+
+def test_training_ends_when_a_head_has_long_been_surely_worse_than_at_the_start(
+    tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not within the first half of the run, whose rate is high."""
+    config = tiny_config(epochs=4)
+    trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
+    monkeypatch.setattr(trainer, "_validate", lambda final=False: agreed(0.5, 0.6))
+    trainer._begin()
+    monkeypatch.setattr(trainer, "_validate", lambda final=False: agreed(0.3, 0.4))
+    trainer.run(ignore)
+    assert trainer.gave_up
+    assert trainer.steps / 2 <= trainer.step <= trainer.steps / 2 + 1
+
+
+def test_a_head_that_may_be_as_good_as_at_the_start_goes_on(
+    tiny_model: Models, tmp_path: Path
+) -> None:
+    config = tiny_config()
+    trainer = tiny_trainer(tiny_teacher(tiny_model("llama"), config), config, tmp_path)
+    best = trainer.best
+    best.consider(0, agreed(0.5, 0.6))
+    for step, (alpha, high) in enumerate([(0.3, 0.4), (0.3, 0.4), (0.45, 0.55)], 1):
+        best.consider(step, agreed(alpha, high))
+    best.consider(4, agreed(0.3, 0.4))
+    assert not best.hopeless
+    figures, _ = best.state()
+    assert figures == {"3": [0, 0.5, 0.5, 1]}
+
+
+def test_what_is_to_come_is_told_and_changes_nothing(tiny_model: Models, tmp_path: Path) -> None:
+    config = tiny_config(2, 4)
+    teacher = tiny_teacher(tiny_model("llama"), config)
+    told, silent = (tiny_trainer(teacher, config, tmp_path / name) for name in ("told", "silent"))
+    forecast = told.forecast()
+    assert forecast.tokens == told.total_tokens
+    assert forecast.seconds > 0
+    assert forecast.alpha == {layer: kept.start for layer, kept in told.best.kept.items()}, "small"
+    told.run(ignore)
+    silent.run(ignore)
+    assert all(torch.equal(a, b) for a, b in zip(weights(told), weights(silent), strict=True))
+    assert told.forecast().tokens == 0
+
+
+def test_more_text_is_expected_to_bring_more() -> None:
+    gains = [expected_gain(tokens) for tokens in (0, 12_000, 100_000, 10**6, 10**7, 10**9)]
+    assert gains[:2] == [0, 0]
+    assert gains == sorted(gains)
+    assert gains[-1] == pytest.approx(0.19)
 
 
 def test_short_runs_are_validated_ten_times(tiny_model: Models, tmp_path: Path) -> None:
@@ -182,6 +237,8 @@ def test_held_out_agreement_is_that_of_the_mixture(tiny_model: Models, tmp_path:
     share = torch.cat(right).double().mean().item()
     assert trainer._validate()[3].alpha == pytest.approx(share)
     assert share < 0.9
+    alone = [part.copies.tokens == part.greedy for part in trainer._held]
+    assert trainer.lookup == pytest.approx(torch.cat(alone).double().mean().item())
 
 
 def test_held_out_agreement_is_of_answers(tiny_model: Models) -> None:

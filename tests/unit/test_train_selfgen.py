@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppsd.errors import PpsdError
-from ppsd.train import targets
+from ppsd.train import selfgen, targets
 from ppsd.train.batched import teacher_forward
 from ppsd.train.data import encode_all, make_batch
 from ppsd.train.features import FeatureStore
@@ -55,6 +55,22 @@ def test_rows_that_end_early_do_not_disturb_the_others(teacher: Teacher) -> None
         end = next((i for i, token in enumerate(ids) if token in ends), NEW - 1)
         assert stopped[key] == ids[: end + 1]
     assert len({len(ids) for ids in stopped.values()}) > 2
+
+
+def test_reading_prompts_is_told_and_ends_at_the_deadline(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts can take longer to read than answers to write."""
+    monkeypatch.setitem(selfgen.PREFILL_TOKENS, "cpu", 1)  # one prompt at a time
+    now, told = iter(range(100)), []
+    monkeypatch.setattr(selfgen.time, "monotonic", lambda: next(now))
+    generator = BatchGenerator(
+        teacher.stage, GenerateConfig(64, NEW), eos_ids={2}, vocab_size=VOCAB, max_length=64,
+        deadline=2.0, stepped=lambda: told.append((generator.read, generator.written)),
+    )  # fmt: skip
+    assert len(list(generator.run(REQUESTS))) == 3
+    lengths = [len(prompt) for prompt in PROMPTS]
+    assert told[:3] == [(sum(lengths[: n + 1]), n + 1) for n in range(3)]
 
 
 def test_the_context_limits_answers(teacher: Teacher) -> None:

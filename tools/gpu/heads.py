@@ -67,7 +67,7 @@ def write_answers(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     started = time.monotonic()
-    last = GenerateReport(0, 0, 0, 0.0)
+    last = GenerateReport(0, 0, 0, 0, 0.0)
 
     def report(now: GenerateReport) -> None:
         nonlocal last

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -165,7 +165,13 @@ def _train(
             f"this run is finished, and its heads are in {out}; to train anew give another --out"
         )
         return
+    console.print(_forecast_line(trainer), highlight=False)
     agreement = _run(trainer)
+    if trainer.gave_up:
+        console.print(
+            f"training ended after step {trainer.step:,} of {trainer.steps:,}: held-out α stayed "
+            "below its start"
+        )
     name = teacher.stage.spec.name
     prompts = prompt_digests(records)
     origin = Origin(name, teacher.identity, files, prompts, summary.lost_mass)
@@ -176,7 +182,31 @@ def _train(
     for layer, kept in trainer.best.kept.items():
         if kept.step == 0:
             console.print(_no_help(layer, kept.start, trainer.last[layer].alpha))
+    console.print(_worth_line(trainer.lookup, agreement), highlight=False)
     console.print(_throughput_line(trainer.directory.metrics(), features), highlight=False)
+
+
+def _forecast_line(trainer: Trainer) -> str:
+    """Tell how long training will take, and what held-out α to expect of it."""
+    forecast = trainer.forecast()
+    starts = {layer: kept.start for layer, kept in trainer.best.kept.items()}
+    begins = "/".join(f"{alpha:.2f}" for alpha in starts.values())
+    ends = "/".join(f"{alpha:.2f}" for alpha in forecast.alpha.values())
+    expected = f"may come to {ends}, as far as the default model's heads rose with so many tokens"
+    if forecast.alpha == starts:
+        expected = "can hardly rise with so few tokens"
+    minutes = forecast.seconds / 60
+    return (
+        f"training takes about {minutes:.0f} min ({forecast.tokens:,} tokens); held-out α begins "
+        f"at {begins} and {expected}"
+    )
+
+
+def _worth_line(lookup: float, agreement: Mapping[int, Agreement]) -> str:
+    """Compare the heads, which draft together with prompt lookup, with lookup alone."""
+    text = f"prompt lookup alone would be right for {lookup:.3f} of these tokens"
+    useless = ", ".join(str(layer) for layer, found in agreement.items() if found.alpha <= lookup)
+    return f"{text}: drop exit {useless}, and take --head lookup" if useless else text
 
 
 def _run(trainer: Trainer) -> dict[int, Agreement]:

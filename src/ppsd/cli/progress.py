@@ -109,7 +109,9 @@ def writing() -> Iterator[Callable[[GenerateReport], None]]:
             if r.tokens == 0:  # what an earlier call wrote must not count as this one's speed
                 shown.reset(task, total=1, note="")
             rate = speed(r.tokens, shown.tasks[0].elapsed)
-            note = f"{r.tokens:,} tokens, {r.done:,} of {r.total:,} prompts · {rate} tokens/s"
+            note = f"{r.done:,} of {r.total:,} prompts · {r.tokens:,} tokens · {rate} tokens/s"
+            if not r.tokens:
+                note = f"reading prompts: {r.read:,} tokens"
             shown.update(task, completed=r.share, note=note)
 
         yield report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,15 +12,20 @@ from ppsd.train.evaluate import Agreement
 from ppsd.train.student import Student
 
 PREFIX = "best/"
+PATIENCE = 3  # validations
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A head's state after ``step`` steps and its held-out α there; ``start`` is α before any."""
+    """A head's state after ``step`` steps and its held-out α there; ``start`` is α before any.
+
+    In so many validations ``behind``, the newest ones, all of α's interval lay below the start.
+    """
 
     step: int
     alpha: float
     start: float
+    behind: int = 0
 
 
 class Best:
@@ -35,11 +40,21 @@ class Best:
         """Keep the heads as they are now where that is better than before."""
         for student in self._students:
             layer = student.exit_layer
-            alpha = agreement[layer].alpha
+            found = agreement[layer]
             before = self.kept.get(layer)
-            if before is None or alpha > before.alpha:
-                self.kept[layer] = Kept(step, alpha, alpha if before is None else before.start)
+            start = found.alpha if before is None else before.start
+            if before is None or found.alpha > before.alpha:
+                self.kept[layer] = Kept(step, found.alpha, start)
                 self._tensors |= {n: p.detach().clone() for n, p in student.parameters()}
+            else:
+                is_behind = found.between is not None and found.between[1] < start
+                behind = (before.behind + 1) * is_behind
+                self.kept[layer] = replace(before, behind=behind)
+
+    @property
+    def hopeless(self) -> bool:
+        """Tell if all heads have long been worse than at the start."""
+        return all(kept.behind >= PATIENCE for kept in self.kept.values())
 
     def start(self, student: Student) -> float:
         """Return the held-out α of a head before any step."""
@@ -55,7 +70,7 @@ class Best:
 
     def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Return what a checkpoint keeps: figures by exit layer, and tensors."""
-        figures = {str(layer): [k.step, k.alpha, k.start] for layer, k in self.kept.items()}
+        figures = {str(layer): list(astuple(kept)) for layer, kept in self.kept.items()}
         return figures, {PREFIX + name: tensor for name, tensor in self._tensors.items()}
 
     def load(self, figures: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -25,9 +25,10 @@ from ppsd.train.checkpoint import Checkpoint, RunDirectory
 from ppsd.train.copies import NONE as NO_COPY
 from ppsd.train.copies import copies_of, no_copies
 from ppsd.train.data import OUTSIDE, Batch, Example, label_table, make_batch, plan_epoch
-from ppsd.train.evaluate import Agreement, evaluate, prepare
+from ppsd.train.evaluate import Agreement, evaluate, lookup_alone, prepare
 from ppsd.train.features import FeatureSource
 from ppsd.train.feedback import sample_verified, take_verified
+from ppsd.train.gain import expected_gain
 from ppsd.train.losses import LossWeights, Mixture, chunked_losses
 from ppsd.train.settings import BETAS, DistillConfig
 from ppsd.train.start import LeastSquares
@@ -36,6 +37,7 @@ from ppsd.train.student import Options, Student
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LEAST_VALIDATIONS = 10  # of a run, however short
 START_TOKENS = 200_000  # of the training data, for where training begins
+GIVE_UP_AFTER = 0.5  # of a run; before, the rate is high, and heads fall behind for a while
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,20 @@ class Lesson:
     features: FeatureSource
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """Expected seconds and tokens of the rest of a run, and held-out α at its end by exit layer."""
+
+    seconds: float
+    tokens: int
+    alpha: dict[int, float]
+
+
 class Trainer:
-    """Heads, optimizer and data of one run; ``run`` trains from wherever the directory stands."""
+    """Heads, optimizer and data of one run; ``run`` trains from wherever the directory stands.
+
+    ``lookup`` is the held-out α of prompt lookup alone.
+    """
 
     def __init__(
         self,
@@ -121,6 +135,7 @@ class Trainer:
         tenth = max(1, self.steps // LEAST_VALIDATIONS)
         self._validate_every = min(cadence.validate, tenth)
         self._held = prepare(model, lesson.held_out, lesson.features, config.batch_tokens)
+        self.lookup = lookup_alone(self._held)
 
     @property
     def steps(self) -> int:
@@ -140,28 +155,87 @@ class Trainer:
         return math.fsum(r["seconds"] for r in self.directory.metrics() if "loss" in r)
 
     def run(self, report: Report) -> dict[int, Agreement]:
-        """Train to the end and return the agreement of the best heads as rounded for saving."""
-        if not self._resume():
-            self._start()
-        agreement = self._validate()
+        """Train to the end and return the agreement of the best heads as rounded for saving.
+
+        Ends early where all heads stay worse than at the start.
+        """
+        self._begin()
         self._began = time.monotonic() - self._spent()
-        if self.step % self._validate_every == 0:
-            self.best.consider(self.step, agreement)
-        while self._done < 1:
+        while not self.finished:
             losses = self._train_step()
             if self.step % self._cadence.checkpoint == 0 or self._done >= 1:
                 self._save()
             if self.step % self._validate_every == 0:
-                agreement = self._validate()
-                self.best.consider(self.step, agreement)
-            alpha = {layer: a.alpha for layer, a in agreement.items()}
+                self._validated()
+            alpha = {layer: a.alpha for layer, a in self.last.items()}
             report(StepReport(self.step, self.steps, self.tokens, self.total_tokens, losses, alpha))
         if self.step % self._validate_every:
-            agreement = self._validate()
-            self.best.consider(self.step, agreement)
-        self.last = agreement
+            self._validated()
         self.best.restore()
         return self._validate(final=True)
+
+    def _begin(self) -> None:
+        """Put the heads where the run stopped, or at its start, unless that is done."""
+        if self.last:
+            return
+        if not self._resume():
+            self._start()
+        if self.step % self._validate_every == 0:
+            self._validated()
+        else:
+            self.last = self._validate()
+
+    def _validated(self) -> None:
+        self.last = self._validate()
+        self.best.consider(self.step, self.last)
+
+    def forecast(self) -> Forecast:
+        """Time a step that changes nothing, and expect what other heads gained."""
+        self._begin()
+        if self.step == self.steps:
+            return Forecast(0.0, 0, {})
+        for _ in range(2):  # the first may have to wait for memory, libraries and files
+            started = time.perf_counter()
+            batch = self._batch(self.step)
+            losses, _ = self._losses(batch)
+            losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+            self._synchronize()
+            pace = (time.perf_counter() - started) / batch.size
+        self._optimizer.zero_grad(set_to_none=True)
+        tokens = self.total_tokens - self.tokens
+        if self.config.minutes:
+            tokens = min(tokens, int((60 * self.config.minutes - self._spent()) / pace))
+        gained = expected_gain(self.tokens + tokens)
+        starts = {layer: kept.start for layer, kept in self.best.kept.items()}
+        return Forecast(pace * tokens, tokens, {e: min(1.0, a + gained) for e, a in starts.items()})
+
+    @property
+    def gave_up(self) -> bool:
+        """Tell if training ends before its time."""
+        return GIVE_UP_AFTER <= self._done < 1 and self.best.hopeless
+
+    @property
+    def finished(self) -> bool:
+        """Tell if no step is left to do."""
+        return self._done >= 1 or self.gave_up
+
+    def _forecast(self) -> Forecast:
+        """Time a step that changes nothing, and expect what other heads gained."""
+        if self.step == self.steps:
+            return Forecast(0.0, 0, {})
+        for _ in range(2):  # the first may have to wait for memory, libraries and files
+            started = time.perf_counter()
+            losses, _ = self._losses(batch := self._batch(self.step))
+            losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+            self._synchronize()
+            pace = (time.perf_counter() - started) / batch.size
+        self._optimizer.zero_grad(set_to_none=True)
+        tokens = self.total_tokens - self.tokens
+        if self.config.minutes:
+            tokens = min(tokens, int((60 * self.config.minutes - self._spent()) / pace))
+        gained = expected_gain(self.tokens + tokens)
+        starts = {layer: kept.start for layer, kept in self.best.kept.items()}
+        return Forecast(pace * tokens, tokens, {e: min(1.0, a + gained) for e, a in starts.items()})
 
     @torch.no_grad()
     def _start(self) -> None:

@@ -85,6 +85,12 @@ def prepare(
     return held
 
 
+def lookup_alone(held: Sequence[HeldOut]) -> float:
+    """Return the share of positions where the model's greedy token is what lookup copies."""
+    right = sum(int((part.copies.tokens == part.greedy).sum()) for part in held)
+    return right / sum(len(part.greedy) for part in held)
+
+
 @torch.no_grad()
 def evaluate(
     student: Student,

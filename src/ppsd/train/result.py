@@ -43,6 +43,7 @@ def save_heads(
             weights["draft_ids"] = trainer.draft_ids.cpu()
         kept = trainer.best.kept[layer]
         validation = agreement[layer].to_json() | {"start": kept.start, "step": kept.step}
+        validation["lookup"] = round(trainer.lookup, 6)
         config = HeadConfig(
             kind=trainer.config.kind,
             exit_layer=layer,

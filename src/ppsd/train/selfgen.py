@@ -180,6 +180,10 @@ class Waiting:
         assert self._first is not None
         return self._first
 
+    def close(self) -> None:
+        """Forget the rest."""
+        self._rest, self._first = iter(()), None
+
     def take(self) -> Request:
         """Return the next request, which waits no longer."""
         request = self.first
@@ -195,7 +199,8 @@ class BatchGenerator:
     function of the seed, the prompt and its place in the answer; ``noise``, where given, takes the
     place of the seed. Rows that leave the layers ``keep`` come with the answers, for 2·C bytes a
     token and layer. No prompt is begun after ``deadline`` (of time.monotonic). ``stepped`` is
-    called after every token of the batch; ``written`` counts them.
+    called after every token of the batch and whenever prompts were read; ``written`` counts the
+    tokens of answers, ``read`` those of prompts.
     """
 
     def __init__(
@@ -211,7 +216,7 @@ class BatchGenerator:
         deadline: float = float("inf"),
         stepped: Callable[[], None] = lambda: None,
     ) -> None:
-        self.written = 0
+        self.written = self.read = 0
         self._stepped = stepped
         self._keep = keep
         self._deadline = deadline
@@ -236,8 +241,6 @@ class BatchGenerator:
         waiting = Waiting(requests)
         self._cache = BatchCache(self._model, self._config.batch, self._max_length, self._keep)
         while waiting or self._rows:
-            if time.monotonic() > self._deadline:
-                waiting = Waiting(())
             self._refill(waiting)
             yield from self._finished()
             if self._rows:
@@ -259,10 +262,15 @@ class BatchGenerator:
         if self._rows and free * REFILL_SHARE < self._config.batch:
             return
         while waiting and free:
+            if time.monotonic() > self._deadline:
+                waiting.close()
+                return
             chosen: list[Request] = []
             while waiting and len(chosen) < free and self._fits([*chosen, waiting.first]):
                 chosen.append(waiting.take())
             self._prefill(chosen)
+            self.read += sum(len(request.tokens) for request in chosen)
+            self._stepped()
             free -= len(chosen)
 
     def _prefill(self, requests: list[Request]) -> None:

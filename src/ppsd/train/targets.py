@@ -30,7 +30,7 @@ POOL = 1024  # prompts are encoded, and those of like length answered together, 
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """Progress of generation: prompts answered, of how many, and tokens written by this call.
+    """Progress of generation: prompts answered, of how many; tokens written and read by this call.
 
     ``share`` of the work is done, answers under way counted as if they were to use all their room.
     """
@@ -38,6 +38,7 @@ class GenerateReport:
     done: int
     total: int
     tokens: int
+    read: int
     share: float
 
 
@@ -71,7 +72,7 @@ def write_targets(
     def tell() -> None:
         total = len(prompts) - len(skipped)
         share = (answered + generator.under_way_share) / total if total else 1.0
-        report(GenerateReport(answered, total, generator.written, share))
+        report(GenerateReport(answered, total, generator.written, generator.read, share))
 
     def stepped() -> None:
         tell()
