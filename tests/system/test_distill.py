@@ -122,9 +122,13 @@ def test_without_heads_generate_says_how_to_get_one(
 def test_self_generation_and_training_in_one_command(
     tiny_model: Models, data: Path, tmp_path: Path
 ) -> None:
+    """With no exits named: after a quarter and half of the layers."""
     out = tmp_path / "out"
-    more = ("--self-generate", "--max-new", "8", "--head", "norm")
-    run(*arguments(tiny_model("llama"), data, out, *more))
+    command = arguments(tiny_model("llama"), data, out)
+    at = command.index("--exit-layer")
+    del command[at : at + 2]
+    run(*command, "--self-generate", "--max-new", "8", "--head", "norm")
+    assert {path.name for path in out.glob("norm-*")} == {"norm-2", "norm-3"}, "of 7 layers"
     head = json.loads((out / "norm-2" / "head.json").read_text())
     assert [Path(d["name"]).name for d in head["provenance"]["data"]] == [
         "data.jsonl",

@@ -332,7 +332,6 @@ def test_divergence_stops_the_run(tiny_model: Models, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"exit_layers": ()}, "exit_layer"),
         ({"exit_layers": (3, 3)}, "exit_layer"),
         ({"kind": "mlp"}, "head must be one of"),
         ({"learning_rate": 0.0}, "learning_rate"),
@@ -359,6 +358,21 @@ def test_what_the_model_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):
         tiny_teacher(tiny_model("llama"), config)
+
+
+@pytest.mark.parametrize(
+    ("layers", "exits"), [(2, (1,)), (3, (1,)), (5, (1, 2)), (30, (8, 15)), (32, (8, 16))]
+)
+def test_heads_are_put_where_stages_would_end(layers: int, exits: tuple[int, ...]) -> None:
+    assert DistillConfig().suited(layers).exit_layers == exits
+    assert DistillConfig((1,)).suited(layers).exit_layers == (1,)
+
+
+def test_a_model_of_one_layer_has_no_place_for_a_head() -> None:
+    with pytest.raises(ConfigError, match="of 2 layers or more"):
+        DistillConfig().suited(1)
+    with pytest.raises(ConfigError, match="one or more layers"):
+        DistillConfig().check_model(4, 64, 64)
 
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:

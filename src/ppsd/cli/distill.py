@@ -75,9 +75,11 @@ def distill(
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
 ) -> None:  # fmt: skip
     """Train exit heads by self-distillation; the same command continues a stopped run."""
+    from ppsd.model.source import describe, resolve_model
     from ppsd.train.records import read_data
 
     records, files = read_data(data)
+    config = config.suited(describe(resolve_model(model)).num_layers)
     progress.set_threads(threads)
     teacher = progress.load(model, config, device)
     if generation.self_generate or generation.generate_only:

@@ -6,7 +6,7 @@ Within train/ and cli/. Does not import PyTorch.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ppsd import checks
@@ -25,7 +25,7 @@ BETAS = (0.9, 0.95)  # a run has hundreds of steps, too few for AdamW's usual 0.
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """One run that trains a head at each of ``exit_layers``.
+    """One run that trains a head at each of ``exit_layers`` (``suited`` decides where left out).
 
     ``kind`` transformer has ``head_layers`` decoder layers, which begin as copies of the model's
     last layers (``init`` last) or of those after the exit (exit), with ``head_mlp`` neurons in
@@ -39,7 +39,11 @@ class DistillConfig:
     """
 
     exit_layers: tuple[int, ...] = setting(
-        "Layers to read, one head each: 4,8,15.", flag="--exit-layer", panel=HEAD, metavar="L,…"
+        "Layers to read, one head each: 4,8,15. A quarter and half of the model's if left out.",
+        (),
+        flag="--exit-layer",
+        panel=HEAD,
+        metavar="L,…",
     )
     kind: str = setting(
         "transformer or norm.", "transformer", flag="--head", panel=HEAD, metavar="KIND"
@@ -99,8 +103,8 @@ class DistillConfig:
             object.__setattr__(self, "copy_gate", False)
         if self.kl_weight + self.ce_weight == 0:
             raise ConfigError("kl_weight", 0.0, "above 0 when ce_weight is 0")
-        if not self.exit_layers or len(set(self.exit_layers)) < len(self.exit_layers):
-            raise ConfigError("exit_layer", self.exit_layers, "one or more different layers")
+        if len(set(self.exit_layers)) < len(self.exit_layers):
+            raise ConfigError("exit_layer", self.exit_layers, "different layers")
 
     @property
     def layers(self) -> int:
@@ -111,8 +115,23 @@ class DistillConfig:
         """Return the neurons of a head layer's MLP, None for as many as the model's."""
         return self.head_mlp or None if self.layers else None
 
+    def suited(self, num_layers: int) -> DistillConfig:
+        """Return the settings with exits: by default where stage 0 of four, and of two, would end.
+
+        Raises ConfigError for a model of one layer.
+        """
+        if self.exit_layers:
+            return self
+        if num_layers < 2:
+            raise ConfigError("model", f"of {num_layers} layer", "of 2 layers or more")
+        quarter = max(1, round(num_layers / 4))
+        exits = dict.fromkeys((quarter, max(quarter, num_layers // 2)))
+        return replace(self, exit_layers=tuple(exits))
+
     def check_model(self, num_layers: int, max_context: int, neurons: int) -> None:
         """Raise ConfigError for what a model of this size cannot do."""
+        if not self.exit_layers:
+            raise ConfigError("exit_layer", self.exit_layers, "one or more layers")
         for layer in self.exit_layers:
             if not 1 <= layer < num_layers:
                 raise ConfigError("exit_layer", layer, f"in [1, {num_layers - 1}] for this model")
