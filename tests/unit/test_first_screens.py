@@ -201,10 +201,15 @@ def test_every_extra_that_is_named_exists() -> None:
     assert {part for name in named for part in name.split(",")} <= set(extras)
 
 
-def test_the_missing_head_is_told_after_what_went_wrong(ppsd, tiny_model) -> None:
-    flags = f"--model {tiny_model()} --dtype float64 --transport inprocess --max-context 40"
-    failed = ppsd("generate", "fox " * 200, *flags.split())
+def test_a_missing_head_is_told_once_something_went_well(ppsd, tiny_model) -> None:
+    flags = f"--model {tiny_model()} --dtype float64 --transport inprocess --max-context 40 -n 4"
+    missing, long = "no trained exit head fits", "fox " * 200
+    failed = ppsd("generate", long, *flags.split())
     assert failed.code == 1
-    assert failed.err.index("ppsd: prompt must be") < failed.err.index("no trained exit head fits")
-    told = ppsd("generate", "fox", "-n", 4, *flags.split()).err
-    assert told.index("4 tokens") < told.index("no trained exit head fits")
+    assert failed.err.splitlines()[-1].startswith("ppsd: prompt must be")
+    assert missing not in failed.err
+    told = ppsd("generate", "fox", *flags.split()).err
+    assert told.index("4 tokens") < told.index(missing)
+    talk = ppsd("chat", *flags.split(), stdin=f"{long}\nfox\n{long}\nfox\n").err
+    assert talk.count(missing) == 1
+    assert talk.index("must be") < talk.index(missing) < talk.rindex("must be")
