@@ -13,6 +13,7 @@ import pytest
 
 from ppsd.cli.app import VERBS, load
 from ppsd.cli.display import size
+from ppsd.cli.env import LISTED
 from ppsd.lab.cli import app as lab
 from ppsd.model.head_library import SHIPPED, find_heads, head_directory
 from tests.support.tiny_models import save_perfect_head, save_tiny
@@ -189,6 +190,15 @@ def test_env_prints_what_is_in_force(ppsd, places, tiny_model, monkeypatch) -> N
     assert 1 <= record["cores_usable"] <= record["cores"]
     docs = (ROOT / "docs" / "environment.md").read_text()
     assert all(f"`{name}`" in docs for name in record["environment"])
+
+
+def test_env_lists_no_more_than_a_bug_report_has_room_for(ppsd, tiny_model) -> None:
+    for i in range(40):
+        Path(f"model-{i:02}").symlink_to(tiny_model())
+    listed = json.loads(ppsd("env", "--json").out)["models"]
+    assert len(listed) <= LISTED + 1
+    assert listed[-1] == "…"
+    assert "model-03, " in ppsd("env").out
 
 
 def test_every_extra_that_is_named_exists() -> None:
