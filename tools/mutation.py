@@ -205,10 +205,12 @@ def pairs(
 def write_mutants() -> dict[str, list[str]]:
     """Write what is new or has changed below mutants/; return names by module, in their order."""
     from mutmut import __main__ as mutmut
+    from mutmut.configuration import config
     from mutmut.mutation.data import SourceFileMutationData
 
     become("mutant_generation")
     Path("mutants").mkdir(exist_ok=True)
+    config().only_mutate = [f"src/ppsd/{module}.py" for module in TESTS]
     with contextlib.redirect_stdout(None):
         mutmut.copy_src_dir()
         mutmut.copy_also_copy_files()
@@ -256,7 +258,7 @@ def record(outcomes: dict[str, Any], names: dict[str, list[str]]) -> None:
     """Write the outcomes, and the result file: counts of every module, and what survived."""
     OUTCOMES.write_text(json.dumps(outcomes))
     arguments, modules = read_arguments(), read_result()
-    for module in (name for name in TESTS if name in outcomes):
+    for module in (name for name in TESTS if outcomes.get(name, {}).get("of")):
         of_mutants = outcomes[module]["of"]
         differences = {
             mutant: difference(mutant, module)
