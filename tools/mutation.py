@@ -1,9 +1,11 @@
 """Search the tests for mutants that survive: `python tools/mutation.py --minutes 20`.
 
 mutmut writes the mutants (extra `mutation`), all of a module into one file, chosen by name at run
-time. This script runs them: pytest collects the fast tests that belong to a module once, and each
-mutant gets a fork of that process, so neither PyTorch nor a test is imported again. A mutant meets
-only the tests that call its function, the fastest first.
+time. This script runs them. Each file of tests that belong to a module has a process, which
+collects them once, runs them once without a mutant, and then gives each mutant a fork of itself. So
+neither PyTorch nor a test is imported again, and what a check compares with is made without a
+mutant. A mutant meets only the tests that call its function, the fastest first, and a slower file
+only if it survived the faster ones.
 
 Mutants of a module are taken in the order of a hash of their names, as many as the budget allows:
 the sample is random, and a later run goes on where this one stopped unless the module has changed.
@@ -23,11 +25,12 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,11 @@ CHAINS = "contract/test_planted_bugs.py::test_without_a_bug_every_check_passes"
 TREES = "contract/test_planted_wave_bugs.py::test_without_a_bug_every_check_passes"
 RULES = ("unit/test_policy.py", "unit/test_tree.py", "unit/test_waves.py", "unit/test_lookup.py")
 TEXT = ("unit/test_tokenizer.py", "unit/test_ids.py", "unit/test_text.py", "unit/test_escape.py")
-LOOPS = ("unit/test_judge.py", "unit/test_inner_head.py", CHAINS, TREES)
+GATED = "contract/test_exact_oracle.py::test_a_hurried_gate_pauses_and_resumes"
+LOOPS = (
+    *("unit/test_judge.py", "unit/test_engine.py", "unit/test_inner_head.py"),
+    *(GATED, TREES, CHAINS),
+)
 MEMORY = ("unit/test_cache_stage.py", "unit/test_slots.py")
 TESTS = {  # by module, below src/ppsd; modules with the same tests are searched together
     "speculation/accept": ("unit/test_accept.py",),
@@ -66,44 +73,40 @@ TESTS = {  # by module, below src/ppsd; modules with the same tests are searched
     "model/runners": ("unit/test_kernels.py", "unit/test_cache_stage.py"),
 }
 SLOW_S = 30.0  # of processor time: a longer test is left out
+RECORDED = 20  # mutants after which the result is written
 PATIENCE = 6  # times as long as without a mutant, and then some, before a mutant counts as endless
 KILLED, SURVIVED, UNCOVERED, ENDLESS = "killed", "survived", "uncovered", "timeout"
 
 
 class Search:
-    """A pytest plugin that runs the collected tests once for each mutant, in a fork."""
+    """A pytest plugin that runs the collected tests once for each mutant it hears of, in a fork."""
 
-    def __init__(self, mutants: list[str], seconds: float) -> None:
-        self.outcomes: dict[str, str] = {}
-        self._mutants = mutants
-        self._seconds = seconds
+    def __init__(self, asked: Connection) -> None:
+        self._asked = asked
         self._times: dict[str, float] = {}  # of tests, without a mutant
         self._called: dict[str, set[str]] = {}  # functions, by test
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Take the place of pytest's own loop over the tests."""
         self._observe(session)
-        deadline = time.monotonic() + self._seconds
-        for mutant in self._mutants:
-            if time.monotonic() > deadline:
-                break
+        self._asked.send(self._times)
+        while mutant := self._asked.recv():
             function = mutant.rpartition("__mutmut_")[0]
             names = [name for name, called in self._called.items() if function in called]
             items = [item for item in session.items if item.nodeid in names]
             items.sort(key=lambda item: self._times[item.nodeid])
-            self.outcomes[mutant] = self._try(mutant, items) if items else UNCOVERED
+            self._asked.send(self._try(mutant, items) if items else UNCOVERED)
         return True
 
     def _observe(self, session: pytest.Session) -> None:
         """Run all tests without a mutant; note how long each takes and what it calls.
 
-        Fixtures of a single module stay, so what a check compares with is made without a mutant.
+        Fixtures of the module stay, so what a check compares with is made without a mutant.
         """
         from mutmut.state import state
 
         become("stats")
-        one = len({item.path for item in session.items}) == 1
-        for item, after in pairs(session.items, session.items[0] if one else None):
+        for item, after in pairs(session.items, session.items[0]):
             start = time.process_time()
             item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
             if (seconds := time.process_time() - start) < SLOW_S:
@@ -138,6 +141,46 @@ class Search:
             os._exit(1)
 
 
+class File:
+    """A process that has collected tests, started when first asked."""
+
+    def __init__(self, tests: str) -> None:
+        self._tests = tests
+        self._pid = 0
+
+    def ask(self, mutant: str) -> str:
+        """Return what becomes of a mutant."""
+        if not self._pid:
+            self._start()
+        self._pipe.send(mutant)
+        outcome: str = self._pipe.recv()
+        return outcome
+
+    def _start(self) -> None:
+        self._pipe, theirs = Pipe()
+        if not (pid := os.fork()):
+            self._pipe.close()
+            os.chdir("mutants")
+            options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:warnings"]
+            options += ["--hypothesis-profile=unshrunk"]
+            with contextlib.suppress(EOFError):  # the search was stopped
+                pytest.main([*options, f"tests/{self._tests}"], plugins=[Search(theirs)])
+            os._exit(0)
+        theirs.close()
+        self._pid = pid
+        try:
+            times = self._pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{self._tests}: cannot be run without a mutant") from None
+        print(f"{self._tests}: {sum(times.values()):.1f} s for {len(times)} tests", flush=True)
+
+    def end(self) -> None:
+        """Let the process go."""
+        if self._pid:
+            self._pipe.send("")
+            os.waitpid(self._pid, 0)
+
+
 def become(mutant: str) -> None:
     """Make this process run as ``mutant``."""
     from mutmut.mutation.trampoline import set_mutant_under_test
@@ -162,10 +205,12 @@ def pairs(
 def write_mutants() -> dict[str, list[str]]:
     """Write what is new or has changed below mutants/; return names by module, in their order."""
     from mutmut import __main__ as mutmut
+    from mutmut.configuration import config
     from mutmut.mutation.data import SourceFileMutationData
 
     become("mutant_generation")
     Path("mutants").mkdir(exist_ok=True)
+    config().only_mutate = [f"src/ppsd/{module}.py" for module in TESTS]
     with contextlib.redirect_stdout(None):
         mutmut.copy_src_dir()
         mutmut.copy_also_copy_files()
@@ -185,23 +230,15 @@ def digest(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def search(files: tuple[str, ...], mutants: list[str], seconds: float) -> dict[str, str]:
-    """Run ``mutants`` in a process that has collected the tests of these files."""
-    with tempfile.NamedTemporaryFile() as place:
-        if not (pid := os.fork()):
-            plugin = Search(mutants, seconds)
-            tests = [f"tests/{name}" for name in files]
-            os.chdir("mutants")
-            options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:warnings"]
-            options += ["--hypothesis-profile=unshrunk"]
-            code = pytest.main([*options, *tests], plugins=[plugin])
-            Path(place.name).write_text(json.dumps(plugin.outcomes))
-            os._exit(int(code not in (0, 5)))
-        _, status = os.waitpid(pid, 0)
-        if status:
-            raise SystemExit(f"{', '.join(files)}: cannot be run without a mutant")
-        outcomes: dict[str, str] = json.loads(Path(place.name).read_text())
-        return outcomes
+def search(files: Sequence[File], mutant: str) -> str:
+    """Return the outcome of a mutant: it survives a file if it survives all that call it."""
+    outcome = UNCOVERED
+    for file in files:
+        found = file.ask(mutant)
+        if found in (KILLED, ENDLESS):
+            return found
+        outcome = SURVIVED if SURVIVED in (found, outcome) else UNCOVERED
+    return outcome
 
 
 def difference(mutant: str, module: str) -> str:
@@ -221,7 +258,7 @@ def record(outcomes: dict[str, Any], names: dict[str, list[str]]) -> None:
     """Write the outcomes, and the result file: counts of every module, and what survived."""
     OUTCOMES.write_text(json.dumps(outcomes))
     arguments, modules = read_arguments(), read_result()
-    for module in (name for name in TESTS if name in outcomes):
+    for module in (name for name in TESTS if outcomes.get(name, {}).get("of")):
         of_mutants = outcomes[module]["of"]
         differences = {
             mutant: difference(mutant, module)
@@ -290,21 +327,25 @@ def main() -> None:
         importlib.import_module(preloaded)
     outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
     modules = options.modules or list(TESTS)
-    for files, group in groupby(modules, TESTS.__getitem__):
-        known, left = {}, []
+    for names_of_files, group in groupby(modules, TESTS.__getitem__):
         together = list(group)
-        for module in together:
-            known[module] = settled(outcomes.get(module, {}), module)
-            left += [n for n in names[module][: options.most] if n not in known[module]]
         share = (deadline - time.monotonic()) * len(together) / len(modules)
         modules = modules[len(together) :]
-        if not left or share <= 0:
-            continue
-        found = search(files, sorted(left, key=digest), share)
         for module in together:
-            new = {name: found[name] for name in names[module] if name in found}
-            outcomes[module] = {"source": source_hash(module), "of": known[module] | new}
-            print(module, Counter(outcomes[module]["of"].values()), flush=True)
+            of = settled(outcomes.get(module, {}), module)
+            outcomes[module] = {"source": source_hash(module), "of": of}
+        left = [(m, n) for m in together for n in names[m][: options.most]]
+        left = [(m, n) for m, n in left if n not in outcomes[m]["of"]]
+        files, end = [File(name) for name in names_of_files], time.monotonic() + share
+        for count, (module, name) in enumerate(sorted(left, key=lambda pair: digest(pair[1])), 1):
+            if time.monotonic() > end:
+                break
+            outcomes[module]["of"][name] = search(files, name)
+            if count % RECORDED == 0 or count == len(left):
+                record(outcomes, names)
+                print(f"{names_of_files[0]}: {count} of {len(left)}", flush=True)
+        for file in files:
+            file.end()
         record(outcomes, names)
 
 

@@ -107,12 +107,15 @@ def open_until_interrupted(open_llm: Open) -> None:
 
 def test_next_after_close_is_one_sentence(open_llm: Open) -> None:
     llm = open_llm("inprocess")
+    complete = llm.stream(PROMPT, SamplingParams(max_tokens=9, ignore_eos=True))
+    next(complete)
+    llm.generate(PROMPT, SamplingParams(max_tokens=1))  # after that, so all of it has come
     stream = llm.stream(PROMPT, SamplingParams(max_tokens=400, ignore_eos=True))
     next(stream)
     llm.close()
-    with pytest.raises(PipelineError, match=r"^this LLM is closed$"):
-        for _ in stream:
-            pass
+    for reading in (complete, stream):
+        with pytest.raises(PipelineError, match=r"^this LLM is closed$"):
+            next(reading)
     with pytest.raises(PipelineError, match=r"^this LLM is closed$"):
         next(llm.stream(PROMPT))
 

@@ -13,6 +13,7 @@ import pytest
 
 from ppsd.cli.app import VERBS, load
 from ppsd.cli.display import size
+from ppsd.cli.env import LISTED
 from ppsd.lab.cli import app as lab
 from ppsd.model.head_library import SHIPPED, find_heads, head_directory
 from tests.support.tiny_models import save_perfect_head, save_tiny
@@ -191,6 +192,15 @@ def test_env_prints_what_is_in_force(ppsd, places, tiny_model, monkeypatch) -> N
     assert all(f"`{name}`" in docs for name in record["environment"])
 
 
+def test_env_lists_no_more_than_a_bug_report_has_room_for(ppsd, tiny_model) -> None:
+    for i in range(40):
+        Path(f"model-{i:02}").symlink_to(tiny_model())
+    listed = json.loads(ppsd("env", "--json").out)["models"]
+    assert len(listed) <= LISTED + 1
+    assert listed[-1] == "…"
+    assert "model-03, " in ppsd("env").out
+
+
 def test_every_extra_that_is_named_exists() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
@@ -201,10 +211,15 @@ def test_every_extra_that_is_named_exists() -> None:
     assert {part for name in named for part in name.split(",")} <= set(extras)
 
 
-def test_the_missing_head_is_told_after_what_went_wrong(ppsd, tiny_model) -> None:
-    flags = f"--model {tiny_model()} --dtype float64 --transport inprocess --max-context 40"
-    failed = ppsd("generate", "fox " * 200, *flags.split())
+def test_a_missing_head_is_told_once_something_went_well(ppsd, tiny_model) -> None:
+    flags = f"--model {tiny_model()} --dtype float64 --transport inprocess --max-context 40 -n 4"
+    missing, long = "no trained exit head fits", "fox " * 200
+    failed = ppsd("generate", long, *flags.split())
     assert failed.code == 1
-    assert failed.err.index("ppsd: prompt must be") < failed.err.index("no trained exit head fits")
-    told = ppsd("generate", "fox", "-n", 4, *flags.split()).err
-    assert told.index("4 tokens") < told.index("no trained exit head fits")
+    assert failed.err.splitlines()[-1].startswith("ppsd: prompt must be")
+    assert missing not in failed.err
+    told = ppsd("generate", "fox", *flags.split()).err
+    assert told.index("4 tokens") < told.index(missing)
+    talk = ppsd("chat", *flags.split(), stdin=f"{long}\nfox\n{long}\nfox\n").err
+    assert talk.count(missing) == 1
+    assert talk.index("must be") < talk.index(missing) < talk.rindex("must be")

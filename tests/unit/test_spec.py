@@ -143,6 +143,12 @@ def test_context_stops_where_full_attention_stops_being_exact(config, limit, not
     assert bool(note) == bool(spec.notices)
 
 
+@pytest.mark.parametrize("sizes", [{"sliding_window": 1}, {"max_position_embeddings": 1}])
+def test_a_context_without_room_is_refused(sizes):
+    with pytest.raises(ModelError, match=r"tiny: a context of 1 token.* leaves no room"):
+        spec_from_config(MistralConfig(**TINY | sizes), "tiny")
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

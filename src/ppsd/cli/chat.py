@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ppsd.cli.display import conclude, cut, log_console, painter, show
-from ppsd.cli.session import open_llm
+from ppsd.cli.session import advise, open_llm
 from ppsd.cli.settings import Sampling
 from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError, PipelineError, PpsdError
@@ -65,8 +65,11 @@ def chat(
         if typed:
             _note(HINT)
         for line in _lines(typed):
+            silent = not talk.answers
             try:
                 talk.take(line)
+                if silent and talk.answers:
+                    advise(config, llm)
             except PipelineError:  # the workers are gone
                 raise
             except PpsdError as error:

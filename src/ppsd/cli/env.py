@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import textwrap
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from ppsd.cli.display import size
 
 NAMES, WIDTH = 17, 80  # columns
+LISTED = 12  # models and profiles, at most
 VARIABLES = (
     *("PPSD_CACHE", "PPSD_HEAD_DIR", "PPSD_KERNELS", "PPSD_CONFIG"),
     *("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "CC", "OMP_NUM_THREADS"),
@@ -87,18 +89,24 @@ def _places() -> dict[str, Any]:
     from ppsd.plan.profile import profile_root
 
     heads = find_heads()
-    models = find_models(Path())
+    models = list(islice(find_models(Path()), LISTED + 1))
+    profiles = sorted(file.name for file in profile_root().glob("*.json"))
     return {
         "cache": str(cache_root()),
         "cache_bytes": _bytes_below(cache_root()),
-        "profiles": sorted(file.name for file in profile_root().glob("*.json")),
+        "profiles": _cut(profiles, len(profiles)),
         "heads": str(local_root()),
         "heads_shipped": sum(head.shipped for head in heads),
         "heads_local": sum(not head.shipped for head in heads),
         "hub_cache": str(hub_cache()),
-        "models": [model.title for model in models if not model.problem],
+        "models": _cut([model.title for model in models if not model.problem], len(models)),
         "default_model": next((model.title for model in models if model.name is None), None),
     }
+
+
+def _cut(names: list[str], count: int) -> list[str]:
+    """Return as many names as a bug report has room for; ``count`` were found."""
+    return names if count <= LISTED else [*names[:LISTED], "…"]
 
 
 def _bytes_below(root: Path) -> int:

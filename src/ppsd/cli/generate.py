@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ppsd.cli.display import conclude, log_console, painter, show
-from ppsd.cli.session import open_llm
+from ppsd.cli.session import advise, open_llm
 from ppsd.cli.settings import Sampling
 from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError, PpsdError
@@ -62,6 +62,7 @@ def generate(
         else:
             for i in range(samples):
                 conclude(llm, _show(llm, message, params, i, painter(highlight)), stats=stats)
+        advise(config, llm)
         if trace is not None:
             llm.write_trace(trace)
             log_console().print(f"trace written to {trace}")

@@ -32,7 +32,7 @@ def models(
     from ppsd.model.catalog import find_models
     from ppsd.model.source import DEFAULT_HUB_ID
 
-    found = find_models(directory)
+    found = list(find_models(directory))
     if as_json:
         print(json.dumps([_row(model) for model in found], indent=1))
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ppsd.cli.display import log_console
-from ppsd.cli.session import open_llm
+from ppsd.cli.session import advise, open_llm
 from ppsd.cli.settings import Origins, as_toml
 from ppsd.cli.streams import visible
 from ppsd.config import EngineConfig
@@ -49,5 +49,6 @@ def serve(
             at_once = config.concurrent
             many = "1 request" if at_once == 1 else f"{at_once} requests"
             log_console().print(visible(f"serving {names} at {address}, {many} at once"))
+            advise(config, llm)
 
         serve(llm, server, bound, ready)

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from ppsd.cli.display import log_console
 from ppsd.cli.streams import visible
 from ppsd.config import EngineConfig
-from ppsd.errors import PpsdError
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
@@ -62,21 +61,13 @@ def open_llm(config: EngineConfig, **more: Any) -> Iterator[LLM]:
             console.print(visible(f"sampling as {llm.defaults.origin} asks: {asked}"), style="dim")
         for notice in _notices(llm):
             console.print(visible(notice), style="yellow")
-        with _afterwards(visible(_advice(config, llm))):
-            yield llm
+        yield llm
 
 
-@contextmanager
-def _afterwards(advice: str) -> Iterator[None]:
-    """Print advice at the end, below what went wrong if anything did."""
-    try:
-        yield
-    except PpsdError as error:
-        if advice:
-            error.add_note(advice)
-        raise
-    if advice:
-        log_console().print(advice, style="yellow")
+def advise(config: EngineConfig, llm: LLM) -> None:
+    """Say how to get a head if one is missed: once something went well, as it explains no error."""
+    if config.head == "auto" and config.stages > 1 and llm.layout.head is None:
+        log_console().print(visible(_no_head_notice(config, llm)), style="yellow")
 
 
 def _notices(llm: LLM) -> list[str]:
@@ -94,12 +85,6 @@ def _held_out(head: HeadConfig) -> bool:
 
     rate = known_rate(head)
     return rate is not None and not rate.measured
-
-
-def _advice(config: EngineConfig, llm: LLM) -> str:
-    """Return how to get a head where one is missed, nothing where none is."""
-    missing = config.head == "auto" and config.stages > 1 and llm.layout.head is None
-    return _no_head_notice(config, llm) if missing else ""
 
 
 def _no_head_notice(config: EngineConfig, llm: LLM) -> str:

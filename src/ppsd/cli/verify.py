@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from ppsd.cli.session import open_llm
+from ppsd.cli.session import advise, open_llm
 from ppsd.cli.settings import Sampling
 from ppsd.config import EngineConfig
 
@@ -51,6 +51,7 @@ def verify(
         print(json.dumps(result.to_json() | {"provenance": provenance(llm.config)}, indent=1))
     else:
         _conclude(console, result, llm, sampled=not params.greedy)
+    advise(config, llm)
     if not result.passed:
         raise typer.Exit(1)
 

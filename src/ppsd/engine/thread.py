@@ -131,6 +131,7 @@ class EngineThread:
 
     def __init__(self, work: Work, leave: Callable[[], None]) -> None:
         self.ended: PipelineError | None = None
+        self._closed = False
         self._work = work
         self._leave = leave
         self._process = os.getpid()
@@ -179,6 +180,8 @@ class EngineThread:
 
     def _taken(self, job: Job[T]) -> Generator[Any, None, T]:
         while True:
+            if self._closed:  # what has come before is dropped: else it depends on the moment
+                self.check()
             kind, value = job.take()
             if kind == "chunk":
                 yield value
@@ -202,6 +205,7 @@ class EngineThread:
         if os.getpid() != self._process:
             return
         self.ended = self.ended or PipelineError("this LLM is closed")
+        self._closed = True
         self._inbox.put(None)
         if self._thread is not threading.current_thread():  # the collector may run there, too
             with suppress(RuntimeError):  # it was never started

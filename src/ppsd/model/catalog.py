@@ -36,9 +36,11 @@ class FoundModel:
     problem: str = ""
 
 
-def find_models(directory: Path) -> list[FoundModel]:
-    """Return the embedded model, those in and below ``directory``, and those of the hub's cache."""
-    return [*_embedded(), *_local(directory), *_hub()]
+def find_models(directory: Path) -> Iterator[FoundModel]:
+    """Yield the embedded model, those in and below ``directory``, and those of the hub's cache."""
+    yield from _embedded()
+    yield from _local(directory)
+    yield from _hub()
 
 
 def hub_cache() -> Path:

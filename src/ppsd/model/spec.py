@@ -198,6 +198,9 @@ def spec_from_config(
     kind = config.model_type
     inv_freq, rope_scale = _rope(config, name)
     max_context, note = _context(config)
+    if max_context < 2:  # a token of the prompt and one of the answer
+        told = f" ({note})" if note else ""
+        raise ModelError(f"{name}: a context of 1 token{told} leaves no room for an answer")
     eos_ids, dropped = speakable(
         {*token_ids(config.eos_token_id, name), *more_eos}, config.vocab_size
     )
