@@ -18,6 +18,7 @@ from ppsd.engine.text_engine import TextEngine
 from tests.support.http_server import Served
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+SHARES = ('stage_busy_share{stage="0"}', 'stage_busy_share{stage="1"}')
 LONG = {"prompt": list(range(3, 250)), "max_tokens": 250, "ignore_eos": True}
 
 
@@ -215,6 +216,31 @@ def test_metrics_count_what_was_answered(server, ends) -> None:
     assert rows + sum(right.values()) == 8  # each token begins a row, or goes on with it
     assert sum(right.values()) == grown["ppsd:spec_decode_num_accepted_tokens_total"]
     assert after["ppsd:num_requests_running"] == after["ppsd:num_requests_waiting"] == 0
+
+
+def test_metrics_tell_of_the_stages(server, llm) -> None:
+    """Between two readings; also while requests follow each other without a pause."""
+    names = ("kv_cache_usage_perc", "bubble_share", "rows_per_wave", *SHARES)
+
+    def told() -> dict[str, float]:
+        text = server.client.get("/metrics").text
+        samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+        return {name: float(samples.get(f"ppsd:{name}", "nan")) for name in names}
+
+    server.post(TEXT, {"prompt": [5] * 20, "max_tokens": 20, "ignore_eos": True})
+    told()
+    server.post(TEXT, {"prompt": [6] * 20, "max_tokens": 20, "ignore_eos": True})
+    alone = told()
+    assert 1 < alone["rows_per_wave"] < 4  # two and certain ones
+    assert all(0 < alone[share] <= 1 for share in SHARES)
+    assert alone["bubble_share"] == pytest.approx(1 - sum(alone[s] for s in SHARES) / 2)
+    assert alone["kv_cache_usage_perc"] == 0
+    assert told() == alone  # nothing was under way
+    body = {**LONG, "max_tokens": 30, "stream": True}
+    with server.client.stream("POST", TEXT, json=body) as response:
+        readings = [told() for _ in response.iter_lines()]
+    assert 247 <= 3 * 512 * max(r["kv_cache_usage_perc"] for r in readings) <= 277
+    assert len({reading[SHARES[1]] for reading in readings}) > 2
 
 
 def test_models_are_listed_by_all_their_names(server) -> None:

@@ -73,6 +73,12 @@ class Engine:
         """True if a sequence is under way, so that ``step`` has something to do."""
         return bool(self._running)
 
+    @property
+    def cache_used(self) -> float:
+        """The share of all positions that hold sequences at work; asked on any thread."""
+        held = sum(sequence.policy.committed for sequence in list(self._slots.values()))
+        return held / (len(self._held) * self._max_context)
+
     def add(self, request: Request) -> Sequence:
         """Begin a request in a free slot; ``has_room`` says that there is one."""
         stage = self.stage

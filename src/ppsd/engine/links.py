@@ -46,9 +46,17 @@ Answer = Verdict | Verdicts | Opinion | Scores | Refusal
 
 
 class Links(Protocol):
-    """What the engine asks of the stages behind the first."""
+    """What the engine asks of the stages behind the first.
+
+    ``asked`` counts answers to ``ask`` that have not come yet.
+    """
 
     size: int
+    asked: int
+
+    @property
+    def busy_ns(self) -> list[int]:
+        """Nanoseconds that each stage has worked in all, as of its newest answer to ``ask``."""
 
     def epoch(self, slot: int) -> int:
         """Return the slot's newest epoch. It only ever grows: answers of old work stay old."""
@@ -71,6 +79,9 @@ class Links(Protocol):
     def report(self) -> list[dict[str, Any]]:
         """Return what every stage but the first did since the last report (Recorder.take)."""
 
+    def ask(self) -> None:
+        """Ask every stage how long it has worked, and do not wait."""
+
     def close(self) -> None:
         """Tell the stages to stop."""
 
@@ -83,6 +94,7 @@ class OwnLinks:
     def __init__(self, judge: Judge, recorder: Recorder, slots: int = 1) -> None:
         self._judge = judge
         self._recorder = recorder
+        self.asked = 0
         self._epochs = [1] * slots
         self._answers: deque[Answer] = deque()
         self._watch = Watch()
@@ -118,8 +130,15 @@ class OwnLinks:
     def wait(self) -> Answer:
         return self._answers.popleft()
 
+    @property
+    def busy_ns(self) -> list[int]:
+        return []
+
     def report(self) -> list[dict[str, Any]]:
         return []
+
+    def ask(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -157,6 +176,8 @@ class StageLinks:
         slots: int = 1,
     ) -> None:
         self.size = endpoint.size
+        self.asked = 0
+        self._busy_ns = [0] * (endpoint.size - 1)
         self._endpoint = endpoint
         self._timeout = timeout
         self._check = check
@@ -215,6 +236,14 @@ class StageLinks:
                 self._answers.append(message)
         return list(reports.values())
 
+    @property
+    def busy_ns(self) -> list[int]:
+        return self._busy_ns
+
+    def ask(self) -> None:
+        self.asked += self.size - 1
+        self.send(Control("busy"))
+
     def wait_ready(self, timeout: float, progress: Callable[[int, int, int], None]) -> list[Status]:
         """Wait until every further stage is loaded; ``progress(rank, done, total)`` meanwhile."""
         ready: dict[int, Status] = {}
@@ -263,6 +292,14 @@ class StageLinks:
         return f"stage {min(waiting)} does not answer" if waiting else "all stages answer"
 
     def _receive(self, timeout: float) -> Message | None:
+        while (message := self._receive_any(timeout)) is not None:
+            if not (isinstance(message, Status) and message.kind == "busy"):
+                return message
+            self._busy_ns[message.source - 1] = message.fields["total_ns"]
+            self.asked -= 1
+        return None
+
+    def _receive_any(self, timeout: float) -> Message | None:
         try:
             received = self._endpoint.receive(timeout)
             if received is None:

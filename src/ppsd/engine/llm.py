@@ -24,6 +24,7 @@ from ppsd.engine.layout import check_memory, plan_layout
 from ppsd.engine.logprobs import Logprobs
 from ppsd.engine.prompt import Prompt, encode, several
 from ppsd.engine.sequence import LogitsSink, Request
+from ppsd.engine.stats import Totals
 from ppsd.engine.text_engine import TextEngine, Ticket
 from ppsd.engine.thread import EngineThread, apart
 from ppsd.engine.wave_engine import WaveEngine
@@ -138,6 +139,10 @@ class LLM:
     def memory(self) -> list[int]:
         """Bytes that each stage's process uses now; ``memory_needed`` says how many they may."""
         return self._running.memory()
+
+    def totals(self) -> Totals:
+        """Return what the stages did so far, and ask them for next time; needs no turn."""
+        return self._engine.totals()
 
     def observe(self, observer: Callable[[Event], object] | None) -> None:
         """Let ``observer`` see what the engine does, on its thread; None: nobody looks."""

@@ -21,6 +21,21 @@ class StageStats:
 
 
 @dataclass(frozen=True)
+class Totals:
+    """What a pipeline did since it was loaded, as far as its stages have told.
+
+    ``seconds``: how long requests were under way. ``passes``, and their ``rows``, are those of
+    stage 0 that decode. ``cache_used``: the share of all positions that hold requests at work.
+    """
+
+    seconds: float
+    busy_seconds: tuple[float, ...]
+    passes: int
+    rows: int
+    cache_used: float
+
+
+@dataclass(frozen=True)
 class RequestStats:
     """Counts and times of one request; ``prefill_seconds`` end with the first token.
 

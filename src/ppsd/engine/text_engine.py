@@ -9,7 +9,7 @@ from typing import Any
 from ppsd.engine.answer import Answer, Chunk, Completion
 from ppsd.engine.engine import Engine
 from ppsd.engine.sequence import Request, Sequence
-from ppsd.engine.stats import RequestStats, stage_stats
+from ppsd.engine.stats import RequestStats, Totals, stage_stats
 from ppsd.engine.text import Decoder, Transcript
 from ppsd.engine.thread import Job
 from ppsd.engine.trace import TraceLog
@@ -29,6 +29,10 @@ class TextEngine:
         self.trace = TraceLog()
         self._bounds = tuple(bounds)
         self._tickets: dict[Sequence, Ticket] = {}
+        self._seconds = self._since = 0.0  # with tickets under way, up to ``_since``
+        self._noted = (0.0, 0)  # these seconds and stage 0's busy time when the others were asked
+        self._told = (0.0, (0.0,) * (len(bounds) - 1))  # the same once all had answered
+        self._asked = False
 
     @property
     def busy(self) -> bool:
@@ -46,10 +50,14 @@ class TextEngine:
     def begin(self, ticket: Ticket) -> None:
         """Let the engine begin with a ticket's request."""
         ticket.answer.start = self.now()
+        if not self._tickets:
+            self._since = ticket.answer.start
         self._tickets[self.engine.add(ticket.request)] = ticket
 
     def step(self) -> None:
         """Do a step of the engine, and hand on what it made final."""
+        if self._asked:
+            self._ask()
         for sequence, ticket in self._tickets.items():
             if ticket.cancelled:
                 self.engine.abort(sequence)
@@ -61,6 +69,25 @@ class TextEngine:
                 self._take(sequence, ticket, output)
             else:
                 self._finish(sequence, ticket)
+
+    def totals(self) -> Totals:
+        """Return what the stages did so far, and ask them for next time; on any thread."""
+        recorder, links = self.engine.stage.recorder, self.engine.links
+        seconds, first = self._noted
+        busy = tuple(ns / 1e9 for ns in (first, *links.busy_ns))
+        if not links.asked:
+            self._told = seconds, busy
+            self._asked = True
+        return Totals(*self._told, recorder.passes, recorder.rows, self.engine.cache_used)
+
+    def _ask(self) -> None:
+        """Ask the stages how busy they were, and note the time that this is a share of."""
+        self._asked = False
+        self.engine.links.ask()  # first: what is noted waits for their answers
+        now = self.now()
+        self._seconds += now - self._since
+        self._since = now
+        self._noted = self._seconds, self.engine.stage.recorder.total_ns
 
     def cancel(self, error: BaseException) -> None:
         """End all that is under way with ``error``; of a working pipeline note what was done."""
@@ -105,7 +132,10 @@ class TextEngine:
         """Let a sequence go, also one left early; collect what the stages did for it."""
         answer = self._tickets.pop(sequence).answer
         # Asking makes the stages wait, so what they do for several requests at once stays untold.
-        reports = [] if self._tickets else self._report()
+        reports = []
+        if not self._tickets:
+            self._ask()
+            reports = self._report()
         end = end or self.now()
         switches = None if self.engine.gate is None else self.engine.gate.switches
         self.trace.add(reports, switches.pauses_until(end) if switches else [])

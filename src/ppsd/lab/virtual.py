@@ -307,6 +307,7 @@ class VirtualLinks:
 
     def __init__(self, pipeline: VirtualPipeline) -> None:
         self.size = pipeline.cost.size
+        self.asked = 0
         self._pipeline = pipeline
         self._clock = pipeline.clocks[0]
         self._watch = VirtualWatch(pipeline, 0)
@@ -335,6 +336,13 @@ class VirtualLinks:
         while self._pipeline.work():
             pass
         return [recorder.take() for recorder in self._pipeline.recorders[1:]]
+
+    @property
+    def busy_ns(self) -> list[int]:
+        return [recorder.total_ns for recorder in self._pipeline.recorders[1:]]
+
+    def ask(self) -> None:
+        pass
 
     def close(self) -> None:
         """Need nothing."""

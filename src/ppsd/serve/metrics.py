@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from prometheus_client import (
 )
 
 from ppsd.engine.answer import Chunk, Completion
+from ppsd.engine.stats import Totals
 from ppsd.serve.figures import speculation
 
 TEXT_FORMAT = CONTENT_TYPE_LATEST
@@ -24,10 +26,17 @@ LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.
 
 
 class Metrics:
-    """The server's counters; ``running`` and ``waiting`` are asked when somebody reads."""
+    """The server's counters; ``running``, ``waiting`` and ``totals`` are asked by who reads."""
 
-    def __init__(self, prefix: str, running: Callable[[], int], waiting: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        running: Callable[[], int],
+        waiting: Callable[[], int],
+        totals: Callable[[], Totals],
+    ) -> None:
         self._registry = CollectorRegistry()
+        self._stages = Stages(prefix, self._registry, totals)
         gauges = (
             ("num_requests_running", "Choices under way.", running),
             ("num_requests_waiting", "Choices that wait.", waiting),
@@ -57,6 +66,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus's format."""
+        self._stages.update()
         return generate_latest(self._registry)
 
     @contextmanager
@@ -68,6 +78,39 @@ class Metrics:
         finally:
             if missing := choices - watch.complete:
                 self.ends.labels("abort").inc(missing)
+
+
+class Stages:
+    """Gauges of the pipeline between two readings; they keep still while nothing is under way."""
+
+    def __init__(
+        self, prefix: str, registry: CollectorRegistry, totals: Callable[[], Totals]
+    ) -> None:
+        def gauge(name: str, about: str, *labels: str) -> Gauge:
+            return Gauge(prefix + name, about, labels, registry=registry)
+
+        self._cache = gauge("kv_cache_usage_perc", "Share of cache positions in use; 1 is all.")
+        self._busy = gauge("stage_busy_share", "Share of the time that a stage works.", "stage")
+        self._bubble = gauge("bubble_share", "Share of the time that stages wait, on average.")
+        self._rows = gauge("rows_per_wave", "Rows of a decoding pass, on average.")
+        self._totals = totals
+        self._before = totals()
+        for unknown in (self._bubble, self._rows):
+            unknown.set(math.nan)
+
+    def update(self) -> None:
+        """Bring the gauges up to date."""
+        now, before = self._totals(), self._before
+        self._before = now
+        self._cache.set(now.cache_used)
+        if (seconds := now.seconds - before.seconds) > 0:
+            busy = zip(now.busy_seconds, before.busy_seconds, strict=True)
+            shares = [min(1.0, (new - old) / seconds) for new, old in busy]
+            for stage, share in enumerate(shares):
+                self._busy.labels(stage).set(share)
+            self._bubble.set(1.0 - sum(shares) / len(shares))
+        if (passes := now.passes - before.passes) > 0:
+            self._rows.set((now.rows - before.rows) / passes)
 
 
 class Watch:

@@ -40,7 +40,7 @@ class Service:
         self.created = int(time.time())
         self.active = 0  # choices under way or waiting
         self.capacity = llm.config.concurrent + config.max_queue
-        self.metrics = Metrics(config.metrics_prefix, self.running, self.waiting)
+        self.metrics = Metrics(config.metrics_prefix, self.running, self.waiting, llm.totals)
         self.pulse = Pulse()
         self.ending = False
         self.on_broken: Callable[[], object] = lambda: None

@@ -185,6 +185,8 @@ class Worker:
             self.stopped = True
         elif control.verb == "report":
             self._report()
+        elif control.verb == "busy":
+            self._link.send(0, Status(self.rank, "busy", {"total_ns": self._recorder.total_ns}))
 
     def _report(self) -> None:
         """Answer in as many statuses as the slices need; the last one says so."""

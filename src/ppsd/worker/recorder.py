@@ -21,6 +21,7 @@ class Recorder:
 
     ``now`` is the clock of the rank, which the simulator replaces by a virtual one. ``observer``,
     if there is one, is called with each slice as it ends; on rank 0 the engine tells it more.
+    ``total_ns``, and the decoding passes and their rows, are counts that never start anew.
     """
 
     def __init__(self, trace: bool = False, now: Callable[[], int] = time.monotonic_ns) -> None:
@@ -28,6 +29,7 @@ class Recorder:
         self.observer: Callable[[Any], object] | None = None
         self.busy_ns: Counter[str] = Counter()
         self.blocks: Counter[str] = Counter()
+        self.total_ns = self.passes = self.rows = 0
         self.slices: deque[Slice] | None = deque(maxlen=MAX_SLICES) if trace else None
 
     def add(self, start: int, kind: str, epoch: int, position: int, rows: int) -> None:
@@ -35,6 +37,10 @@ class Recorder:
         end = self.now()
         self.busy_ns[kind] += end - start
         self.blocks[kind] += 1
+        self.total_ns += end - start
+        if kind == "forward":
+            self.passes += 1
+            self.rows += rows
         if self.slices is not None:
             self.slices.append((start, end, kind, epoch, position, rows))
         if self.observer is not None:
