@@ -126,10 +126,11 @@ class _Verbs(TyperGroup):
 def _loaded(package: str, verb: str) -> TyperCommand | TyperGroup:
     from ppsd.cli.options import grouped
 
-    module = import_module(f"{package}.{verb}")
+    name = verb.replace("-", "_")
+    module = import_module(f"{package}.{name}")
     verbs: typer.Typer = getattr(module, "app", None) or typer.Typer(add_completion=False)
     if not hasattr(module, "app"):
-        verbs.command(verb)(grouped(getattr(module, verb)))
+        verbs.command(verb)(grouped(getattr(module, name)))
     # Typer says no more than that it is a click.Command.
     command: TyperCommand | TyperGroup = typer.main.get_command(verbs)  # type: ignore[assignment]
     command.name = verb

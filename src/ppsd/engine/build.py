@@ -69,11 +69,13 @@ class RunningPipeline:
 
     stage: FirstStage
     links: Links
+    program = "ppsd.worker"  # the module that worker processes run
 
     def __init__(self, config: EngineConfig, layout: Layout, source: TensorSource) -> None:
         self.layout = layout
+        self.models: list[Stage] = []  # those of this process, by rank
         self._loaded: list[int] = []  # memory in use after loading
-        self._supervisor = Supervisor(config.timeout)
+        self._supervisor = Supervisor(config.timeout, self.program)
         self._config = config
         self._source = source
         self._cleanup = ExitStack()
@@ -118,6 +120,7 @@ class RunningPipeline:
         set_own_threads(layout.threads)
         self._cleanup.callback(self._supervisor.close, CLOSE_GRACE_S)
         endpoint, workers = self._connect()
+        self.endpoint = endpoint
         self._cleanup.callback(endpoint.close)
         plan = layout.plan(0, config.device(0))
 
@@ -126,6 +129,7 @@ class RunningPipeline:
             progress(0, done, total)
 
         own = Stage(layout.spec, plan, self._source, loaded)
+        self.models.insert(0, own)
         recorder = Recorder(config.trace)
         stage = self._paced(own, 0, recorder)
         head = self._load_head(layout.head, own, plan) if layout.head else None
@@ -222,6 +226,7 @@ class RunningPipeline:
     def _inprocess_worker(self, hub: InProcessHub, rank: int) -> Worker:
         config, layout = self._config, self.layout
         own = Stage(layout.spec, layout.plan(rank, config.device(rank)), self._source)
+        self.models.append(own)
         recorder = Recorder(config.trace)
         stage = self._paced(own, rank, recorder)
         judge = Judge(stage, rank, layout.max_context, layout.slots) if stage.is_last else None

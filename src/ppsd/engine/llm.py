@@ -354,6 +354,10 @@ class LLM:
         sizes = layout.spec.num_tokens, layout.max_context
         return encode(prompt, self.tokenizer, *sizes, template_kwargs)
 
+    def on_pipeline(self, job: Callable[[RunningPipeline], Any]) -> Any:
+        """Do something with the running pipeline on the engine's thread, between requests."""
+        return self._thread.call(lambda: job(self._running))
+
     def now(self) -> float:
         """Return the time in seconds by the engine's clock, which statistics go by."""
         return self._engine.now()

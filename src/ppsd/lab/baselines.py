@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from ppsd.engine.llm import LLM
 from ppsd.errors import PpsdError
+from ppsd.lab.rivals.rivals import DEL, DEL_HEADS, FIXED, KNN_SSD
 from ppsd.lab.runner import Cell, Measurement
 from ppsd.lab.tasks import TaskBench, Variant, digest
 from ppsd.measure.workload import Task
@@ -27,6 +28,7 @@ from ppsd.types import SamplingParams
 SETTLE_S = 1.5  # after so long without work a stage sleeps between looks at its queue
 STDERR_TAIL = 2000
 GREEDY = "greedy"
+GAMMAS = (1, 2, 4)  # draft lengths in one process, where draft-then-verify has no pipeline
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,11 @@ class Outsider:
     one_stage: bool = False
 
 
-def outsiders(exit_layer: int, gguf: bool) -> list[Outsider]:
-    """Return the outsiders that can run here: llama.cpp only if installed, for a GGUF file."""
+def outsiders(exit_layer: int, gguf: bool, heads: bool = False) -> list[Outsider]:
+    """Return the outsiders that can run here: llama.cpp only if installed, for a GGUF file.
+
+    ``heads``: the model has trained heads, which some rivals need.
+    """
     from ppsd.lab.outsider import PROMPT_LOOKUP_TOKENS
 
     if gguf and importlib.util.find_spec("accelerate") is None:
@@ -61,6 +66,10 @@ def outsiders(exit_layer: int, gguf: bool) -> list[Outsider]:
             "transformers prompt lookup", options={"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS}
         ),
     ]
+    found += [Outsider(name, kind="rival") for name in (DEL, KNN_SSD)]
+    if heads:
+        fixed = [f"{FIXED}{gamma}" for gamma in GAMMAS]
+        found += [Outsider(name, kind="rival") for name in (DEL_HEADS, *fixed)]
     if gguf and importlib.util.find_spec("llama_cpp") is not None:
         found.append(Outsider("llama.cpp", kind="llama.cpp"))
     return found
@@ -82,7 +91,8 @@ class OutsiderProcess:
             text=True,
         )
         record = {"kind": outsider.kind, "path": path, "dtype": dtype, "threads": threads}
-        self.ask(record | {"options": outsider.options, "cores": list(cores)})
+        more = {"name": outsider.name, "options": outsider.options, "cores": list(cores)}
+        self.ask(record | more)
 
     def ask(self, record: dict[str, Any]) -> dict[str, Any]:
         """Send one line and return the answer; raises PpsdError when the process ends instead."""

@@ -47,7 +47,7 @@ class EmulatedPipeline(RunningPipeline):
         config, layout = self._config, self.layout
         set_own_threads(layout.threads)
         pipeline = VirtualPipeline(_costs(config, layout), jitter=0.0, seed=0, trace=config.trace)
-        models = [
+        self.models = models = [
             Stage(
                 layout.spec,
                 layout.plan(rank, config.device(rank)),

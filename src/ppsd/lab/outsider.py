@@ -117,6 +117,26 @@ def one_process(path: Path, dtype: str, threads: int) -> Answer:
     return answer
 
 
+def rival(path: Path, dtype: str, threads: int, name: str) -> Answer:
+    """A rival over all layers in this process, on our own kernels and cache."""
+    from ppsd.engine.llm import LLM
+    from ppsd.lab.rivals.rivals import Rivals
+    from ppsd.types import SamplingParams
+
+    llm = LLM(
+        str(path), stages=1, mode="autoregressive", head="none", dtype=dtype,
+        threads_per_stage=threads,
+    )  # fmt: skip
+    rivals = Rivals(llm)
+
+    def answer(ids: list[int], max_tokens: int) -> dict[str, Any]:
+        clock = Clock()
+        rivals.run(name, ids, SamplingParams(max_tokens=max_tokens), clock.take)
+        return clock.answer()
+
+    return answer
+
+
 def linears(path: Path, dtype: str) -> Answer:
     """Nothing but the products of one row with all weights: what plain decoding costs at least.
 
@@ -181,6 +201,8 @@ def load(record: dict[str, Any]) -> Answer:
         return llama_cpp(path, record["threads"])
     if record["kind"] == "ppsd":
         return one_process(path, record["dtype"], record["threads"])
+    if record["kind"] == "rival":
+        return rival(path, record["dtype"], record["threads"], record["name"])
     if record["kind"] == "linears":
         return linears(path, record["dtype"])
     return transformers(path, record["dtype"], record["options"])

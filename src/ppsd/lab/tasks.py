@@ -1,4 +1,4 @@
-"""Real prompts, real heads: plain decoding, draft-then-verify and PPSD on the same workers.
+"""Real prompts, real heads: plain decoding, PPSD and its rivals on the same workers.
 
 Variants take turns on every task (runner.py), so the machine's drift meets all alike. Used by
 ``ppsd-lab tasks``.
@@ -13,18 +13,21 @@ from dataclasses import asdict, dataclass
 
 from ppsd.engine.llm import LLM, Completion
 from ppsd.errors import ConfigError, PpsdError
+from ppsd.lab.rivals.decoders import Decoded
+from ppsd.lab.rivals.rivals import NAMES, Rivals
 from ppsd.lab.runner import PLAIN, Cell, Measurement, Results, Spread, spread
 from ppsd.measure.workload import Task
 from ppsd.speculation.policy import MAX_ROWS
 from ppsd.types import SamplingParams
 
-PPSD = "ppsd"
+PPSD, DRAFTING, RIVAL = "ppsd", "draft-then-verify", "rival"
+ROWS, GAMMA = f"{PPSD} rows=", f"{DRAFTING} γ="
 MAX_GAMMA = 63  # a block holds γ drafts and the token before them
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to decode: mode, block and rows, as ``LLM.use`` takes them."""
+    """A way to decode: mode, block and rows, as ``LLM.use`` takes them, or a rival's name."""
 
     name: str
     mode: str
@@ -43,9 +46,40 @@ def variants(gammas: Sequence[int], rows: Sequence[int] = ()) -> list[Variant]:
     for gamma in gammas:
         if not 1 <= gamma <= MAX_GAMMA:
             raise ConfigError("gamma", gamma, f"draft lengths in [1, {MAX_GAMMA}]")
-    drafting = [Variant(f"draft-then-verify γ={g}", "draft-then-verify", g + 1) for g in gammas]
-    trees = [Variant(f"{PPSD} rows={n}", "ppsd", rows=n) for n in rows]
+    drafting = [Variant(f"{GAMMA}{g}", DRAFTING, g + 1) for g in gammas]
+    trees = [Variant(f"{ROWS}{n}", "ppsd", rows=n) for n in rows]
     return [Variant(PLAIN, "autoregressive"), *(trees or [Variant(PPSD, "ppsd")]), *drafting]
+
+
+def named(names: Sequence[str], gammas: Sequence[int], rows: Sequence[int] = ()) -> list[Variant]:
+    """Return variants by name; plain decoding, which all are compared with, comes first anyhow.
+
+    ``ppsd`` stands for PPSD with each number of ``rows``, ``draft-then-verify`` for that with each
+    of ``gammas``. Raises ConfigError for an unknown name.
+    """
+    plain, *own = variants(gammas, rows)
+    chosen = {PLAIN: plain}
+    for name in names:
+        if name in NAMES:
+            found = [Variant(name, RIVAL)]
+        elif name.startswith((ROWS, GAMMA)):
+            found = [_numbered(name)]
+        else:
+            found = [v for v in (plain, *own) if name in (v.name, v.name.split(" ")[0])]
+        if not found:
+            kinds = ", ".join((PLAIN, PPSD, DRAFTING, *NAMES))
+            raise ConfigError("variants", name, f"names of {kinds}, {ROWS}R and {GAMMA}N")
+        chosen |= {variant.name: variant for variant in found}
+    return list(chosen.values())
+
+
+def _numbered(name: str) -> Variant:
+    """Return the variant of a name that ends in its rows or its draft length."""
+    kind, _, text = name.rpartition("=")
+    if not text.isdecimal():
+        raise ConfigError("variants", name, f"with a number behind {kind}=")
+    number = [int(text)]
+    return variants(number)[-1] if name.startswith(GAMMA) else variants((), number)[-1]
 
 
 class TaskBench:
@@ -62,11 +96,16 @@ class TaskBench:
         self._variants = {variant.name: variant for variant in chosen}
         self._prompts = {task.id: _encode(llm, task) for task in tasks}
         self._params = params
+        rivals = any(variant.mode == RIVAL for variant in chosen)
+        self._rivals = Rivals(llm) if rivals else None
 
     def measure(self, cell: Cell) -> Measurement:
         """Decode one task (``id @ setting``) in one variant."""
         task, _, setting = cell.task.rpartition(" @ ")
         variant = self._variants[cell.variant]
+        if self._rivals is not None and variant.mode == RIVAL:
+            found = self._rivals.run(variant.name, self._prompts[task], self._params[setting])
+            return rival_measurement(cell, found)
         self._llm.use(variant.mode, variant.block, rows=variant.rows)
         completion = self._llm.run(self._prompts[task], self._params[setting])
         return measurement(cell, completion)
@@ -83,6 +122,19 @@ def measurement(cell: Cell, completion: Completion) -> Measurement:
         counts=asdict(stats.counts),
         hits="".join("01"[accepted] for accepted in completion.accepted),
         details={"output": digest(completion.token_ids)},
+    )
+
+
+def rival_measurement(cell: Cell, found: Decoded) -> Measurement:
+    """Return the same of a rival's completion."""
+    return Measurement(
+        *cell,
+        tokens=len(found.tokens) - 1,
+        seconds=found.seconds,
+        first_seconds=found.first_seconds,
+        counts=found.counts,
+        hits="".join("01"[accepted] for accepted in found.accepted),
+        details={"output": digest(found.tokens), "rounds": found.rounds},
     )
 
 

@@ -204,7 +204,16 @@ class DecoderLayer:
         self, x: torch.Tensor, rope: Rope, attention: Attention, position: int = 0
     ) -> torch.Tensor:
         """Return rows ``x`` [n, C] after the layer; ``rope`` turns them from ``position`` on."""
-        x = x + self._o(attention(*self._attention_inputs(x, rope, position)))
+        return self.after_mlp(self.after_attention(x, rope, attention, position))
+
+    def after_attention(
+        self, x: torch.Tensor, rope: Rope, attention: Attention, position: int = 0
+    ) -> torch.Tensor:
+        """Return rows ``x`` [n, C] after the layer's first half."""
+        return x + self._o(attention(*self._attention_inputs(x, rope, position)))
+
+    def after_mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """Return rows ``x`` [n, C] after the layer's second half."""
         gate, up = self._gate_up(x).chunk(2, -1)  # gated SiLU (Shazeer 2020)
         return x + self._down(F.silu(gate) * up)
 

@@ -11,6 +11,10 @@ import os
 import select
 import sys
 import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ppsd.worker.process import Extend
 
 ORPHAN_S = 0.5  # how often a worker looks whose child it is
 
@@ -24,9 +28,10 @@ def _die_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def main() -> int:
+def main(extend: Extend | None = None) -> int:
     """Serve the stage that the line of JSON on standard input describes.
 
+    ``extend`` may put another worker in the stage's place; see ``process.serve``.
     What is raised goes to rank 0 by message; standard error is for when that cannot get through.
     """
     line = sys.stdin.readline()
@@ -37,7 +42,7 @@ def main() -> int:
 
     config = WorkerConfig.from_json(line)
     try:
-        serve(config)
+        serve(config, extend=extend)
     except PpsdError as error:
         print(f"stage {config.rank}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -195,10 +195,18 @@ def serve_rank(model: str | None, timeout: float) -> None:
     serve(replace(config, model_path=str(files.path)), lambda: endpoint_over(config, meeting))
 
 
-def serve(config: WorkerConfig, join: Callable[[], Endpoint] | None = None) -> None:
+Extend = Callable[[Worker, Stage, Endpoint, WorkerConfig], Any]
+
+
+def serve(
+    config: WorkerConfig,
+    join: Callable[[], Endpoint] | None = None,
+    extend: Extend | None = None,
+) -> None:
     """Load the stage, say ``ready``, and work until told to stop.
 
-    An exception is reported to rank 0 before it is raised here.
+    ``extend`` may put another worker in the usual one's place. An exception is reported to rank 0
+    before it is raised here.
     """
     pin(config.cores)
     torch.set_num_threads(config.threads)
@@ -209,7 +217,7 @@ def serve(config: WorkerConfig, join: Callable[[], Endpoint] | None = None) -> N
 
     try:
         kernels.use(config.kernels, config.library)
-        worker = _load(config, endpoint, say)
+        worker = _load(config, endpoint, say, extend)
         while not worker.stopped:
             worker.step(IDLE_WAIT_S)
     except Exception as error:  # whatever it is, rank 0 should hear of it; it is raised again
@@ -220,7 +228,7 @@ def serve(config: WorkerConfig, join: Callable[[], Endpoint] | None = None) -> N
         endpoint.close()
 
 
-def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
+def _load(config: WorkerConfig, endpoint: Endpoint, say: Any, extend: Extend | None) -> Any:
     def progress(done: int, total: int) -> None:
         if done % 8 == 0 or done == total:
             say(Status(config.rank, "progress", {"done": done, "total": total}))
@@ -252,17 +260,20 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any) -> Worker:
     }
     say(Status(config.rank, "ready", about))
     link = TransportLink(endpoint, config.timeout)
-    return Worker(config.rank, stage, link, judge, recorder, head)
+    worker = Worker(config.rank, stage, link, judge, recorder, head)
+    return worker if extend is None else extend(worker, loaded, endpoint, config)
 
 
 class Supervisor:
     """The worker processes of rank 0: started together, watched, and never left behind.
 
-    One that is stopped (SIGSTOP) for ``timeout`` seconds counts as lost.
+    Each runs the module ``program``. One that is stopped (SIGSTOP) for ``timeout`` seconds counts
+    as lost.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, program: str = "ppsd.worker") -> None:
         self._timeout = timeout
+        self._program = program
         self._children: dict[int, tuple[subprocess.Popen[str], IO[str]]] = {}
         self._stopped: dict[int, float] = {}  # since when a worker was seen stopped
         _supervisors.add(self)
@@ -275,7 +286,7 @@ class Supervisor:
             output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (see close)
             child = subprocess.Popen(
                 # -P: nothing from the caller's directory
-                [sys.executable, "-P", "-m", "ppsd.worker"],
+                [sys.executable, "-P", "-m", self._program],
                 stdin=subprocess.PIPE,
                 stdout=output,  # standard output is for answers
                 stderr=output,

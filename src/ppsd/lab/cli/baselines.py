@@ -19,6 +19,7 @@ def baselines(config: Pipeline, work: WorkOptions) -> None:
     """Compare the pipeline with other decoders on the same cores, greedily and in one dtype."""
     tasks = work.tasks()
     from ppsd.lab.baselines import BaselineBench, OutsiderProcess, outsiders
+    from ppsd.lab.rivals.rivals import heads_for
     from ppsd.lab.tasks import variants
     from ppsd.types import SamplingParams
 
@@ -27,7 +28,8 @@ def baselines(config: Pipeline, work: WorkOptions) -> None:
         path = llm.layout.files.path
         dtype = str(llm.layout.dtype).removeprefix("torch.")
         others = []
-        for outsider in outsiders(llm.layout.bounds[1], path.suffix == ".gguf"):
+        exit_layer, heads = llm.layout.bounds[1], bool(heads_for(llm.layout.identity))
+        for outsider in outsiders(exit_layer, path.suffix == ".gguf", heads):
             shares = llm.layout.cores[: 1 if outsider.one_stage else None]
             cores = [core for share in shares for core in share]
             threads = llm.layout.threads * len(shares)

@@ -76,6 +76,7 @@ def planned_pipeline(
     Raises ConfigError when it has no drafts.
     """
     from ppsd.engine.choose import planned
+    from ppsd.lab.tasks import RIVAL
 
     best = planned(with_head(config).replaced(mode="ppsd"))
     largest = max((v.block or 1 for v in chosen), default=1)
@@ -84,17 +85,21 @@ def planned_pipeline(
     fixed = config.replaced(
         split=best.split, exit_layer=None, head=best.head, mode=mode, block=largest, rows=rows
     )
-    with open_llm(fixed, **clocks(virtual)) as llm:
+    rivals = any(v.mode == RIVAL for v in chosen)
+    with open_llm(fixed, **clocks(virtual, rivals=rivals)) as llm:
         if not llm.drafts:
             raise ConfigError("head", config.head, "an exit head: drafts are what is measured")
         yield llm
 
 
-def clocks(virtual: bool) -> dict[str, Any]:
-    """Return what makes an LLM run on virtual clocks, or on real ones."""
+def clocks(virtual: bool, *, rivals: bool = False) -> dict[str, Any]:
+    """Return what makes an LLM run on virtual clocks, or on real ones, and work for ``rivals``."""
     from ppsd.lab.emulated import EmulatedPipeline
+    from ppsd.lab.rivals.rivals import RivalPipeline
 
-    return {"pipeline": EmulatedPipeline} if virtual else {}
+    return (
+        {"pipeline": EmulatedPipeline} if virtual else {"pipeline": RivalPipeline} if rivals else {}
+    )
 
 
 def measured(
@@ -108,6 +113,7 @@ def measured(
 ) -> Results:
     """Run what is not measured yet, and return all measurements."""
     from ppsd.lab.memory import noted
+    from ppsd.lab.rivals.rivals import KNN_SSD, found_by
     from ppsd.lab.runner import Results, interleaved, run
     from ppsd.provenance import portable, provenance
 
@@ -119,6 +125,8 @@ def measured(
         "bounds": llm.layout.bounds,
         "config": portable(llm.config),
     }
+    if KNN_SSD in names:
+        about[KNN_SSD] = found_by(llm.layout.identity)
     results = Results(work.out, about, provenance(llm.config))
     ids = [f"{task.id} @ {setting}" for setting in settings for task in tasks]
     cells = interleaved(list(names), ids, work.repeats)
