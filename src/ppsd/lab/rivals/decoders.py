@@ -91,7 +91,8 @@ class Fixed:
     shadows = False
 
     def __init__(self, exit_layer: int, head: str, length: int) -> None:
-        self.exits, self.heads = (exit_layer,), {exit_layer: head}
+        self.exits: tuple[int, ...] = (exit_layer,)
+        self.heads = {exit_layer: head}
         self._length = length
 
     def begin(self, text: Text) -> None:

@@ -140,7 +140,7 @@ class RivalStage:
         if self._exits is None or job.exit not in self._exits.layers:
             self.timer.spend(self._price.lm_head)
             return likeliest(self._stage.row_logits(row), self._stage.spec)[0]
-        said = self._exits.draft(job.exit, row, job.position, *job.matches, job.verified)
+        said = self._exits.draft(job.exit, row, job.position, job.matches[0], job.verified)
         self.timer.spend(self._exits.layers[job.exit] * self._price.layer)
         return said
 
