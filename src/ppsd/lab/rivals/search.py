@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ppsd.engine.build import RunningPipeline
 from ppsd.engine.llm import LLM
 from ppsd.errors import PpsdError
 from ppsd.lab.rivals.chain import LocalChain
 from ppsd.lab.rivals.decoders import Ends, Skipping, Text, begin, decode
-from ppsd.lab.rivals.jobs import Job
 from ppsd.lab.rivals.skips import SkipSets
 from ppsd.lab.rivals.stage import RivalStage
 from ppsd.lab.rivals.timers import VirtualTimer
@@ -101,49 +100,45 @@ class Searcher:
         self._source = open_source(layout.files.path)
         self._ends = frozenset(layout.spec.eos_ids)
 
-    def mean_rows(self, tasks: Sequence[Task], done: Callable[[], object]) -> np.ndarray[Any, Any]:
+    def mean_rows(self, tasks: Sequence[Task]) -> np.ndarray[Any, Any]:
         """Return the mean of the last layer's rows of each prompt [n, C], as unit vectors."""
 
-        def job(running: Any) -> Iterator[Any]:
+        def run(running: RunningPipeline) -> list[np.ndarray[Any, Any]]:
             chain, drafting = self._chain(running.models[0]), Skipping(self._layers, None)
-            for task in tasks:
-                text = begin(chain, drafting, self._llm.encode(task.messages))
-                done()
-                yield text.mean.float().cpu().numpy()
+            texts = (self._begin(chain, drafting, task) for task in tasks)
+            return [text.mean.float().cpu().numpy() for text in texts]
 
-        rows = np.stack(self._llm.on_pipeline(lambda running: list(job(running))))
+        rows = np.stack(self._llm.on_pipeline(run))
         unit: np.ndarray[Any, Any] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         return unit
 
-    @contextmanager
-    def evaluating(
-        self, tasks: Sequence[Task], tokens: int
-    ) -> Iterator[Callable[[tuple[int, ...]], float]]:
-        """Yield what returns a skip set's tokens per layer time over some prompts.
+    def evaluator(self, tasks: Sequence[Task], tokens: int) -> Callable[[tuple[int, ...]], float]:
+        """Return what gives a skip set's tokens per layer time over some prompts.
 
         Each prompt is run once and then kept, in a cache of its own.
         """
-        drafting = Skipping(self._layers, None)
-        ends = Ends(tokens, self._ends)
+        drafting, ends = Skipping(self._layers, None), Ends(tokens, self._ends)
 
-        def begun(running: Any) -> list[tuple[LocalChain, Text]]:
-            found = []
-            for task in tasks:
-                chain = self._chain(running.models[0])
-                found.append((chain, begin(chain, drafting, self._llm.encode(task.messages))))
-            return found
+        def run(running: RunningPipeline) -> list[tuple[LocalChain, Text]]:
+            chains = [self._chain(running.models[0]) for _ in tasks]
+            pairs = zip(chains, tasks, strict=True)
+            return [(chain, self._begin(chain, drafting, task)) for chain, task in pairs]
 
-        texts: list[tuple[LocalChain, Text]] = self._llm.on_pipeline(begun)
+        texts: list[tuple[LocalChain, Text]] = self._llm.on_pipeline(run)
 
         def evaluate(skip: tuple[int, ...]) -> float:
             drafting.skip = skip
-            made = self._llm.on_pipeline(
+            found = self._llm.on_pipeline(
                 lambda _: [decode(chain, drafting, text, ends) for chain, text in texts]
             )
-            layers = sum(found.seconds for found in made)
-            return sum(len(found.tokens) - 1 for found in made) / layers if layers else 0.0
+            layers = sum(made.seconds for made in found)
+            return sum(len(made.tokens) - 1 for made in found) / layers if layers else 0.0
 
-        yield evaluate
+        return evaluate
+
+    def _begin(self, chain: LocalChain, drafting: Skipping, task: Task) -> Text:
+        ids = self._llm.encode(task.messages)
+        return begin(chain, drafting, ids, self._llm.config.prefill_chunk)
 
     def _chain(self, model: Stage) -> LocalChain:
         """Return the model as one stage, on a clock that counts layer times."""
@@ -151,9 +146,7 @@ class Searcher:
             self._llm.layout.spec.layer_parameters
         )
         given = model, self._source, self._llm.layout.identity
-        chain = LocalChain([RivalStage(*given, VirtualTimer(), layers)], virtual=True)
-        chain.ask(Job("setup"))
-        return chain
+        return LocalChain([RivalStage(*given, VirtualTimer(), layers)], virtual=True)
 
 
 def best_skip(
@@ -214,10 +207,10 @@ def search(
             trials.add(task, skip, score)
             done(f"{task} · {score:.3f}")
 
-        with searcher.evaluating(chosen, budget.tokens) as evaluate:
-            layers = llm.layout.spec.num_layers
-            skips[task] = best_skip(layers, evaluate, budget.evaluations, list(known), note)
-        own = centres_of(searcher.mean_rows(prompts, lambda: None), budget.centres)
+        evaluate = searcher.evaluator(chosen, budget.tokens)
+        layers = llm.layout.spec.num_layers
+        skips[task] = best_skip(layers, evaluate, budget.evaluations, list(known), note)
+        own = centres_of(searcher.mean_rows(prompts), budget.centres)
         owners += [task] * len(own)
         centres.append(own)
     about = {
