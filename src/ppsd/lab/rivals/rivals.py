@@ -71,7 +71,9 @@ def drafting_of(
         raise ConfigError("variants", name, "one that needs no trained head: the model has none")
     paths = {e: path for e, (path, _) in heads.items()}
     if name == DEL_HEADS:
-        costs = {e: e + head_sizes(sizes, head) / sizes.layer for e, (_, head) in heads.items()}
+        costs = {
+            e: e + head_sizes(sizes, head) / sizes.layer for e, (_, head) in sorted(heads.items())
+        }
         return Dynamic(costs, layers + sizes.lm_head / sizes.layer, paths, lookup=lookup)
     best = next(iter(paths))
     return Fixed(best, paths[best], int(name.removeprefix(FIXED)), lookup=lookup)

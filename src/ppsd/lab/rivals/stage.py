@@ -73,7 +73,7 @@ class RivalStage:
         return asked[job.ask](job)
 
     def _set_up(self, job: Job) -> Iterator[Job | Reply]:
-        here = [e for e in job.exits if self._first < e <= self.end]
+        here = sorted(e for e in job.exits if self._first < e <= self.end)
         given = self._stage, self._source, self._identity
         self._exits = load_exits(*given, here, job.heads) if here else None
         self._kept = {e: [] for e in here}
