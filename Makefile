@@ -12,7 +12,7 @@ PYTEST ?=
 DEMO_TOKENS ?= 128
 DEMO_PROMPT ?= "Explain in simple words why the sky is blue."
 
-.PHONY: demo serve clients page test check install exactness pipeline-bench clean
+.PHONY: demo serve clients page test check install exactness results pipeline-bench clean
 
 demo: $(RUN)
 	$(BIN)/ppsd generate $(DEMO_PROMPT) --stages 2 --max-tokens $(DEMO_TOKENS) --highlight
@@ -75,6 +75,26 @@ exactness: $(RUN)
 	    --stages $$stages --temperature $$t --json > $$out.part && mv $$out.part $$out; } \
 	    || exit 1; \
 	done; done; done
+
+# What fits into an hour on two cores and does not depend on their speed: figures on virtual clocks,
+# the paper on paper, and tables made from result files. A result that is there is kept: delete what
+# is to be remade. PROMPTS is Spec-Bench's question.jsonl.
+TASKS := docs/results/tasks
+FOUR := --stages 4 --split 8,18,28 --pace 0.096,0.12,0.12,0.12 --heads none
+EIGHT := --stages 8 --split 4,8,13,18,22,26,29 \
+  --pace 0.0364,0.0364,0.06,0.0395,0.06,0.06,0.06,0.06 --heads auto
+RIVALS := plain,ppsd,draft-then-verify,del,del-heads,knn-ssd
+results: $(DEV)
+	make_() { out=$(TASKS)/$$1.json; shift; test -s $$out || { $(BIN)/ppsd-lab tasks --virtual \
+	    --prompts $(PROMPTS) --out $$out.jsonl --json "$$@" > $$out.part && mv $$out.part $$out \
+	    && rm $$out.jsonl; }; }; \
+	make_ tasks-4-stages-virtual $(FOUR) --limit 24 --rows 1,16 -n 128 && \
+	make_ tasks-4-stages-sampled $(FOUR) --limit 24 --rows 1,16 -n 64 --sampled && \
+	make_ tasks-8-stages-virtual $(EIGHT) --limit 24 --rows 1,16 -n 128 && \
+	make_ tasks-4-stages-rivals $(FOUR) --limit 12 --rows 1,16 --gammas 2,4 -n 32 \
+	  --variants $(RIVALS)
+	$(BIN)/ppsd-lab paper --out docs/results/paper
+	$(BIN)/python tools/results.py
 
 # The pipeline against theory and against the simulator: two stages on real cores, four and eight
 # paced. An hour; nothing else may run meanwhile. A run that stops goes on from its .jsonl file.

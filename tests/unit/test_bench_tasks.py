@@ -128,6 +128,7 @@ def test_digests_tell_outputs_apart() -> None:
 
 def test_gguf_files_need_accelerate_for_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert len(outsiders(1, gguf=False)) == 6
+    assert len(outsiders(1, gguf=False)) == 8
+    assert len(outsiders(1, gguf=False, heads=True)) == 12
     with pytest.raises(PpsdError, match=r"accelerate; install it by .*\[lab\]"):
         outsiders(1, gguf=True)

@@ -76,7 +76,7 @@ LABORATORY = {
     "predict": f"{ORACLE} --exit-layer --block --alphas --profile --no-profile",
     "splits": f"{ORACLE} --alpha".replace(" --split", "").replace(" --pace", ""),
     "endurance": f"{ORACLE} --exit-layer --requests".replace(" --pace", ""),
-    "tasks": f"{TASKS} --gammas --sampled --virtual",
+    "tasks": f"{TASKS} --gammas --variants --sampled --virtual",
     "baselines": TASKS,
     "load": f"{TASKS} --concurrent --virtual".replace(" --repeats", "").replace(" --memory", ""),
     "simulate": "--stages --layers --exit-layer --alpha --trace --block --in-flight --rows "

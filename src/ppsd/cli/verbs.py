@@ -47,9 +47,10 @@ class Command:
     def help(self) -> str:
         """Return the list of verbs; typer's own would import all of them."""
         usage = f"Usage: {self.name} VERB …; `{self.name} VERB --help` explains one."
+        width = 2 + max(map(len, self.verbs))
         lines = [f"{self.name}: {self.title}", usage, ""]
         for section, verbs in self.sections.items():
-            lines += [f"{section}:", *(f"  {verb:<12}{text}" for verb, text in verbs.items())]
+            lines += [f"{section}:", *(f"  {verb:<{width}}{text}" for verb, text in verbs.items())]
         lines += ["", "Also: --version, and --install-completion of verbs and flags.", ""]
         return "\n".join(lines)
 

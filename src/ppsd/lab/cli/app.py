@@ -21,9 +21,10 @@ VERBS = {
         "endurance": "Watch a long request's late tokens, and memory over many requests.",
     },
     "Measure with trained heads on real prompts": {
-        "tasks": "Compare plain decoding, draft-then-verify and PPSD.",
+        "tasks": "Compare plain decoding, PPSD and its rivals.",
         "load": "Compare PPSD with plain decoding, many requests at once.",
         "baselines": "Compare the pipeline with other decoders on the same cores.",
+        "knn-ssd-search": "Find the sub-layers that a rival's drafts leave out.",
     },
     "Calculate": {
         "simulate": "Predict decoding for given times, or for a preset.",

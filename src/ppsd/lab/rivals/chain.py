@@ -20,9 +20,7 @@ from ppsd.worker import messages
 
 
 class Chain(Protocol):
-    """Stages at layers ``bounds``."""
-
-    bounds: Sequence[int]
+    """Stages, the first of which is rank 0's."""
 
     def ask(self, job: Job) -> list[Reply]:
         """Let a job run through the stages; return all that they say of it."""
@@ -53,7 +51,6 @@ class LocalChain:
         self._now = 0.0
         for rank, stage in enumerate(stages):
             stage.rank = rank
-        self.bounds = [0, *(stage.end for stage in stages)]
 
     def now(self) -> float:
         return self._now if self._virtual else time.monotonic()
@@ -80,7 +77,7 @@ class ProcessChain:
     """Rank 0's own stage, and those of the pipeline's worker processes (worker.py)."""
 
     def __init__(self, stage: RivalStage, running: RunningPipeline, timeout: float) -> None:
-        self.bounds = running.layout.bounds
+        self._bounds = running.layout.bounds
         self._stage = stage
         self._running = running
         self._endpoint = running.endpoint
@@ -100,7 +97,7 @@ class ProcessChain:
                 self._endpoint.send(1, encode(message), self._timeout)
             else:
                 replies.append(message)
-        waiting = ranks_that_answer(job, self.bounds, self._exits)
+        waiting = ranks_that_answer(job, self._bounds, self._exits)
         waiting -= {reply.rank for reply in replies}
         while waiting:
             replies.append(self._next_reply())

@@ -16,7 +16,6 @@ from ppsd.lab.rivals.stage import agreed
 from ppsd.speculation.lookup import Match, find
 
 Took = Callable[[Sequence[int]], object]
-PREFILL_CHUNK = 128  # as the engine's own default: other chunks may give other bits
 
 
 @dataclass
@@ -38,10 +37,15 @@ class Text:
 
 
 class Drafting(Protocol):
-    """A way to draft. ``shadows``: verifications are to say what every exit would have drafted."""
+    """A way to draft.
+
+    ``lookup``: heads are mixed with what followed the same tokens before. ``shadows``:
+    verifications are to say what every exit would have drafted.
+    """
 
     exits: tuple[int, ...]
     heads: dict[int, str]
+    lookup: bool
     shadows: bool
 
     def begin(self, text: Text) -> None:
@@ -62,8 +66,10 @@ class Dynamic:
 
     shadows = True
 
-    def __init__(self, costs: dict[int, float], whole: float, heads: dict[int, str]) -> None:
-        self.exits, self.heads = tuple(costs), heads
+    def __init__(
+        self, costs: dict[int, float], whole: float, heads: dict[int, str], *, lookup: bool
+    ) -> None:
+        self.exits, self.heads, self.lookup = tuple(costs), heads, lookup
         self._made = costs, whole
         self._state = DynamicExit(costs, whole)
 
@@ -75,7 +81,7 @@ class Dynamic:
     def drafts(self, chain: Chain, text: Text, most: int) -> tuple[int, list[int]]:
         state, drafts = self._state, list[int]()
         while len(drafts) < min(state.length, most):
-            token, confidence = draft(chain, text, drafts, state.exit, matching=bool(self.heads))
+            token, confidence = draft(chain, text, drafts, state.exit, lookup=self.lookup)
             drafts.append(token)
             if confidence < state.threshold:
                 break
@@ -90,8 +96,10 @@ class Fixed:
 
     shadows = False
 
-    def __init__(self, exit_layer: int, head: str, length: int) -> None:
-        self.exits, self.heads = (exit_layer,), {exit_layer: head}
+    def __init__(self, exit_layer: int, head: str, length: int, *, lookup: bool) -> None:
+        self.lookup = lookup
+        self.exits: tuple[int, ...] = (exit_layer,)
+        self.heads = {exit_layer: head}
         self._length = length
 
     def begin(self, text: Text) -> None:
@@ -100,7 +108,7 @@ class Fixed:
     def drafts(self, chain: Chain, text: Text, most: int) -> tuple[int, list[int]]:
         (exit_layer,), drafts = self.exits, list[int]()
         while len(drafts) < min(self._length, most):
-            drafts.append(draft(chain, text, drafts, exit_layer, matching=True)[0])
+            drafts.append(draft(chain, text, drafts, exit_layer, lookup=self.lookup)[0])
         return exit_layer, drafts
 
     def learn(self, shadows: dict[int, list[Shadow]], truth: Sequence[int]) -> None:
@@ -114,7 +122,7 @@ class Skipping:
     """
 
     exits: tuple[int, ...] = ()
-    shadows = False
+    lookup = shadows = False
 
     def __init__(self, layers: int, sets: SkipSets | None) -> None:
         self.heads: dict[int, str] = {}
@@ -146,7 +154,7 @@ def draft(
     exit_layer: int,
     *,
     skip: tuple[int, ...] = (),
-    matching: bool = False,
+    lookup: bool = False,
 ) -> Shadow:
     """Return the token behind a text and the drafts so far, and its probability."""
     known = [*text.tokens, *drafts]
@@ -156,7 +164,7 @@ def draft(
         (known[-1],),
         exit=exit_layer,
         skip=skip,
-        matches=(text.match(drafts) if matching else None,),
+        matches=(text.match(drafts) if lookup else None,),
         verified=text.verified,
     )
     (reply,) = chain.ask(job)
@@ -197,22 +205,20 @@ class Ends:
     stop_ids: frozenset[int]
 
 
-def start(chain: Chain, drafting: Drafting, prompt: Sequence[int]) -> Text:
-    """Run a prompt through the stages; the text that is returned has the first token."""
+def begin(chain: Chain, drafting: Drafting, prompt: Sequence[int], piece: int) -> Text:
+    """Run a prompt through the stages; the text that is returned has the first token.
+
+    It is cut into pieces as plain decoding cuts it: others may give other bits.
+    """
     chain.ask(Job("setup", exits=drafting.exits, heads=drafting.heads))
-    return begin(chain, drafting, prompt)
-
-
-def begin(chain: Chain, drafting: Drafting, prompt: Sequence[int]) -> Text:
-    """Do the same with stages that have been set up for this way to draft."""
     count = min(PROMPT_ROWS, len(prompt)) if drafting.shadows else 0
     matches: tuple[Match | None, ...] = (None,) * count
-    if drafting.heads and count:
+    if drafting.lookup and count:
         ends = range(len(prompt) - count + 1, len(prompt) + 1)
         matches = tuple(find(torch.tensor(prompt[:end])) for end in ends)
     replies: list[Reply] = []
-    for position in range(0, len(prompt), PREFILL_CHUNK):
-        chunk = tuple(prompt[position : position + PREFILL_CHUNK])
+    for position in range(0, len(prompt), piece):
+        chunk = tuple(prompt[position : position + piece])
         last = position + len(chunk) == len(prompt)
         asked = Job("prompt", position, chunk, last=last, shadows=count, matches=matches)
         replies = chain.ask(asked)
@@ -259,7 +265,7 @@ def _verify(
     """Ask for the target's tokens behind a text and each of its drafts."""
     count = len(drafts) + 1
     matches: tuple[Match | None, ...] = (None,) * count
-    if drafting.shadows and drafting.heads:
+    if drafting.shadows and drafting.lookup:
         matches = tuple(text.match(drafts[:i]) for i in range(count))
     job = Job(
         "verify",

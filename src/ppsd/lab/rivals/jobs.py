@@ -92,7 +92,7 @@ def decode(frame: memoryview, apart: torch.Tensor | None = None) -> Job | Reply:
     _, kind, size = PREFIX.unpack_from(frame)
     start = PREFIX.size + size
     record: dict[str, Any] = json.loads(bytes(frame[PREFIX.size : start]))
-    held: dict[str, torch.Tensor] = {}
+    held: dict[str, Any] = {}
     for name, (dtype, *shape) in record.pop("tensors").items():
         numbers = torch.empty(shape, dtype=DTYPES[dtype])
         data = frame[start : start + numbers.nbytes]

@@ -6,7 +6,7 @@ Layers are counted from the model's first.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -70,10 +70,9 @@ class Layers:
         self._cache.lengths[0] = position
         if (first, last) not in self._runners:
             own = slice(first - self._first, last - self._first)
-            weights: Sequence = self._stage.layers[own]
-            cache = _part(self._cache, own)
             spec, rope = self._stage.spec, self._stage.rope
-            self._runners[first, last] = new_runner(weights, spec, rope, cache)
+            made = new_runner(self._stage.layers[own], spec, rope, _part(self._cache, own))
+            self._runners[first, last] = made
         return self._runners[first, last]
 
 

@@ -21,8 +21,8 @@ from ppsd.lab.rivals.decoders import (
     Fixed,
     Skipping,
     Took,
+    begin,
     decode,
-    start,
 )
 from ppsd.lab.rivals.exits import UNTRAINED
 from ppsd.lab.rivals.skips import find_skips
@@ -58,21 +58,25 @@ def heads_for(identity: Identity) -> Heads:
     return found
 
 
-def drafting_of(name: str, spec: ModelSpec, identity: Identity, heads: Heads) -> Drafting:
-    """Return a rival's way to draft."""
+def drafting_of(
+    name: str, spec: ModelSpec, identity: Identity, heads: Heads, *, lookup: bool
+) -> Drafting:
+    """Return a rival's way to draft, its heads mixed with prompt ``lookup`` or not."""
     layers, sizes = spec.num_layers, Sizes.of(spec)
     if name == DEL:  # exits cost their layers, as published
-        return Dynamic({e: float(e) for e in range(1, layers)}, layers, {})
+        return Dynamic({e: float(e) for e in range(1, layers)}, layers, {}, lookup=False)
     if name == KNN_SSD:
         return Skipping(layers, find_skips(identity.fingerprint))
     if not heads:
         raise ConfigError("variants", name, "one that needs no trained head: the model has none")
     paths = {e: path for e, (path, _) in heads.items()}
     if name == DEL_HEADS:
-        costs = {e: e + head_sizes(sizes, head) / sizes.layer for e, (_, head) in heads.items()}
-        return Dynamic(costs, layers + sizes.lm_head / sizes.layer, paths)
+        costs = {
+            e: e + head_sizes(sizes, head) / sizes.layer for e, (_, head) in sorted(heads.items())
+        }
+        return Dynamic(costs, layers + sizes.lm_head / sizes.layer, paths, lookup=lookup)
     best = next(iter(paths))
-    return Fixed(best, paths[best], int(name.removeprefix(FIXED)))
+    return Fixed(best, paths[best], int(name.removeprefix(FIXED)), lookup=lookup)
 
 
 def found_by(identity: Identity) -> Mapping[str, Any]:
@@ -105,12 +109,13 @@ class Rivals:
     ) -> Decoded:
         """Complete token ids in a rival's way; ``took`` hears of tokens as they become final."""
         layout = self._llm.layout
-        drafting = drafting_of(name, layout.spec, layout.identity, self._heads)
+        given = name, layout.spec, layout.identity, self._heads
+        drafting = drafting_of(*given, lookup=self._llm.config.lookup)
         ends = ends_of(layout.spec, params, layout.max_context - len(ids))
 
         def complete(running: RunningPipeline) -> Decoded:
             before = self._chain.now()
-            text = start(self._chain, drafting, ids)
+            text = begin(self._chain, drafting, ids, self._llm.config.prefill_chunk)
             first = self._chain.now() - before
             return replace(decode(self._chain, drafting, text, ends, took), first_seconds=first)
 

@@ -73,7 +73,7 @@ class RivalStage:
         return asked[job.ask](job)
 
     def _set_up(self, job: Job) -> Iterator[Job | Reply]:
-        here = [e for e in job.exits if self._first < e <= self.end]
+        here = sorted(e for e in job.exits if self._first < e <= self.end)
         given = self._stage, self._source, self._identity
         self._exits = load_exits(*given, here, job.heads) if here else None
         self._kept = {e: [] for e in here}
@@ -140,7 +140,7 @@ class RivalStage:
         if self._exits is None or job.exit not in self._exits.layers:
             self.timer.spend(self._price.lm_head)
             return likeliest(self._stage.row_logits(row), self._stage.spec)[0]
-        said = self._exits.draft(job.exit, row, job.position, *job.matches, job.verified)
+        said = self._exits.draft(job.exit, row, job.position, job.matches[0], job.verified)
         self.timer.spend(self._exits.layers[job.exit] * self._price.layer)
         return said
 
