@@ -83,6 +83,7 @@ class Reply:
     params: SamplingParams
     prompts: Sequence[Sequence[int]] = ()
     grammar: Grammar | None = None
+    request_id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     done: dict[int, Completion] = field(default_factory=dict)
 
