@@ -58,6 +58,11 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     (chat(stream_options={"include_usage": True}), "stream_options", "unless stream"),
     (chat(stream=True, stream_options={"x": 1}), "stream_options.x", "no field"),
     (
+        chat(stream=True, stream_options={"continuous_usage_stats": True}),
+        "stream_options",
+        "include_usage",
+    ),
+    (
         chat(stream=True, stream_options={"include_obfuscation": True}),
         "stream_options.include_obfuscation",
         "not supported",

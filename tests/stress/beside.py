@@ -1,11 +1,13 @@
 """``ppsd serve`` beside llama.cpp's own server, on the same file and cores. A program, not a test.
 
     pip install xllamacpp==2026.10.11549     # llama-server as a library: nothing to compile
-    python -m tests.stress.beside --out docs/results/serve/beside-llama.json
+    python -m tests.stress.beside --out docs/results/serve/beside-llama.json --guidellm guidellm
 
 Both serve the embedded model's GGUF file to as many requests at once, with defaults otherwise, and
 take turns: each prompt alone, then all prompts at once, round after round. Counts also how many
-answers change when others run beside them, and what a server costs while the other one works.
+answers change when others run beside them, and what a server costs while the other one works. At
+last guidellm, where its command is given, measures either (``pip install guidellm==0.8.1``, in an
+environment of its own: it brings its own PyTorch).
 Four minutes where nothing else runs; anything else that runs spoils the times.
 """
 
@@ -139,11 +141,37 @@ def measure(servers: list[Server], rounds: int, tokens: int) -> dict[str, Any]:
     return {name: summary(*figures) for name, figures in found.items()}
 
 
+def guided(command: str, server: Server, tokens: int) -> dict[str, Any]:
+    """Return what guidellm says of a server, asked three times by as many clients as prompts."""
+    with tempfile.TemporaryDirectory() as place:
+        prompts, out = Path(place, "prompts.txt"), Path(place, "out.json")
+        prompts.write_text("\n".join(PROMPTS * 3) + "\n")
+        url = f"http://127.0.0.1:{server.port}"
+        flags = {
+            "--backend": f"kind=openai_http,target={url},max_tokens={tokens}",
+            "--profile": f"kind=concurrent,streams={len(PROMPTS)}",
+            "--constraint": f"kind=max_requests,count={len(PROMPTS) * 3}",
+            "--data": f"kind=text_file,path={prompts}",
+            "--output": f"kind=json,path={out}",
+        }
+        words = [word for flag in flags.items() for word in flag]
+        subprocess.run([command, "run", *words, "--disable-console"], check=True)
+        [benchmark] = json.loads(out.read_text())["benchmarks"]
+    metrics = benchmark["metrics"]
+    names = ("time_to_first_token_ms", "inter_token_latency_ms", "request_latency")
+    return {
+        "requests": metrics["request_totals"],
+        "output_tokens_per_second": metrics["output_tokens_per_second"]["successful"]["mean"],
+        "medians": {name: metrics[name]["successful"]["median"] for name in names},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--guidellm", metavar="COMMAND")
     parser.add_argument("--flags", default="", help="more flags of ppsd serve")
     asked = parser.parse_args()
     many, cores = str(len(PROMPTS)), str(len(os.sched_getaffinity(0)))
@@ -157,6 +185,10 @@ def main() -> None:
             stack.enter_context(started("ppsd", ours)),
         ]
         result = measure(servers, asked.rounds, asked.tokens)
+        if asked.guidellm:
+            for server in servers:
+                found = guided(asked.guidellm, server, asked.tokens)
+                result[server.name]["guidellm"] = found
     result |= {
         "file": Path(file).name,
         "at_once": len(PROMPTS),

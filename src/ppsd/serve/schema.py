@@ -147,7 +147,14 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[Any, _only(False)] = None
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise _wrong("must have include_usage beside continuous_usage_stats")
+        return self
 
 
 class JsonSchema(BaseModel):
@@ -246,6 +253,11 @@ class Sampled(Body):
     @property
     def usage_streamed(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def usage_in_each(self) -> bool:
+        """Return True if each event of a stream is to tell the usage so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
 
 class Message(BaseModel):
