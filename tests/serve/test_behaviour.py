@@ -259,6 +259,11 @@ def test_text_becomes_tokens_and_text_again(server, llm) -> None:
     assert told == {"count": len(ids), "max_model_len": 512, "tokens": ids}
     assert server.post("/tokenize", {"content": text}).json() == told
     assert server.post("/detokenize", {"tokens": ids}).json()["prompt"] == text
+    spelt = server.post("/tokenize", {"prompt": "pack", "return_token_strs": True}).json()
+    assert len(spelt["token_strs"]) == spelt["count"]
+    long = server.post("/tokenize", {"prompt": text * 100, "add_special_tokens": False}).json()
+    assert long["count"] > 512  # more than the context
+    assert server.post("/tokenize", {"prompt": ""}).json()["count"] == 0
     messages = [{"role": "user", "content": text}]
     told = server.post("/tokenize", {"messages": messages}).json()
     assert told["tokens"] == llm.encode(messages)
@@ -296,8 +301,12 @@ def test_a_request_ends_when_its_time_is_over(server, ends, stream) -> None:
     assert server.post(TEXT, body).status_code == 200
 
 
-def test_a_request_has_an_id_its_own_or_one_that_is_made(server) -> None:
-    given = server.client.get("/health", headers={"x-request-id": "mine-1"})
+def test_a_request_has_an_id_its_own_or_one_that_is_made(server, ends) -> None:
+    """The log tells it as well."""
+    headers = {"x-request-id": "mine-1"}
+    given = server.post(TEXT, {"prompt": [5], "max_tokens": 1}, headers=headers)
     assert given.headers["x-request-id"] == "mine-1"
+    assert ends.arrived.acquire(timeout=60)
+    assert " request_id=mine-1 " in ends.lines[0]
     made = [server.client.get("/v1/nothing").headers["x-request-id"] for _ in range(2)]
     assert made[0] != made[1]

@@ -76,6 +76,10 @@ def test_a_chat_stream_begins_with_the_role_and_ends_with_usage(server) -> None:
     assert events[-2]["choices"][0]["delta"] == {}
     assert events[-2]["timings"]["predicted_n"] == ASK["max_tokens"]
     assert not any("usage" in event for event in server.events(CHAT, {**PROMPT[CHAT], **ASK}))
+    body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [event["usage"]["completion_tokens"] for event in server.events(CHAT, body)]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, ASK["max_tokens"])
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])

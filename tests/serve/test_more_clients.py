@@ -168,6 +168,21 @@ def test_lm_eval_chats(server) -> None:
     assert said == expected(server, stop=["\n\n"])
 
 
+@pytest.mark.skipif(shutil.which("guidellm") is None, reason="guidellm is not installed")
+def test_guidellm(server, tmp_path) -> None:
+    """It brings a PyTorch of its own, so `make clients` leaves it out."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.json"
+    prompts.write_text(f"{TEXT}\n" * 4)
+    command = ["guidellm", "run", "--disable-console", "--data", f"kind=text_file,path={prompts}"]
+    command += ["--backend", f"kind=openai_http,target={server.url},max_tokens=6"]
+    command += ["--profile", "kind=concurrent,streams=2", "--output", f"kind=json,path={out}"]
+    command += ["--constraint", "kind=max_requests,count=4"]
+    subprocess.run(command, check=True, timeout=300)
+    [benchmark] = json.loads(out.read_text())["benchmarks"]
+    counts = benchmark["metrics"]["request_totals"]
+    assert (counts["successful"], counts["errored"]) == (4, 0)
+
+
 def test_openai_for_javascript(server, tmp_path) -> None:
     if shutil.which("node") is None or not (NODE / "node_modules" / "openai").is_dir():
         pytest.skip(f"node, or OpenAI's package in {NODE}, is not installed")

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from ppsd.errors import ModelError
+from ppsd.model.tokenizer import Tokenizer
 from ppsd.serve.schema import MAX_BODY
 from tests.support.http_server import Served, serving
 
@@ -28,6 +30,10 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     ((CHAT, b'{"messages": "\xff"}'), None, "not valid JSON"),
     ((CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}'), None, "not valid JSON"),
     ((CHAT, b"[" * 100_000), None, "not valid JSON"),
+    ((CHAT, b'{"messages": [], "metadata": {"a": NaN}}'), "messages", "at least 1"),
+    ((TEXT, b'{"prompt": "hi", "metadata": {"a": NaN}}'), None, "NaN is no number"),
+    ((TEXT, b'{"prompt": "hi", "temperature": -Infinity}'), "temperature", "finite"),
+    ((TEXT, b'{"prompt": "hi", "temperature": 1e999}'), "temperature", "finite"),
     ((CHAT, []), None, "the body"),
     ((CHAT, "hi"), None, "the body"),
     ((CHAT, {}), "messages", "required"),
@@ -51,6 +57,16 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     (chat(max_completion_tokens=0), "max_completion_tokens", "in [1, "),
     (chat(stream_options={"include_usage": True}), "stream_options", "unless stream"),
     (chat(stream=True, stream_options={"x": 1}), "stream_options.x", "no field"),
+    (
+        chat(stream=True, stream_options={"continuous_usage_stats": True}),
+        "stream_options",
+        "include_usage",
+    ),
+    (
+        chat(stream=True, stream_options={"include_obfuscation": True}),
+        "stream_options.include_obfuscation",
+        "not supported",
+    ),
     (chat(temperature="hot"), "temperature", "valid number"),
     (chat(temperature=-1), "temperature", "in [0, 100], got -1"),
     (chat(temperature=True), "temperature", "valid number"),
@@ -128,6 +144,7 @@ def test_what_is_not_there_is_refused_in_the_same_shape(server) -> None:
     for status, method, path, body in [
         (404, "GET", "/v1/nothing", None),
         (404, "GET", "/v1/models/other", None),
+        (404, "POST", f"{CHAT}/", {"messages": HI}),
         (404, "POST", CHAT, {"messages": HI, "model": "other"}),
         (405, "GET", CHAT, None),
         (405, "DELETE", "/health", None),
@@ -144,6 +161,22 @@ def test_what_is_not_there_is_refused_in_the_same_shape(server) -> None:
 def test_a_prompt_that_is_too_long_has_openais_code(server) -> None:
     error = error_of(server.post(TEXT, {"prompt": [5] * 512}))
     assert error["code"] == "context_length_exceeded"
+    assert error_of(server.post(TEXT, {"prompt": ""}))["code"] is None
+
+
+def test_a_model_without_a_chat_template_refuses_messages(server, monkeypatch) -> None:
+    """So does a base model; its texts can be asked for all the same."""
+
+    def none(*_: Any) -> str:
+        raise ModelError("no template")
+
+    monkeypatch.setattr(Tokenizer, "_template", none)
+    for path in (CHAT, "/tokenize"):
+        response = server.post(path, {"messages": HI})
+        error = error_of(response)
+        assert (response.status_code, error["param"]) == (400, "messages")
+        assert "--chat-template" in error["message"]
+    assert server.post(TEXT, {"prompt": "hi", "max_tokens": 1}).status_code == 200
 
 
 def test_a_full_queue_is_refused_and_told_when_to_come_again(server) -> None:

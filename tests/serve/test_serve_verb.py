@@ -10,9 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,29 @@ BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 60, "igno
 
 
 @contextmanager
-def started(model: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Start the command; give the process and its address."""
+def launched(model: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """Start the command; give the process."""
     command = [sys.executable, "-m", "ppsd", "serve", "--model", str(model), *FLAGS.split(), *flags]
     command += ["--chat-template", TEMPLATE]
     environment = os.environ | {"COLUMNS": "200"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def started(model: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Start the command; give the process and its address once it serves."""
+    with launched(model, *flags) as process:
         assert process.stderr is not None
         lines = []
         while not (found := re.search(r"serving tiny at (http\S+)/v1, ", "".join(lines[-1:]))):
             lines.append(process.stderr.readline())
             assert lines[-1], "".join(lines)
         yield process, found[1]
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def read(line: str) -> dict[str, Any]:
@@ -77,6 +85,28 @@ def test_a_signal_lets_requests_end_and_a_second_one_does_not(tiny_model) -> Non
         assert process.wait(30) == 0
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
+
+
+def test_it_says_that_it_loads_and_a_closed_terminal_lets_requests_end(tiny_model) -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
+        url = f"http://[::1]:{free.getsockname()[1]}"
+    flags = ("--transport", "inprocess", "--host", "::1", "--port", url.rsplit(":", 1)[1])
+    with launched(tiny_model(), *flags) as process, httpx.Client(base_url=url) as client:
+        seen: list[httpx.Response] = []
+        while process.poll() is None and (not seen or seen[-1].status_code != 200):
+            with suppress(httpx.ConnectError):
+                seen.append(client.get("/health", headers={"connection": "close"}))
+            time.sleep(0.02)
+        assert seen[0].status_code == 503
+        assert seen[0].json()["error"]["code"] == "loading"
+        assert seen[0].headers["retry-after"] == "1"
+        path = "/v1/chat/completions"
+        with client.stream("POST", path, json={**BODY, "stream": True}, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGHUP)
+            assert [line for line in lines if line].pop() == "data: [DONE]"
+        assert process.wait(30) == 0
 
 
 def test_a_lost_worker_ends_the_server_though_nobody_asks(tiny_model) -> None:
@@ -170,6 +200,13 @@ def test_a_line_of_the_log_may_be_json() -> None:
     record.request = {"id": "chatcmpl-1", "prompt_tokens": 3}
     line = json.loads(JsonFormatter().format(record))
     assert (line["id"], line["prompt_tokens"], "message" in line) == ("chatcmpl-1", 3, False)
+
+
+def test_a_certificate_that_is_none_is_told_before_the_model_is_loaded(tmp_path) -> None:
+    file = tmp_path / "cert.pem"
+    file.write_text("no certificate")
+    error = str(ppsd("serve", "--model", "/no/such", "--port", 0, "--ssl-certfile", file).exception)
+    assert error.startswith("ssl_certfile must be a certificate in PEM")
 
 
 def test_an_address_in_use_is_told_before_the_model_is_loaded() -> None:

@@ -230,9 +230,12 @@ def test_what_is_no_schema_is_refused(server) -> None:
         (wanting({"type": "wibble"}), "response_format", "Invalid type: wibble"),
         (wanting({"not": {}}), "response_format", "not"),
         (wanting({"enum": ["x" * 70_000]}), "response_format", "at most 65536 characters"),
+        (wanting({"const": float("nan")}), None, "not valid JSON"),
+        (wanting({"const": 1e999}), "response_format", "finite numbers"),
         ({"type": "json_object", "x": 1}, "response_format.x", "no field"),
     ]:
-        response = server.post(CHAT, {"messages": HI, "response_format": given})
+        body = json.dumps({"messages": HI, "response_format": given}).replace("Infinity", "1e999")
+        response = server.client.post(CHAT, content=body)
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (400, param), error
         assert told in error["message"]

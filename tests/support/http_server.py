@@ -15,6 +15,7 @@ import uvicorn
 from ppsd import LLM
 from ppsd.serve.app import create_app
 from ppsd.serve.config import ServerConfig
+from ppsd.serve.protocol import HTTP
 from ppsd.serve.service import Service
 
 
@@ -44,7 +45,7 @@ class Served:
 def serving(llm: LLM, **settings: Any) -> Iterator[Served]:
     """Serve a model on a free port of this machine."""
     service = Service(llm, ServerConfig(**settings))
-    config = uvicorn.Config(create_app(service), lifespan="on", log_level="error")
+    config = uvicorn.Config(create_app(service), lifespan="on", log_level="error", http=HTTP)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -34,11 +35,14 @@ def serve(
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise PpsdError(f"ppsd serve needs {', '.join(missing)}: pip install 'ppsd-llm[serve]'")
     from ppsd.serve.logs import set_up
-    from ppsd.serve.run import bind, serve
+    from ppsd.serve.run import bind, check_tls, excused, serve
 
     server = server.with_key()
+    check_tls(server)
     bound = bind(server)  # before the model is loaded: an address in use is told at once
-    with bound, open_llm(config) as llm:
+    with bound, ExitStack() as stack:
+        with excused(bound, server):
+            llm = stack.enter_context(open_llm(config))
         set_up(server.log_format)
 
         def ready() -> None:

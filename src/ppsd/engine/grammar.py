@@ -46,7 +46,10 @@ class Grammars:
         """Return the grammar of JSON that a schema allows; raises ConfigError."""
         from llguidance import LLMatcher
 
-        text = json.dumps(schema)
+        try:
+            text = json.dumps(schema, allow_nan=False)
+        except ValueError as error:
+            raise ConfigError(FIELD, "a schema", "a JSON schema of finite numbers") from error
         if len(text) > MAX_SCHEMA:
             told = f"{len(text)} characters of schema"
             raise ConfigError(FIELD, told, f"of at most {MAX_SCHEMA} characters")

@@ -134,13 +134,13 @@ class Tokenizer:
         end = self._inner.eos_token_id
         return () if end is None else (end,)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of raw text, with the special tokens the model adds to a plain prompt.
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the ids of raw text; ``special`` adds the tokens a model wants around a prompt.
 
         Raises ConfigError for text that is not valid Unicode (lone surrogates).
         """
         escape = self._escaping([text])
-        return self._encode(escape.hide(text) if escape else text, escape, special=True)
+        return self._encode(escape.hide(text) if escape else text, escape, special=special)
 
     def _escaping(self, texts: Sequence[str]) -> Escape | None:
         """Return what escapes control tokens, if there are any in the texts and it is asked for."""

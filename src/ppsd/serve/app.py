@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ppsd.serve.config import ServerConfig, is_loopback
 from ppsd.serve.live import Live, TintedReply
 from ppsd.serve.metrics import TEXT_FORMAT
-from ppsd.serve.replies import ChatReply, Parts, Reply, TextReply, conversation
+from ppsd.serve.replies import ChatReply, Parts, Reply, TextReply
 from ppsd.serve.schema import (
     MAX_BODY,
     Body,
@@ -50,7 +50,7 @@ REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 def create_app(service: Service) -> Starlette:
     """Return the application that serves one model."""
     routes, live = Routes(service), Live(service)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/health", routes.health),
             Route("/ready", routes.ready),
@@ -80,6 +80,15 @@ def create_app(service: Service) -> Starlette:
             Exception: _fail,
         },
     )
+    app.router.redirect_slashes = False  # what is not there is 404
+    return app
+
+
+async def still_loading(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer, as an ASGI application, that the model is still being loaded."""
+    refusal = RefusedError(503, "the model is still being loaded", code="loading")
+    headers = {"retry-after": RETRY_SECONDS}
+    await JSONResponse(refusal.to_json(), 503, headers)(scope, receive, send)
 
 
 class Routes:
@@ -127,11 +136,12 @@ class Routes:
         """Return the token ids of a text, or of a conversation by the chat template."""
         body = await _read(request, TokenizeBody, self._service)
         self._service.check_model(body.model)
-        name = "messages" if body.messages else "prompt" if body.prompt is not None else "content"
-        text = conversation(body.messages) if body.messages else getattr(body, name)
-        [ids] = await self._service.encode([text], name, body.chat_template_kwargs)
-        length = self._service.llm.layout.max_context
-        return JSONResponse({"count": len(ids), "max_model_len": length, "tokens": ids})
+        llm = self._service.llm
+        ids = await self._service.tokens(body)
+        told = {"count": len(ids), "max_model_len": llm.layout.max_context, "tokens": ids}
+        if body.return_token_strs:
+            told["token_strs"] = [llm.tokenizer.spelling(token) for token in ids]
+        return JSONResponse(told)
 
     async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids."""
@@ -165,6 +175,7 @@ class Completions:
         request = Request(scope, receive)
         body = await _read(request, self._body, self._service)
         reply = self._service.reply(self._reply, body)
+        reply.request_id = scope["state"]["request_id"]
         with self._service.logged(reply), self._service.room(reply.choices):
             try:
                 await _while_there(receive, self._answer(reply, scope, receive, send))
@@ -308,6 +319,8 @@ class Doors:
         headers = dict(scope["headers"])
         asked = headers.get(b"x-request-id", b"")
         name = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex.encode()
+
+        scope.setdefault("state", {})["request_id"] = name.decode()
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":

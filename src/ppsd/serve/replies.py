@@ -83,6 +83,7 @@ class Reply:
     params: SamplingParams
     prompts: Sequence[Sequence[int]] = ()
     grammar: Grammar | None = None
+    request_id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     done: dict[int, Completion] = field(default_factory=dict)
 
@@ -130,14 +131,14 @@ class Reply:
 
     async def chunks(self, parts: Parts) -> AsyncIterator[Json]:
         """Yield the objects of a stream."""
-        usage = {"usage": None} if self.body.usage_streamed else {}
         head = self._head(self.chunk_kind)
-        first = self._first()
+        first, new = self._first(), 0
         for index in range(self.choices) if first else ():
-            yield head | {"choices": [self._choice(index, first)]} | usage
+            yield head | {"choices": [self._choice(index, first)]} | self._so_far(new)
         told: set[int] = set()
         async for index, part in parts:
             if isinstance(part, Chunk):
+                new += len(part.token_ids)
                 first_part = index not in told
                 told.add(index)
                 ids = self._ids(index, part.token_ids, first=first_part)
@@ -145,12 +146,12 @@ class Reply:
                 logprobs = (*self._before(index, part), *part.logprobs)
                 if text or logprobs or ids:
                     choice = self._choice(index, self._piece(text), logprobs) | ids
-                    yield head | {"choices": [choice]} | usage
+                    yield head | {"choices": [choice]} | self._so_far(new)
                 continue
             self.done[index] = part
             choice = self._choice(index, self._end()) | {"finish_reason": part.finish_reason}
             about = self._about() if len(self.done) == self.choices else {}
-            yield head | {"choices": [choice]} | usage | about
+            yield head | {"choices": [choice]} | self._so_far(new) | about
         if self.body.usage_streamed:
             yield head | {"choices": [], "usage": self._usage()}
 
@@ -178,6 +179,14 @@ class Reply:
             about["timings"] = timings(self.done[0])
         about["metrics"] = {"speculative_decoding": speculation(self.done.values()).to_json()}
         return about
+
+    def _so_far(self, new: int) -> Json:
+        """Return what an event of a stream tells of the usage, with so many new tokens."""
+        if not self.body.usage_in_each:
+            return {"usage": None} if self.body.usage_streamed else {}
+        prompt = sum(map(len, self.prompts))
+        told = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return {"usage": told}
 
     def _usage(self) -> Json:
         return usage([self.done[i] for i in range(self.choices)], self.params.n)

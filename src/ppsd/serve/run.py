@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import signal
 import socket
+import ssl
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from ppsd.engine.llm import LLM
-from ppsd.errors import PpsdError
-from ppsd.serve.app import create_app
+from ppsd.errors import ConfigError, PpsdError
+from ppsd.serve.app import create_app, still_loading
 from ppsd.serve.config import ServerConfig
+from ppsd.serve.protocol import HTTP
 from ppsd.serve.service import Service
 
 KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection, so that they end it
@@ -25,7 +30,10 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        hang_up = getattr(signal, "SIGHUP", None)  # the terminal is closed; not on Windows
+        if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:  # by nohup
+            numbers.append(hang_up)
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
             yield
@@ -55,23 +63,55 @@ def bind(config: ServerConfig) -> socket.socket:
     return bound
 
 
-def serve(
-    llm: LLM, config: ServerConfig, bound: socket.socket, ready: Callable[[], object]
-) -> None:
-    """Serve until a signal comes; raises PipelineError when the pipeline is lost."""
-    service = Service(llm, config)
-    settings = uvicorn.Config(
-        create_app(service),
-        lifespan="on",
+def check_tls(config: ServerConfig) -> None:
+    """Raise ConfigError unless certificate and key can be used."""
+    if config.ssl_certfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:  # an encrypted key is refused: nobody may be there to type its password
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
+    except (OSError, ValueError) as error:  # of OpenSSL, too
+        reason = getattr(error, "reason", None) or error
+        allowed = f"a certificate in PEM, with its unencrypted key ({reason})"
+        raise ConfigError("ssl_certfile", config.ssl_certfile, allowed) from error
+
+
+@contextmanager
+def excused(bound: socket.socket, config: ServerConfig) -> Iterator[None]:
+    """Answer meanwhile that the model is still being loaded."""
+    server = uvicorn.Server(_settings(still_loading, config, lifespan="off"))
+    sockets = {"sockets": [bound.dup()]}  # which the server closes
+    thread = threading.Thread(target=server.run, kwargs=sockets, name="ppsd-loading", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _settings(app: ASGIApp, config: ServerConfig, **more: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=HTTP,
         ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=config.drain_timeout,  # type: ignore[arg-type]  # a float is fine
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
+        **more,
     )
+
+
+def serve(
+    llm: LLM, config: ServerConfig, bound: socket.socket, ready: Callable[[], object]
+) -> None:
+    """Serve until a signal comes; raises PipelineError when the pipeline is lost."""
+    service = Service(llm, config)
+    drain = {"timeout_graceful_shutdown": config.drain_timeout}
+    settings = _settings(create_app(service), config, lifespan="on", **drain)
     server = _Server(settings)
     server.on_shutdown = service.end
 

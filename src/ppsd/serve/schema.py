@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Self
 
@@ -128,9 +129,16 @@ class Body(BaseModel):
     def read(cls, data: bytes) -> Self:
         """Parse a body; raises RefusedError naming the first field that is wrong."""
         try:
-            return cls.model_validate_json(data)
+            body = cls.model_validate_json(data)
         except ValidationError as error:
             raise _refusal(error, cls.model_fields) from error
+        if b"NaN" in data or b"Infinity" in data:  # which pydantic takes in objects of any kind
+            json.loads(data, parse_constant=_refuse_constant)
+        return body
+
+
+def _refuse_constant(name: str) -> None:
+    raise RefusedError(400, f"the body is not valid JSON: {name} is no number there")
 
 
 class StreamOptions(BaseModel):
@@ -139,6 +147,14 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Annotated[Any, _only(False)] = None
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise _wrong("must have include_usage beside continuous_usage_stats")
+        return self
 
 
 class JsonSchema(BaseModel):
@@ -238,6 +254,11 @@ class Sampled(Body):
     def usage_streamed(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def usage_in_each(self) -> bool:
+        """Return True if each event of a stream is to tell the usage so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
 
 class Message(BaseModel):
     """A message of a conversation; fields that ppsd does not know are left to their senders."""
@@ -316,6 +337,8 @@ class TokenizeBody(Body):
     content: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     chat_template_kwargs: Annotated[Json, AfterValidator(_unreserved)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
@@ -324,6 +347,8 @@ class TokenizeBody(Body):
             raise _wrong("prompt must be given, or content, or messages, and only one of them")
         if self.chat_template_kwargs is not None and self.messages is None:
             raise _wrong("chat_template_kwargs must be left out without messages")
+        if self.add_special_tokens is not None and self.messages is not None:
+            raise _wrong("add_special_tokens must be left out beside messages, whose template adds")
         return self
 
 
@@ -359,5 +384,6 @@ def _refusal(error: ValidationError, known: Iterable[str]) -> RefusedError:
 def refusal_of(error: ConfigError, names: Callable[[str], str] = str) -> RefusedError:
     """Return the refusal of what the engine's own checks found."""
     param = names(error.field.split()[0])
-    code = "context_length_exceeded" if "(the context holds" in str(error) else None
+    long = "(the context holds" in str(error) and "got '0 tokens'" not in str(error)
+    code = "context_length_exceeded" if long else None
     return RefusedError(400, str(error), param, code)

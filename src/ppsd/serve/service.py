@@ -15,15 +15,19 @@ from ppsd.engine.async_llm import as_they_come
 from ppsd.engine.grammar import Grammar
 from ppsd.engine.llm import LLM
 from ppsd.engine.prompt import Prompt
-from ppsd.errors import ConfigError, PipelineError, PpsdError, RequestError
+from ppsd.errors import ConfigError, ModelError, PipelineError, PpsdError, RequestError
 from ppsd.serve.config import ServerConfig
 from ppsd.serve.figures import speculation
 from ppsd.serve.logs import log_request
 from ppsd.serve.metrics import Metrics
 from ppsd.serve.pulse import Pulse
-from ppsd.serve.replies import Parts, Reply, sampling, silenced
-from ppsd.serve.schema import Json, RefusedError, Sampled, refusal_of
+from ppsd.serve.replies import Parts, Reply, conversation, sampling, silenced
+from ppsd.serve.schema import Json, RefusedError, Sampled, TokenizeBody, refusal_of
 
+NO_TEMPLATE = (
+    "messages need a chat template, and this model has none: the server can be given one by "
+    "--chat-template; /v1/completions needs none"
+)
 T = TypeVar("T")
 
 
@@ -134,10 +138,26 @@ class Service:
     ) -> list[list[int]]:
         """Return the token ids of prompts; raises RefusedError naming the field ``name``."""
         encode = self.llm.encode
+        return await self._told(lambda: [encode(each, template_kwargs) for each in prompts], name)
+
+    async def tokens(self, body: TokenizeBody) -> list[int]:
+        """Return the token ids of a text or a conversation of any length."""
+        tokenizer = self.llm.tokenizer
+        if body.messages is not None:
+            messages, more = conversation(body.messages), body.chat_template_kwargs or {}
+            return await self._told(lambda: tokenizer.encode_chat(messages, more), "messages")
+        name = "content" if body.prompt is None else "prompt"
+        text, special = getattr(body, name), body.add_special_tokens is not False
+        return await self._told(lambda: tokenizer.encode(text, special=special), name)
+
+    async def _told(self, encode: Callable[[], T], name: str) -> T:
+        """Call what encodes the field ``name``; raises RefusedError."""
         try:
-            return await self.apart(lambda: [encode(each, template_kwargs) for each in prompts])
+            return await self.apart(encode)
         except ConfigError as error:
             raise refusal_of(error, lambda _: name) from error
+        except ModelError as error:
+            raise RefusedError(400, NO_TEMPLATE, name) from error
 
     async def grammar(self, schema: Json | None) -> Grammar | None:
         """Return the grammar of a schema; raises RefusedError."""
@@ -192,10 +212,13 @@ class Service:
             log_request(
                 {
                     "id": reply.id,
+                    "request_id": reply.request_id,
                     "prompt_tokens": sum(map(len, reply.prompts)),
                     "completion_tokens": sum(c.stats.new_tokens for c in reply.done.values()),
                     "accepted_tokens": drafts.accepted,
                     "rejected_tokens": drafts.judged - drafts.accepted,
+                    "prefill_seconds": sum(c.stats.prefill_seconds for c in reply.done.values()),
+                    "decode_seconds": sum(c.stats.decode_seconds for c in reply.done.values()),
                     "seconds": time.monotonic() - begun,
                     "finish": ",".join(ends) if len(ends) == reply.choices else end,
                 }

@@ -1,0 +1,109 @@
+"""HTTP and the engine, neither of which waits for the other; told by counts, not by clocks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from ppsd.engine.events import FedBlock, Made
+from ppsd.engine.text_engine import TextEngine
+from tests.serve.test_behaviour import LONG
+from tests.support.http_server import Served
+
+PATH = "/v1/completions"
+
+
+def holding(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, Callable[[], None]]:
+    """Let the engine stop before its next step; return what says so, and what lets it go on."""
+    stopped, free = threading.Event(), threading.Event()
+    step = TextEngine.step
+
+    def held(engine: TextEngine) -> None:
+        stopped.set()
+        free.wait(60)
+        step(engine)
+
+    monkeypatch.setattr(TextEngine, "step", held)
+    return stopped, free.set
+
+
+def test_everything_but_answers_comes_while_the_engine_stands(server, monkeypatch) -> None:
+    stopped, go_on = holding(monkeypatch)
+    with ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(server.post, PATH, {"prompt": [5], "max_tokens": 2})
+        assert stopped.wait(60)
+        try:
+            for path in (
+                "/health",
+                "/ready",
+                "/metrics",
+                "/v1/models",
+                "/v1/pipeline",
+                "/",
+                "/docs",
+            ):
+                assert server.client.get(path).status_code == 200, path
+            assert server.post("/tokenize", {"prompt": "pack my box"}).status_code == 200
+            assert server.post(PATH, {"prompt": "hi", "temperature": -1}).status_code == 400
+            assert not answer.done()
+        finally:
+            go_on()
+        assert answer.result().status_code == 200
+
+
+def test_the_engine_works_while_http_stands(server, monkeypatch) -> None:
+    """A whole answer is made behind an event loop that does nothing at all."""
+    standing, free, finished = threading.Event(), threading.Event(), threading.Event()
+    finish = TextEngine._finish
+
+    def stand() -> bytes:  # on the loop
+        standing.set()
+        free.wait(60)
+        return b""
+
+    def noted(*arguments: Any) -> None:
+        finish(*arguments)
+        finished.set()
+
+    monkeypatch.setattr(server.service.metrics, "text", stand)
+    monkeypatch.setattr(TextEngine, "_finish", noted)
+    stopped, go_on = holding(monkeypatch)
+    body = {"prompt": [5], "max_tokens": 20, "ignore_eos": True, "stream": True}
+    with ThreadPoolExecutor(2) as clients:
+        answer = clients.submit(server.post, PATH, body)
+        assert stopped.wait(60)
+        clients.submit(server.client.get, "/metrics")
+        assert standing.wait(60)
+        go_on()
+        try:
+            assert finished.wait(60)
+            assert not answer.done()
+        finally:
+            free.set()
+        assert answer.result().text.endswith("data: [DONE]\n\n")
+
+
+def test_a_long_prompt_lets_streams_go_on(server: Served, llm) -> None:
+    """Of 31 pieces of a prompt, most are followed by something new in the streams beside it."""
+    events: list[Any] = []
+    stream = {"prompt": [5, 6, 7], "max_tokens": 250, "ignore_eos": True, "stream": True}
+    with ThreadPoolExecutor(2) as clients:
+        streams = [clients.submit(server.post, PATH, stream) for _ in range(2)]
+        while llm.totals().cache_used < 20 / (3 * 512):  # both are under way
+            assert not any(each.done() for each in streams)
+        llm.observe(events.append)
+        try:
+            answer = server.post(PATH, {**LONG, "max_tokens": 1})
+        finally:
+            llm.observe(None)
+        assert not any(each.done() for each in streams)
+        assert answer.status_code == 200
+        assert all(each.result().status_code == 200 for each in streams)
+    pieces = [i for i, event in enumerate(events) if isinstance(event, FedBlock)]
+    assert len(pieces) == 31
+    made = [e for e in events[pieces[0] : pieces[-1]] if isinstance(e, Made)]
+    assert len(made) >= 16

@@ -1,0 +1,115 @@
+"""HTTP as clients and proxies speak it, well and badly, over plain sockets."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from ppsd.serve.protocol import HTTP, MAX_HEAD
+from tests.serve.test_behaviour import LONG, Ends, ends
+from tests.support.http_server import Served
+
+__all__ = ["ends"]  # a fixture
+PATH = "/v1/completions"
+SHORT = {"prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": True}
+
+
+def request(body: dict[str, Any], *headers: str, version: str = "1.1") -> bytes:
+    data = json.dumps(body).encode()
+    lines = [f"POST {PATH} HTTP/{version}", "host: localhost", *headers]
+    if not any(line.startswith("transfer-encoding") for line in headers):
+        lines.append(f"content-length: {len(data)}")
+    return "\r\n".join([*lines, "", ""]).encode() + data
+
+
+def connected(server: Served) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), 60)
+
+
+def answer(server: Served, *pieces: bytes) -> bytes:
+    """Send pieces apart, and return all that comes until the server closes."""
+    with connected(server) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(0.02)
+        received = b""
+        while more := connection.recv(1 << 16):
+            received += more
+    return received
+
+
+def texts(received: bytes) -> list[str]:
+    """Return the texts of whole answers that stand one after another."""
+    bodies = [part.split(b"\r\n\r\n", 1)[1] for part in received.split(b"HTTP/1.1 200 OK")[1:]]
+    return [json.loads(body)["choices"][0]["text"] for body in bodies]
+
+
+def test_requests_may_be_old_cut_up_or_in_a_row(server) -> None:
+    """HTTP/1.0, chunks, an expected 100 Continue, and pipelined requests."""
+    [text] = texts(answer(server, request(SHORT, version="1.0")))
+    close = "connection: close"
+    chunked = request(SHORT, close, "transfer-encoding: chunked")
+    head, data = chunked.split(b"\r\n\r\n", 1)
+    pieces = [b"%x\r\n%b\r\n" % (len(each), each) for each in (data[:9], data[9:], b"")]
+    assert texts(answer(server, head + b"\r\n\r\n", *pieces)) == [text]
+    expecting = request(SHORT, close, "expect: 100-continue")
+    head, data = expecting.split(b"\r\n\r\n", 1)
+    received = answer(server, head + b"\r\n\r\n", data)
+    assert received.startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert texts(received) == [text]
+    assert texts(answer(server, request(SHORT) + request(SHORT, close))) == [text, text]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ("content-length: 3",),
+        ("transfer-encoding: chunked", "content-length: 3"),
+        ("content-length: -1",),
+        ("bad header: x",),
+    ],
+)
+def test_requests_that_proxies_could_read_in_two_ways_are_refused(server, headers) -> None:
+    assert answer(server, request(SHORT, *headers)).startswith(b"HTTP/1.1 400 ")
+    assert server.post(PATH, SHORT).status_code == 200
+
+
+@pytest.mark.skipif(HTTP == "auto", reason="httptools is not installed")
+@pytest.mark.parametrize("headers", [b"x: " + b"a" * (1 << 20), b"x: a\r\n" * (1 << 18)])
+def test_headers_without_end_are_not_held(server, headers) -> None:
+    head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\n".encode()
+    with connected(server) as connection:
+        sent = 0
+        with suppress(ConnectionError):
+            connection.sendall(head)
+            while sent < 64 << 20:
+                connection.sendall(headers)
+                sent += len(headers)
+        assert sent < 64 << 20
+    allowed = "x: " + "a" * (MAX_HEAD // 2)
+    assert len(texts(answer(server, request(SHORT, "connection: close", allowed)))) == 1
+
+
+def test_a_body_that_does_not_come_holds_nothing(server, ends: Ends) -> None:
+    for cut in (1, len(request(LONG)) - 20):
+        with connected(server) as connection:
+            connection.sendall(request(LONG)[:-cut])
+    assert server.post(PATH, SHORT).status_code == 200
+    assert server.service.active == 0
+
+
+def test_one_who_closes_the_sending_half_counts_as_gone(server, ends: Ends) -> None:
+    """From here, one who is gone altogether looks the same until something is sent."""
+    with connected(server) as connection:
+        connection.sendall(request(LONG))
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+    assert ends.arrived.acquire(timeout=60)
+    assert ends.lines[0].endswith("finish=abort")
+    assert server.service.active == 0
