@@ -78,11 +78,9 @@ def planned_pipeline(
     from ppsd.engine.choose import planned
 
     best = planned(with_head(config).replaced(mode="ppsd"))
-    largest = max((v.block or 1 for v in chosen), default=1)
-    rows = max((v.rows for v in chosen), default=1)
-    mode = "draft-then-verify" if largest > 1 else "ppsd"
+    rows = max((max(v.rows, v.block or 1) for v in chosen), default=1)
     fixed = config.replaced(
-        split=best.split, exit_layer=None, head=best.head, mode=mode, block=largest, rows=rows
+        split=best.split, exit_layer=None, head=best.head, mode="ppsd", rows=rows
     )
     with open_llm(fixed, **clocks(virtual)) as llm:
         if not llm.drafts:
