@@ -17,7 +17,7 @@ TRANSPORTS = ("auto", "shared-memory", "distributed", "inprocess")
 ACCEPTANCES = ("coupled", "rejection")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 AUTO = "auto"
-AUTO_ROWS = 8  # at most, where times decide: more are not timed
+AUTO_ROWS = 16  # at most, where times decide
 INNER_HEADS = ("none", "auto")
 HEADS = ("auto", "lookup", "untrained", "none")  # what ``head`` may be beside a directory
 DEFAULT_CONTEXT = 8192
@@ -154,8 +154,8 @@ class Decoding(_Checked):
     text), ``untrained`` or ``none``; ``force_head`` uses a directory's head though it was trained
     on another model. ``lookup`` mixes into a head's drafts what followed the same tokens before.
     ``gate`` lets speculation pause while it does not pay. In ``ppsd`` mode the ``rows`` most
-    valuable nodes of a candidate tree go into a wave, with ``auto`` as many as pay; ``heads`` on
-    later boundaries propose others in the place of wrong ones.
+    valuable nodes of a candidate tree go into a wave, with ``auto`` as many as the plan names and
+    pay; ``heads`` on later boundaries propose others in the place of wrong ones.
     """
 
     mode: str = setting("auto, autoregressive, draft-then-verify or ppsd.", "auto", metavar="MODE")
@@ -176,8 +176,8 @@ class Decoding(_Checked):
         "Blocks in the pipeline at once (w); set by the mode.", None, expert=True
     )
     rows: int | str = setting(
-        "Rows of a candidate tree that travel together: 1 drafts a single chain, auto takes as "
-        "many as pay by the measured times.",
+        "Rows of a candidate tree that travel together: 1 drafts a single chain, auto takes what "
+        "`ppsd plan` names, and of them those that pay by the measured times.",
         1,
         metavar="auto|R",
     )
@@ -247,6 +247,11 @@ class EngineConfig(Decoding, Placement):
         return AUTO_ROWS if isinstance(self.rows, str) else self.rows
 
     @property
+    def many_rows(self) -> bool:
+        """Return True if several rows of a candidate tree were asked for by number."""
+        return self.rows != AUTO and self.rows != 1
+
+    @property
     def inner_heads(self) -> bool:
         """Return True if heads on later boundaries are to be used."""
         return self.heads == "auto" if self.heads is not None else self.most_rows > 1
@@ -255,6 +260,18 @@ class EngineConfig(Decoding, Placement):
     def waves(self) -> bool:
         """Return True if rows travel in waves: of candidate trees, or of several requests."""
         return self.stages > 1 and (self.most_rows > 1 or self.inner_heads or self.concurrent > 1)
+
+    def check_rows(self) -> None:
+        """Raise ConfigError if a tree is asked for where chains or nothing are drafted."""
+        if self.many_rows:
+            for used, why in (
+                (self.mode in ("auto", "ppsd"), f"in mode {self.mode}, which drafts no trees"),
+                (self.schedule.block == 1, f"with blocks of {self.schedule.block} tokens"),
+                (self.stages > 1, "with one stage, which has no exit to draft at"),
+                (self.head != "none", "without a head or lookup to draft with"),
+            ):
+                if not used:
+                    raise ConfigError("rows", self.rows, f"1 {why}")
 
     def _check_schedule(self) -> None:
         if self.schedule.drafts and self.stages == 1:

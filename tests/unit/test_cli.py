@@ -262,6 +262,14 @@ def test_verify_passes(ppsd, tiny, prompts, mode) -> None:
     assert result.out.endswith("\nPASS\n")
 
 
+def test_verify_says_what_it_compared(ppsd, tiny, prompts) -> None:
+    flags = "--concurrent 2 --rows 4 --mode ppsd --head untrained".split()
+    result = ppsd("verify", prompts, "-n", 6, *flags, *tiny())
+    assert result.code == 0
+    assert "\n2 requests at once, 4 rows of candidate trees in a wave, each against" in result.out
+    assert "\n2 of 2 prompts exactly equal, 2 with bitwise equal logits" in result.out
+
+
 def test_verify_finds_a_mismatch(ppsd, tiny, prompts, monkeypatch) -> None:
     """One wrong token in the mode under test, in the second prompt."""
     plain_run = LLM.run_all

@@ -13,6 +13,7 @@ import torch
 from ppsd import LLM, SamplingParams
 from ppsd.config import EngineConfig
 from ppsd.engine.choose import choose
+from ppsd.errors import ConfigError
 from ppsd.lab.oracle import OracleDrafter
 from ppsd.model import head_library
 from ppsd.model.head_files import CONFIG_FILE, HeadConfig, record_metrics, save_head
@@ -21,6 +22,7 @@ from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
 from ppsd.model.weights import open_source
+from ppsd.plan.planner import LEAST_GAIN
 from ppsd.speculation.policy import Schedule
 from tests.support.command import ppsd
 from tests.support.tiny_models import save_perfect_head
@@ -189,11 +191,45 @@ def test_plan_and_generate_predict_the_same(
     config = EngineConfig(str(model), stages=3, threads_per_stage=1)
     reason = choose(config, describe(files), found).reason
     assert f"predicted {best['speedup']:.2f}× plain at α 0.80 (low end of 0.90 held out)" in reason
+    trees = choose(replace(config, rows="auto"), describe(files), found)
+    way = max(record["waves"], key=lambda way: way["speedup"])
+    assert f"predicted {way['speedup']:.2f}× plain at α 0.80" in trees.reason
+    if way["speedup"] >= LEAST_GAIN:
+        assert (trees.config.rows, list(trees.config.split or ())) == (way["rows"], way["split"])
+        assert f"rows {way['rows']}, heads {way['heads']}" in trees.reason
+    else:
+        assert (trees.config.mode, trees.config.rows) == ("autoregressive", 1)
     together = "all stages" if cores == 3 else f"{cores} of 3 stages"
     assert f"{together} at once" in reason
     assert f"{together} at once" in record["assumed"]
     away = ppsd("plan", "-m", model, "--workers", 3, "--link-ms", "0.1", "--json")
     assert "all stages at once" in json.loads(away.stdout)["assumed"]
+
+
+def test_rows_that_the_user_names_are_used(tmp_path: Path, spec: ModelSpec) -> None:
+    put(tmp_path / "local" / "poor", 2, 0.01)
+    assert chosen(spec).mode == "autoregressive"
+    assert (chosen(spec, rows=4).mode, chosen(spec, rows=4).rows) == ("ppsd", 4)
+
+
+def test_rows_are_refused_where_no_head_is_found(spec: ModelSpec) -> None:
+    with pytest.raises(ConfigError, match="rows must be 1 without a head, and none was found"):
+        chosen(spec, rows=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"mode": "autoregressive"}, "in mode autoregressive"),
+        ({"mode": "draft-then-verify"}, "in mode draft-then-verify"),
+        ({"mode": "ppsd", "block": 2}, "with blocks of 2 tokens"),
+        ({"stages": 1, "mode": "auto"}, "with one stage"),
+        ({"head": "none"}, "without a head"),
+    ],
+)
+def test_rows_are_refused_where_no_tree_would_be_drafted(settings, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"rows must be 1 {reason}.*, got 4"):
+        LLM("nowhere", rows=4, **settings)
 
 
 def test_nothing_is_promised_of_lookup_alone(spec: ModelSpec) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from ppsd.model.exit_head import most_probable
 from ppsd.speculation.waves import Row
 from ppsd.types import SamplingParams
 from ppsd.worker.inner_head import MAX_LAG_ROWS, InnerHead
@@ -55,3 +57,38 @@ def test_certain_rows_run_together() -> None:
     assert noted.run == []
     _, noted = lagging(MAX_LAG_ROWS + 1)
     assert noted.run == [(10, MAX_LAG_ROWS)]
+
+
+class Certain(Noted):
+    """A head whose row i is likeliest to be followed by token i, then by lower ids."""
+
+    ids = np.array([1, 3, 4, 9, 10])
+
+    def forward_rows(self, hidden: torch.Tensor, places: object) -> torch.Tensor:
+        return hidden
+
+    def finish(self, rows: torch.Tensor, verified: object) -> torch.Tensor:
+        return rows
+
+    def copy_odds(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(rows), 1)
+
+    def opinions(self, rows: torch.Tensor, k: int, perturb):
+        scores = perturb(torch.arange(5.0).expand(len(rows), -1), self.ids)
+        columns, probabilities = most_probable(scores, 2)
+        return torch.from_numpy(self.ids)[columns], probabilities
+
+
+def allowed(*tokens: int) -> bytes:
+    return sum(1 << token for token in tokens).to_bytes(4, "little")
+
+
+def test_a_head_names_only_what_the_grammar_permits() -> None:
+    head = InnerHead(Certain())  # type: ignore[arg-type]
+    masks = (allowed(1, 3, 5), allowed(*range(32)), allowed(5))
+    rows = [certain(position) for position in (10, 11, 12)]
+    said = head.opinion(0, rows, torch.zeros(3, 2), masks=masks)
+    assert said.tokens == ((3, 1), (10, 9), (10, 9))  # the last could say nothing at all
+    assert said.numbers[0, :2].sum() == pytest.approx(1.0)  # all probability is on these two
+    free = head.opinion(0, rows, torch.zeros(3, 2))
+    assert free.tokens == ((10, 9),) * 3

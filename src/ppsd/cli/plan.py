@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ppsd.plan.waves import WavePlan
 
 PIPE_WIDTH = 160
-CUTS_FOR_TREES = 3  # of the best for chains; trying one takes a second
 IMAGINED_LAYERS, IMAGINED_VOCABULARY = 1, 8192  # of a head that --alpha speaks of
 
 _model = functools.partial(flag, panel="Model and workers")
@@ -95,6 +94,7 @@ class PlanOutput:
 def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) -> None:
     """Find split, exit, mode and window for some workers, and predict what they bring."""
     from ppsd.plan.planner import alternatives
+    from ppsd.plan.waves import price
 
     try:
         subject = _outlook(workers, decided)
@@ -106,7 +106,7 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
     found = alternatives(problem, every_split=output.every_split)
     if not found:
         raise ConfigError("mode", decided.mode, "one that the heads and the split allow")
-    verdict, waves = _verdict(found), _waves(found, problem, workers.load)
+    verdict, waves = _verdict(found), price(problem, found, workers.load)
     if output.as_json:
         rows = [_record(plan, subject.memory(plan)) for plan in found]
         about = {"source": problem.profile.source, "assumed": _assumed(problem)}
@@ -272,24 +272,17 @@ def _verdict(plans: Sequence[Plan]) -> str:
     return text
 
 
-def _waves(plans: Sequence[Plan], problem: Problem, load: int) -> list[WavePlan]:
-    """Return what candidate trees bring on the best cut for them, nothing without drafts."""
-    from ppsd.plan.waves import price
-
-    chains = [plan for plan in plans if plan.exit and plan.mode == "ppsd" and plan.bitwise]
-    return price(problem, chains[:CUTS_FOR_TREES], load)
-
-
 def _waves_text(plans: Sequence[WavePlan], load: int) -> str:
     if not plans:
         return ""
-    best = max(plans, key=lambda plan: plan.speedup)
+    from ppsd.plan.planner import LEAST_GAIN
+    from ppsd.plan.waves import fastest
+
+    best = fastest(plans)
     about = f" for {load} requests at once (--concurrent {load})" if load > 1 else ""
     way = f"--split {','.join(map(str, best.split))} --rows {best.rows}"
     way += " --heads auto" if best.heads == "auto" else ""
     each = ", ".join(f"{plan.speedup:.2f} with {plan.rows}" for plan in plans)
-    from ppsd.plan.planner import LEAST_GAIN
-
     if best.speedup < LEAST_GAIN:
         return f"Candidate trees{about} will not pay: {each} rows."
     return f"Candidate trees{about}: {way}, {best.speedup:.2f} times plain decoding ({each} rows)."

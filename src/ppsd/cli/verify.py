@@ -65,11 +65,27 @@ def _line(c: Comparison) -> str:
     return f"{c.id}: DIFFERS at token {c.divergence}{gap}, {rate}"
 
 
+def _checked(llm: LLM) -> str:
+    """Return in words what was compared with plain decoding."""
+    config = llm.config
+    at_once = f"{config.concurrent} requests at once" if config.concurrent > 1 else "One at a time"
+    schedule = config.schedule
+    if not schedule.drafts:
+        return f"{at_once}, without drafts"
+    if schedule.block > 1 or config.most_rows == 1:
+        drafts = f"{config.mode}, m={schedule.block}, w={schedule.in_flight}"
+    else:
+        drafts = f"{config.most_rows} rows of candidate trees in a wave"
+    heads = 1 + sum(head is not None for head in llm.layout.inner) if config.inner_heads else 1
+    return f"{at_once}, {drafts}" + (f", {heads} heads" if heads > 1 else "")
+
+
 def _conclude(console: Console, result: Verification, llm: LLM, *, sampled: bool) -> None:
     config, count = llm.config, len(result.comparisons)
     furthest = max(c.max_logit_difference for c in result.comparisons)
+    console.print(f"\n{_checked(llm)}, each against the same prompt alone, decoded plainly")
     console.print(
-        f"\n{result.exact} of {count} prompts exactly equal, {result.bitwise} with bitwise equal "
+        f"{result.exact} of {count} prompts exactly equal, {result.bitwise} with bitwise equal "
         f"logits; largest logit difference {furthest:.3g}; "
         f"kernels {', '.join(dict.fromkeys(llm.layout.kernels))}"
     )

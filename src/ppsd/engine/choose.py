@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ppsd.config import EngineConfig, available_cores, core_shares
+from ppsd.config import AUTO, EngineConfig, available_cores, core_shares
 from ppsd.engine.memory import default_context, stage_bytes
 from ppsd.engine.peer import Subject
 from ppsd.engine.profiles import profile_for
@@ -27,6 +27,7 @@ from ppsd.model.stage import StagePlan
 from ppsd.model.weights import TensorSource, open_source
 from ppsd.plan.planner import (
     ASSUMED_ALPHA,
+    LEAST_GAIN,
     LOOKUP_ALPHA,
     UNKNOWN,
     UNTRAINED_ALPHA,
@@ -38,6 +39,7 @@ from ppsd.plan.planner import (
 )
 from ppsd.plan.profile import Profile, estimate
 from ppsd.plan.sizes import Sizes
+from ppsd.plan.waves import WavePlan, fastest, price
 from ppsd.speculation.policy import schedule_for
 from ppsd.transport.rendezvous import rank_from_environment
 
@@ -103,12 +105,19 @@ def choose(
     profile = profile or estimate(Sizes.of(spec))
     exits = _exits(config, spec, identity, profile)
     mode = _mode(config)
-    plans = alternatives(_problem(config, mode, profile, exits))
+    problem = _problem(config, mode, profile, exits)
+    plans = alternatives(problem)
     drafting = next((plan for plan in plans if plan.exit), None)
     if config.head == "auto" and drafting is None:
+        if config.many_rows:
+            raise ConfigError("rows", config.rows, "1 without a head, and none was found")
         return choose(_plain(config), spec, identity, profile)
     plain = next((plan for plan in plans if not plan.exit), None)
-    faster = drafting if drafting and drafting.pays else plain
+    trees = _trees(config, problem, plans) if config.rows == AUTO else None
+    if trees is not None:
+        drafting = next(p for p in plans if p.exit and p.bounds[1:-1] == trees.split)
+    pays = trees.speedup >= LEAST_GAIN if trees else drafting is not None and drafting.pays
+    faster = drafting if pays else plain
     best = {"auto": faster, "autoregressive": plain}.get(mode, drafting)
     if config.stages == 1:
         best = plain
@@ -116,9 +125,23 @@ def choose(
         found = sorted({exit_.layer for exit_ in exits})
         raise ConfigError("exit_layer", config.exit_layer, f"one of {found}, where heads are")
     chosen = _apply(config, mode, best, drafting or best)
+    if config.rows == AUTO:
+        used = trees if trees and best.exit else None
+        chosen = chosen.replaced(rows=used.rows if used else 1, heads=used.heads if used else None)
     bounds = check_split(chosen.split or (), spec.num_layers)
-    reason = "" if config.plan == "off" else _reason(chosen, bounds, best, drafting, profile.source)
+    reason = ""
+    if config.plan != "off":
+        reason = _reason(chosen, bounds, best, drafting, profile.source, trees)
     return Choice(chosen, bounds, reason)
+
+
+def _trees(config: EngineConfig, problem: Problem, plans: Sequence[Plan]) -> WavePlan | None:
+    """Return what rows and heads ``ppsd plan`` names for as many requests, None without drafts."""
+    if config.pace:  # emulated devices, where rows are free
+        single = tuple(timed for timed in problem.profile.layer if timed.rows == 1)
+        problem = replace(problem, profile=replace(problem.profile, layer=single))
+    ways = price(problem, plans, config.concurrent, later=config.heads != "none")
+    return fastest(ways) if ways else None
 
 
 def _plain(config: EngineConfig) -> EngineConfig:
@@ -134,9 +157,8 @@ def _mode(config: EngineConfig) -> str:
         return config.mode
     if config.head == "none" or config.stages == 1:
         return "ppsd" if config.schedule_given else "autoregressive"
-    if config.head == "auto" and config.plan != "off" and not config.schedule_given:
-        return "auto"
-    return "ppsd"
+    asked = config.schedule_given or config.many_rows
+    return "auto" if config.head == "auto" and config.plan != "off" and not asked else "ppsd"
 
 
 def read_profile(config: EngineConfig) -> Profile:
@@ -327,30 +349,35 @@ def _reason(
     best: Plan,
     drafting: Plan | None,
     origin: str,
+    trees: WavePlan | None,
 ) -> str:
     """Return the choice in one line, with what its prediction assumes."""
     stages = f"{config.stages} stage{'s' if config.stages > 1 else ''}"
     given = f"({origin})" if config.stages == 1 else f"({_together(config)}; {origin})"
     if best.exit is not None:
         window = f"m={best.schedule.block}, w={best.schedule.in_flight}"
-        what = f"exit {bounds[1]}, {config.mode}, {window}: {prediction(best)}"
+        if trees is not None:
+            window = f"rows {trees.rows}, heads {trees.heads}"
+        what = f"exit {bounds[1]}, {config.mode}, {window}: {prediction(best, trees)}"
         return f"plan: {stages}, {what} {given}"
     if drafting is None or drafting.exit is None or config.mode != "autoregressive":
         return f"plan: {stages}, plain decoding {given}"
-    return f"plan: {stages}, plain decoding: exit {bounds[1]} is {prediction(drafting)} {given}"
+    promise = prediction(drafting, trees)
+    return f"plan: {stages}, plain decoding: exit {bounds[1]} is {promise} {given}"
 
 
-def prediction(plan: Plan) -> str:
-    """Return what a plan with an exit promises, and at which α."""
+def prediction(plan: Plan, trees: WavePlan | None = None) -> str:
+    """Return what a plan with an exit promises, with ``trees`` or a chain, and at which α."""
     assert plan.exit is not None
-    if plan.exit.origin == UNKNOWN:
+    speedup = trees.speedup if trees else plan.speedup
+    if plan.exit.origin == UNKNOWN and trees is None:
         return (
             f"predicted {plan.speedup_at(0):.2f}× plain with no draft right, "
             f"{plan.speedup_at(0.5):.2f}× with half of them: that depends on the text"
         )
-    warning = "" if plan.pays else "; speculation will not pay"
+    warning = "" if speedup >= LEAST_GAIN else "; speculation will not pay"
     at = f"α {plan.exit.alpha:.2f} ({plan.exit.origin})"
-    return f"predicted {plan.speedup:.2f}× plain at {at}{warning}"
+    return f"predicted {speedup:.2f}× plain at {at}{warning}"
 
 
 def _together(config: EngineConfig) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ppsd import checks
-from ppsd.config import EngineConfig, core_shares
+from ppsd.config import AUTO, EngineConfig, core_shares
 from ppsd.engine.choose import (
     choose,
     dtype_name,
@@ -55,7 +55,7 @@ class Layout:
     cores: tuple[tuple[int, ...], ...]
     kernels: tuple[str, ...]
     loose: int = 0  # cells of a slot for rows of branches
-    costs: tuple[float, ...] = ()  # times of 1, 2, … rows over that of one; () where rows are free
+    costs: tuple[float, ...] = ()  # times of 1, 2, … rows over one's, to feed only rows that pay
     slots: int = 1  # requests that may be under way at once
     reason: str = ""
 
@@ -92,6 +92,7 @@ def plan_layout(
     identity = Identity.of(spec, source)
     profile = times(config, files.path, spec, source, identity.fingerprint)
     choice = choose(config, spec, identity, profile)
+    priced = config.rows == AUTO and not config.pace
     config, bounds = choice.config, choice.bounds
     head = _head_config(config, spec, identity)
     if head is not None and head.trained:
@@ -112,7 +113,7 @@ def plan_layout(
             kernels.name(dtype_name(config), config.device(rank)) for rank in range(config.stages)
         ),
         loose=config.most_rows * config.stages if config.waves else 0,
-        costs=() if config.pace else tuple(profile.growth(n + 1) for n in range(config.most_rows)),
+        costs=tuple(profile.growth(n + 1) for n in range(config.most_rows)) if priced else (),
         slots=config.concurrent,
         reason=choice.reason,
     )

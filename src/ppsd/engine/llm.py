@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, overload
 
 from ppsd import checks
-from ppsd.config import AUTO, EngineConfig
+from ppsd.config import EngineConfig
 from ppsd.engine.answer import Chunk, Completion
 from ppsd.engine.build import Progress, RunningPipeline
 from ppsd.engine.choose import serves_as
@@ -65,6 +65,7 @@ class LLM:
         **settings: Any,
     ) -> None:
         self.config = EngineConfig(model=model, **settings)
+        self.config.check_rows()
         if serves_as(self.config) > 0:
             from ppsd.worker.process import serve_rank
 
@@ -180,7 +181,7 @@ class LLM:
         if config.most_rows > self._most_rows:
             raise ConfigError("rows", rows, f"at most {self._most_rows}, as set at the start")
         schedule, largest = config.schedule, self._largest
-        if schedule.block > largest.block or schedule.in_flight > max(
+        if schedule.block > max(largest.block, self._most_rows) or schedule.in_flight > max(
             largest.in_flight, self.layout.stages
         ):
             allowed = f"within block {largest.block} and in-flight {largest.in_flight} set at start"
@@ -212,7 +213,7 @@ class LLM:
             *arguments,
             **settings,
             rows=config.most_rows if drafts else 0,
-            costs=self.layout.costs if config.rows == AUTO else (),
+            costs=self.layout.costs,
             loose=self.layout.loose,
             lookup=config.lookup and drafts,
             opinions=opinions,

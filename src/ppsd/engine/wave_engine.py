@@ -150,7 +150,7 @@ class WaveEngine(Engine):
             return
         require_finite(hidden, 0, rows[0].position)
         self.links.send(Wave(parts, tuple(rows), hidden, masks))  # before drafting: see Engine
-        self._draft(rows, hidden)
+        self._draft(rows, hidden, masks)
 
     def _advance(self, rows: Items[Row]) -> torch.Tensor | None:
         """Return the rows of a pass, or None once all of them are dead."""
@@ -164,7 +164,7 @@ class WaveEngine(Engine):
             if work.advance(watch):
                 return work.hidden
 
-    def _draft(self, rows: list[Row], hidden: torch.Tensor) -> None:
+    def _draft(self, rows: list[Row], hidden: torch.Tensor, masks: tuple[Mask, ...]) -> None:
         stage = self.stage
         if stage.head is None or not stage.drafting:
             return
@@ -173,7 +173,7 @@ class WaveEngine(Engine):
             return
         start = stage.recorder.now()
         try:
-            said = stage.head.opinion(0, rows, hidden, self._verified(rows))
+            said = stage.head.opinion(0, rows, hidden, self._verified(rows), masks)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error} (exit head, position {rows[0].position})") from error
         stage.recorder.add(start, "draft", 0, rows[0].position + 1, len(rows))

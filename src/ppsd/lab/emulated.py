@@ -29,6 +29,7 @@ from ppsd.model.exit_head import ExitHead
 from ppsd.model.passes import Pass, Place, Watch
 from ppsd.model.stage import Stage
 from ppsd.plan.model import CostModel, Link, StageCost
+from ppsd.speculation.masks import Mask
 from ppsd.speculation.waves import Row
 from ppsd.worker.inner_head import InnerHead
 from ppsd.worker.judge import Judge
@@ -178,9 +179,10 @@ class EmulatedHead(InnerHead):
         rows: Sequence[Row],
         hidden: torch.Tensor,
         verified: torch.Tensor | None = None,
+        masks: Sequence[Mask] = (),
     ) -> Opinion:
         self._clock.now += self._time
-        return super().opinion(rank, rows, hidden, verified)
+        return super().opinion(rank, rows, hidden, verified, masks)
 
 
 class EmulatedDrafter(PacedDrafter):

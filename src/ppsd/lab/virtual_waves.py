@@ -28,6 +28,7 @@ from ppsd.lab.virtual import (
 from ppsd.plan.model import CostModel
 from ppsd.plan.waves import shares
 from ppsd.speculation.lookup import LENGTHS
+from ppsd.speculation.masks import Mask
 from ppsd.speculation.policy import Schedule
 from ppsd.speculation.tree import CANDIDATES
 from ppsd.speculation.waves import Row
@@ -91,6 +92,7 @@ class VirtualHead:
         rows: Sequence[Row],
         hidden: torch.Tensor,
         verified: torch.Tensor | None = None,
+        masks: Sequence[Mask] = (),
     ) -> Opinion:
         nodes = [(row.slot, row.node) for row in rows]
         return self._say(rank, nodes, [row.position + 1 for row in rows])

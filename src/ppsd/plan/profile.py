@@ -139,10 +139,17 @@ class Profile:
         return _interpolate(single, context) * self.growth(rows)
 
     def growth(self, rows: int) -> float:
-        """Return how many times as long as for one row a layer takes for ``rows``."""
+        """Return how many times as long as for one row a layer takes for ``rows``.
+
+        Beyond what was timed it goes on as between the last two; nothing timed means free rows.
+        """
         contexts = {t.context for t in self.layer if t.rows > 1}
         points = {t.rows: t.time.median for t in self.layer if t.context in contexts}
-        return _interpolate(points, rows) / points[1] if points else 1.0
+        if not points:
+            return 1.0
+        before, last = sorted(points)[-2:]
+        steeper = max(0.0, points[last] - points[before]) / (last - before)
+        return (_interpolate(points, rows) + max(0, rows - last) * steeper) / points[1]
 
     def lm_head_time(self, rows: int = 1) -> float:
         """Seconds of final norm, LM head and sampling."""

@@ -23,10 +23,12 @@ from ppsd.speculation.waves import Verified, WavePolicy, choose
 
 LATER = 0.35  # of what a head's first candidates miss, each next one has about so much
 TOKENS = 120  # of all requests together, at least
-LEAST_TOKENS = 24  # of one of them
+LEAST_TOKENS = 24  # of one of them, on average
+SPREAD = 3  # times the average: what no request among others reaches
 RIGHT, WRONG = 0, 1  # tokens: the target's own, and the first of those that it never says
 
 PRICED_ROWS = (1, 4, 16)
+CUTS = 3  # of the best for chains; trying one takes a second
 
 Fed = list[tuple[WavePolicy, Node]]
 
@@ -42,23 +44,34 @@ class WavePlan:
     speedup: float
 
 
-def price(problem: Problem, plans: Sequence[Plan], load: int) -> list[WavePlan]:
+def price(
+    problem: Problem, plans: Sequence[Plan], load: int, *, later: bool = True
+) -> list[WavePlan]:
     """Return what numbers of rows bring to ``load`` requests together, on the best of some cuts.
 
-    Heads of the problem that fit later boundaries count if they make it faster.
+    The cuts are those of the first of ``plans`` that are chains. Heads of the problem that fit
+    ``later`` boundaries count if they make it faster. Nothing comes back without drafts.
     """
     together = Schedule(1, min(load, 2))  # stages that work at the same time may share cores
     plainly = plain_cost(problem, together)
     plain = wave_token_time(plainly, problem.profile.growth, 0, {}, load)
-    tried = [_priced(problem, plan, load, plain) for plan in plans]
+    chains = [plan for plan in plans if plan.exit and plan.mode == "ppsd" and plan.bitwise]
+    tried = [_priced(problem, plan, load, plain, later=later) for plan in chains[:CUTS]]
     return max(tried, key=lambda ways: max(way.speedup for way in ways), default=[])
 
 
-def _priced(problem: Problem, plan: Plan, load: int, plain: float) -> list[WavePlan]:
+def fastest(ways: Sequence[WavePlan]) -> WavePlan:
+    """Return the fastest way, of equals the one with the fewest rows."""
+    return max(ways, key=lambda way: way.speedup)
+
+
+def _priced(
+    problem: Problem, plan: Plan, load: int, plain: float, *, later: bool
+) -> list[WavePlan]:
     assert plan.exit is not None
     first = {0: plan.exit.alpha}
     rates = {exit_.layer: exit_.alpha for exit_ in problem.exits}
-    inner = {k: rates[b] for k, b in enumerate(plan.bounds[1:-1]) if k and b in rates}
+    inner = {k: rates[b] for k, b in enumerate(plan.bounds[1:-1]) if later and k and b in rates}
     found = []
     for rows in PRICED_ROWS:
         times = {
@@ -92,7 +105,7 @@ def wave_token_time(
     heads: Mapping[int, float],
     load: int = 1,
 ) -> float:
-    """Return the seconds from token to token of ``load`` requests together.
+    """Return the seconds from token to token of ``load`` requests together, all of them under way.
 
     ``growth`` says how many times as long as one row so many take in a layer. ``heads`` holds the
     acceptance rate of the head behind each stage that has one; a head that is right more often is
@@ -115,7 +128,8 @@ class Ticks:
         self._cost, self._rows = cost, rows
         self._heads = {rank: shares(alpha) for rank, alpha in heads.items()} if rows else {}
         self._growth = [growth(n) for n in range(1, rows + load + 1)]
-        self._tokens = max(LEAST_TOKENS, TOKENS // load)
+        self._wanted = max(LEAST_TOKENS * load, TOKENS) - load  # after the first of each
+        self._tokens = TOKENS if load == 1 else SPREAD * self._wanted // load
         draws = [np.random.default_rng(slot).random(self._tokens + 1) for slot in range(load)]
         self._luck = [own.tolist() for own in draws]
         self._policies = [self._begun(slot) for slot in range(load)]
@@ -137,10 +151,10 @@ class Ticks:
         return policy
 
     def run(self) -> float:
-        """Decode all requests; return the mean seconds a token of them takes."""
+        """Decode as many tokens as are wanted; return the mean seconds that one takes."""
         stages: list[Fed] = [[] for _ in range(self._cost.size)]
-        seconds, wave = 0.0, 1
-        while any(not policy.finished for policy in self._policies):
+        seconds, wave, made = 0.0, 1, 0
+        while made < self._wanted:
             wave += 1
             costs = self._growth if self._rows else ()
             stages = [choose(self._policies, self._rows, wave, costs), *stages[:-1]]
@@ -152,7 +166,8 @@ class Ticks:
             for policy, node in alive[-1]:
                 if node is policy.tree.root:
                     policy.on(Verified((node.id,), (RIGHT,)))
-        return seconds / (self._tokens - 1) / len(self._policies)
+            made = sum(policy.emitted - 1 for policy in self._policies)
+        return seconds / made
 
     def _time(self, rank: int, rows: int) -> float:
         """Return how long a stage is busy with a wave of ``rows`` rows."""

@@ -5,15 +5,18 @@ Rank 0 drafts with the one at its own exit; those on later boundaries correct it
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from ppsd.model.exit_head import ExitHead
 from ppsd.model.passes import Place
 from ppsd.speculation.lookup import Array
+from ppsd.speculation.masks import Mask
 from ppsd.speculation.sampling import gumbel
 from ppsd.speculation.tree import CANDIDATES
 from ppsd.speculation.waves import Row
@@ -48,6 +51,7 @@ class Speaker(Protocol):
         rows: Sequence[Row],
         hidden: torch.Tensor,
         verified: torch.Tensor | None = None,
+        masks: Sequence[Mask] = (),
     ) -> Opinion: ...
 
 
@@ -104,7 +108,8 @@ class InnerHead:
         if not block.judge:
             return None
         place = (block.slot, block.position + len(block.tokens))
-        return self._say(rank, ((block.slot, block.epoch),), [place], rows[-1:], None)
+        node = ((block.slot, block.epoch),)
+        return self._say(rank, node, [place], rows[-1:], None, block.masks[-1:])
 
     def opinion(
         self,
@@ -112,8 +117,9 @@ class InnerHead:
         rows: Sequence[Row],
         hidden: torch.Tensor,
         verified: torch.Tensor | None = None,
+        masks: Sequence[Mask] = (),
     ) -> Opinion:
-        """Return what may follow the rows [n, C] of a wave.
+        """Return what may follow the rows [n, C] of a wave, as far as their ``masks`` permit it.
 
         ``verified`` [n, C] are the last layer's rows that the head takes as feedback.
         """
@@ -122,7 +128,7 @@ class InnerHead:
         features = self.head.forward_rows(hidden, [place_of(row) for row in rows])
         nodes = tuple([(row.slot, row.node) for row in rows])
         following = [(row.slot, row.position + 1) for row in rows]
-        said = self._say(rank, nodes, following, features, verified)
+        said = self._say(rank, nodes, following, features, verified, masks)
         time.sleep(max(0.0, end - time.monotonic()))
         return said
 
@@ -147,11 +153,14 @@ class InnerHead:
         following: Sequence[tuple[int, int]],
         features: torch.Tensor,
         verified: torch.Tensor | None,
+        masks: Sequence[Mask],
     ) -> Opinion:
         finished = self.head.finish(features, verified)
-        tokens, probabilities = self.head.opinions(
-            finished, CANDIDATES, lambda scores, ids: self._perturbed(scores, ids, following)
-        )
+
+        def told(scores: torch.Tensor, ids: Array) -> torch.Tensor:
+            return _permitted(self._perturbed(scores, ids, following), ids, masks)
+
+        tokens, probabilities = self.head.opinions(finished, CANDIDATES, told)
         odds = self.head.copy_odds(finished).float()
         numbers = torch.cat([probabilities, odds.expand(len(nodes), -1)], 1)
         return Opinion(rank, nodes, tuple(map(tuple, tokens.tolist())), numbers)
@@ -182,3 +191,16 @@ class InnerHead:
                 del self._noise[next(iter(self._noise))]
             self._noise[key] = gumbel(*key, self.head.spec.vocab_size).float()
         return self._noise[key]
+
+
+def _permitted(scores: torch.Tensor, ids: Array, masks: Sequence[Mask]) -> torch.Tensor:
+    """Ban what masks do not permit from the scores [n, D] of tokens ``ids``.
+
+    A row that could say nothing at all keeps its scores: the last stage refuses its request.
+    """
+    if not masks:
+        return scores
+    told = np.stack([np.frombuffer(mask, np.uint8) for mask in masks])
+    banned = told[:, ids >> 3] >> (ids & 7).astype(np.uint8) & 1 == 0
+    banned[banned.all(1)] = False
+    return scores.masked_fill(torch.from_numpy(banned).to(scores.device), -math.inf)

@@ -154,7 +154,7 @@ class Worker:
         self._link.send(self.rank + 1, wave._replace(hidden=hidden))
         if self._head is not None:
             start = self._recorder.now()
-            self._link.send(0, self._head.opinion(self.rank, wave.rows, hidden))
+            self._link.send(0, self._head.opinion(self.rank, wave.rows, hidden, masks=wave.masks))
             place = wave.parts[0].root, wave.rows[0].position
             self._recorder.add(start, "draft", *place, len(wave.rows))
 

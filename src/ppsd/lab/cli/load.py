@@ -63,10 +63,12 @@ def load(
     if as_json:
         print(text)
         return
-    table = Table("at once", "variant", "tokens/s", "ratio", "differing", box=None, pad_edge=False)
+    heads = "at once", "variant", "tokens/s", "ratio", "all under way", "hits", "rows", "differing"
+    table = Table(*heads, box=None, pad_edge=False)
     for row in rows:
-        cells = str(row.concurrent), row.variant, f"{row.speed:.1f}", f"{row.ratio:.2f}"
-        table.add_row(*cells, str(row.differing))
+        full = "" if row.full_ratio is None else f"{row.full_ratio:.2f}"
+        cells = str(row.concurrent), row.variant, f"{row.speed:.1f}", f"{row.ratio:.2f}", full
+        table.add_row(*cells, f"{row.hits:.0%}", f"{row.rows:.1f}", str(row.differing))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table)
     if label:

@@ -79,11 +79,9 @@ def planned_pipeline(
     from ppsd.lab.tasks import RIVAL
 
     best = planned(with_head(config).replaced(mode="ppsd"))
-    largest = max((v.block or 1 for v in chosen), default=1)
-    rows = max((v.rows for v in chosen), default=1)
-    mode = "draft-then-verify" if largest > 1 else "ppsd"
+    rows = max((max(v.rows, v.block or 1) for v in chosen), default=1)
     fixed = config.replaced(
-        split=best.split, exit_layer=None, head=best.head, mode=mode, block=largest, rows=rows
+        split=best.split, exit_layer=None, head=best.head, mode="ppsd", rows=rows
     )
     rivals = any(v.mode == RIVAL for v in chosen)
     with open_llm(fixed, **clocks(virtual, rivals=rivals)) as llm:
