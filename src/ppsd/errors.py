@@ -5,7 +5,7 @@ PpsdError
 ├── ModelError             a model file is missing, corrupt or refused
 │   ├── UnsupportedModelError   the architecture or a feature of it is not supported
 │   └── HeadError               an exit head does not fit the model, split or exit layer
-├── KernelError            the compiled kernels cannot be had, or other stages have others
+├── KernelError            the compiled kernels are missing, or stages have different ones
 ├── InsufficientMemoryError     the estimate made before loading does not fit
 ├── RequestError           one request cannot go on; the pipeline takes the next
 └── PipelineError          the running pipeline broke
@@ -59,7 +59,7 @@ class HeadError(ModelError):
 
 
 class KernelError(PpsdError):
-    """The compiled kernels cannot be had, or not all stages have the same."""
+    """The compiled kernels are missing, or stages have different ones."""
 
 
 class InsufficientMemoryError(PpsdError):

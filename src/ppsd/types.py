@@ -55,12 +55,12 @@ class SamplingParams:
     )
     ignore_eos: bool = setting("Go on after end-of-sequence tokens.", False, expert=True)
     max_tokens: int = setting(
-        "At most so many new tokens; 256 if left out, in chat what the context holds.",
+        "Limit on new tokens; 256 if left out, in chat what the context holds.",
         256,
         short="-n",
         open_default=True,
     )
-    min_tokens: int = setting("No end before so many new tokens.", 0, expert=True)
+    min_tokens: int = setting("Fewest new tokens before an answer may end.", 0, expert=True)
     n: int = 1
 
     def __post_init__(self) -> None:

@@ -158,15 +158,22 @@ def test_files_of_prompts_with_lone_surrogates_are_named(tmp_path: Path) -> None
             read()
 
 
-@pytest.mark.parametrize("more", [["\udcff"], ["hi", "--system", "\udcff"], ["\udcff", "--raw"]])
-def test_command_lines_that_are_not_unicode_are_one_sentence(
-    more: list[str], tiny_model: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        (["generate", "\udcff"], "prompt"),
+        (["generate", "\udcff", "--raw"], "prompt"),
+        (["generate", "hi", "--system", "\udcff"], "system"),
+        (["chat", "--system", "\udcff"], "system"),
+    ],
+)
+def test_command_lines_that_are_not_unicode_are_told_at_once(
+    line: list[str], field: str, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    settings = ["--transport", "inprocess", "--head", "untrained", "--plan", "off"]
-    monkeypatch.setattr("sys.argv", ["ppsd", "generate", *more, "-m", str(tiny_model()), *settings])
+    monkeypatch.setattr("sys.argv", ["ppsd", *line, "--model", "/nowhere"])
     assert app.main() == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "must be valid Unicode, without lone surrogates, got" in last
+    told = f"ppsd: {field} must be valid Unicode, without lone surrogates, got '\\udcff'\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ppsd.model.passes import Watch
 from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec, spec_from_config
-from ppsd.model.stage import Stage, StagePlan
+from ppsd.model.stage import Stage, StagePlan, new_runner
 from ppsd.model.steps import CudaRunner
 from ppsd.model.weights import open_source
 from tests.support.layers import rand, random_layer
@@ -57,6 +57,25 @@ def build(request) -> Build:
         return request.param(weights, spec, rope, KVCache(*sizes, slots=slots, spare=1))
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layers", "sizes", "kind"),
+    [
+        (BF16, 1, {}, CompiledRunner),
+        (torch.float32, 1, {}, TorchRunner),
+        (BF16, 1, {"intermediate_size": 152}, TorchRunner),  # no multiple of what a step takes
+        (BF16, 1, {"head_dim": 24}, TorchRunner),
+        (BF16, 0, {}, TorchRunner),
+    ],
+)
+def test_what_runs_layers_is_chosen_by_dtype_and_sizes(dtype, layers, sizes, kind) -> None:
+    if kernels.loaded() is None:
+        pytest.skip("no C compiler")
+    spec = spec_from_config(LlamaConfig(**SIZES | sizes), "small")
+    weights = [random_layer(spec, dtype) for _ in range(layers)]
+    cache = KVCache(layers, spec.num_kv_heads, CONTEXT, spec.head_dim, dtype, CPU)
+    assert type(new_runner(weights, spec, Rope(spec, CONTEXT, dtype, CPU), cache)) is kind
 
 
 def run(runner: Runner, rows: torch.Tensor, position: int, slot: int = 0) -> torch.Tensor:

@@ -54,9 +54,7 @@ class SubjectOptions:
             show_envvar=False,
         ),
     ] = None
-    limit: Annotated[
-        int | None, _measured("Take so many prompts of each file, evenly from it.")
-    ] = None
+    limit: Annotated[int | None, _measured("Prompts to take of each file, evenly.")] = None
     max_tokens: Annotated[int, _measured("Tokens of an answer.", "-n", "--max-tokens")] = 128
     temperature: Annotated[
         float, _measured("0 is greedy, else coupled sampling.", "-t", "--temperature")
@@ -68,7 +66,7 @@ class SubjectOptions:
         str, _measured("Prompt lookup beside the heads: on, off or both.", metavar="on|off|both")
     ] = "on"
     decode: Annotated[
-        int, _measured("Decode so many of the prompts with the engine too, and compare.", min=0)
+        int, _measured("Number of prompts to decode with the engine too, to compare.", min=0)
     ] = 0
     stages: Annotated[int, _measured("Stages of that, and of the expected speedup.", min=2)] = 2
 

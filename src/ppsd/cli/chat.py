@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ppsd import checks
 from ppsd.cli.display import conclude, cut, log_console, painter, show
 from ppsd.cli.session import advise, open_llm
 from ppsd.cli.settings import Sampling
@@ -56,6 +57,7 @@ def chat(
 ) -> None:
     """Talk with the model; the conversation and its cache are kept."""
     unlimited = {"max_tokens": MOST_TOKENS}
+    checks.unicode("system", system or "")
     sampling.params(unlimited)  # refuses now what would only fail once the model is loaded
     typed = sys.stdin.isatty()
     with open_llm(config) as llm:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ppsd import checks
 from ppsd.cli.display import conclude, log_console, painter, show
 from ppsd.cli.session import advise, open_llm
 from ppsd.cli.settings import Sampling
@@ -77,11 +78,12 @@ def _read(prompt: str | None) -> str:
         raise PpsdError(f"standard input is not UTF-8 text: {error}") from error
     if not text:
         raise ConfigError("prompt", text, "a non-empty text")
-    return text
+    return checks.unicode("prompt", text)
 
 
 def _check(raw: bool, system: str | None, template: str | None, trace: Path | None) -> None:
     """Refuse now what would only fail, or be ignored, once the model is loaded."""
+    checks.unicode("system", system or "")
     for name, value in (("system", system), ("chat_template", template)):
         if raw and value is not None:
             raise ConfigError(name, value, "left out with --raw, which uses no chat template")

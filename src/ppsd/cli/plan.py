@@ -84,7 +84,7 @@ class DecidedOptions:
 class PlanOutput:
     """What is shown."""
 
-    top: Annotated[int, _output("Show so many alternatives.", min=1)] = 8
+    top: Annotated[int, _output("Number of alternatives to show.", min=1)] = 8
     every_split: Annotated[
         bool, _output("List every split, not only the best of each exit.", "--every-split")
     ] = False

@@ -25,7 +25,7 @@ def verify(
         Path, typer.Argument(help="JSONL or text file of prompts.", metavar="PROMPTS")
     ],
     limit: Annotated[
-        int | None, typer.Option(help="Take so many prompts, evenly from the file.")
+        int | None, typer.Option(help="Number of prompts to take, evenly from the file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -68,7 +68,7 @@ class KVCache:
         self.lengths[slot] = position + rows
 
     def check(self, places: Sequence[Place], rows: int) -> None:
-        """Raise ProtocolError unless so many rows can be written, one at each place in turn."""
+        """Raise ProtocolError unless ``rows`` rows can be written, one at each place in turn."""
         if not 0 < rows == len(places):
             raise ProtocolError(f"{rows} rows do not stand at {len(places)} places")
         written: dict[tuple[int, int], int] = {}  # position of the row in a slot's cell

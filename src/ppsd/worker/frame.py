@@ -46,7 +46,7 @@ class Landing:
         self._address = 0
 
     def put(self, numbers: memoryview, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Rows of ``shape`` made of just so many ``numbers``."""
+        """Return rows of ``shape`` that hold ``numbers``."""
         if (shape, dtype) != self._kind:
             self._kind, self._rows = (shape, dtype), torch.empty(shape, dtype=dtype)
             self._address = self._rows.data_ptr()
@@ -61,7 +61,7 @@ def packed_ids(tokens: tuple[int, ...]) -> bytes:
 
 @functools.cache
 def ids_layout(count: int) -> struct.Struct:
-    """Return the layout of so many token ids."""
+    """Return the layout of ``count`` token ids."""
     return struct.Struct(f"{count}q")
 
 
