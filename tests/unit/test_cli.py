@@ -263,7 +263,7 @@ def test_verify_passes(ppsd, tiny, prompts, mode) -> None:
 
 
 def test_verify_says_what_it_compared(ppsd, tiny, prompts) -> None:
-    flags = "--concurrent 2 --rows 4 --mode ppsd --head untrained".split()
+    flags = ["--concurrent", "2", "--rows", "4", "--mode", "ppsd", "--head", "untrained"]
     result = ppsd("verify", prompts, "-n", 6, *flags, *tiny())
     assert result.code == 0
     assert "\n2 requests at once, 4 rows of candidate trees in a wave, each against" in result.out
