@@ -78,6 +78,8 @@ LABORATORY = {
     "endurance": f"{ORACLE} --exit-layer --requests".replace(" --pace", ""),
     "tasks": f"{TASKS} --gammas --variants --sampled --virtual",
     "baselines": TASKS,
+    "knn-ssd-search": "--model -m --chat-template --dtype --threads-per-stage --max-context "
+    "--config --prompts --limit --evaluations --samples --max-tokens -n --centres --out --json",
     "load": f"{TASKS} --concurrent --virtual".replace(" --repeats", "").replace(" --memory", ""),
     "simulate": "--stages --layers --exit-layer --alpha --trace --block --in-flight --rows "
     "--tokens "

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SET_HERE = (
     "stages", "split", "exit_layer", "mode", "block", "in_flight", "rows", "concurrent", "head",
     "heads", "force_head", "lookup", "gate", "acceptance", "pace", "plan",
+    "devices", "transport", "prefill_chunk", "escape_special", "timeout", "init_timeout",
 )  # fmt: skip
 
 
