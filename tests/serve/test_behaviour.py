@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -164,13 +166,32 @@ def test_a_reader_that_stops_reading_holds_up_nobody(server, ends) -> None:
         assert not any(line.endswith("abort") for line in ends.lines)
 
 
-def test_more_requests_than_the_queue_holds_are_answered_or_refused(server) -> None:
-    body = {"prompt": [5, 6, 7], "max_tokens": 1}
-    with ThreadPoolExecutor(90) as clients:
-        found = list(clients.map(lambda _: server.post(TEXT, body).status_code, range(160)))
-    assert set(found) <= {200, 429}
-    assert found.count(200) >= server.service.capacity
-    assert server.post(TEXT, body).status_code == 200
+def test_160_requests_at_once_are_answered_or_refused(server, ends) -> None:
+    """Each has a connection of its own, and all of them are sent together."""
+    many, body = 160, {"prompt": [5, 6, 7], "max_tokens": 2, "ignore_eos": True}
+    [right] = server.post(TEXT, body).json()["choices"]
+    together = threading.Barrier(many)
+
+    def ask(_: int) -> tuple[int, dict[str, Any]]:
+        host, port = server.url.removeprefix("http://").split(":")
+        with closing(http.client.HTTPConnection(host, int(port), timeout=120)) as connection:
+            connection.connect()
+            together.wait(120)
+            connection.request("POST", TEXT, json.dumps(body))
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+
+    with ThreadPoolExecutor(many) as clients:
+        found = list(clients.map(ask, range(many)))
+    answered = [said["choices"] for status, said in found if status == 200]
+    refused = [said["error"]["type"] for status, said in found if status == 429]
+    assert answered == [[right]] * len(answered)
+    assert refused == ["rate_limit_error"] * len(refused)
+    assert len(answered) + len(refused) == many
+    assert len(answered) >= server.service.capacity
+    for _ in range(1 + many):
+        assert ends.arrived.acquire(timeout=60)
+    assert server.service.active == 0
 
 
 def test_health_answers_while_requests_run(server, ends) -> None:

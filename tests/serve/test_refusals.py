@@ -207,13 +207,15 @@ def test_a_request_that_cannot_go_on_ends_alone(server, stream) -> None:
 
 def test_a_key_is_asked_for_but_not_by_health(llm) -> None:
     with serving(llm, api_key="secret") as served:
-        for headers in ({}, {"authorization": "Bearer other"}, {"authorization": "secret"}):
+        for given in ("", "Bearer other", "secret", "Basic secret", "Bearer"):
+            headers = {"authorization": given} if given else {}
             response = served.client.get("/v1/models", headers=headers)
             assert response.status_code == 401
             assert error_of(response)["code"] == "invalid_api_key"
             assert "secret" not in response.text
-        right = {"authorization": "Bearer secret"}
-        assert served.client.get("/v1/models", headers=right).status_code == 200
+        for right in ("Bearer secret", "bearer secret"):
+            headers = {"authorization": right}
+            assert served.client.get("/v1/models", headers=headers).status_code == 200
         assert served.client.get("/health").status_code == 200
 
 
@@ -228,3 +230,17 @@ def test_a_name_made_to_lead_here_is_refused_without_a_key(server: Served, host:
         response = server.client.get(path, headers={"host": host})
         assert response.status_code == 403, path
         assert response.json()["error"]["code"] == "foreign_host"
+
+
+def test_a_page_from_elsewhere_is_refused_without_a_key(server: Served) -> None:
+    """A form of it may be sent here without asking first."""
+    for origin, status in [
+        ("https://evil.example", 403),
+        ("http://127.0.0.1.evil.example:8000", 403),
+        ("null", 403),
+        ("http://localhost:3000", 200),
+        ("http://[::1]:8000", 200),
+        (server.url, 200),
+    ]:
+        body = {"prompt": "hi", "max_tokens": 1}
+        assert server.post(TEXT, body, headers={"origin": origin}).status_code == status, origin

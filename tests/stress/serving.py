@@ -85,8 +85,8 @@ def vanish(port: int, body: dict[str, Any], rng: random.Random) -> None:
 def body_of(rng: random.Random) -> dict[str, Any]:
     """Return a request of any kind."""
     body = {
-        "prompt": [rng.randrange(3, 290) for _ in range(rng.randrange(1, 50))],
-        "max_tokens": rng.randrange(1, 8),
+        "prompt": [rng.randrange(3, 290) for _ in range(rng.randrange(1, 24))],
+        "max_tokens": rng.randrange(1, 5),
         "ignore_eos": True,
         "stream": rng.random() < 0.5,
         "seed": rng.randrange(1000),

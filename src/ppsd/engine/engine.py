@@ -197,6 +197,8 @@ class Engine:
         hidden = self._run(sequence, feed)
         kind = "cancelled" if hidden is None else "forward" if feed.judge else "prefill"
         stage.recorder.add(start, kind, feed.epoch, feed.position, len(feed.tokens))
+        if kind == "forward" and feed.judge == len(feed.tokens):  # else the end of a prompt
+            stage.recorder.count(feed.judge)
         block = None if hidden is None else stage.finish(sequence, feed, hidden)
         if block is not None:  # before drafting, so that a miss never pays for the draft
             self.links.send(block)

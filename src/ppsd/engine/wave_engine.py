@@ -144,6 +144,8 @@ class WaveEngine(Engine):
         hidden = self._advance(rows)
         kind = "forward" if hidden is not None else "cancelled"
         stage.recorder.add(start, kind, parts[0].root, rows[0].position, len(rows))
+        if hidden is not None:
+            stage.recorder.count(len(rows))
         if hidden is None:
             if any(part.moves for part in parts):  # they will not be told again
                 self.links.send(Wave(parts, (), torch.empty(0, 0)))

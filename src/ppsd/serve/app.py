@@ -44,6 +44,10 @@ FOREIGN = (
     "the Host header names another machine: without a key the server answers this one alone; "
     "other names need --api-key or --insecure"
 )
+FOREIGN_PAGE = (
+    "the request comes from a web page of another machine: without a key the server answers pages "
+    "of this one alone; others need --api-key or --insecure"
+)
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -304,12 +308,14 @@ class Doors:
     """Lets in who has the key, and gives every answer the id of its request.
 
     Without a key it lets in who asks for this machine by a name of its own: a web page from
-    elsewhere, whose name was made to lead here (DNS rebinding), asks for that name.
+    elsewhere, whose name was made to lead here (DNS rebinding), asks for that name. One that asks
+    for this machine itself cannot read the answer, but would let it work; its browser tells the
+    page's origin.
     """
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app = app
-        self._expected = None if config.api_key is None else f"Bearer {config.api_key}".encode()
+        self._key = None if config.api_key is None else config.api_key.encode()
         self._only_local = config.only_local
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -331,9 +337,13 @@ class Doors:
         if self._only_local and host and not is_loopback(host):
             refusal = RefusedError(403, FOREIGN, code="foreign_host")
             return JSONResponse(refusal.to_json(), 403)(scope, receive, named)
-        given = headers.get(b"authorization", b"")
-        expected = self._expected
-        if expected and scope["path"] not in OPEN and not hmac.compare_digest(given, expected):
+        origin = headers.get(b"origin", b"")
+        if self._only_local and origin and not is_loopback(_host(origin.rpartition(b"/")[2])):
+            refusal = RefusedError(403, FOREIGN_PAGE, code="foreign_origin")
+            return JSONResponse(refusal.to_json(), 403)(scope, receive, named)
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        known = scheme.lower() == b"bearer" and hmac.compare_digest(given, self._key or b"")
+        if self._key and scope["path"] not in OPEN and not known:
             refusal = RefusedError(401, "the API key is missing or wrong", code="invalid_api_key")
             headers_401 = {"www-authenticate": "Bearer"}
             return JSONResponse(refusal.to_json(), 401, headers_401)(scope, receive, named)

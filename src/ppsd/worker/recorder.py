@@ -38,13 +38,15 @@ class Recorder:
         self.busy_ns[kind] += end - start
         self.blocks[kind] += 1
         self.total_ns += end - start
-        if kind == "forward":
-            self.passes += 1
-            self.rows += rows
         if self.slices is not None:
             self.slices.append((start, end, kind, epoch, position, rows))
         if self.observer is not None:
             self.observer((start, end, kind, epoch, position, rows))
+
+    def count(self, rows: int) -> None:
+        """Count a decoding pass and its rows."""
+        self.passes += 1
+        self.rows += rows
 
     def take(self) -> dict[str, Any]:
         """Return everything since the last ``take``, JSON-ready, and start anew."""
