@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
+from threading import Event
 
 import pytest
 
 from ppsd import LLM, SamplingParams
+from ppsd.engine.events import FedBlock, Made
 from ppsd.errors import ConfigError
 from ppsd.lab.emulated import EmulatedPipeline
 from tests.support.command import lab
+from tests.support.tiny_models import save_tiny
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6] * 3  # says something for lookup to copy
 PARAMS = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -69,6 +75,48 @@ def test_many_requests_share_waves(tiny_model) -> None:
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
     # four prompts and then 23 waves of two pairs, which follow each other without a gap
     assert taken == pytest.approx(0.1 * (4 + 2 * 23 + 1), rel=0.1)
+
+
+@pytest.mark.parametrize("mode", ["autoregressive", "ppsd"])
+def test_a_long_prompt_holds_streams_up_by_two_pieces_at_most(tmp_path, mode: str) -> None:
+    """A prompt of 1,000 tokens begins while eight streams are decoded."""
+    model, pace = save_tiny(tmp_path), 0.1
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    settings = {"stages": 4, "dtype": "float32", "mode": mode, "pace": (pace,), "concurrent": 9}
+    heads = {"head": "untrained", "rows": 10} if mode == "ppsd" else {}
+    made: dict[int, list[int]] = defaultdict(list)  # when each slot's tokens came
+    pieces: list[int] = []  # when those of prompts began
+    streaming = Event()
+
+    def watch(event: object) -> None:
+        if isinstance(event, Made):
+            made[event.slot].append(event.time)
+            if len(made) == 8:
+                streaming.set()
+        elif isinstance(event, FedBlock):
+            pieces.append(event.start)
+
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    with (
+        LLM(str(model), **settings, **heads, pipeline=EmulatedPipeline) as llm,
+        ThreadPoolExecutor(1) as others,
+    ):
+        llm.observe(watch)
+        streams = others.submit(llm.run_all, [[5, i] for i in range(8)], params)
+        assert streaming.wait(60)
+        llm.run([7] * 1000, SamplingParams(max_tokens=1))
+        streams.result()
+    long = pieces[8:]
+    assert len(long) == 8
+    last = max(time for times in made.values() for time in times)
+    assert long[-1] < last, "the streams were over too early to be held up"
+    held_up, usual = [0.0], [0.0]  # seconds from token to token
+    for before, after in chain.from_iterable(pairwise(times) for times in made.values()):
+        beside = before < long[-1] + 4e9 * pace and after > long[0]
+        (held_up if beside else usual).append((after - before) / 1e9)
+    undisturbed = 4 * pace if mode == "autoregressive" else max(usual)  # heads take their time
+    assert max(held_up) <= undisturbed + 2 * pace + 1e-6
 
 
 @pytest.mark.parametrize("settings", [{"stages": 2}, {"stages": 1, "pace": (0.1,)}])
