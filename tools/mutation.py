@@ -22,6 +22,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs" / "results" / "exactness" / "mutation.json"
+MIXED = ROOT / "mutants" / "mixed"
 OUTCOMES = ROOT / "mutants" / "outcomes.json"  # of single mutants, to go on from
 CHAINS = "contract/test_planted_bugs.py::test_without_a_bug_every_check_passes"
 TREES = "contract/test_planted_wave_bugs.py::test_without_a_bug_every_check_passes"
@@ -160,9 +162,10 @@ class File:
         self._pipe, theirs = Pipe()
         if not (pid := os.fork()):
             self._pipe.close()
+            sys.path.insert(0, str(MIXED.absolute()))
             os.chdir("mutants")
             options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:warnings"]
-            options += ["--hypothesis-profile=unshrunk"]
+            options += ["--hypothesis-profile=unshrunk", "--timeout=0"]
             with contextlib.suppress(EOFError):  # the search was stopped
                 pytest.main([*options, f"tests/{self._tests}"], plugins=[Search(theirs)])
             os._exit(0)
@@ -223,6 +226,20 @@ def write_mutants() -> dict[str, list[str]]:
         data.load()
         names[module] = sorted(data.exit_code_by_key, key=digest)
     return names
+
+
+def mix(modules: Sequence[str]) -> None:
+    """Link a package in which these modules alone have mutants: their functions take long to call.
+
+    So a search of one module does not wait for calls in all the others.
+    """
+    shutil.rmtree(MIXED, ignore_errors=True)
+    mutated = {Path(f"src/ppsd/{module}.py") for module in modules}
+    for file in Path("src/ppsd").rglob("*"):
+        if file.is_file() and "__pycache__" not in file.parts:
+            link = MIXED / file.relative_to("src")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(("mutants" / file if file in mutated else file).absolute())
 
 
 def digest(name: str) -> str:
@@ -336,6 +353,7 @@ def main() -> None:
             outcomes[module] = {"source": source_hash(module), "of": of}
         left = [(m, n) for m in together for n in names[m][: options.most]]
         left = [(m, n) for m, n in left if n not in outcomes[m]["of"]]
+        mix(together)
         files, end = [File(name) for name in names_of_files], time.monotonic() + share
         for count, (module, name) in enumerate(sorted(left, key=lambda pair: digest(pair[1])), 1):
             if time.monotonic() > end:

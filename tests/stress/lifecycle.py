@@ -174,6 +174,7 @@ def main() -> int:
     random.seed(options.seed)
     torch.set_num_threads(1)
     result: dict[str, Any] = {"interrupts": {}, "forks": {}}
+    origin = provenance()  # of the code that has been loaded, whatever is committed meanwhile
     place, owner = Path(tempfile.mkdtemp()), os.getpid()
     try:
         model = save_tiny(place / "model")
@@ -193,7 +194,7 @@ def main() -> int:
     result["processes left"] = len(left)
     bad = [c for by in (result["interrupts"], result["forks"]) for c in by.values()]
     failed = any(c.get(k) for c in bad for k in ("wrong", "dead", "children astray"))
-    result |= {"passed": not (failed or left), "seed": options.seed, "provenance": provenance()}
+    result |= {"passed": not (failed or left), "seed": options.seed, "provenance": origin}
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")

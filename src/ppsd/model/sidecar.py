@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -72,12 +73,17 @@ def cached(
         pass
     except Exception as error:  # damaged or not ours: building anew repairs it if anything can
         if isinstance(error, PermissionError):
-            LOG.warning("not used: %s", error)
+            _tell(f"not used: {error}")
     value = build()
     if place is not None:
         with suppress(OSError):  # a cache that cannot be written only makes the next start slower
             _store(place, value, write)
     return value
+
+
+@cache  # a library is looked for twice, with a lock the second time
+def _tell(notice: str) -> None:
+    LOG.warning("%s", notice)
 
 
 def own_bytes(path: Path) -> bytes:
