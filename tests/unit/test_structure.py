@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cli",
         "engine",
         "measure",
+        "transport",
         "worker",
         "plan",
         "speculation",

@@ -85,8 +85,7 @@ class LLM:
         )
         self.layout = replace(self.layout, spec=self.tokenizer.fit(self.layout.spec))
         self.defaults = sampling_defaults(files)
-        running = pipeline(self.config, self.layout, source)
-        self._running = running
+        self._running = running = pipeline(self.config, self.layout, source)
         self._engine = TextEngine(self.layout.bounds)
         self.trace = self._engine.trace
         self._thread = thread = EngineThread(self._engine, running.close)
@@ -342,17 +341,13 @@ class LLM:
         sinks: Sequence[LogitsSink] | None = None,
     ) -> list[Completion]:
         """Complete lists of token ids at once; ``sinks`` receive their logits, as in ``run``."""
-        return self._thread.results(
-            [
-                self._ticket(self._request(ids, params, reuse=False, logits=sink), silent=True)
-                for ids, sink in zip(prompts, sinks or repeat(None), strict=False)
-            ]
-        )
+        pairs = zip(prompts, sinks or repeat(None), strict=False)
+        requests = [self._request(ids, params, reuse=False, logits=sink) for ids, sink in pairs]
+        return self._thread.results([self._ticket(request, silent=True) for request in requests])
 
     def encode(self, prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
         """Return the token ids of a prompt, checked; for a chat template see prompt.encode."""
-        layout = self.layout
-        sizes = layout.spec.num_tokens, layout.max_context
+        sizes = self.layout.spec.num_tokens, self.layout.max_context
         return encode(prompt, self.tokenizer, *sizes, template_kwargs)
 
     def on_pipeline(self, job: Callable[[RunningPipeline], Any]) -> Any:

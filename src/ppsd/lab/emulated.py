@@ -17,13 +17,12 @@ from ppsd.engine.drafter import Drafter, DraftState, Given, HeadDrafter, PacedDr
 from ppsd.engine.first_stage import FirstStage
 from ppsd.engine.layout import Layout, head_seconds
 from ppsd.errors import ConfigError
+from ppsd.lab.clocks import Clock, nanoseconds
 from ppsd.lab.virtual import (
-    Clock,
     VirtualLink,
     VirtualLinks,
     VirtualPipeline,
     VirtualStage,
-    nanoseconds,
 )
 from ppsd.model.exit_head import ExitHead
 from ppsd.model.passes import Pass, Place, Watch

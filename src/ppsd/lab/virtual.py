@@ -16,11 +16,11 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from ppsd.engine.drafter import DraftState, Given
 from ppsd.engine.links import Answer
+from ppsd.lab.clocks import Clock, Published, nanoseconds, noise
 from ppsd.model.passes import Pass, Place, Watch
 from ppsd.plan.model import CostModel
 from ppsd.worker.judge import Judge
@@ -32,18 +32,7 @@ RIGHT, WRONG = 0, 1  # the toy target always says RIGHT; a draft says either
 NEVER = 2**62  # nanoseconds; when a cancel that takes for ever arrives
 LOGITS = 64  # more than there are toy tokens
 SENDING = "send"  # what a recorder calls the time between two blocks
-NOISE_POSITIONS = 4096  # after so many the same factors come again
 HEAD = -1  # the lane of noise behind those of the stages
-
-
-class Clock:
-    """The time of one rank, in nanoseconds."""
-
-    def __init__(self) -> None:
-        self.now = 0
-
-    def __call__(self) -> int:
-        return self.now
 
 
 class VirtualPipeline:
@@ -163,23 +152,6 @@ class VirtualPipeline:
             if rank == self.cost.size - 1:
                 end += self.lm_head(1)
         return end
-
-
-class Published:
-    """The epochs of a slot, and when stages see them."""
-
-    def __init__(self) -> None:
-        self.epochs = [1]
-        self._seen_at = [0]
-
-    def add(self, seen_at: int, epoch: int) -> None:
-        """Let stages see ``epoch`` from ``seen_at`` on."""
-        self._seen_at.append(seen_at)
-        self.epochs.append(epoch)
-
-    def at(self, now: int) -> int:
-        """Return the newest epoch that is seen at a time."""
-        return self.epochs[bisect_right(self._seen_at, now) - 1]
 
 
 class VirtualWatch(Watch):
@@ -386,17 +358,3 @@ def _rows(count: int) -> torch.Tensor:
 def rows_in(message: Message) -> int:
     """Return how many rows of hidden states a message carries."""
     return message.hidden.shape[0] if isinstance(message, Block | Wave) else 0
-
-
-def nanoseconds(seconds: float) -> int:
-    """Return whole nanoseconds, so that equal times are equal."""
-    return round(seconds * 1e9)
-
-
-def noise(sigma: float, seed: int, lanes: int) -> list[list[float]]:
-    """Return log-normal factors with mean 1 for each lane, by position."""
-    rng = np.random.default_rng(seed)
-    factors: list[list[float]] = rng.lognormal(
-        -(sigma**2) / 2, sigma, (lanes, NOISE_POSITIONS)
-    ).tolist()
-    return factors

@@ -13,6 +13,7 @@ import torch
 
 from ppsd.engine.first_stage import FirstStage
 from ppsd.engine.wave_engine import WaveEngine
+from ppsd.lab.clocks import nanoseconds
 from ppsd.lab.simulator import Simulated, decoded
 from ppsd.lab.virtual import (
     HEAD,
@@ -23,7 +24,6 @@ from ppsd.lab.virtual import (
     VirtualLinks,
     VirtualPipeline,
     VirtualStage,
-    nanoseconds,
 )
 from ppsd.plan.model import CostModel
 from ppsd.plan.waves import shares
