@@ -7,7 +7,9 @@ which are perfect: trees have many branches, of which now one and now another is
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -31,14 +33,20 @@ SETTINGS = {"dtype": "float64", "prefill_chunk": 16, "gate": False, "split": SPL
 
 @pytest.fixture(scope="module")
 def model(tiny_model, tmp_path_factory) -> Iterator[str]:
-    """Return a tiny model, for which there are heads on inner boundaries."""
-    path, heads = tiny_model(), []
+    with inner_heads(tiny_model(), tmp_path_factory):
+        yield str(tiny_model())
+
+
+@contextmanager
+def inner_heads(path: Path, places: pytest.TempPathFactory) -> Iterator[None]:
+    """Let heads on inner boundaries of a tiny model be found, and no others."""
+    heads = []
     for layer in INNER:
-        head = save_perfect_head(tmp_path_factory.mktemp("head"), path, layer)
+        head = save_perfect_head(places.mktemp("head"), path, layer)
         heads.append(FoundHead(head, False, read_head_config(head)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "find_heads", lambda: heads)
-        yield str(path)
+        yield
 
 
 def open_waves(model: str, rows: int, **settings) -> LLM:

@@ -21,6 +21,7 @@ from ppsd.worker.inner_head import InnerHead
 from ppsd.worker.judge import Judge
 from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker
+from ppsd.worker.messages import Refusal
 from ppsd.worker.wave_messages import Wave
 
 Patch = pytest.MonkeyPatch
@@ -122,14 +123,14 @@ def judge_otherwise(patch: Patch, token: Callable) -> None:
     """Let ``token`` of (rows, found, target's token) be what follows the judged row ``found``."""
     verdicts, tokens = Judge.verdicts, Judge._tokens
 
-    def judging(self, rows, hidden):
+    def judging(self, rows, *rest):
         self.rows = rows
-        said = verdicts(self, rows, hidden)
+        said = verdicts(self, rows, *rest)
         self.rows = None
         return said
 
-    def changed(self, slot, logits, first):
-        target = tokens(self, slot, logits, first)
+    def changed(self, slot, logits, first, masks):
+        target = tokens(self, slot, logits, first, masks)
         if getattr(self, "rows", None) is None:
             return target
         return (token(self, slot, first, target[0]),)
@@ -178,11 +179,11 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     verdicts, draw = Judge.verdicts, Sampler.draw
 
-    def judging(self, rows, hidden):
+    def judging(self, *arguments):
         for slot in self._slots:
             if slot.sampler is not None:
                 slot.sampler.place = 0
-        said = verdicts(self, rows, hidden)
+        said = verdicts(self, *arguments)
         for slot in self._slots:
             if slot.sampler is not None:
                 slot.sampler.place = None
@@ -204,10 +205,12 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     verdicts = Judge.verdicts
 
-    def swapped(self, rows, hidden):
-        said = verdicts(self, rows, hidden)
+    def swapped(self, *arguments):
+        said, *refusals = verdicts(self, *arguments) or [None]
+        if said is None or isinstance(said, Refusal):
+            return [said, *refusals] if said else []
         several = len({slot for slot, _ in said.nodes}) > 1
-        return said._replace(tokens=said.tokens[::-1]) if several else said
+        return [said._replace(tokens=said.tokens[::-1]) if several else said, *refusals]
 
     patch.setattr(Judge, "verdicts", swapped)
 
