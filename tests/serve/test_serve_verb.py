@@ -91,10 +91,13 @@ def test_it_says_that_it_loads_and_a_closed_terminal_lets_requests_end(tiny_mode
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
         url = f"http://[::1]:{free.getsockname()[1]}"
     flags = ("--transport", "inprocess", "--host", "::1", "--port", url.rsplit(":", 1)[1])
-    with launched(tiny_model(), *flags) as process, httpx.Client(base_url=url) as client:
+    with (
+        launched(tiny_model(), *flags) as process,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
         seen: list[httpx.Response] = []
         while process.poll() is None and (not seen or seen[-1].status_code != 200):
-            with suppress(httpx.ConnectError):
+            with suppress(httpx.TransportError):  # nobody listens yet, or has just stopped to
                 seen.append(client.get("/health", headers={"connection": "close"}))
             time.sleep(0.02)
         assert seen[0].status_code == 503

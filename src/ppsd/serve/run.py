@@ -79,7 +79,8 @@ def check_tls(config: ServerConfig) -> None:
 @contextmanager
 def excused(bound: socket.socket, config: ServerConfig) -> Iterator[None]:
     """Answer meanwhile that the model is still being loaded."""
-    server = uvicorn.Server(_settings(still_loading, config, lifespan="off"))
+    more = {"lifespan": "off", "timeout_graceful_shutdown": 1}
+    server = uvicorn.Server(_settings(still_loading, config, **more))
     sockets = {"sockets": [bound.dup()]}  # which the server closes
     thread = threading.Thread(target=server.run, kwargs=sockets, name="ppsd-loading", daemon=True)
     thread.start()
