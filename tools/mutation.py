@@ -355,16 +355,19 @@ def main() -> None:
         left = [(m, n) for m, n in left if n not in outcomes[m]["of"]]
         mix(together)
         files, end = [File(name) for name in names_of_files], time.monotonic() + share
-        for count, (module, name) in enumerate(sorted(left, key=lambda pair: digest(pair[1])), 1):
-            if time.monotonic() > end:
-                break
-            outcomes[module]["of"][name] = search(files, name)
-            if count % RECORDED == 0 or count == len(left):
-                record(outcomes, names)
-                print(f"{names_of_files[0]}: {count} of {len(left)}", flush=True)
+        left.sort(key=lambda pair: digest(pair[1]))
+        try:
+            for count, (module, name) in enumerate(left, 1):
+                if time.monotonic() > end:
+                    break
+                outcomes[module]["of"][name] = search(files, name)
+                if count % RECORDED == 0:
+                    record(outcomes, names)
+                    print(f"{names_of_files[0]}: {count} of {len(left)}", flush=True)
+        finally:  # a search that is stopped keeps what it has
+            record(outcomes, names)
         for file in files:
             file.end()
-        record(outcomes, names)
 
 
 if __name__ == "__main__":
