@@ -18,7 +18,7 @@ from ppsd.engine.sequence import collect_logits
 from ppsd.lab.oracle import OracleDrafter
 from ppsd.speculation.policy import Schedule
 from tests.contract.test_rejection import check_certain_drafts
-from tests.support.planted_bugs import BUGS
+from tests.support.planted_bugs import BUGS, fails
 from tests.support.rig import VOCAB, Rig
 from tests.support.tiny_models import VOCAB as TINY_VOCAB
 from tests.support.tiny_models import save_tiny
@@ -202,12 +202,3 @@ def test_without_a_bug_every_check_passes(level, levels) -> None:
 def test_the_documented_levels_catch(name, levels, monkeypatch) -> None:
     BUGS[name](monkeypatch)
     assert {level for level, check in levels.items() if fails(check)} == documented()[name]
-
-
-def fails(check: Callable[[], None]) -> bool:
-    """Return True if the check notices: by other tokens, or as the pipeline itself refuses."""
-    try:
-        check()
-    except Exception:  # any refusal counts: a bug shows in its own way
-        return True
-    return False

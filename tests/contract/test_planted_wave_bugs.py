@@ -11,6 +11,7 @@ from ppsd import SamplingParams
 from ppsd.engine.sequence import collect_logits
 from tests.contract.test_exact_waves import MANY, inner_heads, open_waves
 from tests.contract.test_planted_bugs import documented
+from tests.support.planted_bugs import fails
 from tests.support.planted_wave_bugs import WAVE_BUGS
 from tests.support.wave_rig import check_at_random
 from tests.unit import test_waves as policy_tests
@@ -102,17 +103,3 @@ def test_without_a_bug_every_check_passes(levels) -> None:
 def test_the_documented_levels_catch(name, levels, monkeypatch) -> None:
     WAVE_BUGS[name](monkeypatch)
     assert {level for level, check in levels.items() if fails(check)} == documented(SECTION)[name]
-
-
-def fails(check: Callable[[], None]) -> bool:
-    """Return True if a check notices.
-
-    A planted bug that has fallen behind the code it changes is no bug that was caught.
-    """
-    try:
-        check()
-    except (TypeError, AttributeError, NameError):
-        raise
-    except Exception:  # any other refusal counts: a bug shows in its own way
-        return True
-    return False

@@ -40,6 +40,20 @@ def bug(name: str) -> Callable[[Plant], Plant]:
     return register
 
 
+def fails(check: Callable[[], None]) -> bool:
+    """Return True if a check notices: by other tokens, or as the pipeline itself refuses.
+
+    A planted bug that has fallen behind the code it changes is no bug that was caught.
+    """
+    try:
+        check()
+    except (TypeError, AttributeError, NameError):
+        raise
+    except Exception:  # any other refusal counts: a bug shows in its own way
+        return True
+    return False
+
+
 @bug("key/value row of a rolled-back position kept")
 def _(patch: Patch) -> None:
     reserve, advance = KVCache.reserve, KVCache.advance
@@ -223,8 +237,8 @@ def _(patch: Patch) -> None:
 
 @bug("rows of a block shipped from the wrong offset")
 def _(patch: Patch) -> None:
-    def rolled(slot, epoch, position, parent, judge, tokens, hidden):
-        return Block(slot, epoch, position, parent, judge, tokens, torch.roll(hidden, 1, 0))
+    def rolled(*, hidden, **rest):
+        return Block(hidden=torch.roll(hidden, 1, 0), **rest)
 
     patch.setattr(first_stage, "Block", rolled)
 
@@ -235,7 +249,7 @@ def _(patch: Patch) -> None:
 
     def copied(self, block, hidden):
         said = verdict(self, block, hidden)
-        return said._replace(tokens=said.tokens[:1].expand_as(said.tokens))
+        return said._replace(tokens=said.tokens[:1] * len(said.tokens))
 
     patch.setattr(Judge, "verdict", copied)
 
