@@ -66,7 +66,7 @@ def test_the_laboratory_has_first_screens_of_its_own(monkeypatch, capsys) -> Non
         monkeypatch.setattr(sys, "argv", ["ppsd-lab", *arguments])
         assert lab.main() == 0
         out = capsys.readouterr().out
-        assert re.findall(r"^  (?:ppsd-lab )?(\w+) +\S", out, re.MULTILINE) == verbs
+        assert re.findall(r"^  (?:ppsd-lab )?([\w-]+) +\S", out, re.MULTILINE) == verbs
         assert max(map(len, out.splitlines())) <= COLUMNS
     assert [lab.load(verb).name for verb in verbs] == verbs
 

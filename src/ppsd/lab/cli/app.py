@@ -15,10 +15,10 @@ To begin:
 """
 VERBS = {
     "Measure with drafts of chosen quality": {
-        "efficiency": "Compare PPSD's speedup with theory, and say where the rest goes.",
+        "efficiency": "Compare PPSD's speedup with theory; say where the rest goes.",
         "predict": "Compare the simulator's token times with the engine's.",
-        "splits": "Decode with every split; compare the planned one with the best.",
-        "endurance": "Watch a long request's late tokens, and memory over many requests.",
+        "splits": "Decode with every split; compare the planned with the best.",
+        "endurance": "Watch late tokens of long requests, and memory over many.",
     },
     "Measure with trained heads on real prompts": {
         "tasks": "Compare plain decoding, PPSD and its rivals.",
