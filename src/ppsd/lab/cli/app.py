@@ -18,7 +18,7 @@ VERBS = {
         "efficiency": "Compare PPSD's speedup with theory; say where the rest goes.",
         "predict": "Compare the simulator's token times with the engine's.",
         "splits": "Decode with every split; compare the planned with the best.",
-        "endurance": "Watch late tokens of a long request, and memory over many.",
+        "endurance": "Watch late tokens of long requests, and memory over many.",
     },
     "Measure with trained heads on real prompts": {
         "tasks": "Compare plain decoding, PPSD and its rivals.",
