@@ -113,9 +113,11 @@ def test_the_gate_is_off_but_where_it_is_measured(small, tmp_path) -> None:
 def test_all_modes_run_where_ppsd_would_be_cut(tiny_model, tmp_path) -> None:
     """Draft-then-verify alone would cut this model after its first layer."""
     flags = ["--model", tiny_model(), "--dtype", "float64", "--stages", 3, "--transport"]
-    short = ["inprocess", "--tokens", 4, "--repeats", 1, "--alphas", 1, "--json"]
+    short = ["inprocess", "--tokens", 24, "--repeats", 1, "--alphas", 1, "--json"]
     verbs = ("efficiency", "predict")
-    one, two = [json.loads(lab(verb, *flags, *short).stdout)["bounds"] for verb in verbs]
+    results = [lab(verb, *flags, *short) for verb in verbs]
+    assert [result.exit_code for result in results] == [0, 0], results
+    one, two = [json.loads(result.stdout)["bounds"] for result in results]
     assert one == two
     assert one[1] > 1
 

@@ -54,7 +54,7 @@ def test_a_table_without_json(small) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--head", "none"], "anything to draft with"),
+        (["--head", "none"], "head must be an exit head"),
         (["--gammas", "0"], "gamma"),
         (["--gammas", "x"], "gammas"),
     ],

@@ -22,7 +22,7 @@ Event = dict[str, Any]
 def write(tmp_path: Path, *requests: list[list[tuple]], bounds=(0, 2, 4)) -> list[Event]:
     log = TraceLog()
     for lanes in requests:
-        log.add([{"slices": [list(piece) for piece in lane]} for lane in lanes])
+        log.add([{"slices": [[*piece, []] for piece in lane]} for lane in lanes])
     return read(log_to(log, tmp_path / "trace.json", bounds))
 
 
@@ -117,7 +117,7 @@ def test_what_lies_between_slices_is_idle(tmp_path) -> None:
 
 def test_pauses_of_speculation_have_a_lane_below_the_stages(tmp_path) -> None:
     log = TraceLog()
-    stages = [{"slices": [(5 * MS, 9 * MS, "forward", 1, 4, 1)]}]
+    stages = [{"slices": [(5 * MS, 9 * MS, "forward", 1, 4, 1, ())]}]
     log.add(stages, pauses=[(0.004, 0.006), (0.008, 0.009)])
     events = read(log_to(log, tmp_path / "trace.json", (0, 2)))
     check(events, 1)
@@ -159,6 +159,46 @@ def test_requests_at_the_same_positions_do_not_share_arrows(tmp_path) -> None:
         [0.5, 1.5, 2.5],
         [5.5, 6.5, 7.5],
     ]
+
+
+def test_branches_of_a_tree_are_lit_or_dead(tmp_path) -> None:
+    """Node 5 is verified, its sibling 6 dies before the last stage, and 7 in it."""
+    nodes = [[0, 5], [0, 6], [0, 7]]
+    lanes_ = [
+        [(0, MS, "forward", 4, 9, 3, nodes)],
+        [(MS, 2 * MS, "verify", 4, 9, 3, nodes)],
+        [(2 * MS, 3 * MS, "verify", 4, 9, 2, nodes[::2])],
+    ]
+    log = TraceLog()
+    log.add([{"slices": lane} for lane in lanes_[:1]])
+    log.add([{"verified": [[0, 5]]}, *({"slices": lane} for lane in lanes_[1:])])
+    events = read(log_to(log, tmp_path / "trace.json", (0, 1, 2, 3)))
+    assert [(path[0]["name"], len(path)) for path in arrows(events)] == [
+        ("token", 3),
+        ("dead branch", 2),
+        ("dead branch", 3),
+    ]
+    working = [e for lane in lanes(events).values() for e in lane if e["name"] != "idle"]
+    assert [(e["args"]["rows"], e["args"]["lit"]) for e in working] == [(3, 1), (3, 1), (2, 1)]
+
+
+def test_a_real_trace_of_a_tree(tiny_model, tmp_path) -> None:
+    """Every token after the first is a lit row; the untrained head's branches die."""
+    settings = {"dtype": "float64", "transport": "inprocess", "split": (2, 4), "plan": "off"}
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    with LLM(
+        str(tiny_model()), trace=True, head="untrained", mode="ppsd", rows=6, gate=False, **settings
+    ) as llm:
+        tokens = llm.run(list(range(3, 23)), params).token_ids
+        llm.write_trace(tmp_path / "trace.json")
+    events = read(tmp_path / "trace.json")
+    names = [path[0]["name"] for path in arrows(events)]
+    fed = [e for e in lanes(events)[1] if e["name"] in ("prefill", "forward")]
+    chunks = sum("lit" not in e["args"] for e in fed)
+    assert names.count("token") == chunks + len(tokens) - 1
+    assert names.count("dead branch") > len(tokens)
+    last = [e["args"] for e in lanes(events)[3] if "lit" in e["args"]]
+    assert sum(args["lit"] for args in last) == len(tokens) - 1
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path) -> None:

@@ -143,7 +143,7 @@ class WaveEngine(Engine):
             stage.commit(part)
         hidden = self._advance(rows)
         kind = "forward" if hidden is not None else "cancelled"
-        stage.recorder.add(start, kind, parts[0].root, rows[0].position, len(rows))
+        stage.recorder.add(start, kind, parts[0].root, rows[0].position, len(rows), rows)
         if hidden is not None:
             stage.recorder.count(len(rows))
         if hidden is None:
@@ -231,6 +231,7 @@ class WaveEngine(Engine):
                     sink(first + i - own[0], verdicts.logits[i])
             if verdicts.feedback is not None:
                 sequence.newest = verdicts.feedback[own[-1] : own[-1] + 1]
+            self.stage.recorder.verify(slot, nodes)
             said = Verified(nodes, tuple(verdicts.tokens[i] for i in own))
             self._obey(sequence, sequence.waves.on(said))
 

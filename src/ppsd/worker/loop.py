@@ -19,7 +19,7 @@ from ppsd.worker.messages import Begin, Block, Control, Message, Refusal, Status
 from ppsd.worker.recorder import Recorder
 from ppsd.worker.wave_messages import Wave
 
-SLICES_PER_REPORT = 500  # keeps one report well below CONTROL_BYTES
+SLICE_BYTES, NODE_BYTES = 100, 24  # at most, in a report, of a slice and of each of its nodes
 
 
 class Worker:
@@ -136,7 +136,8 @@ class Worker:
         hidden = self._run_rows(wave) if wave.rows else None
         if wave.rows:
             first, kind = wave.rows[0], "cancelled" if hidden is None else "verify"
-            self._recorder.add(start, kind, wave.parts[0].root, first.position, len(wave.rows))
+            place = wave.parts[0].root, first.position, len(wave.rows)
+            self._recorder.add(start, kind, *place, wave.rows)
         else:
             self._recorder.blocks["dropped"] += 1
         if hidden is not None:
@@ -191,11 +192,15 @@ class Worker:
     def _report(self) -> None:
         """Answer in as many statuses as the slices need; the last one says so."""
         taken = self._recorder.take()
-        slices = taken.pop("slices", [])
-        while len(slices) > SLICES_PER_REPORT:
-            part, slices = slices[:SLICES_PER_REPORT], slices[SLICES_PER_REPORT:]
-            self._link.send(0, Status(self.rank, "report", {"slices": part, "last": False}))
-        self._link.send(0, Status(self.rank, "report", taken | {"slices": slices, "last": True}))
+        part: list[Any] = []
+        size = 0
+        for piece in taken.pop("slices", []):
+            size += SLICE_BYTES + NODE_BYTES * len(piece[-1])
+            if part and size > CONTROL_BYTES // 2:
+                self._link.send(0, Status(self.rank, "report", {"slices": part, "last": False}))
+                part, size = [], SLICE_BYTES + NODE_BYTES * len(piece[-1])
+            part.append(piece)
+        self._link.send(0, Status(self.rank, "report", taken | {"slices": part, "last": True}))
 
 
 def _part_of(wave: Wave, live: list[int]) -> Wave:

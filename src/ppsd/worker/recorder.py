@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppsd.speculation.waves import Row
 
 MAX_SLICES = 200_000  # bounds a trace's memory; the oldest slices are dropped first
 OVERRUN = "overrun"  # counts blocks of a paced stage that took longer than its pace
@@ -21,7 +24,8 @@ class Recorder:
 
     ``now`` is the clock of the rank, which the simulator replaces by a virtual one. ``observer``,
     if there is one, is called with each slice as it ends; on rank 0 the engine tells it more.
-    ``total_ns``, and the decoding passes and their rows, are counts that never start anew.
+    ``slices`` end with the (slot, node) of each of a wave's rows; ``verified`` are those that the
+    target confirmed. ``total_ns``, and the decoding passes and their rows, never start anew.
     """
 
     def __init__(self, trace: bool = False, now: Callable[[], int] = time.monotonic_ns) -> None:
@@ -30,18 +34,33 @@ class Recorder:
         self.busy_ns: Counter[str] = Counter()
         self.blocks: Counter[str] = Counter()
         self.total_ns = self.passes = self.rows = 0
-        self.slices: deque[Slice] | None = deque(maxlen=MAX_SLICES) if trace else None
+        self.verified: list[tuple[int, int]] = []
+        self.slices: deque[tuple[Any, ...]] | None = deque(maxlen=MAX_SLICES) if trace else None
 
-    def add(self, start: int, kind: str, epoch: int, position: int, rows: int) -> None:
-        """Record work on ``rows`` rows at ``position`` from ``start`` until now."""
+    def add(
+        self,
+        start: int,
+        kind: str,
+        epoch: int,
+        position: int,
+        rows: int,
+        wave: Sequence[Row] = (),
+    ) -> None:
+        """Record work on ``rows`` rows at ``position``…, or of a ``wave``, from ``start`` on."""
         end = self.now()
         self.busy_ns[kind] += end - start
         self.blocks[kind] += 1
         self.total_ns += end - start
         if self.slices is not None:
-            self.slices.append((start, end, kind, epoch, position, rows))
+            nodes = [(row.slot, row.node) for row in wave]
+            self.slices.append((start, end, kind, epoch, position, rows, nodes))
         if self.observer is not None:
             self.observer((start, end, kind, epoch, position, rows))
+
+    def verify(self, slot: int, nodes: Sequence[int]) -> None:
+        """Note rows that the target confirmed, for the trace."""
+        if self.slices is not None:
+            self.verified += [(slot, node) for node in nodes]
 
     def count(self, rows: int) -> None:
         """Count a decoding pass and its rows."""
@@ -56,4 +75,5 @@ class Recorder:
         if self.slices is None:
             return taken
         slices, self.slices = list(self.slices), deque(maxlen=MAX_SLICES)
-        return taken | {"slices": slices}
+        verified, self.verified = self.verified, []
+        return taken | {"slices": slices, "verified": verified}

@@ -78,6 +78,9 @@ def planned_pipeline(
     from ppsd.engine.choose import planned
     from ppsd.lab.tasks import RIVAL
 
+    drafts = "an exit head: drafts are what is measured"
+    if config.head == "none":
+        raise ConfigError("head", config.head, drafts)
     best = planned(with_head(config).replaced(mode="ppsd"))
     rows = max((max(v.rows, v.block or 1) for v in chosen), default=1)
     fixed = config.replaced(
@@ -86,7 +89,7 @@ def planned_pipeline(
     rivals = any(v.mode == RIVAL for v in chosen)
     with open_llm(fixed, **clocks(virtual, rivals=rivals)) as llm:
         if not llm.drafts:
-            raise ConfigError("head", config.head, "an exit head: drafts are what is measured")
+            raise ConfigError("head", config.head, drafts)
         yield llm
 
 
