@@ -59,7 +59,7 @@ class TraceLog:
         for rank, report in enumerate(reports):
             lane = self._lanes.setdefault(rank, [])
             for *about, nodes in report.get("slices", []):
-                lane.append(Piece(*about, tuple(map(tuple, nodes))))
+                lane.append(Piece(*about)._replace(nodes=tuple(map(tuple, nodes))))
             self._verified |= {(NODE, *node) for node in report.get("verified", [])}
 
     def take(self) -> list[list[Piece]]:
