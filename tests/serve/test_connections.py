@@ -86,7 +86,7 @@ def test_headers_without_end_are_not_held(server, headers) -> None:
     head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\n".encode()
     with connected(server) as connection:
         sent = 0
-        with suppress(ConnectionError):
+        with suppress(ConnectionError):  # the server hangs up, as it should
             connection.sendall(head)
             while sent < 64 << 20:
                 connection.sendall(headers)

@@ -84,7 +84,7 @@ def allowed(*tokens: int) -> bytes:
 
 
 def test_a_head_names_only_what_the_grammar_permits() -> None:
-    head = InnerHead(Certain())  # type: ignore[arg-type]
+    head = InnerHead(Certain())  # type: ignore[arg-type]  # all of a head that it asks for
     masks = (allowed(1, 3, 5), allowed(*range(32)), allowed(5))
     rows = [certain(position) for position in (10, 11, 12)]
     said = head.opinion(0, rows, torch.zeros(3, 2), masks=masks)

@@ -20,7 +20,7 @@ from ppsd.train.settings import DistillConfig
 
 if TYPE_CHECKING:
     from ppsd.train.best import Kept
-    from ppsd.train.distill import StepReport, Trainer
+    from ppsd.train.distill import Forecast, StepReport, Trainer
     from ppsd.train.evaluate import Agreement
     from ppsd.train.records import DataFile, Record
     from ppsd.train.run import DataSummary, Teacher
@@ -167,7 +167,8 @@ def _train(
             f"this run is finished, and its heads are in {out}; to train anew give another --out"
         )
         return
-    console.print(_forecast_line(trainer), highlight=False)
+    if (forecast := trainer.forecast()).tokens:
+        console.print(_forecast_line(trainer, forecast), highlight=False)
     agreement = _run(trainer)
     if trainer.gave_up:
         console.print(
@@ -188,9 +189,8 @@ def _train(
     console.print(_throughput_line(trainer.directory.metrics(), features), highlight=False)
 
 
-def _forecast_line(trainer: Trainer) -> str:
+def _forecast_line(trainer: Trainer, forecast: Forecast) -> str:
     """Tell how long training will take, and what held-out α to expect of it."""
-    forecast = trainer.forecast()
     starts = {layer: kept.start for layer, kept in trainer.best.kept.items()}
     begins = "/".join(f"{alpha:.2f}" for alpha in starts.values())
     ends = "/".join(f"{alpha:.2f}" for alpha in forecast.alpha.values())

@@ -204,7 +204,8 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         tokens = self.total_tokens - self.tokens
         if self.config.minutes:
-            tokens = min(tokens, int((60 * self.config.minutes - self._spent()) / pace))
+            left = max(0.0, 60 * self.config.minutes - self._spent())
+            tokens = min(tokens, int(left / pace))
         gained = expected_gain(self.tokens + tokens)
         starts = {layer: kept.start for layer, kept in self.best.kept.items()}
         return Forecast(pace * tokens, tokens, {e: min(1.0, a + gained) for e, a in starts.items()})
@@ -218,24 +219,6 @@ class Trainer:
     def finished(self) -> bool:
         """Tell if no step is left to do."""
         return self._done >= 1 or self.gave_up
-
-    def _forecast(self) -> Forecast:
-        """Time a step that changes nothing, and expect what other heads gained."""
-        if self.step == self.steps:
-            return Forecast(0.0, 0, {})
-        for _ in range(2):  # the first may have to wait for memory, libraries and files
-            started = time.perf_counter()
-            losses, _ = self._losses(batch := self._batch(self.step))
-            losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-            self._synchronize()
-            pace = (time.perf_counter() - started) / batch.size
-        self._optimizer.zero_grad(set_to_none=True)
-        tokens = self.total_tokens - self.tokens
-        if self.config.minutes:
-            tokens = min(tokens, int((60 * self.config.minutes - self._spent()) / pace))
-        gained = expected_gain(self.tokens + tokens)
-        starts = {layer: kept.start for layer, kept in self.best.kept.items()}
-        return Forecast(pace * tokens, tokens, {e: min(1.0, a + gained) for e, a in starts.items()})
 
     @torch.no_grad()
     def _start(self) -> None:
