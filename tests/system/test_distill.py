@@ -107,6 +107,33 @@ def test_heads_describe_themselves_and_are_put_to_use(
     assert drafted["token_ids"] == plain["token_ids"]
 
 
+def alpha(head: Path, name: str) -> float:
+    figures = json.loads((head / "head.json").read_text())["metrics"]["validation"]
+    return float(figures[name])
+
+
+def test_training_goes_on_from_a_head(tiny_model: Models, data: Path, tmp_path: Path) -> None:
+    """It begins as good as the other run ended, on the same held-out text."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(*arguments(tiny_model("llama"), data, first, "--epochs", "6", "--learning-rate", "0.02"))
+    given = first / "transformer-4"
+    run(*arguments(tiny_model("llama"), data, second, "--start", str(given)))
+    assert alpha(given, "alpha") > alpha(given, "start") + 0.01
+    begun = alpha(second / "transformer-4", "start")
+    assert begun == pytest.approx(alpha(given, "alpha"), abs=1e-5)
+    assert alpha(second / "transformer-2", "start") == alpha(first / "transformer-2", "start")
+    settings = json.loads((second / "transformer-4" / "head.json").read_text())
+    assert settings["provenance"]["settings"]["start"] == str(given)
+    unfit = arguments(tiny_model("llama"), data, tmp_path / "third", "--start", str(given))
+    for more in (("--exit-layer", "2"), ("--head-mlp", "8"), ("--head", "norm")):
+        with pytest.raises(PpsdError, match=r"start must be one head an exit \([24, ]+\), with"):
+            run(*unfit, *more)
+    with pytest.raises(PpsdError, match="no exit head at nowhere"):
+        run(*unfit, "--start", "nowhere")
+    with pytest.raises(PpsdError, match="belongs to"):
+        run(*arguments(tiny_model("qwen2"), data, tmp_path / "third", "--start", str(given)))
+
+
 def test_without_heads_generate_says_how_to_get_one(
     tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,10 +62,11 @@ PRODUCT = {
     "plan": "--model -m --workers --profile --hardware --worker-speed --link-ms --context --load "
     "--dtype --threads-per-stage --alpha --split --exit-layer --mode --block --in-flight --top "
     "--every-split --json",
-    "distill": "--exit-layer --head --head-mlp --draft-vocab --learning-rate --epochs --minutes "
-    "--batch-tokens --seed --dtype --max-length --all-positions --raw --chat-template --validation "
-    "--self-generate --generate-only --generate-batch --max-new --temperature --data --vocab-data "
-    "--out --model -m --features --device --threads --validate-every --checkpoint-every",
+    "distill": "--exit-layer --head --head-mlp --draft-vocab --start --learning-rate --epochs "
+    "--minutes --batch-tokens --seed --dtype --max-length --all-positions --raw --chat-template "
+    "--validation --self-generate --generate-only --generate-batch --max-new --temperature --data "
+    "--vocab-data --out --model -m --features --device --threads --validate-every "
+    "--checkpoint-every",
     "verify": f"{PIPELINE} {SAMPLING} prompts --limit --json",
     "acceptance": "--head --data --out --model -m --limit --max-tokens -n --temperature -t --seed "
     "--raw --chat-template --lookup --decode --stages --max-length --dtype --device --threads "

@@ -263,14 +263,20 @@ def load_head(
     """
     config = read_head_config(directory)
     check_head(config, spec, identity, plan.last, str(directory), force=force)
+    weights = read_weights(directory, config, spec)
+    lm_head = lm_head_rows(spec, source, plan, weights.get("draft_ids"), embedding)
+    return ExitHead(config, spec, plan, weights, lm_head)
+
+
+def read_weights(directory: Path, config: HeadConfig, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """Return the tensors of a head's file by name; raises HeadError for a damaged one."""
     path = directory / WEIGHTS_FILE
     try:
         weights = decode(load_file(path))
     except Exception as error:  # safetensors raises its own class for damage, OSError for absence
         raise HeadError(f"cannot read {path}: {error}") from error
     _check_tensors(weights, head_tensor_shapes(config, spec), spec, path)
-    lm_head = lm_head_rows(spec, source, plan, weights.get("draft_ids"), embedding)
-    return ExitHead(config, spec, plan, weights, lm_head)
+    return weights
 
 
 def _check_tensors(

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,12 +65,16 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Data to train on: examples, their rows, and the draft vocabulary [Vd] (None for all)."""
+    """Data to train on: examples, their rows, and the draft vocabulary [Vd] (None for all).
+
+    ``starts`` holds the weights of trained heads to go on from, by exit layer.
+    """
 
     train: Sequence[Example]
     held_out: Sequence[Example]
     draft_ids: torch.Tensor | None
     features: FeatureSource
+    starts: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -222,22 +226,27 @@ class Trainer:
 
     @torch.no_grad()
     def _start(self) -> None:
-        """Put the heads where least squares over some of the data would."""
-        if not self.config.layers:
+        """Put the heads where others ended, or where least squares over some of the data would."""
+        starts = self._lesson.starts
+        for student in self.students:
+            if student.exit_layer in starts:
+                student.go_on(starts[student.exit_layer])
+        students = [s for s in self.students if s.exit_layer not in starts]
+        if not self.config.layers or not students:
             return
-        fits = [LeastSquares() for _ in self.students]
+        fits = [LeastSquares() for _ in students]
         seen = 0
         for step in range(self.steps):
             batch = self._batch(step)
             features = self._lesson.features(batch)
             verified = self._verified(batch, features, step)
-            for student, fit in zip(self.students, fits, strict=True):
+            for student, fit in zip(students, fits, strict=True):
                 inputs = student.reads(features.exits[student.exit_layer][batch.rows], verified)
                 fit.add(inputs, features.last[batch.rows])
             seen += batch.size
             if seen >= min(START_TOKENS, self.total_tokens // self.config.epochs):
                 break
-        for student, fit in zip(self.students, fits, strict=True):
+        for student, fit in zip(students, fits, strict=True):
             student.begin(fit.solve())
 
     def _batch(self, step: int) -> Batch:

@@ -5,6 +5,7 @@ Imported by cli/ and measure/.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 import torch
 
 from ppsd.errors import ConfigError
+from ppsd.model.exit_head import read_weights
+from ppsd.model.head_files import WEIGHTS_FILE, check_head, read_head_config
+from ppsd.model.head_library import head_directory
 from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.stage import Stage, StagePlan
@@ -116,6 +120,33 @@ def open_features(teacher: Teacher, config: DistillConfig, path: Path) -> Featur
     return FeatureStore(path, teacher.stage, config.exit_layers, mark)
 
 
+def read_starts(
+    teacher: Teacher, config: DistillConfig
+) -> tuple[dict[int, dict[str, torch.Tensor]], list[str]]:
+    """Return the weights of the heads to go on from, by exit layer, and digests of their files.
+
+    Raises ConfigError for heads that have other parts than the run's or are not at its exits, and
+    HeadError for damaged ones and those of another model.
+    """
+    starts: dict[int, dict[str, torch.Tensor]] = {}
+    digests = []
+    wanted = (config.kind, config.layers, config.mlp, config.feedback, config.copy_gate)
+    for name in (config.start or "").split(","):
+        if not name:
+            continue
+        path = head_directory(name)
+        head = read_head_config(path)
+        parts = (head.kind, head.layers, head.mlp, head.feedback, head.copy_gate)
+        if parts != wanted or head.exit_layer not in set(config.exit_layers) - starts.keys():
+            exits = ", ".join(map(str, config.exit_layers))
+            allowed = f"one head an exit ({exits}), with the parts that this run trains"
+            raise ConfigError("start", name, allowed)
+        check_head(head, teacher.stage.spec, teacher.identity, head.exit_layer, name)
+        starts[head.exit_layer] = read_weights(path, head, teacher.stage.spec)
+        digests.append(hashlib.sha256((path / WEIGHTS_FILE).read_bytes()).hexdigest())
+    return starts, digests
+
+
 def prepare_run(
     teacher: Teacher,
     config: DistillConfig,
@@ -141,18 +172,20 @@ def prepare_run(
         targets = count_tokens((e.targets for e in train), vocab_size)
         more = count_tokens(map(teacher.encoding.all_tokens, vocabulary), vocab_size)
         draft_ids, lost = choose_draft_vocab(targets, config.draft_vocab, more)
+    starts, digests = read_starts(teacher, config)
     settings = config.to_json() | {
         "model": teacher.fingerprint,
         "data": [file.sha256 for file in files],
         "compute": teacher.compute,
         "features": store is not None,
+        "starts": digests,
     }
     directory = RunDirectory(out, settings)
     features: FeatureSource = live_features(teacher.stage, config.exit_layers)
     if store is not None:
         features = kept = open_features(teacher, config, store)
         kept.fill(corpus.examples, filling)
-    lesson = Lesson(train, held_out, draft_ids, features)
+    lesson = Lesson(train, held_out, draft_ids, features, starts)
     trainer = Trainer(teacher.stage, config, lesson, directory, cadence)
     summary = DataSummary(
         examples=len(train),

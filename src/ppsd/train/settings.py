@@ -31,7 +31,8 @@ class DistillConfig:
     last layers (``init`` last) or of those after the exit (exit), with ``head_mlp`` neurons in
     their MLPs (0 for as many as the model's), and which read verified rows with ``feedback``
     and weigh copies with ``copy_gate``; ``norm`` heads never do. ``draft_vocab`` 0 scores all
-    tokens. ``chat_template`` takes the place of the model's own. ``learning_rate`` None lets the
+    tokens. ``start`` names trained heads, separated by commas, of some or all of the exits.
+    ``chat_template`` takes the place of the model's own. ``learning_rate`` None lets the
     run decide (``peak_rate``). ``warmup`` is a share of all
     steps. ``batch_tokens`` counts padding. ``validation`` examples are held out, at most a tenth.
     With ``minutes`` training ends after that time, however many ``epochs`` it did not get to, and
@@ -53,6 +54,12 @@ class DistillConfig:
     )
     draft_vocab: int = setting(
         "Score the most frequent target tokens only; 0 scores all.", 8192, panel=HEAD
+    )
+    start: str | None = setting(
+        "Heads to go on from, by name or directory; other exits begin as a linear guess.",
+        None,
+        panel=HEAD,
+        metavar="HEAD,…",
     )
     learning_rate: float | None = setting(
         "Peak of the schedule; 1e-3 if left out, less where a short run would lose by it.",
@@ -96,6 +103,8 @@ class DistillConfig:
         checks.number("clip", self.clip, 0, low_open=True)
         if self.learning_rate is not None:
             checks.number("learning_rate", self.learning_rate, 0, low_open=True)
+        if self.start is not None:
+            checks.string("start", self.start)
         if self.raw and self.chat_template is not None:
             raise ConfigError("chat_template", self.chat_template, "left out with raw texts")
         if self.kind == "norm":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from ppsd.model.layers import DecoderLayer, LayerWeights, RopeRows, linear, rms_
 from ppsd.model.names import FUSED, NORMS, layer_prefix
 from ppsd.model.packed import whole
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stage import Stage
+from ppsd.model.stage import Stage, fuse_layer
 from ppsd.speculation.lookup import ODDS
 from ppsd.train.batched import causal_attention
 
@@ -75,6 +75,18 @@ class Student:
         self.tensors.input.copy_(solution[:width].T)
         if self.tensors.feedback is not None:
             self.tensors.feedback.copy_(solution[width:].T)
+
+    @torch.no_grad()
+    def go_on(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take the ``weights`` of a trained head with the same parts, as in its file."""
+        given = HeadTensors.of(weights).named()
+        for name, tensor in self.tensors.named().items():
+            tensor.copy_(given[name])
+        for i, layer in enumerate(self.layers):
+            trained = fuse_layer(weights, layer_prefix(i))
+            for field in fields(layer):
+                if (tensor := getattr(layer, field.name)) is not None:
+                    tensor.copy_(getattr(trained, field.name))
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield all parameters with names that stay the same from run to run."""
