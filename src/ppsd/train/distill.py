@@ -31,7 +31,7 @@ from ppsd.train.feedback import sample_verified, take_verified
 from ppsd.train.gain import expected_gain
 from ppsd.train.losses import LossWeights, Mixture, chunked_losses
 from ppsd.train.settings import BETAS, DistillConfig
-from ppsd.train.start import LeastSquares
+from ppsd.train.start import Beginning, LeastSquares
 from ppsd.train.student import Options, Student
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -67,14 +67,14 @@ class Cadence:
 class Lesson:
     """Data to train on: examples, their rows, and the draft vocabulary [Vd] (None for all).
 
-    ``starts`` holds the weights of trained heads to go on from, by exit layer.
+    ``starts`` are heads to go on from, by exit layer.
     """
 
     train: Sequence[Example]
     held_out: Sequence[Example]
     draft_ids: torch.Tensor | None
     features: FeatureSource
-    starts: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    starts: Mapping[int, Beginning] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,12 @@ class Trainer:
         if self.config.minutes:
             left = max(0.0, 60 * self.config.minutes - self._spent())
             tokens = min(tokens, int(left / pace))
-        gained = expected_gain(self.tokens + tokens)
-        starts = {layer: kept.start for layer, kept in self.best.kept.items()}
-        return Forecast(pace * tokens, tokens, {e: min(1.0, a + gained) for e, a in starts.items()})
+        alpha = {}
+        for layer, kept in self.best.kept.items():
+            begun = self._lesson.starts.get(layer)
+            gained = expected_gain(self.tokens + tokens, begun.tokens if begun else 0)
+            alpha[layer] = min(1.0, kept.start + gained)
+        return Forecast(pace * tokens, tokens, alpha)
 
     @property
     def gave_up(self) -> bool:
@@ -230,7 +233,7 @@ class Trainer:
         starts = self._lesson.starts
         for student in self.students:
             if student.exit_layer in starts:
-                student.go_on(starts[student.exit_layer])
+                student.go_on(starts[student.exit_layer].weights)
         students = [s for s in self.students if s.exit_layer not in starts]
         if not self.config.layers or not students:
             return

@@ -10,6 +10,7 @@ TOKENS = (12_000, 185_000, 1_100_000, 10_200_000)
 GAINS = (0.0, 0.10, 0.16, 0.19)
 
 
-def expected_gain(tokens: int) -> float:
-    """Return the rise of held-out α that a run of ``tokens`` may bring."""
-    return float(np.interp(np.log(max(1, tokens)), np.log(TOKENS), GAINS))
+def expected_gain(tokens: int, seen: int = 0) -> float:
+    """Return the rise of held-out α that ``tokens`` may bring after those that a head has seen."""
+    before, after = np.interp(np.log([max(1, seen), max(1, seen + tokens)]), np.log(TOKENS), GAINS)
+    return float(after - before)

@@ -27,6 +27,7 @@ from ppsd.train.distill import Cadence, Lesson, Trainer
 from ppsd.train.features import FeatureSource, FeatureStore, live_features
 from ppsd.train.records import DataFile, Record
 from ppsd.train.settings import DistillConfig
+from ppsd.train.start import Beginning
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,13 @@ def open_features(teacher: Teacher, config: DistillConfig, path: Path) -> Featur
     return FeatureStore(path, teacher.stage, config.exit_layers, mark)
 
 
-def read_starts(
-    teacher: Teacher, config: DistillConfig
-) -> tuple[dict[int, dict[str, torch.Tensor]], list[str]]:
-    """Return the weights of the heads to go on from, by exit layer, and digests of their files.
+def read_starts(teacher: Teacher, config: DistillConfig) -> tuple[dict[int, Beginning], list[str]]:
+    """Return the heads to go on from, by exit layer, and digests of their files.
 
     Raises ConfigError for heads that have other parts than the run's or are not at its exits, and
     HeadError for damaged ones and those of another model.
     """
-    starts: dict[int, dict[str, torch.Tensor]] = {}
+    starts: dict[int, Beginning] = {}
     digests = []
     wanted = (config.kind, config.layers, config.mlp, config.feedback, config.copy_gate)
     for name in (config.start or "").split(","):
@@ -142,7 +141,8 @@ def read_starts(
             allowed = f"one head an exit ({exits}), with the parts that this run trains"
             raise ConfigError("start", name, allowed)
         check_head(head, teacher.stage.spec, teacher.identity, head.exit_layer, name)
-        starts[head.exit_layer] = read_weights(path, head, teacher.stage.spec)
+        weights = read_weights(path, head, teacher.stage.spec)
+        starts[head.exit_layer] = Beginning(weights, int(head.provenance.get("tokens", 0)))
         digests.append(hashlib.sha256((path / WEIGHTS_FILE).read_bytes()).hexdigest())
     return starts, digests
 

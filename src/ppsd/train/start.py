@@ -1,15 +1,26 @@
-"""Begin a transformer head as the best linear guess, found without any descent.
+"""Begin a head as another ended, or as the best linear guess, found without any descent.
 
-Within train/ only. The last layer's rows are fitted to the rows that a head reads by least squares
-with a small ridge. Fits weigh rows by the length of what is to be fitted, as the norm that follows
-takes it out again.
+Within train/ only. For the guess, the last layer's rows are fitted by least squares with a small
+ridge to the rows that a head reads. Fits weigh rows by the length of what is to be fitted, as the
+norm that follows takes it out again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 
 RIDGE = 1e-4  # of the mean square of the inputs
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A trained head to go on from: its weights by name, and how many tokens trained it."""
+
+    weights: Mapping[str, torch.Tensor]
+    tokens: int
 
 
 class LeastSquares:
