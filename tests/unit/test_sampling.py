@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -278,7 +279,9 @@ def test_padded_ids_are_never_sampled(params):
     logits[-1] = math.nan
     sampler = make_sampler(3, **params)
     assert {sampler.choose(logits, tokens(*[0] * n)) for n in range(60)} <= {0, 1, 2}
-    assert sampler.process(logits, tokens()).shape == (3,)
+    processed = sampler.process(logits, tokens())
+    assert processed.shape == (3,)
+    assert processed.dtype == (torch.float64 if params else torch.float32)
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "top_p": 0.9}], ids=str)
@@ -288,6 +291,23 @@ def test_draft_vocabulary_restricts_the_choice(params):
     sampler = make_sampler(1000, **params)
     drawn = {sampler.choose(logits, tokens(*[0] * n)) for n in range(40)}
     assert drawn == ({400, 600} if params else {400})
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 3}], ids=str)
+def test_a_mask_bans_before_all_else(params):
+    """A bias cannot bring back what the mask bans, nor does the mask move the noise."""
+    logits, history = random_row(2)
+    permitted = np.zeros(VOCAB, dtype=np.uint8)
+    permitted[[3, 40, 90]] = 1
+    mask = np.packbits(permitted, bitorder="little").tobytes()
+    banned = logits.masked_fill(torch.from_numpy(permitted == 0), -math.inf)
+    sampler = make_sampler(logit_bias={50: 100.0}, **params)
+    for length in range(len(history)):
+        chosen = sampler.choose(logits, history[:length], mask)
+        assert chosen == sampler.choose(banned, history[:length])
+    nothing = bytes(len(mask))
+    with pytest.raises(RequestError, match="no token that the model can say is permitted at 7"):
+        sampler.choose(logits, history[:7], nothing)
 
 
 def test_probabilities_are_softmax_or_one_hot():
@@ -369,5 +389,6 @@ def test_ids_outside_the_vocabulary_are_refused():
 
 @pytest.mark.parametrize("shape", [(2,), (1, 3), ()])
 def test_wrong_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match=r"logits must have shape \[V\], V >= 3"):
+    said = re.escape(f"logits must have shape [V], V >= 3, got {list(shape)}")
+    with pytest.raises(ValueError, match=said):
         make_sampler(3).choose(torch.zeros(shape), tokens())
