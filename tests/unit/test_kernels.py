@@ -213,11 +213,11 @@ def test_of_other_kinds_nothing_is_found() -> None:
 class Watched:
     """Three layers, started on a row; two words to watch."""
 
-    def __init__(self, spec: ModelSpec) -> None:
-        plan = StagePlan(0, 3, 8, BF16, torch.device("cpu"))
+    def __init__(self, spec: ModelSpec, capacity: int = 8) -> None:
+        plan = StagePlan(0, 3, capacity, BF16, torch.device("cpu"))
         self.cache = new_cache(spec, 3, plan)
         weights = [scaled_layer(spec) for _ in range(3)]
-        rope = layers.Rope(spec, 8, BF16, plan.device)
+        rope = layers.Rope(spec, capacity, BF16, plan.device)
         self.compiled = CompiledRunner(weights, spec, rope, self.cache)
         self.operations = TorchRunner(weights, spec, rope, self.cache)
         self.row = rand(1, 96, dtype=BF16)
@@ -233,8 +233,8 @@ def watched(spec: ModelSpec, request) -> tuple[Watched, Runner]:
     return held, getattr(held, request.param)
 
 
-def finished(runner: Runner, rows: torch.Tensor) -> torch.Tensor:
-    started = runner.start(rows, 0)
+def finished(runner: Runner, rows: torch.Tensor, position: int = 0) -> torch.Tensor:
+    started = runner.start(rows, position)
     assert started.advance()
     return started.hidden.clone()
 
@@ -272,6 +272,24 @@ def test_a_dropped_pass_leaves_its_rows_void(watched) -> None:
     assert held.cache.lengths == [1]
     assert not runner.start(held.row, 0).advance(Watch())
     assert held.cache.lengths == [0]
+
+
+@compiled
+@pytest.mark.parametrize("native", [False, True])
+def test_a_long_block_has_the_bits_of_its_rows_unless_the_cpu_multiplies_bfloat16(
+    spec: ModelSpec, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(layers.NATIVE, BF16, native)
+    held, rows = Watched(spec, 64), rand(40, 96, dtype=BF16)
+    compiled = held.compiled
+    assert not compiled.start(rows, 0).advance(Watch())
+    assert held.cache.lengths == [0]
+    if native:
+        expected = finished(held.operations, rows)
+    else:
+        expected = torch.cat([finished(compiled, rows[i : i + 1], i) for i in range(40)])
+    assert torch.equal(finished(compiled, rows), expected)
+    assert held.cache.lengths == [40]
 
 
 @compiled

@@ -20,7 +20,7 @@ from ppsd.model.spec import ModelSpec
 # weights are widened to float32 for the product: their narrow kernels work row by row.
 WIDEN_ROWS = 3
 WIDEN_AT_ONCE = 4096  # output rows: an LM head widened as a whole would leave the cache
-_NATIVE = {
+NATIVE = {
     torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
@@ -80,7 +80,7 @@ class RopeRows(Rope):
 
 
 def _widen(x: torch.Tensor, rows: int) -> bool:
-    return rows >= WIDEN_ROWS and x.device.type == "cpu" and not _NATIVE.get(x.dtype, True)
+    return rows >= WIDEN_ROWS and x.device.type == "cpu" and not NATIVE.get(x.dtype, True)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

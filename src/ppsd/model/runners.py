@@ -18,6 +18,7 @@ from ppsd.model.cache import KVCache
 from ppsd.model.kernels import FLOAT, INT, LONG, MAX_ROWS, POINTER
 from ppsd.model.layers import (
     FIELDS,
+    NATIVE,
     DecoderLayer,
     LayerWeights,
     Rope,
@@ -137,7 +138,9 @@ class Shape(ctypes.Structure):
 
 
 class CompiledRunner:
-    """Run up to MAX_ROWS rows by kernels.c, and longer blocks as TorchRunner does.
+    """Run up to MAX_ROWS rows at once by kernels.c.
+
+    Longer blocks run piece by piece, but as TorchRunner does where the CPU multiplies bfloat16.
 
     A pass reads more weights than CPU caches hold, so it finds none of Python's own code there:
     what does not change from pass to pass is laid out here.
@@ -165,12 +168,14 @@ class CompiledRunner:
     def start(self, rows: torch.Tensor, position: int, slot: int = 0) -> Pass:
         """Start a pass."""
         count = rows.shape[0]
-        if count > MAX_ROWS:
+        if count > MAX_ROWS and NATIVE[torch.bfloat16]:
             return self._blocks.start(rows, position, slot)
         assert rows.dtype == torch.bfloat16  # others would be misread
         assert position + count <= self._end
         self.cache.reserve(position, count, slot)
-        return CompiledPass(self, rows.contiguous(), position, slot)
+        starts = range(0, count, MAX_ROWS)
+        parts = [(rows[i : i + MAX_ROWS].contiguous(), position + i) for i in starts]
+        return together([CompiledPass(self, part, at, slot) for part, at in parts])
 
     def start_rows(self, rows: torch.Tensor, places: Sequence[Place]) -> Pass:
         """Start a pass of rows of trees."""
@@ -179,8 +184,7 @@ class CompiledRunner:
         assert max(place.position for place in places) < self._end
         starts = range(0, len(rows), MAX_ROWS)
         parts = [(rows[i : i + MAX_ROWS].contiguous(), places[i : i + MAX_ROWS]) for i in starts]
-        passes = [CompiledPass(self, part, tree=places) for part, places in parts]
-        return passes[0] if len(passes) == 1 else PassesTogether(passes)
+        return together([CompiledPass(self, part, tree=places) for part, places in parts])
 
 
 class CompiledPass:
@@ -226,6 +230,11 @@ class CompiledPass:
         if places is None:
             runner.cache.advance(self._position, rows, self._slot)
         return True
+
+
+def together(passes: Sequence[Pass]) -> Pass:
+    """Return passes through the same layers as one."""
+    return passes[0] if len(passes) == 1 else PassesTogether(passes)
 
 
 class PassesTogether:

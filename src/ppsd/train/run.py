@@ -17,6 +17,7 @@ from ppsd.model.exit_head import read_weights
 from ppsd.model.head_files import WEIGHTS_FILE, check_head, read_head_config
 from ppsd.model.head_library import head_directory
 from ppsd.model.identity import Identity
+from ppsd.model.layers import NATIVE
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.tokenizer import Tokenizer
@@ -111,7 +112,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        native = NATIVE[torch.bfloat16]
     return torch.bfloat16 if native else torch.float32
 
 
