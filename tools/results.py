@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ppsd.lab.closed_forms import paper_alpha
 from ppsd.lab.report import table
-from ppsd.plan.theory import paper_alpha
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, TASKS = DOCS / "results.md", DOCS / "results" / "tasks"

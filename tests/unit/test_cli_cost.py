@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ppsd.errors import ConfigError
-from ppsd.plan.presets import find_hardware, find_shape, predict
+from ppsd.lab.pipelines import predict
+from ppsd.plan.presets import find_hardware, find_shape
 from tests.support.command import lab
 
 
@@ -101,8 +102,8 @@ def test_shapes_have_the_models_published_sizes() -> None:
     billions = {"vicuna-7b": 6.74, "llama-2-13b": 13.0, "llama-2-70b": 69.0, "llama-3-8b": 8.03,
                 "qwen3-8b": 8.19}  # fmt: skip
     for name, published in billions.items():
-        shape = find_shape(name)
-        weights = shape.layers * shape.layer_weights + 2 * shape.lm_head_weights
+        sizes = find_shape(name).sizes
+        weights = sizes.layers * sizes.layer + 2 * sizes.lm_head
         assert weights / 1e9 == pytest.approx(published, rel=0.005), name
 
 
@@ -111,9 +112,9 @@ def test_a_config_json_is_a_shape_and_predictions_say_so(tmp_path: Path) -> None
               "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     shape, known = find_shape(str(tmp_path)), find_shape("smollm2-135m")
-    assert shape.layer_weights == known.layer_weights
+    assert shape.sizes.layer == known.sizes.layer
     cost = predict(shape, find_hardware("10gbe"), (10, 20))
-    assert cost.stages[0].layer == pytest.approx(shape.layer_weights * 2 / 1.008e12)
+    assert cost.stages[0].layer == pytest.approx(shape.sizes.layer * 2 / 1.008e12)
     assert cost.source.startswith("prediction")
     del config["vocab_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))

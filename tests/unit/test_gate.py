@@ -8,8 +8,9 @@ from functools import cache
 import numpy as np
 import pytest
 
+from ppsd.lab.pipelines import even_split, uniform
 from ppsd.lab.simulator import Simulated, acceptance, simulate
-from ppsd.plan.model import CostModel, Link, even_split, uniform
+from ppsd.plan.model import CostModel, Link
 from ppsd.speculation.gate import PROBE, SURE, Gate, Switches
 from ppsd.speculation.policy import Schedule
 

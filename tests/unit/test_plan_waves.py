@@ -7,9 +7,9 @@ import json
 import pytest
 
 from ppsd.errors import ConfigError
+from ppsd.lab.pipelines import uniform
 from ppsd.lab.simulator import simulate
 from ppsd.lab.virtual_waves import ranks, simulate_waves
-from ppsd.plan.model import uniform
 from ppsd.plan.waves import shares, wave_token_time
 from ppsd.speculation.policy import PLAIN
 from tests.support.command import ppsd

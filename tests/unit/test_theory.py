@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from ppsd.lab import closed_forms
 from ppsd.plan import theory
 
 ALPHAS = (0.0, 0.3, 0.6, 0.95, 1.0)
@@ -40,7 +41,7 @@ def test_draft_then_verify_speedup_is_time_over_time(
     drafting = block * exit_layer + (block - 1) * head
     verifying = (32 - exit_layer) * (1 + (block - 1) * row) + 3
     expected = mean_tokens(alpha, block) * (32 + 3) / (drafting + verifying)
-    got = theory.draft_then_verify_speedup(alpha, block, 32, exit_layer, head, row, extra=3)
+    got = closed_forms.draft_then_verify_speedup(alpha, block, 32, exit_layer, head, row, extra=3)
     assert got == pytest.approx(expected)
 
 
@@ -81,30 +82,34 @@ def test_known_values_and_limits() -> None:
     assert theory.paper_speedup(0.6, 32, 8) == pytest.approx(32 / 17.6)
     assert theory.paper_speedup(0.6, 32, 24) == pytest.approx(32 / (14.4 + 0.4 * 48))
     assert theory.paper_speedup(1.0, 32, 4) == 8
-    assert theory.paper_speedup(0.7, 10**6, 1) == pytest.approx(theory.many_stages_limit(0.7), 1e-4)
-    assert theory.many_stages_limit(1.0) == np.inf
+    assert theory.paper_speedup(0.7, 10**6, 1) == pytest.approx(
+        closed_forms.many_stages_limit(0.7), 1e-4
+    )
+    assert closed_forms.many_stages_limit(1.0) == np.inf
     assert theory.token_time(1.0, 1, 4, 1.0, 10.0) == pytest.approx(2.5)  # w blocks a round trip
     assert theory.token_time(0.9, 1, 1, 99.0, 10.0) == 10  # plain decoding, whatever the tick
 
 
 def test_the_alpha_a_claim_needs_gives_that_claim() -> None:
     for claim, exit_layer in ((2.01, 4), (2.01, 8), (3.81, 4), (3.81, 8)):
-        alpha = theory.paper_alpha(claim, 32, exit_layer)
+        alpha = closed_forms.paper_alpha(claim, 32, exit_layer)
         assert theory.paper_speedup(alpha, 32, exit_layer) == pytest.approx(claim)
-    assert np.isnan(theory.paper_alpha(2.01, 32, 16))  # two stages give at most 2
-    assert np.isnan(theory.paper_alpha(1.5, 32, 32))
+    assert np.isnan(closed_forms.paper_alpha(2.01, 32, 16))  # two stages give at most 2
+    assert np.isnan(closed_forms.paper_alpha(1.5, 32, 32))
 
 
 def test_at_the_break_even_alpha_nothing_is_won_or_lost() -> None:
     blocks, exits = np.meshgrid([2, 4, 8], [4, 8, 16])
-    alpha = theory.break_even_alpha(blocks, 32, exits, head=0.5, row_cost=0.02, extra=4)
+    alpha = closed_forms.break_even_alpha(blocks, 32, exits, head=0.5, row_cost=0.02, extra=4)
     costs = {"head": 0.5, "row_cost": 0.02, "extra": 4}
-    at = theory.draft_then_verify_speedup(alpha, blocks, 32, exits, **costs)
-    below = theory.draft_then_verify_speedup(alpha - 0.01, blocks, 32, exits, **costs)
+    at = closed_forms.draft_then_verify_speedup(alpha, blocks, 32, exits, **costs)
+    below = closed_forms.draft_then_verify_speedup(alpha - 0.01, blocks, 32, exits, **costs)
     assert at == pytest.approx(np.ones_like(at))
     assert (below < 1).all()
-    assert theory.break_even_alpha(2, 32, 8) == pytest.approx(0.25)  # 40 layers for 1 + α tokens
-    assert np.isnan(theory.break_even_alpha(2, 32, 24, head=20))
+    assert closed_forms.break_even_alpha(2, 32, 8) == pytest.approx(
+        0.25
+    )  # 40 layers for 1 + α tokens
+    assert np.isnan(closed_forms.break_even_alpha(2, 32, 24, head=20))
 
 
 def test_arrays_give_what_scalars_give() -> None:

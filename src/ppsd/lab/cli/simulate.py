@@ -81,12 +81,14 @@ class TimeOptions:
 
     def costs(self, layers: int) -> tuple[BuildCost, int]:
         """Return how a split's cost is built, and the number of layers."""
-        from ppsd.plan.model import Link, uniform
-        from ppsd.plan.presets import find_hardware, find_shape, predict
+        from ppsd.lab.pipelines import predict, uniform
+        from ppsd.plan.model import Link
+        from ppsd.plan.presets import find_hardware, find_shape
 
         if self.model is not None and self.hardware is not None:
             shape = find_shape(self.model)
-            return functools.partial(predict, shape, find_hardware(self.hardware)), shape.layers
+            build = functools.partial(predict, shape, find_hardware(self.hardware))
+            return build, shape.sizes.layers
         if self.model is not None or self.hardware is not None:
             raise ConfigError("model", self.model, "given together with --hardware")
         build = functools.partial(
