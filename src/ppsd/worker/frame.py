@@ -107,19 +107,26 @@ def encode_fields(
     source: int = 0,
     epoch: int = 0,
     position: int = 0,
+    parent: int = 0,
+    rows: int | None = None,
+    judge: int | None = None,
     beside: int = 0,
     before: bytes = b"",
 ) -> list[Part]:
-    """Lay out integers and rows of numbers, behind the bytes ``before``."""
+    """Lay out integers and rows of numbers, behind the bytes ``before``.
+
+    The header counts both, unless it is given other ``rows`` or ``judge``.
+    """
     body = before + packed_ids(tuple(fields))
-    rows, width, dtype, size = 0, 0, 0, 0
+    count, width, dtype, size = 0, 0, 0, 0
     if numbers is not None:
         numbers = numbers.contiguous()
-        rows, width = numbers.shape
+        count, width = numbers.shape
         dtype, size = DTYPES.index(numbers.dtype), numbers.nbytes
+    rows, judge = count if rows is None else rows, len(fields) if judge is None else judge
     header = HEADER.pack(
         MAGIC, VERSION, kind, dtype, 0, slot, source, epoch,
-        position, 0, rows, len(fields), width, beside, len(body) + size,
+        position, parent, rows, judge, width, beside, len(body) + size,
     )  # fmt: skip
     return [header + body] if numbers is None or not size else [header + body, numbers]
 
@@ -133,3 +140,22 @@ def decode_fields(
     """Read integers and rows of numbers; raises ProtocolError."""
     dtype, rows, fields, width = header[3], header[10], header[11], header[12]
     return split_rows(body, apart, landing, fields, (rows, width), dtype)
+
+
+def side_by_side(
+    left: torch.Tensor | None, right: torch.Tensor | None
+) -> tuple[torch.Tensor | None, int]:
+    """Return the rows of two matrices in one, and how many numbers of each are the left one's."""
+    both = [part for part in (left, right) if part is not None]
+    numbers = torch.cat(both, 1) if len(both) > 1 else both[0] if both else None
+    return numbers, 0 if left is None else left.shape[1]
+
+
+def split_sides(
+    numbers: torch.Tensor | None, beside: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the two matrices that ``side_by_side`` put into one."""
+    if numbers is None:
+        return None, None
+    right = numbers[:, beside:] if beside < numbers.shape[1] else None
+    return numbers[:, :beside] if beside else None, right

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import torch
 
@@ -18,15 +18,16 @@ from ppsd.speculation.masks import Mask
 from ppsd.transport.base import Part
 from ppsd.types import SamplingParams
 from ppsd.worker.frame import (
-    DTYPES,
     HEADER,
     HEADER_BYTES,
     MAGIC,
     VERSION,
     Landing,
-    packed_ids,
+    encode_fields,
+    side_by_side,
     split_masks,
     split_rows,
+    split_sides,
 )
 from ppsd.worker.scores import KIND as SCORES
 from ppsd.worker.scores import UNSCORED, Scores, decode_scores, encode_scores
@@ -140,6 +141,17 @@ _KINDS: dict[type, int] = {
     **KINDS,
     Scores: SCORES,
 }
+# Messages that are JSON: which fields travel in the header; the others make up the body.
+_HEADED: dict[type, tuple[str, ...]] = {
+    Begin: ("slot",),
+    Control: (),
+    Status: ("source",),
+    Refusal: ("slot", "source"),
+}
+_BODIES: dict[type, dict[str, type]] = {
+    kind: {n: get_origin(hint) or hint for n, hint in get_type_hints(kind).items() if n not in own}
+    for kind, own in _HEADED.items()
+}
 
 
 def encode(message: Message) -> list[Part]:
@@ -155,28 +167,7 @@ def encode(message: Message) -> list[Part]:
         return encode_wave_message(message)
     if isinstance(message, Scores):
         return encode_scores(message)
-    if isinstance(message, Begin):
-        record = {
-            "params": message.params.to_json(),
-            "prompt_length": message.prompt_length,
-            "stop_ids": message.stop_ids,
-            "vocab_size": message.vocab_size,
-            "want_logits": message.want_logits,
-            "want_feedback": message.want_feedback,
-            "want_opinions": message.want_opinions,
-            "scores": message.scores,
-            "source": message.source,
-            "shared": message.shared,
-        }
-        return _encode_json(Begin, record, slot=message.slot)
-    if isinstance(message, Control):
-        return _encode_json(Control, {"verb": message.verb})
-    if isinstance(message, Refusal):
-        record = {"epoch": message.epoch, "message": message.message}
-        return _encode_json(Refusal, record, slot=message.slot, source=message.source)
-    return _encode_json(
-        Status, {"kind": message.kind, "fields": message.fields}, source=message.source
-    )
+    return _encode_json(message)
 
 
 def decode(
@@ -214,39 +205,42 @@ def decode(
 
 
 def _encode_block(block: Block) -> list[Part]:
-    ids, hidden = b"".join((*block.masks, packed_ids(block.tokens))), block.hidden.contiguous()
-    beside = len(block.masks[0]) if block.masks else 0
-    rows, width = hidden.shape
-    header = HEADER.pack(
-        MAGIC, VERSION, _KINDS[Block], DTYPES.index(hidden.dtype), 0, block.slot, 0, block.epoch,
-        block.position, block.parent, rows, block.judge, width, beside, len(ids) + hidden.nbytes,
-    )  # fmt: skip
-    return [header + ids, hidden]
+    return encode_fields(
+        _KINDS[Block],
+        block.tokens,
+        block.hidden,
+        slot=block.slot,
+        epoch=block.epoch,
+        position=block.position,
+        parent=block.parent,
+        judge=block.judge,
+        beside=len(block.masks[0]) if block.masks else 0,
+        before=b"".join(block.masks),
+    )
 
 
 def _encode_verdict(verdict: Verdict) -> list[Part]:
     slot, epoch, source, position, rows, tokens, logits, feedback = verdict
-    both = [part for part in (feedback, logits) if part is not None]
-    ids, numbers, dtype, width, size = packed_ids(tokens), None, 0, 0, 0
-    if both:  # side by side in one matrix
-        numbers = torch.cat(both, 1) if len(both) > 1 else both[0].contiguous()
-        dtype, width, size = DTYPES.index(numbers.dtype), numbers.shape[1], numbers.nbytes
-    beside = 0 if feedback is None else feedback.shape[1]
-    header = HEADER.pack(
-        MAGIC, VERSION, _KINDS[Verdict], dtype, 0, slot, source, epoch,
-        position, 0, rows, len(tokens), width, beside, len(ids) + size,
-    )  # fmt: skip
-    return [header + ids] if numbers is None else [header + ids, numbers]
-
-
-def _encode_json(
-    kind: type, record: dict[str, Any], *, slot: int = 0, source: int = 0
-) -> list[Part]:
-    body = json.dumps(record, separators=(",", ":")).encode()
-    header = HEADER.pack(
-        MAGIC, VERSION, _KINDS[kind], 0, 0, slot, source, 0, 0, 0, 0, 0, 0, 0, len(body)
+    numbers, beside = side_by_side(feedback, logits)
+    return encode_fields(
+        _KINDS[Verdict],
+        tokens,
+        numbers,
+        slot=slot,
+        source=source,
+        epoch=epoch,
+        position=position,
+        rows=rows,
+        beside=beside,
     )
-    return [header + body]
+
+
+def _encode_json(message: Begin | Control | Status | Refusal) -> list[Part]:
+    kind = type(message)
+    record = {name: getattr(message, name) for name in _BODIES[kind]}
+    body = json.dumps(record, default=SamplingParams.to_json, separators=(",", ":")).encode()
+    slot, source = (getattr(message, n) if n in _HEADED[kind] else 0 for n in ("slot", "source"))
+    return encode_fields(_KINDS[kind], (), None, slot=slot, source=source, before=body)
 
 
 def _decode_block(
@@ -270,52 +264,25 @@ def _decode_verdict(
     tokens, both = split_rows(body, apart, None, judge, shape, dtype)
     if not 0 <= beside <= width:
         raise ProtocolError(f"verdict states feedback of {beside} numbers among {width}")
-    if both is None:
-        return Verdict(slot, epoch, source, position, rows, tokens)
-    return Verdict(
-        slot,
-        epoch,
-        source,
-        position,
-        rows,
-        tokens,
-        logits=both[:, beside:] if beside < width else None,
-        feedback=both[:, :beside] if beside else None,
-    )
+    feedback, logits = split_sides(both, beside)
+    return Verdict(slot, epoch, source, position, rows, tokens, logits, feedback)
 
 
 def _decode_json(header: tuple[int, ...], body: memoryview) -> Message:
-    kind, slot, source = header[2], header[5], header[6]
+    kind = next((each for each in _BODIES if _KINDS[each] == header[2]), None)
+    if kind is None:
+        raise ProtocolError(f"frame is of unknown kind {header[2]}")
+    headed = {"slot": header[5], "source": header[6]}
     try:
         record = json.loads(bytes(body))
-        if kind == _KINDS[Begin]:
-            return _begin(slot, record)
-        if kind == _KINDS[Control]:
-            return Control(_typed(record["verb"], str))
-        if kind == _KINDS[Refusal]:
-            epoch, text = _typed(record["epoch"], int), _typed(record["message"], str)
-            return Refusal(slot, epoch, source, text)
-        if kind == _KINDS[Status]:
-            return Status(source, _typed(record["kind"], str), _typed(record["fields"], dict))
+        if kind is Begin:
+            record["params"] = SamplingParams.from_json(record["params"])
+            record["stop_ids"] = tuple(int(token) for token in record["stop_ids"])
+        fields = {name: _typed(record[name], of) for name, of in _BODIES[kind].items()}
+        message: Message = kind(**fields, **{name: headed[name] for name in _HEADED[kind]})
     except MALFORMED as error:
         raise ProtocolError(f"control frame cannot be read: {error}") from error
-    raise ProtocolError(f"frame is of unknown kind {kind}")
-
-
-def _begin(slot: int, record: dict[str, Any]) -> Begin:
-    return Begin(
-        slot=slot,
-        params=SamplingParams.from_json(record["params"]),
-        prompt_length=int(record["prompt_length"]),
-        stop_ids=tuple(int(token) for token in record["stop_ids"]),
-        vocab_size=int(record["vocab_size"]),
-        want_logits=bool(record["want_logits"]),
-        want_feedback=bool(record["want_feedback"]),
-        want_opinions=bool(record["want_opinions"]),
-        scores=int(record["scores"]),
-        source=int(record["source"]),
-        shared=int(record["shared"]),
-    )
+    return message
 
 
 def _typed(value: Any, kind: type) -> Any:

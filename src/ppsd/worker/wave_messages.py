@@ -17,7 +17,15 @@ from ppsd.speculation.masks import Mask
 from ppsd.speculation.tree import MAX_DEPTH
 from ppsd.speculation.waves import Part, Row
 from ppsd.transport.base import Part as Bytes
-from ppsd.worker.frame import TOKEN_BYTES, Landing, decode_fields, encode_fields, split_masks
+from ppsd.worker.frame import (
+    TOKEN_BYTES,
+    Landing,
+    decode_fields,
+    encode_fields,
+    side_by_side,
+    split_masks,
+    split_sides,
+)
 
 
 class Wave(NamedTuple):
@@ -81,9 +89,7 @@ def encode_wave_message(message: Wave | Verdicts | Opinion) -> list[Bytes]:
         width = len(message.tokens[0]) if message.tokens else 0
         fields = [width, *pairs, *chain.from_iterable(message.tokens)]
         return encode_fields(kind, fields, message.numbers, source=message.source)
-    parts = [part for part in (message.feedback, message.logits) if part is not None]
-    numbers = torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else None
-    beside = 0 if message.feedback is None else message.feedback.shape[1]
+    numbers, beside = side_by_side(message.feedback, message.logits)
     fields = [*pairs, *message.tokens]
     return encode_fields(kind, fields, numbers, source=message.source, beside=beside)
 
@@ -147,10 +153,8 @@ def decode_verdicts(
         raise ProtocolError(f"verdicts have {len(fields)} fields, not three a node")
     nodes, tokens = fields[: 2 * count], fields[2 * count :]
     pairs = tuple(zip(nodes[::2], nodes[1::2], strict=True))
-    if numbers is None:
-        return Verdicts(source, pairs, tokens)
-    logits = numbers[:, beside:] if beside < numbers.shape[1] else None
-    return Verdicts(source, pairs, tokens, logits, numbers[:, :beside] if beside else None)
+    feedback, logits = split_sides(numbers, beside)
+    return Verdicts(source, pairs, tokens, logits, feedback)
 
 
 def decode_opinion(
