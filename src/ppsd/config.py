@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 
@@ -99,8 +98,8 @@ class Placement(_Checked):
         for name in ("model", "chat_template"):
             if getattr(self, name) is not None:
                 self._set_texts(name)
-        _one_of("transport", self.transport, TRANSPORTS)
-        _one_of("dtype", self.dtype, DTYPES)
+        checks.one_of("transport", self.transport, TRANSPORTS)
+        checks.one_of("dtype", self.dtype, DTYPES)
         if self.split is not None:
             layers = checks.items("split", self.split, "the layers at which later stages begin")
             self._set("split", tuple(checks.integer("split", n, 1, MAX_LAYERS) for n in layers))
@@ -203,8 +202,8 @@ class Decoding(_Checked):
 
     def __post_init__(self) -> None:
         self._set_texts("head", "plan")
-        _one_of("mode", self.mode, ("auto", *MODES))
-        _one_of("acceptance", self.acceptance, ACCEPTANCES)
+        checks.one_of("mode", self.mode, ("auto", *MODES))
+        checks.one_of("acceptance", self.acceptance, ACCEPTANCES)
         for name in ("block", "in_flight"):
             if getattr(self, name) is not None:
                 self._set_integer(name, 1, MAX_IN_SCHEDULE)
@@ -212,7 +211,7 @@ class Decoding(_Checked):
             allowed = f"auto or an integer in [1, {MAX_ROWS}]"
             self._set("rows", checks.integer("rows", self.rows, 1, MAX_ROWS, allowed))
         if self.heads is not None:
-            _one_of("heads", self.heads, INNER_HEADS)
+            checks.one_of("heads", self.heads, INNER_HEADS)
         self._set_truths("lookup", "gate", "force_head")
         if self.force_head and self.head in HEADS:
             raise ConfigError("force_head", self.force_head, "used with head as a directory only")
@@ -310,11 +309,6 @@ def core_shares(stages: int, threads: int) -> tuple[tuple[int, ...], ...]:
     if stages * threads > len(cores):
         return ((),) * stages
     return tuple(tuple(cores[r * threads : (r + 1) * threads]) for r in range(stages))
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(name, value, "one of " + ", ".join(allowed))
 
 
 def _seconds(name: str, value: object, most: float, allowed: str) -> float:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from rich.table import Table
 
-from ppsd.cli.flags import flag, integers, pairs
+from ppsd import checks
+from ppsd.cli.flags import flag, integers, numbers, pairs
 from ppsd.cli.streams import visible
 from ppsd.config import MAX_CONCURRENT
 from ppsd.errors import ConfigError
@@ -217,8 +218,8 @@ def _problem(workers: WorkerOptions, decided: DecidedOptions, subject: Outlook) 
     from ppsd.plan.planner import Problem
     from ppsd.speculation.policy import MODES, schedule_for
 
-    if decided.mode is not None and decided.mode not in MODES:
-        raise ConfigError("mode", decided.mode, "one of " + ", ".join(MODES))
+    if decided.mode is not None:
+        checks.one_of("mode", decided.mode, MODES)
     schedule_for(decided.mode or "ppsd", workers.workers, decided.block, decided.in_flight)
     if workers.context < 0:
         raise ConfigError("context", workers.context, "at least 0")
@@ -226,7 +227,7 @@ def _problem(workers: WorkerOptions, decided: DecidedOptions, subject: Outlook) 
         profile=subject.profile,
         workers=workers.workers,
         exits=subject.exits,
-        speeds=_numbers("worker_speed", workers.worker_speed),
+        speeds=numbers("worker_speed", workers.worker_speed or ""),
         links=_links(workers, subject.profile),
         context=workers.context,
         split=None if decided.split is None else integers("split", decided.split),
@@ -238,17 +239,10 @@ def _problem(workers: WorkerOptions, decided: DecidedOptions, subject: Outlook) 
     )
 
 
-def _numbers(name: str, text: str | None) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in (text or "").split(",") if part)
-    except ValueError:
-        raise ConfigError(name, text, "numbers separated by commas") from None
-
-
 def _links(workers: WorkerOptions, profile: Profile) -> tuple[Any, ...]:
     from ppsd.plan.model import Link
 
-    hops = _numbers("link_ms", workers.link_ms)
+    hops = numbers("link_ms", workers.link_ms or "")
     hops = hops * workers.workers if len(hops) == 1 else hops
     return tuple(Link(ms / 1e3, profile.bandwidth) for ms in hops)
 
