@@ -18,10 +18,10 @@ from transformers import LlamaConfig, Qwen3Config
 
 from ppsd.model import kernel_build, kernels
 from ppsd.model.gguf_codes import KINDS, codes_of
-from ppsd.model.kernels import Kind
+from ppsd.model.kernels import Kind, PackedWeight
 from ppsd.model.layers import LayerWeights, Product
 from ppsd.model.names import EMBEDDING, expected_shapes
-from ppsd.model.packed import Codes, PackedWeight, can_pack, first_rows, pack, packed_bytes, whole
+from ppsd.model.packed import Codes, can_pack, first_rows, pack, packed_bytes, whole
 from ppsd.model.runners import CompiledRunner
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import spec_from_config

@@ -20,9 +20,10 @@ from ppsd.model import kernels
 from ppsd.model.head_codes import decode
 from ppsd.model.head_files import WEIGHTS_FILE, HeadConfig, check_head, read_head_config
 from ppsd.model.identity import Identity
+from ppsd.model.kernels import Weight
 from ppsd.model.layers import LayerWeights, Norm, Product, Rope
 from ppsd.model.names import FINAL_NORM, layer_prefix, lm_head_name
-from ppsd.model.packed import Weight, pack
+from ppsd.model.packed import pack
 from ppsd.model.passes import Place
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan, fuse_layer, new_cache, new_runner, packable

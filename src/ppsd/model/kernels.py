@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -61,26 +60,25 @@ class Kind(IntEnum):
     CODES_8 = 3  # of 8 bits, with float16 scales
 
 
-class Packed(Protocol):
-    """A weight [out, in] in codes: PackedWeight of packed.py, whose module imports this one."""
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight of ``shape`` (out, in) as products.h reads it: uint8 [out / 4, bytes of a tile]."""
 
-    @property
-    def data(self) -> torch.Tensor: ...  # codes, scales and offsets
+    data: torch.Tensor
+    shape: tuple[int, int]
+    kind: Kind
+    dtype: torch.dtype = torch.bfloat16
+    requires_grad: bool = False
 
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def kind(self) -> Kind: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def requires_grad(self) -> bool: ...
+    def whole(self) -> torch.Tensor:
+        """Return the bfloat16 numbers, [out, in]."""
+        return unpack(self.data, self.shape, self.kind)
 
 
-def supports(weight: torch.Tensor | Packed, *sizes: int) -> bool:
+Weight = torch.Tensor | PackedWeight
+
+
+def supports(weight: Weight, *sizes: int) -> bool:
     """Return True if kernels are in use, and take ``weight`` and layers of these ``sizes``.
 
     To be asked once for a weight, when it is loaded. The first answer may compile the kernels.
@@ -105,7 +103,7 @@ class Product:
 
     def __init__(
         self,
-        weight: torch.Tensor | Packed,
+        weight: Weight,
         bias: torch.Tensor | None = None,
         norm: torch.Tensor | None = None,
         eps: float = 0.0,
@@ -133,7 +131,7 @@ class Product:
         return y
 
 
-def _stored(weight: torch.Tensor | Packed) -> tuple[torch.Tensor, Kind]:
+def _stored(weight: Weight) -> tuple[torch.Tensor, Kind]:
     """Return the tensor that kernels.c reads for a weight, and its kind."""
     if isinstance(weight, torch.Tensor):
         return weight, Kind.NUMBERS
@@ -197,9 +195,7 @@ def reader(x: torch.Tensor) -> ctypes.CDLL | None:
 Pointers = ctypes.Array[ctypes.c_void_p]
 
 
-def pointers(
-    weights: Sequence[torch.Tensor | Packed | None], matrices: Sequence[torch.Tensor | Packed]
-) -> Pointers:
+def pointers(weights: Sequence[Weight | None], matrices: Sequence[Weight]) -> Pointers:
     """Return the addresses of weights, which must outlive it, and the kinds of the ``matrices``."""
     places = [None if weight is None else _stored(weight)[0].data_ptr() for weight in weights]
     kinds = [_stored(matrix)[1] for matrix in matrices]

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from ppsd.model import kernels
-from ppsd.model.packed import Weight, whole
+from ppsd.model.kernels import Weight
+from ppsd.model.packed import whole
 from ppsd.model.spec import ModelSpec
 
 # From this many rows on, CPUs without bfloat16/float16 matrix instructions are faster when the

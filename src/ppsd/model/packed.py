@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ppsd.model import kernels
-from ppsd.model.kernels import Kind
+from ppsd.model.kernels import Kind, PackedWeight, Weight
 
 BLOCK = 32  # numbers of a row that share a scale and an offset
 TOGETHER = 4  # rows that lie together: a tile
@@ -49,24 +49,6 @@ class Codes:
         """Return the codes of some rows."""
         offsets = None if self.offsets is None else self.offsets[rows]
         return Codes(self.codes[rows], self.scales[rows], offsets)
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight of ``shape`` (out, in) as products.h reads it: uint8 [out / 4, bytes of a tile]."""
-
-    data: torch.Tensor
-    shape: tuple[int, int]
-    kind: Kind
-    dtype: torch.dtype = torch.bfloat16
-    requires_grad: bool = False
-
-    def whole(self) -> torch.Tensor:
-        """Return the bfloat16 numbers, [out, in]."""
-        return kernels.unpack(self.data, self.shape, self.kind)
-
-
-Weight = torch.Tensor | PackedWeight
 
 
 def whole(weight: Weight) -> torch.Tensor:

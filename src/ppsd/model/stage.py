@@ -14,7 +14,7 @@ import torch
 
 from ppsd.model import kernels
 from ppsd.model.cache import KVCache
-from ppsd.model.kernels import Kind
+from ppsd.model.kernels import Kind, Weight
 from ppsd.model.layers import FIELDS, LayerWeights, Norm, Product, Rope
 from ppsd.model.names import (
     EMBEDDING,
@@ -27,7 +27,7 @@ from ppsd.model.names import (
     lm_head_name,
     tensor_names,
 )
-from ppsd.model.packed import Codes, Weight, can_pack, pack, packed_bytes
+from ppsd.model.packed import Codes, can_pack, pack, packed_bytes
 from ppsd.model.passes import Pass, Place
 from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
 from ppsd.model.spec import ModelSpec
