@@ -16,7 +16,6 @@ from ppsd.measure.acceptance import (
     WORST_RANK,
     Answer,
     Candidate,
-    MeasureReport,
     Outcome,
     exit_layers,
     labels,
@@ -217,9 +216,10 @@ def test_a_stopped_measurement_goes_on(
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
 
     def run(path: Path, some: list[Candidate]) -> tuple[dict[str, list[Outcome]], list[int]]:
-        seen: list[MeasureReport] = []
-        found = measure(teacher, some, answers, GREEDY, path, batch_tokens=60, report=seen.append)
-        return found, [report.done for report in seen]
+        seen: list[int] = []
+        found = measure(teacher, some, answers, GREEDY, path, batch_tokens=60,
+                        report=lambda done, total: seen.append(done))  # fmt: skip
+        return found, seen
 
     expected, steps = run(whole, candidates)
     assert (steps[0], steps[-1]) == (0, len(answers))

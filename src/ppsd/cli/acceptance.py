@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ppsd import checks
 from ppsd.cli import progress
 from ppsd.cli.display import log_console
 from ppsd.cli.flags import flag
@@ -23,7 +24,7 @@ from ppsd.settings import TEMPLATE_HELP
 from ppsd.train.settings import DistillConfig
 
 if TYPE_CHECKING:
-    from ppsd.measure.acceptance import Answer, Candidate, MeasureReport, Outcome
+    from ppsd.measure.acceptance import Answer, Candidate, Outcome
     from ppsd.measure.workload import Task
     from ppsd.train.run import Teacher
     from ppsd.types import SamplingParams
@@ -119,10 +120,8 @@ def acceptance(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure α of exit heads on the model's own answers, each draft judged as in decoding."""
-    if by not in VIEWS:
-        raise ConfigError("by", by, "one of " + ", ".join(VIEWS))
-    if subject.lookup not in LOOKUPS:
-        raise ConfigError("lookup", subject.lookup, "one of " + ", ".join(LOOKUPS))
+    checks.one_of("by", by, VIEWS)
+    checks.one_of("lookup", subject.lookup, LOOKUPS)
     paths, params, tasks = subject.paths(), subject.params(), subject.tasks()
     from ppsd.measure.acceptance import load_candidates
     from ppsd.measure.acceptance_summary import expected_speed
@@ -191,10 +190,10 @@ def _measure(
     fields = "{task.completed:,} of {task.total:,} prompts"
     with progress.bar("judging drafts", len(answers), fields) as (bar, task):
 
-        def report(r: MeasureReport) -> None:
+        def report(done: int, total: int) -> None:
             if not bar.tasks[0].completed:  # what an earlier call did is not this one's speed
-                bar.reset(task, total=r.total, completed=r.done, note="")
-            bar.update(task, completed=r.done)
+                bar.reset(task, total=total, completed=done, note="")
+            bar.update(task, completed=done)
 
         return measure(
             teacher,

@@ -84,14 +84,6 @@ class Outcome:
         return tuple(int(rank == 0) for rank in self.ranks)
 
 
-@dataclass(frozen=True)
-class MeasureReport:
-    """Where a measurement stands: answers done, of how many."""
-
-    done: int
-    total: int
-
-
 def labels(paths: Sequence[Path]) -> list[str]:
     """Short names of head directories; raises ConfigError when two would be the same."""
     resolved = [path.resolve() for path in paths]
@@ -189,27 +181,28 @@ def measure(
     *,
     batch_tokens: int,
     in_flight: int = 2,
-    report: Callable[[MeasureReport], None] = lambda report: None,
+    report: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, list[Outcome]]:
     """Judge every candidate on every answer; outcomes by label, in the order of ``answers``.
 
     Outcomes are appended to the JSONL ``path`` as they are made, and those it already holds are
     not made again. ``batch_tokens`` padded tokens run at once; ``in_flight`` blocks of one token
-    are decoded at once, which matters to heads with feedback.
+    are decoded at once, which matters to heads with feedback. ``report`` hears how many answers
+    are done, and of how many.
     """
     decisive = (params.temperature, params.seed, teacher.stage.plan.dtype, in_flight)
     store = _Store(path, " ".join(map(str, decisive)))
     todo = [a for a in answers if any(not store.has(c, a) for c in candidates)]
     lengths = [a.start + a.judged for a in todo]
-    report(MeasureReport(len(answers) - len(todo), len(answers)))
     done = len(answers) - len(todo)
+    report(done, len(answers))
     for indices in plan_epoch(lengths, batch_tokens, 0, 0) if todo else []:
         batch = [todo[i] for i in indices]
         missing = [c for c in candidates if any(not store.has(c, a) for a in batch)]
         for candidate, answer, ranks in judge_batch(teacher, missing, batch, params, in_flight):
             store.add(candidate, answer, ranks)
         done += len(batch)
-        report(MeasureReport(done, len(answers)))
+        report(done, len(answers))
     return {c.label: [store.outcome(c, a) for a in answers] for c in candidates}
 
 

@@ -123,14 +123,16 @@ def _compare(
     divergence = first_difference(plain.token_ids, fast.token_ids)
     shared = len(plain.token_ids) if divergence is None else divergence + 1
     positions = range(prompt, prompt + min(shared, len(plain.token_ids), len(fast.token_ids)))
-    differences = [_difference(plain_logits[p], fast_logits[p]) for p in positions]
-    tops = [plain_logits[p].double().topk(2).values for p in positions]
+    pairs = [(plain_logits[p], fast_logits[p]) for p in positions]
+    differences = [float((a.double() - b.double()).abs().max()) for a, b in pairs]
+    same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs]
+    tops = [a.double().topk(2).values for a, _ in pairs]
     counts = fast.stats.counts
     return Comparison(
         id=name,
         tokens=len(plain.token_ids),
         divergence=divergence,
-        bitwise=divergence is None and all(_same_bits(plain_logits, fast_logits, positions)),
+        bitwise=divergence is None and all(same),
         max_logit_difference=max(differences, default=0.0),
         margin=min((float(top[0] - top[1]) for top in tops), default=0.0),
         decided_by=_gap(divergence, prompt, plain, fast, plain_logits),
@@ -145,16 +147,6 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
         if x != y:
             return i
     return None if len(a) == len(b) else min(len(a), len(b))
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).abs().max())
-
-
-def _same_bits(
-    a: dict[int, torch.Tensor], b: dict[int, torch.Tensor], positions: range
-) -> list[bool]:
-    return [torch.equal(a[p].view(torch.uint8), b[p].view(torch.uint8)) for p in positions]
 
 
 def _gap(

@@ -38,8 +38,10 @@ class FoundModel:
 
 def find_models(directory: Path) -> Iterator[FoundModel]:
     """Yield the embedded model, those in and below ``directory``, and those of the hub's cache."""
-    yield from _embedded()
-    yield from _local(directory)
+    if embedded := embedded_file():
+        yield _describe(None, embedded, "embedded")
+    for path in _places(directory, DEPTH):
+        yield _describe(str(path), path, "local")
     yield from _hub()
 
 
@@ -48,16 +50,6 @@ def hub_cache() -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE)
-
-
-def _embedded() -> Iterator[FoundModel]:
-    if path := embedded_file():
-        yield _describe(None, path, "embedded")
-
-
-def _local(directory: Path) -> Iterator[FoundModel]:
-    for path in _places(directory, DEPTH):
-        yield _describe(str(path), path, "local")
 
 
 def _places(directory: Path, depth: int) -> Iterator[Path]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations, pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, combinations, pairwise
 
 from ppsd.errors import ConfigError
 from ppsd.plan.model import CostModel, Link, StageCost
@@ -181,7 +181,9 @@ def _price(
     """Return the cost of a split when all work takes ``slower`` times as long as alone."""
     profile, last = problem.profile, len(bounds) - 2
     layer = profile.layer_time(problem.context) * slower
-    stages = [StageCost(b - a, layer / problem.speed(k)) for k, (a, b) in _stages(bounds)]
+    stages = [
+        StageCost(b - a, layer / problem.speed(k)) for k, (a, b) in enumerate(pairwise(bounds))
+    ]
     entry = profile.entry.median / problem.speed(0) / stages[0].layers
     stages[0] = StageCost(stages[0].layers, stages[0].layer + entry)
     rows = schedule.block
@@ -216,7 +218,7 @@ def alternatives(problem: Problem, *, every_split: bool = False) -> list[Plan]:
             found += [_plan(problem, bounds, exit_, s) for s in _schedules(problem, bounds, exit_)]
     if not every_split:
         found = _best_splits(found)
-    priced = [_with_plain(plan, plain_time) for plan in found]
+    priced = [replace(plan, plain_time=plain_time) for plan in found]
     return sorted(priced, key=lambda p: (round(p.token_time / plain_time, 9), *_preference(p)))
 
 
@@ -253,11 +255,6 @@ def _best_splits(plans: Iterable[Plan]) -> list[Plan]:
 
 def _rank(plan: Plan) -> tuple[float, float, tuple[int, ...]]:
     return float(f"{plan.token_time:.9g}"), max(plan.stage_times), plan.bounds
-
-
-def _with_plain(plan: Plan, plain_time: float) -> Plan:
-    fields = (plan.mode, plan.schedule, plan.bounds, plan.exit, plan.cost, plan.token_time)
-    return Plan(*fields, plain_time)
 
 
 def _plan(
@@ -314,10 +311,6 @@ def _window(problem: Problem, bounds: tuple[int, ...], exit_: Exit, block: int) 
     return min(MAX_IN_FLIGHT, max(problem.workers, needed))
 
 
-def _stages(bounds: Sequence[int]) -> enumerate[tuple[int, int]]:
-    return enumerate(pairwise(bounds))
-
-
 def _fixed_first(problem: Problem, exit_: Exit | None) -> tuple[int, ...] | None:
     """Layers that stage 0 may have; None when the exit contradicts what is decided."""
     layers, workers = problem.profile.sizes.layers, problem.workers
@@ -370,7 +363,7 @@ def _front_behind(problem: Problem, exit_: Exit | None, first: int) -> Iterator[
         way = sum(n * cost for n, cost in zip(counts, each, strict=True))
         if way < shortest * (1 - RELATIVE_TIE):
             shortest = way
-            yield _bounds(first, counts)
+            yield tuple(accumulate((0, first, *counts)))
 
 
 def _fill(
@@ -388,10 +381,3 @@ def _fill(
         counts[k] += more
         left -= more
     return counts
-
-
-def _bounds(first: int, counts: Sequence[int]) -> tuple[int, ...]:
-    bounds = [0, first]
-    for count in counts:
-        bounds.append(bounds[-1] + count)
-    return tuple(bounds)
