@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,28 +54,15 @@ def profile(
 
 def subject_of(config: EngineConfig) -> Subject:
     """Return what is measured for the settings of a pipeline; raises ConfigError."""
-    import torch
-
-    from ppsd.config import core_shares
-    from ppsd.engine.choose import dtype_name, threads_of
-    from ppsd.engine.peer import Subject
+    from ppsd.engine import choose
     from ppsd.model.source import describe, resolve_model
     from ppsd.model.weights import check_shapes, fingerprint, open_source
 
     files = resolve_model(config.model)
     spec, source = describe(files), open_source(files.path)
     check_shapes(source, spec)
-    threads = threads_of(config)
-    return Subject(
-        path=files.path,
-        spec=spec,
-        source=source,
-        fingerprint=fingerprint(spec, source),
-        dtype=getattr(torch, dtype_name(config)),
-        threads=threads,
-        cores=core_shares(2, threads),
-        transport="shared-memory" if config.transport == "auto" else config.transport,
-    )
+    subject = choose.subject_of(config, files.path, spec, source, fingerprint(spec, source))
+    return subject if config.transport == "auto" else replace(subject, transport=config.transport)
 
 
 def _measure(subject: Subject) -> Profile:

@@ -161,11 +161,6 @@ def _mode(config: EngineConfig) -> str:
     return "auto" if config.head == "auto" and config.plan != "off" and not asked else "ppsd"
 
 
-def read_profile(config: EngineConfig) -> Profile:
-    """Read the model's files and return the profile that ``config`` would be planned with."""
-    return outlook(config).profile
-
-
 @dataclass(frozen=True)
 class Outlook:
     """What a configuration is planned with.
@@ -214,8 +209,16 @@ def times(
     config: EngineConfig, path: Path, spec: ModelSpec, source: TensorSource, fingerprint: str
 ) -> Profile:
     """Return the times that the model at ``path`` is planned with (see profiles.py)."""
+    subject = subject_of(config, path, spec, source, fingerprint)
+    return profile_for(config, subject, retake=not on_torchrun(config))
+
+
+def subject_of(
+    config: EngineConfig, path: Path, spec: ModelSpec, source: TensorSource, fingerprint: str
+) -> Subject:
+    """Return what a profile measures for the settings of a pipeline."""
     threads = threads_of(config)
-    subject = Subject(
+    return Subject(
         path=path,
         spec=spec,
         source=source,
@@ -224,7 +227,6 @@ def times(
         threads=threads,
         cores=core_shares(2, threads),
     )
-    return profile_for(config, subject, retake=not on_torchrun(config))
 
 
 def trained_exits(
@@ -353,7 +355,8 @@ def _reason(
 ) -> str:
     """Return the choice in one line, with what its prediction assumes."""
     stages = f"{config.stages} stage{'s' if config.stages > 1 else ''}"
-    given = f"({origin})" if config.stages == 1 else f"({_together(config)}; {origin})"
+    together = assumed_together(_at_once(config), config.stages)
+    given = f"({origin})" if config.stages == 1 else f"({together}; {origin})"
     if best.exit is not None:
         window = f"m={best.schedule.block}, w={best.schedule.in_flight}"
         if trees is not None:
@@ -378,10 +381,6 @@ def prediction(plan: Plan, trees: WavePlan | None = None) -> str:
     warning = "" if speedup >= LEAST_GAIN else "; speculation will not pay"
     at = f"α {plan.exit.alpha:.2f} ({plan.exit.origin})"
     return f"predicted {speedup:.2f}× plain at {at}{warning}"
-
-
-def _together(config: EngineConfig) -> str:
-    return assumed_together(_at_once(config), config.stages)
 
 
 def assumed_together(at_once: int | None, stages: int) -> str:

@@ -59,9 +59,9 @@ def endurance(
 
 
 def _profile(config: EngineConfig) -> Any:
-    from ppsd.engine.choose import read_profile
+    from ppsd.engine.choose import outlook
 
-    profile = read_profile(config)
+    profile = outlook(config).profile
     if not profile.measured:
         allowed = "a file of `ppsd profile`, or auto once that has been run here"
         raise ConfigError("plan", config.plan, allowed)

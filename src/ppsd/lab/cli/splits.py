@@ -65,11 +65,11 @@ def splits(
 
 
 def _problem(config: EngineConfig, options: BenchOptions, rates: Mapping[int, float]) -> Problem:
-    from ppsd.engine.choose import read_profile
+    from ppsd.engine.choose import outlook
     from ppsd.lab.splits import exits_along
     from ppsd.plan.planner import Problem
 
-    found = read_profile(config)
+    found = outlook(config).profile
     last = found.sizes.layers - 1
     if not all(1 <= layer <= last for layer in rates):
         raise ConfigError("alpha", sorted(rates), f"exits in [1, {last}]")
