@@ -32,18 +32,16 @@ from ppsd.transport.inprocess import InProcessHub
 from ppsd.worker.frame import frame_bytes
 from ppsd.worker.inner_head import InnerHead
 from ppsd.worker.judge import Judge
-from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker
+from ppsd.worker.machine import memory_used, pin, set_own_threads
 from ppsd.worker.messages import Status
 from ppsd.worker.pace import paced
 from ppsd.worker.process import (
     Supervisor,
     WorkerConfig,
     endpoint_over,
-    memory_used,
     open_endpoint,
-    pin,
-    set_own_threads,
+    stage_worker,
 )
 from ppsd.worker.recorder import Recorder
 from ppsd.worker.scores import scores_bytes
@@ -219,34 +217,14 @@ class RunningPipeline:
 
     def _connect_inprocess(self, geometry: Geometry) -> tuple[Endpoint, list[Worker]]:
         hub = InProcessHub(geometry)
-        workers = [self._inprocess_worker(hub, rank) for rank in range(1, geometry.size)]
+        workers = []
+        for rank in range(1, geometry.size):
+            config = self._worker_config(rank, geometry)
+            worker, stage = stage_worker(config, hub.endpoint(rank), self._source)
+            workers.append(worker)
+            self.models.append(stage)
         hub.on_idle = lambda: any(worker.step(0.0) for worker in workers)
         return hub.endpoint(0), workers
-
-    def _inprocess_worker(self, hub: InProcessHub, rank: int) -> Worker:
-        config, layout = self._config, self.layout
-        own = Stage(layout.spec, layout.plan(rank, config.device(rank)), self._source)
-        self.models.append(own)
-        recorder = Recorder(config.trace)
-        stage = self._paced(own, rank, recorder)
-        judge = Judge(stage, rank, layout.max_context, layout.slots) if stage.is_last else None
-        link = TransportLink(hub.endpoint(rank), config.timeout)
-        head = self._inner_head(rank, own)
-        return Worker(rank, stage, link, judge, recorder, head)
-
-    def _inner_head(self, rank: int, stage: Stage) -> InnerHead | None:
-        head = self._load_inner(rank, stage)
-        if head is None:
-            return None
-        pace = self._config.pace_of(rank)
-        return InnerHead(head, head_seconds(pace, self.layout, rank, head.config))
-
-    def _load_inner(self, rank: int, stage: Stage) -> ExitHead | None:
-        """Return the exit head behind a later stage, if there is one."""
-        layout, found = self.layout, self.layout.inner[rank]
-        if found is None:
-            return None
-        return load_head(found.path, layout.spec, stage.plan, self._source, layout.identity)
 
     def _paced(self, stage: Stage, rank: int, recorder: Recorder) -> StageModel:
         return paced(stage, self._config.pace_of(rank), self._most_rows(), recorder)

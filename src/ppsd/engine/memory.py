@@ -1,6 +1,6 @@
 """Memory of a stage before it is loaded: one estimate for plan, check and report.
 
-Used by build.py and choose.py. What is in use is told by ``worker.process.memory_used``.
+Used by build.py and choose.py. What is in use is told by ``worker.machine.memory_used``.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from ppsd.speculation.lookup import ODDS
 from ppsd.speculation.policy import Drafted, Judged, Policy, Schedule
 from ppsd.types import SamplingParams
 from ppsd.worker.judge import Judge, require_finite
+from ppsd.worker.machine import pin
 from ppsd.worker.messages import Begin, Block
-from ppsd.worker.process import pin
 
 ROWS_CONTEXT = 128
 HEAD_LAYERS = (0, 1, 2)

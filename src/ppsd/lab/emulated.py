@@ -24,7 +24,7 @@ from ppsd.lab.virtual import (
     VirtualPipeline,
     VirtualStage,
 )
-from ppsd.model.exit_head import ExitHead
+from ppsd.model.exit_head import ExitHead, load_head
 from ppsd.model.passes import Pass, Place, Watch
 from ppsd.model.stage import Stage
 from ppsd.plan.model import CostModel, Link, StageCost
@@ -33,7 +33,7 @@ from ppsd.speculation.waves import Row
 from ppsd.worker.inner_head import InnerHead
 from ppsd.worker.judge import Judge
 from ppsd.worker.loop import Worker
-from ppsd.worker.process import set_own_threads
+from ppsd.worker.machine import set_own_threads
 from ppsd.worker.wave_messages import Opinion
 
 
@@ -79,6 +79,13 @@ class EmulatedPipeline(RunningPipeline):
     def _first_head(self, model: Stage) -> ExitHead | None:
         found = self.layout.head
         return None if found is None else self._load_head(found, model, model.plan)
+
+    def _load_inner(self, rank: int, stage: Stage) -> ExitHead | None:
+        """Return the exit head behind a later stage, if there is one."""
+        layout, found = self.layout, self.layout.inner[rank]
+        if found is None:
+            return None
+        return load_head(found.path, layout.spec, stage.plan, self._source, layout.identity)
 
     def _emulated(
         self, head: ExitHead | None, pipeline: VirtualPipeline, rank: int

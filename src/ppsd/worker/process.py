@@ -14,10 +14,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -36,14 +35,15 @@ from ppsd.model import kernels
 from ppsd.model.exit_head import load_head
 from ppsd.model.identity import Identity
 from ppsd.model.spec import ModelSpec
-from ppsd.model.stage import Stage, StagePlan
-from ppsd.model.weights import open_source
+from ppsd.model.stage import Progress, Stage, StagePlan
+from ppsd.model.weights import TensorSource, open_source
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.worker.frame import VERSION
 from ppsd.worker.inner_head import InnerHead
 from ppsd.worker.judge import Judge
 from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker, failure_status
+from ppsd.worker.machine import memory_used, pin
 from ppsd.worker.messages import Status, encode
 from ppsd.worker.pace import paced
 from ppsd.worker.recorder import Recorder
@@ -107,43 +107,6 @@ class WorkerConfig:
             raise ProtocolError(f"rank 0 speaks protocol {record['protocol']}, this rank {VERSION}")
         master = record["master"] and (str(record["master"][0]), int(record["master"][1]))
         return cls(**record | {"cores": tuple(record["cores"]), "master": master})
-
-
-def memory_used(pid: int | None = None) -> int:
-    """Bytes of memory that a process, or else this one, uses now; 0 for one that is gone.
-
-    A page that several processes map, such as one of a library or of the model's file, counts in
-    equal parts, so that the sum over processes is right. Where the system does not tell that
-    share, pages of files are left out.
-    """
-    try:
-        used = psutil.Process(pid).memory_full_info()
-    except psutil.Error:
-        return 0
-    return int(getattr(used, "pss", 0) or used.uss)
-
-
-def pin(cores: Sequence[int]) -> None:
-    """Keep the calling thread, and those it starts, on ``cores``; nothing where unsupported."""
-    if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)
-
-
-_setting_threads = threading.Lock()
-
-
-def set_own_threads(count: int) -> None:
-    """Let PyTorch use ``count`` CPU threads for what this thread computes, and for nothing else.
-
-    Setting the count also sets what threads to come begin with. A thread that ends at once puts
-    that back.
-    """
-    with _setting_threads:
-        before = torch.get_num_threads()  # the process's, unless this thread has set its own
-        torch.set_num_threads(count)
-        other = threading.Thread(target=torch.set_num_threads, args=(before,))
-        other.start()
-        other.join()
 
 
 def open_endpoint(config: WorkerConfig, check: Callable[[], None] = lambda: None) -> Endpoint:
@@ -233,6 +196,24 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any, extend: Extend | N
         if done % 8 == 0 or done == total:
             say(Status(config.rank, "progress", {"done": done, "total": total}))
 
+    source = open_source(Path(config.model_path))
+    worker, stage = stage_worker(config, endpoint, source, progress)
+    about = {
+        "pid": os.getpid(),
+        "memory": memory_used(),
+        "kernels": kernels.name(config.dtype, config.device),
+    }
+    say(Status(config.rank, "ready", about))
+    return worker if extend is None else extend(worker, stage, endpoint, config)
+
+
+def stage_worker(
+    config: WorkerConfig,
+    endpoint: Endpoint,
+    source: TensorSource,
+    progress: Progress = lambda done, total: None,
+) -> tuple[Worker, Stage]:
+    """Load the stage and any head at its end; return the worker that serves it, and the stage."""
     spec, slots = ModelSpec.from_json(config.spec), config.geometry["slots"]
     plan = StagePlan(
         config.first,
@@ -244,7 +225,6 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any, extend: Extend | N
         loose=config.loose,
         slots=slots,
     )
-    source = open_source(Path(config.model_path))
     loaded = Stage(spec, plan, source, progress)
     head = None
     if config.head:  # rank 0 has checked it
@@ -253,15 +233,8 @@ def _load(config: WorkerConfig, endpoint: Endpoint, say: Any, extend: Extend | N
     recorder = Recorder(config.trace)
     stage = paced(loaded, config.pace, config.block, recorder)
     judge = Judge(stage, config.rank, config.max_context, slots) if stage.is_last else None
-    about = {
-        "pid": os.getpid(),
-        "memory": memory_used(),
-        "kernels": kernels.name(config.dtype, config.device),
-    }
-    say(Status(config.rank, "ready", about))
     link = TransportLink(endpoint, config.timeout)
-    worker = Worker(config.rank, stage, link, judge, recorder, head)
-    return worker if extend is None else extend(worker, loaded, endpoint, config)
+    return Worker(config.rank, stage, link, judge, recorder, head), loaded
 
 
 class Supervisor:
