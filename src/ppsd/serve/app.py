@@ -8,7 +8,7 @@ import json
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -195,7 +195,7 @@ class Completions:
                 reply.asked, reply.prompt_field, reply.template_kwargs
             )
             reply.grammar = await service.grammar(reply.body.schema_wanted)
-        async with aclosing(service.parts(reply)) as parts:
+        with service.parts(reply) as parts:
             if reply.body.stream:
                 await _stream(reply, parts, limit, send)
                 return
