@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ppsd.errors import shortened
 from ppsd.serve.config import ServerConfig, is_loopback
 from ppsd.serve.live import Live, TintedReply
 from ppsd.serve.metrics import TEXT_FORMAT
@@ -271,6 +272,10 @@ async def _while_there(receive: Receive, work: Coroutine[Any, Any, None]) -> Non
 
 async def _read(request: Request, kind: type[B], service: Service) -> B:
     """Return the checked body of a request, a large one read off the loop; raises RefusedError."""
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() not in ("", "identity"):
+        told = f"Content-Encoding must be identity, or left out, got {shortened(repr(coding))}"
+        raise RefusedError(415, told)
     data = bytearray()
     async for piece in request.stream():
         data += piece

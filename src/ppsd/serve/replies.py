@@ -6,6 +6,7 @@ import math
 import secrets
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -280,7 +281,8 @@ class TextReply(Reply):
         super().__post_init__()
         self._offsets = [0] * self.choices  # of the next token in its choice's text
         self._begun: set[int] = set()
-        self._decoders = [StreamDecoder(self.tokenizer) for _ in range(self.choices)]
+        # Made when used: of thousands of choices, all of them refused, it would take seconds.
+        self._decoders = defaultdict[int, StreamDecoder](lambda: StreamDecoder(self.tokenizer))
 
     @property
     def asked(self) -> list[Prompt]:

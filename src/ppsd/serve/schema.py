@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Self
 
@@ -35,12 +37,14 @@ KINDS = {
     503: "server_error",
 }
 RESERVED = {  # names that chat templates know already, or that transformers has a meaning for
-    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
-    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "self"),
-    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("messages", "conversation", "conversations", "tools", "documents", "chat_template"),
+    *("add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
+    *("max_length", "self", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "sanitize_control_tokens"),
     *("bos_token", "eos_token", "unk_token", "pad_token", "raise_exception", "strftime_now"),
     *("processor_kwargs", "template_kwargs"),
 }
+PLAIN = re.compile("0|-?[1-9][0-9]{,18}")
 Json = dict[str, Any]
 
 
@@ -114,6 +118,15 @@ def _unreserved(value: Json) -> Json:
     return value
 
 
+def _by_token(value: object) -> object:
+    """Return a dict by token ids; refuse names such as 05, which say the same as another."""
+    if not isinstance(value, dict):
+        return value
+    if odd := [name for name in value if not PLAIN.fullmatch(name)]:
+        raise _wrong(f"must have integers as names, got {shortened(repr(odd[0]))}")
+    return {int(name): bias for name, bias in value.items()}
+
+
 def _is_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
@@ -132,9 +145,16 @@ class Body(BaseModel):
             body = cls.model_validate_json(data)
         except ValidationError as error:
             raise _refusal(error, cls.model_fields) from error
-        if b"NaN" in data or b"Infinity" in data:  # which pydantic takes in objects of any kind
-            json.loads(data, parse_constant=_refuse_constant)
+        # Of two fields with one name pydantic takes the last, and NaN in objects of any kind.
+        json.loads(data, object_pairs_hook=_once, parse_constant=_refuse_constant)
         return body
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse an object that has two fields with one name: one of them would be ignored."""
+    names = Counter(name for name, _ in pairs)
+    if wrong := [name for name, count in names.items() if count > 1]:
+        raise RefusedError(400, f"{shortened(wrong[0])} must be given once", wrong[0])
 
 
 def _refuse_constant(name: str) -> None:
@@ -205,7 +225,7 @@ class Sampled(Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_by_token)] = None
     seed: int | None = None
     stop: Annotated[list[str] | None, BeforeValidator(_listed)] = None
     stop_token_ids: list[int] | None = None
