@@ -23,13 +23,13 @@ from ppsd.errors import shortened
 from ppsd.serve.config import ServerConfig, is_loopback
 from ppsd.serve.live import Live, TintedReply
 from ppsd.serve.metrics import TEXT_FORMAT
+from ppsd.serve.refusals import RefusedError
 from ppsd.serve.replies import ChatReply, Parts, Reply, TextReply
 from ppsd.serve.schema import (
     MAX_BODY,
     Body,
     ChatBody,
     DetokenizeBody,
-    RefusedError,
     Sampled,
     TextBody,
     TokenizeBody,

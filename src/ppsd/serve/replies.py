@@ -19,7 +19,8 @@ from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError
 from ppsd.model.tokenizer import REPLACEMENT, StreamDecoder, Tokenizer
 from ppsd.serve.figures import speculation, timings, usage
-from ppsd.serve.schema import ChatBody, Message, RefusedError, Sampled, TextBody, refusal_of
+from ppsd.serve.refusals import RefusedError, refusal_of
+from ppsd.serve.schema import ChatBody, Message, Sampled, TextBody
 from ppsd.types import SamplingParams
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; in a chat the context is the limit

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -20,7 +18,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ppsd.errors import ConfigError, shortened
+from ppsd.errors import shortened
+from ppsd.serve.refusals import RefusedError, refusal_of_body
 
 MAX_BODY = 8 << 20  # bytes
 MAX_CHOICES = 128  # of one prompt
@@ -28,14 +27,6 @@ MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 MAX_LOGPROBS = 20
 MAX_TIMEOUT = 86400.0  # seconds
-KINDS = {
-    401: "authentication_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    503: "server_error",
-}
 RESERVED = {  # names that chat templates know already, or that transformers has a meaning for
     *("messages", "conversation", "conversations", "tools", "documents", "chat_template"),
     *("add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
@@ -46,24 +37,6 @@ RESERVED = {  # names that chat templates know already, or that transformers has
 }
 PLAIN = re.compile("0|-?[1-9][0-9]{,18}")
 Json = dict[str, Any]
-
-
-class RefusedError(Exception):
-    """A request that is not answered; becomes OpenAI's error object."""
-
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the body of the response."""
-        kind = KINDS.get(self.status, "invalid_request_error")
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
 
 
 def _wrong(message: str) -> PydanticCustomError:
@@ -144,7 +117,7 @@ class Body(BaseModel):
         try:
             body = cls.model_validate_json(data)
         except ValidationError as error:
-            raise _refusal(error, cls.model_fields) from error
+            raise refusal_of_body(error, cls.model_fields) from error
         # Of two fields with one name pydantic takes the last, and NaN in objects of any kind.
         json.loads(data, object_pairs_hook=_once, parse_constant=_refuse_constant)
         return body
@@ -376,34 +349,3 @@ class DetokenizeBody(Body):
     """The body of /detokenize."""
 
     tokens: list[int]
-
-
-def _refusal(error: ValidationError, known: Iterable[str]) -> RefusedError:
-    """Return the refusal that tells the first of pydantic's errors."""
-    first = error.errors(include_url=False)[0]
-    where = [part for part in first["loc"] if part != "[key]"]
-    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).lstrip(".")
-    message = first["msg"]
-    if first["type"] == "json_invalid":
-        return RefusedError(400, f"the body is not valid JSON: {first['ctx']['error']}")
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(where[-1]), known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return RefusedError(400, f"{shortened(param)} is no field that is known here{hint}", param)
-    if not where:  # a rule about several fields, or a body that is no object
-        name = message.split()[0]
-        known_name = name if name in set(known) else None
-        return RefusedError(400, message if known_name else f"the body: {message}", known_name)
-    if first["type"] != "ppsd":
-        message = f"is wrong: {message}"
-        if first["type"] != "missing":
-            message += f", got {shortened(repr(first['input']), 80)}"
-    return RefusedError(400, f"{param} {message}", param)
-
-
-def refusal_of(error: ConfigError, names: Callable[[str], str] = str) -> RefusedError:
-    """Return the refusal of what the engine's own checks found."""
-    param = names(error.field.split()[0])
-    long = "(the context holds" in str(error) and "got '0 tokens'" not in str(error)
-    code = "context_length_exceeded" if long else None
-    return RefusedError(400, str(error), param, code)

@@ -21,8 +21,9 @@ from ppsd.serve.figures import speculation
 from ppsd.serve.logs import log_request
 from ppsd.serve.metrics import Metrics, Watch
 from ppsd.serve.pulse import Pulse
+from ppsd.serve.refusals import RefusedError, refusal_of
 from ppsd.serve.replies import Parts, Reply, conversation, sampling, silenced
-from ppsd.serve.schema import Json, RefusedError, Sampled, TokenizeBody, refusal_of
+from ppsd.serve.schema import Json, Sampled, TokenizeBody
 
 NO_TEMPLATE = (
     "messages need a chat template, and this model has none: the server can be given one by "
