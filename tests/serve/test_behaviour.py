@@ -17,6 +17,7 @@ import pytest
 
 from ppsd import LLM, SamplingParams
 from ppsd.engine.text_engine import TextEngine
+from ppsd.serve import app
 from tests.support.http_server import Served
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -94,6 +95,27 @@ def test_a_client_that_goes_away_ends_its_request(server, llm, ends, monkeypatch
     assert server.service.active == 0
     llm._thread.call(lambda: None)  # which comes to its turn when nothing is under way
     assert len(told) < LONG["max_tokens"] / 2
+
+
+def test_the_engine_is_at_work_before_a_stream_begins(server, monkeypatch) -> None:
+    """Writing and reading events takes time, which the prompt need not wait for."""
+    order: list[str] = []
+    submit, event = LLM.submit, app._event
+
+    def submitted(*arguments: Any, **more: Any) -> Any:
+        order.append("submitted")
+        return submit(*arguments, **more)
+
+    def written(data: str) -> Any:
+        order.append("written")
+        return event(data)
+
+    monkeypatch.setattr(LLM, "submit", submitted)
+    monkeypatch.setattr(app, "_event", written)
+    messages = [{"role": "user", "content": "hi"}]
+    body = {"messages": messages, "max_tokens": 2, "n": 2, "temperature": 1}
+    server.events(CHAT, body)
+    assert order[:4] == ["submitted"] * 2 + ["written"] * 2
 
 
 def test_a_client_that_goes_away_while_it_waits_gives_up_its_place(server, ends) -> None:

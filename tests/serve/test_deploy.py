@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import re
 import shlex
 import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from tests.support.http_server import Served
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 SECONDS = {"s": 1, "m": 60}
+OUTSIDE = {"host": "llm.example.org", "x-forwarded-for": "127.0.0.1"}
+STREAM = {"prompt": "pack my box", "max_tokens": 60, "ignore_eos": True, "stream": True}
 
 
 def compose() -> dict[str, Any]:
@@ -114,14 +118,27 @@ def test_the_dashboard_names_only_metrics_that_exist(server) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_the_page_of_the_server_names_all_metrics(server) -> None:
+    text = (DEPLOY.parent / "serve.md").read_text().split("\n## Metrics\n")[1]
+    listed = set(re.findall(r"`(\w+_\w+)(?:\{\w+\})?`", text))
+    told = server.client.get("/metrics").text
+    kinds = dict(re.findall(r"^# TYPE ppsd:(\w+) (\w+)", told, re.MULTILINE))
+    known = {name for name in kinds if not name.endswith("_created")}
+    assert known <= listed
+    assert listed - known == {"hop_seconds", "recoveries_total"}
+
+
 def test_nginx_takes_as_much_as_the_server() -> None:
     [megabytes] = re.findall(r"client_max_body_size (\d+)m;", (DEPLOY / "nginx.conf").read_text())
     assert int(megabytes) << 20 == MAX_BODY
 
 
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
-def test_a_stream_comes_through_nginx_piece_by_piece(server: Served, tmp_path) -> None:
-    """The file itself, but for the addresses and TLS."""
+@pytest.fixture(scope="module")
+def behind(server: Served, tmp_path_factory) -> Iterator[httpx.Client]:
+    """Give a client of nginx with the file itself, but for the addresses and TLS."""
+    if shutil.which("nginx") is None:
+        pytest.skip("nginx is not installed")
+    place = tmp_path_factory.mktemp("nginx")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     text = (DEPLOY / "nginx.conf").read_text()
@@ -129,34 +146,69 @@ def test_a_stream_comes_through_nginx_piece_by_piece(server: Served, tmp_path) -
     text = text.replace("443 ssl", f"127.0.0.1:{port}")
     text = re.sub(r"\n *ssl_certificate.*", "", text)
     places = "".join(
-        f"{kind}_temp_path {tmp_path}/{kind};"
+        f"{kind}_temp_path {place}/{kind};"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    file = tmp_path / "nginx.conf"
+    user = "user root;" if os.geteuid() == 0 else ""  # whose workers could not write here
+    file = place / "nginx.conf"
     file.write_text(
-        f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}}\n"
+        f"{user} daemon off; pid {place}/pid; error_log stderr; events {{}}\n"
         f"http {{ access_log off; {places}\n{text}\n}}\n"
     )
-    process = subprocess.Popen(["nginx", "-c", file, "-p", tmp_path, "-e", "stderr"])
+    process = subprocess.Popen(["nginx", "-c", file, "-p", place, "-e", "stderr"])
     try:
-        times = _streamed(f"http://127.0.0.1:{port}")
-        assert len(times) > 20
-        assert times[-1] - times[0] > 0.05
-        assert len({round(each, 3) for each in times}) > 10
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            _wait_for(client)
+            yield client
     finally:
         process.terminate()
         process.wait(20)
 
 
-def _streamed(url: str) -> list[float]:
-    """Return when each event of a stream came."""
-    body = {"prompt": "pack my box", "max_tokens": 60, "ignore_eos": True, "stream": True}
+def _wait_for(client: httpx.Client) -> None:
     end = time.monotonic() + 20
     while True:
         try:
-            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
-                assert response.status_code == 200
-                return [time.monotonic() for line in response.iter_lines() if line]
+            client.get("/health").raise_for_status()
+            return
         except httpx.ConnectError:
             assert time.monotonic() < end
             time.sleep(0.1)
+
+
+def test_a_stream_comes_through_nginx_piece_by_piece(behind: httpx.Client) -> None:
+    with behind.stream("POST", "/v1/completions", json=STREAM) as response:
+        assert response.status_code == 200
+        times = [time.monotonic() for line in response.iter_lines() if line]
+    assert len(times) > 20
+    assert times[-1] - times[0] > 0.05
+    assert len({round(each, 3) for each in times}) > 10
+
+
+def test_who_leaves_nginx_leaves_the_server(behind: httpx.Client, server: Served) -> None:
+    body = STREAM | {"prompt": list(range(3, 250)), "max_tokens": 250}
+    with behind.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+        assert server.service.active == 1
+    end = time.monotonic() + 30
+    before = server.service.metrics.ends.labels("length")._value.get()
+    while server.service.active and time.monotonic() < end:
+        time.sleep(0.01)
+    assert server.service.active == 0
+    assert server.service.metrics.ends.labels("length")._value.get() == before
+
+
+def test_nginx_lets_through_what_it_should(behind: httpx.Client) -> None:
+    """Bodies as large as the server takes, and the id that nginx gives; not the live page."""
+    assert behind.get("/v1/pipeline/events").status_code == 403
+    for size, status in [(MAX_BODY - 99, 400), (MAX_BODY + 1, 413)]:
+        content = b'{"wrong": "' + b" " * (size - 13) + b'"}'
+        assert behind.post("/v1/completions", content=content).status_code == status
+    assert re.fullmatch("[0-9a-f]{32}", behind.get("/v1/models").headers["x-request-id"])
+
+
+def test_without_a_key_the_server_refuses_the_host_that_nginx_names(behind: httpx.Client) -> None:
+    response = behind.get("/v1/models", headers={"host": "llm.example.org"})
+    assert response.json()["error"]["code"] == "foreign_host"
+    response = behind.get("/v1/models", headers={"x-forwarded-host": "localhost"} | OUTSIDE)
+    assert response.json()["error"]["code"] == "foreign_host"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from inspect import signature
 from typing import Any
 
 import pytest
+import transformers
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ppsd.errors import ModelError
 from ppsd.model.tokenizer import Tokenizer
@@ -80,7 +84,13 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     (chat(stop=""), "stop", "non-empty"),
     (chat(stop=["a"] * 17), "stop", "at most 16"),
     (chat(stop=[1]), "stop[0]", "string"),
-    (chat(logit_bias={"x": 1}), "logit_bias.x", "integer"),
+    (chat(logit_bias={"x": 1}), "logit_bias", "integers as names, got 'x'"),
+    (chat(logit_bias={"5": 1, "05": 2}), "logit_bias", "integers as names, got '05'"),
+    (chat(logit_bias={"1" * 5000: 1}), "logit_bias", "integers as names, got '1"),
+    (chat(logit_bias={"5": True}), "logit_bias[5]", "valid number"),
+    (chat(logit_bias={" 5": 1}), "logit_bias", "integers as names, got ' 5'"),
+    ((TEXT, b'{"prompt": "hi", "n": 1, "n": 1}'), "n", "must be given once"),
+    ((TEXT, b'{"prompt": "hi", "metadata": {"a": 1, "\\u0061": 2}}'), "a", "must be given once"),
     (chat(logit_bias={"5": 101}), "logit_bias", "in [-100, 100]"),
     (chat(logit_bias={"296": 1}), "logit_bias", "in [0, 295]"),
     (chat(stop_token_ids=[9999]), "stop_token_ids", "in [0, 295]"),
@@ -156,6 +166,37 @@ def test_what_is_not_there_is_refused_in_the_same_shape(server) -> None:
     error = error_of(server.post(CHAT, {"messages": HI, "model": "other"}))
     assert (error["code"], error["param"]) == ("model_not_found", "model")
     assert error["type"] == "not_found_error"
+
+
+def test_compressed_bodies_are_refused(server) -> None:
+    plain = json.dumps({"prompt": "hi", "max_tokens": 1}).encode()
+    for coding, status in [("gzip", 415), ("identity, br", 415), ("Identity", 200), ("", 200)]:
+        content = gzip.compress(plain) if status == 415 else plain
+        response = server.client.post(TEXT, content=content, headers={"content-encoding": coding})
+        assert response.status_code == status, response.text
+        if status == 415:
+            assert (
+                f"Content-Encoding must be identity, or left out, got '{coding}'"
+                in (error_of(response)["message"])
+            )
+
+
+def test_thousands_of_choices_are_refused_before_any_is_prepared(server, monkeypatch) -> None:
+    def made(*_: Any) -> None:
+        raise AssertionError("prepared")
+
+    monkeypatch.setattr("ppsd.serve.replies.StreamDecoder", made)
+    response = server.post(TEXT, {"prompt": [[5]] * 128, "n": 128, "temperature": 1})
+    assert (response.status_code, error_of(response)["param"]) == (400, "n")
+
+
+def test_no_argument_of_the_templates_own_functions_can_be_overridden(server) -> None:
+    functions = (transformers.PreTrainedTokenizerBase.apply_chat_template, render_jinja_template)
+    own = {name for each in functions for name in signature(each).parameters} - {"kwargs"}
+    for name in own:
+        response = server.post(CHAT, {"messages": HI, "chat_template_kwargs": {name: 1}})
+        assert response.status_code == 400, name
+        assert error_of(response)["param"] == "chat_template_kwargs"
 
 
 def test_a_prompt_that_is_too_long_has_openais_code(server) -> None:

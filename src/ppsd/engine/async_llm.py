@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
@@ -64,17 +64,19 @@ class AsyncLLM:
         Leaving early, or cancelling the task, ends the request.
         """
         request = partial(self.llm.submit, prompt, params, reuse=reuse)
-        async with aclosing(as_they_come([request])) as parts:
+        with begun([request]) as parts:
             async for _, part in parts:
                 yield part
 
 
-async def as_they_come(
+@contextmanager
+def begun(
     requests: Sequence[Submit],
-) -> AsyncGenerator[tuple[int, Chunk | Completion], None]:
-    """Submit requests and yield what each brings, with its index, until all are complete.
+) -> Iterator[AsyncGenerator[tuple[int, Chunk | Completion], None]]:
+    """Submit requests at once, and yield what they bring; leaving ends them.
 
-    Leaving early, or cancelling the task, ends them. Raises the error of the first that fails.
+    Before anything is read they are on their way. Each part has the index of its request; reading
+    raises the error of the first that fails.
     """
     loop = asyncio.get_running_loop()
     arrived = asyncio.Event()
@@ -82,18 +84,25 @@ async def as_they_come(
     try:
         for submit in requests:
             tickets.append(submit(notify=lambda: loop.call_soon_threadsafe(arrived.set)))
-        under_way = dict(enumerate(tickets))
-        while under_way:
-            await arrived.wait()
-            arrived.clear()
-            for index, ticket in list(under_way.items()):
-                while (taken := ticket.take_now()) is not None:
-                    kind, value = taken
-                    if kind == "error":
-                        raise value
-                    if kind == "result":
-                        del under_way[index]
-                    yield index, value
+        yield _as_they_come(tickets, arrived)
     finally:
         for ticket in tickets:
             ticket.cancelled = True
+
+
+async def _as_they_come(
+    tickets: Sequence[Ticket], arrived: asyncio.Event
+) -> AsyncGenerator[tuple[int, Chunk | Completion], None]:
+    """Yield what tickets bring until all are complete; ``arrived`` is set whenever one does."""
+    under_way = dict(enumerate(tickets))
+    while under_way:
+        await arrived.wait()
+        arrived.clear()
+        for index, ticket in list(under_way.items()):
+            while (taken := ticket.take_now()) is not None:
+                kind, value = taken
+                if kind == "error":
+                    raise value
+                if kind == "result":
+                    del under_way[index]
+                yield index, value

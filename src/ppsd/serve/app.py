@@ -8,7 +8,7 @@ import json
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -19,16 +19,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ppsd.errors import shortened
 from ppsd.serve.config import ServerConfig, is_loopback
 from ppsd.serve.live import Live, TintedReply
 from ppsd.serve.metrics import TEXT_FORMAT
+from ppsd.serve.refusals import RefusedError
 from ppsd.serve.replies import ChatReply, Parts, Reply, TextReply
 from ppsd.serve.schema import (
     MAX_BODY,
     Body,
     ChatBody,
     DetokenizeBody,
-    RefusedError,
     Sampled,
     TextBody,
     TokenizeBody,
@@ -195,7 +196,7 @@ class Completions:
                 reply.asked, reply.prompt_field, reply.template_kwargs
             )
             reply.grammar = await service.grammar(reply.body.schema_wanted)
-        async with aclosing(service.parts(reply)) as parts:
+        with service.parts(reply) as parts:
             if reply.body.stream:
                 await _stream(reply, parts, limit, send)
                 return
@@ -271,6 +272,10 @@ async def _while_there(receive: Receive, work: Coroutine[Any, Any, None]) -> Non
 
 async def _read(request: Request, kind: type[B], service: Service) -> B:
     """Return the checked body of a request, a large one read off the loop; raises RefusedError."""
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() not in ("", "identity"):
+        told = f"Content-Encoding must be identity, or left out, got {shortened(repr(coding))}"
+        raise RefusedError(415, told)
     data = bytearray()
     async for piece in request.stream():
         data += piece

@@ -6,6 +6,7 @@ import math
 import secrets
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -18,7 +19,8 @@ from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError
 from ppsd.model.tokenizer import REPLACEMENT, StreamDecoder, Tokenizer
 from ppsd.serve.figures import speculation, timings, usage
-from ppsd.serve.schema import ChatBody, Message, RefusedError, Sampled, TextBody, refusal_of
+from ppsd.serve.refusals import RefusedError, refusal_of
+from ppsd.serve.schema import ChatBody, Message, Sampled, TextBody
 from ppsd.types import SamplingParams
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; in a chat the context is the limit
@@ -280,7 +282,8 @@ class TextReply(Reply):
         super().__post_init__()
         self._offsets = [0] * self.choices  # of the next token in its choice's text
         self._begun: set[int] = set()
-        self._decoders = [StreamDecoder(self.tokenizer) for _ in range(self.choices)]
+        # Made when used: of thousands of choices, all of them refused, it would take seconds.
+        self._decoders = defaultdict[int, StreamDecoder](lambda: StreamDecoder(self.tokenizer))
 
     @property
     def asked(self) -> list[Prompt]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -18,7 +18,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ppsd.errors import ConfigError, shortened
+from ppsd.errors import shortened
+from ppsd.serve.refusals import RefusedError, refusal_of_body
 
 MAX_BODY = 8 << 20  # bytes
 MAX_CHOICES = 128  # of one prompt
@@ -26,40 +27,16 @@ MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 MAX_LOGPROBS = 20
 MAX_TIMEOUT = 86400.0  # seconds
-KINDS = {
-    401: "authentication_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    503: "server_error",
-}
 RESERVED = {  # names that chat templates know already, or that transformers has a meaning for
-    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
-    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "self"),
-    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("messages", "conversation", "conversations", "tools", "documents", "chat_template"),
+    *("add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
+    *("max_length", "self", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "sanitize_control_tokens"),
     *("bos_token", "eos_token", "unk_token", "pad_token", "raise_exception", "strftime_now"),
     *("processor_kwargs", "template_kwargs"),
 }
+PLAIN = re.compile("0|-?[1-9][0-9]{,18}")
 Json = dict[str, Any]
-
-
-class RefusedError(Exception):
-    """A request that is not answered; becomes OpenAI's error object."""
-
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the body of the response."""
-        kind = KINDS.get(self.status, "invalid_request_error")
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
 
 
 def _wrong(message: str) -> PydanticCustomError:
@@ -114,6 +91,15 @@ def _unreserved(value: Json) -> Json:
     return value
 
 
+def _by_token(value: object) -> object:
+    """Return a dict by token ids; refuse names such as 05, which say the same as another."""
+    if not isinstance(value, dict):
+        return value
+    if odd := [name for name in value if not PLAIN.fullmatch(name)]:
+        raise _wrong(f"must have integers as names, got {shortened(repr(odd[0]))}")
+    return {int(name): bias for name, bias in value.items()}
+
+
 def _is_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
@@ -131,10 +117,17 @@ class Body(BaseModel):
         try:
             body = cls.model_validate_json(data)
         except ValidationError as error:
-            raise _refusal(error, cls.model_fields) from error
-        if b"NaN" in data or b"Infinity" in data:  # which pydantic takes in objects of any kind
-            json.loads(data, parse_constant=_refuse_constant)
+            raise refusal_of_body(error, cls.model_fields) from error
+        # Of two fields with one name pydantic takes the last, and NaN in objects of any kind.
+        json.loads(data, object_pairs_hook=_once, parse_constant=_refuse_constant)
         return body
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse an object that has two fields with one name: one of them would be ignored."""
+    names = Counter(name for name, _ in pairs)
+    if wrong := [name for name, count in names.items() if count > 1]:
+        raise RefusedError(400, f"{shortened(wrong[0])} must be given once", wrong[0])
 
 
 def _refuse_constant(name: str) -> None:
@@ -205,7 +198,7 @@ class Sampled(Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_by_token)] = None
     seed: int | None = None
     stop: Annotated[list[str] | None, BeforeValidator(_listed)] = None
     stop_token_ids: list[int] | None = None
@@ -356,34 +349,3 @@ class DetokenizeBody(Body):
     """The body of /detokenize."""
 
     tokens: list[int]
-
-
-def _refusal(error: ValidationError, known: Iterable[str]) -> RefusedError:
-    """Return the refusal that tells the first of pydantic's errors."""
-    first = error.errors(include_url=False)[0]
-    where = [part for part in first["loc"] if part != "[key]"]
-    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).lstrip(".")
-    message = first["msg"]
-    if first["type"] == "json_invalid":
-        return RefusedError(400, f"the body is not valid JSON: {first['ctx']['error']}")
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(where[-1]), known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return RefusedError(400, f"{shortened(param)} is no field that is known here{hint}", param)
-    if not where:  # a rule about several fields, or a body that is no object
-        name = message.split()[0]
-        known_name = name if name in set(known) else None
-        return RefusedError(400, message if known_name else f"the body: {message}", known_name)
-    if first["type"] != "ppsd":
-        message = f"is wrong: {message}"
-        if first["type"] != "missing":
-            message += f", got {shortened(repr(first['input']), 80)}"
-    return RefusedError(400, f"{param} {message}", param)
-
-
-def refusal_of(error: ConfigError, names: Callable[[str], str] = str) -> RefusedError:
-    """Return the refusal of what the engine's own checks found."""
-    param = names(error.field.split()[0])
-    long = "(the context holds" in str(error) and "got '0 tokens'" not in str(error)
-    code = "context_length_exceeded" if long else None
-    return RefusedError(400, str(error), param, code)

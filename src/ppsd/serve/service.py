@@ -7,11 +7,11 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import TypeVar
 
-from ppsd.engine.async_llm import as_they_come
+from ppsd.engine.async_llm import begun
 from ppsd.engine.grammar import Grammar
 from ppsd.engine.llm import LLM
 from ppsd.engine.prompt import Prompt
@@ -19,10 +19,11 @@ from ppsd.errors import ConfigError, ModelError, PipelineError, PpsdError, Reque
 from ppsd.serve.config import ServerConfig
 from ppsd.serve.figures import speculation
 from ppsd.serve.logs import log_request
-from ppsd.serve.metrics import Metrics
+from ppsd.serve.metrics import Metrics, Watch
 from ppsd.serve.pulse import Pulse
+from ppsd.serve.refusals import RefusedError, refusal_of
 from ppsd.serve.replies import Parts, Reply, conversation, sampling, silenced
-from ppsd.serve.schema import Json, RefusedError, Sampled, TokenizeBody, refusal_of
+from ppsd.serve.schema import Json, Sampled, TokenizeBody
 
 NO_TEMPLATE = (
     "messages need a chat template, and this model has none: the server can be given one by "
@@ -168,8 +169,13 @@ class Service:
         except ConfigError as error:
             raise refusal_of(error) from error
 
-    async def parts(self, reply: Reply) -> Parts:
-        """Yield what the choices of a reply bring; leaving ends them. Raises RefusedError."""
+    @contextmanager
+    def parts(self, reply: Reply) -> Iterator[Parts]:
+        """Begin the choices of a reply, and yield what they bring; leaving ends them.
+
+        The engine is at work before the first event of a stream is written. Raises RefusedError,
+        also while the parts are read.
+        """
         requests = [
             partial(
                 self.llm.submit,
@@ -182,14 +188,25 @@ class Service:
             for ids in reply.prompts
             for i in range(reply.params.n)
         ]
+        with self.metrics.watch(reply.choices) as watch, ExitStack() as stack:
+            with self._refusing():
+                arriving = stack.enter_context(begun(requests))
+            yield self._seen(reply, watch, arriving)
+
+    async def _seen(self, reply: Reply, watch: Watch, arriving: Parts) -> Parts:
+        """Yield parts once those who count have seen them."""
+        with self._refusing():
+            async for index, given in arriving:
+                part = silenced(given) if reply.body.only_echoes else given
+                watch.see(index, part, first=index % reply.params.n == 0)
+                self.pulse.see(part)
+                yield index, part
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turn the engine's errors into refusals."""
         try:
-            with self.metrics.watch(reply.choices) as watch:
-                async with aclosing(as_they_come(requests)) as parts:
-                    async for index, given in parts:
-                        part = silenced(given) if reply.body.only_echoes else given
-                        watch.see(index, part, first=index % reply.params.n == 0)
-                        self.pulse.see(part)
-                        yield index, part
+            yield
         except (RequestError, ConfigError) as error:
             raise RefusedError(400, str(error)) from error
         except PipelineError as error:
