@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
-from math import inf
-
 import pytest
 
 from ppsd.errors import ProtocolError
@@ -65,13 +61,13 @@ def check_opinions() -> None:
     choose([made], 2, 3)
     say(made, root.id, {3: 0.9}, level=1)
     say(made, root.id, {4: 0.9}, level=1)
-    assert [node.token for _, node in made.offers(9)] == []
+    assert (made.certain(), made.offers(9, 0)) == (False, [])
     made.on(Verified((root.id,), (9,)))
     say(made, root.id, {8: 0.9}, level=3)
     (_, new), *rest = choose([made], 4, 4)
     assert (new.token, rest) == (9, [])
     say(made, 10**6, {8: 0.9}, level=3)
-    assert list(made.offers(9)) == []
+    assert (made.certain(), made.offers(9, 0)) == (False, [])
     assert made.counts.opinions == 2, "of live nodes, from later heads"
 
 
@@ -141,7 +137,7 @@ def test_chunks_end_at_multiples_and_rows_wait_for_the_prompt() -> None:
     assert [len(feed.tokens) for feed in feeds] == [4, 4, 2]
     assert [feed.judge for feed in feeds] == [0, 0, 1]
     assert [feed.draft for feed in feeds] == [False, False, True]
-    assert (made.chunk(4), list(made.offers(9)), set(made.waves)) == (None, [], {1, 2, 3})
+    assert (made.chunk(4), made.offers(9, 0), set(made.waves)) == (None, [], {1, 2, 3})
     with pytest.raises(ProtocolError, match="does not answer the oldest block"):
         made.on(Judged(made.epoch, 4, 8, (), 1))
 
@@ -164,17 +160,15 @@ def test_moves_are_told_once_and_before_rows_above_them() -> None:
 
 def test_copies_in_a_wave_are_worth_less_the_deeper_they_are() -> None:
     made = decoding(prompt=[5, 6, 7, 8, 9, 5], token=6, lookup=True)
-    values = [value for value, _ in islice(worth_feeding(made, 2), 4)]
-    assert values[0] == inf
-    assert 1 > values[1] > values[2] > values[3] > 0
+    made.feed(None, 2)
+    values = []
+    for _ in range(3):
+        value, *_, parent = min(made.offers(2, 0))
+        made.feed(parent, 2)
+        values.append(-value)
+    assert 1 > values[0] > values[1] > values[2] > 0
 
 
-def worth_feeding(made: WavePolicy, wave: int) -> Iterator[tuple[float, Node]]:
-    """Yield what is offered, and feed it."""
-    for value, node in made.offers(wave):
-        made.feed(node, wave)
-        yield value, node
-
-
-def test_the_offer_of_a_root_is_infinite() -> None:
-    assert [value for value, _ in decoding().offers(9)] == [inf]
+def test_nothing_follows_a_root_that_is_not_fed() -> None:
+    made = decoding(prompt=[5, 6, 7, 8, 9, 5], token=6, lookup=True)
+    assert (made.certain(), made.offers(2, 0)) == (True, [])

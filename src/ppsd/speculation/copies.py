@@ -33,7 +33,7 @@ class CopyIndex:
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
         self._tokens: list[int] = []
-        self._pairs: dict[tuple[int, int], list[int]] = {}  # places after the pair
+        self._pairs: dict[tuple[int, ...], list[int]] = {}  # places after the pair
         self._singles: dict[int, int] = {}  # the newest place after a token
         for token in tokens:
             self.append(token)
@@ -61,8 +61,8 @@ class CopyIndex:
         Of equals the newest counts. Repetitions are looked for in the text alone.
         """
         tokens = self._tokens
-        end = [*tokens[-2:], *branch][-2:]
-        places = self._pairs.get((end[0], end[-1])) if len(end) > 1 else None
+        end = (*tokens[-2:], *branch[-2:])[-2:]
+        places = self._pairs.get(end)
         if places is not None:
             tail = [*tokens[-LONGEST:], *branch][-LONGEST:]
             best, length = places[-1], 2

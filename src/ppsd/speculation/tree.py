@@ -9,9 +9,8 @@ fed, and what a head said is looked at when it could matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from heapq import heapify, heappop, heappush, heapreplace
-from math import exp, inf
+from collections.abc import Mapping, Sequence
+from math import exp
 
 from ppsd.speculation.copies import Copy, CopyIndex
 from ppsd.speculation.lookup import CONFIDENCE
@@ -27,6 +26,10 @@ UNHEARD = -1  # no head has spoken of a node's children yet
 NOTHING: Mapping[int, float] = {}
 
 Waiting = list[tuple[float, int]]  # negated probabilities and tokens, the first of them last
+
+# The negated value of a node's best unfed child, the request's index, and what decides among
+# equals: position, token, the node's id. Then the node.
+Offer = tuple[float, int, int, int, int, "Node"]
 
 
 class Node:
@@ -137,76 +140,77 @@ class Tree:
         self._worth = [max(1, depth - age) / max(1, depth - 1) for age in range(depth)]
         self.nodes: dict[int, Node] = {root.id: root}  # fed and alive, parents before children
         self._end = end
+        self._last = min(end, root.position + MAX_DEPTH) - 1  # whose children are of use no more
         self._cells = cells
         self._copies = copies
         self._look_up(root)
 
-    def offers(self, wave: int) -> Iterator[tuple[float, Node]]:
-        """Yield unfed nodes and their values for ``wave``, the most valuable first.
+    def offers(self, wave: int, index: int) -> list[Offer]:
+        """Return the best unfed child of every fed node that has one of use, for ``wave``.
 
         The value counts the waves that a row saves if it is on the true path, where 1 is what the
-        child of a row of the wave before saves. A node that is wanted has to be fed before the
-        next is asked for; what it leads to then follows.
+        child of a row of the wave before saves. ``index`` goes into the offers. Nothing follows a
+        root that is not fed.
         """
-        root = self.root
-        if root.wave == UNFED:
-            yield inf, root
-            if root.wave == UNFED:
-                return
-        last = min(self._end, root.position + MAX_DEPTH) - 1  # whose children are of use no more
-        oldest, worth = len(self._worth) - 1, self._worth
-        heap: list[tuple[float, int, int, int, Node]] = []
+        offers: list[Offer] = []
+        if self.root.wave == UNFED:
+            return offers
+        worth, oldest = self._worth, len(self._worth) - 1
         for node in self.nodes.values():
             parent = node.parent
-            node.score = 1.0 if parent is None else parent.score * node.probability
-            if node.score > FLOOR and node.position < last:
-                node.worth = node.score * worth[min(wave - node.wave, oldest)]
+            node.score = score = 1.0 if parent is None else parent.score * node.probability
+            if score > FLOOR:
+                age = wave - node.wave
+                node.worth = score * worth[age if age < oldest else oldest]
                 if node.said and node.children:  # whose scores come next
-                    self._settle(node)
-                if node.said:  # worth a look if its most probable child could be wanted
-                    heap.append((-node.worth, node.position, -1, node.id, node))
-                elif node.waiting:
-                    heap.append(_first(node))
-        heapify(heap)
-        while heap and -heap[0][0] > FLOOR:
-            value, position, token, _, parent = heap[0]
-            fed: Node | None = None
-            if parent.said:
-                self._settle(parent)
-            else:
-                fed = Node(parent, position, token, -parent.waiting[-1][0])
-                yield -value, fed
-                if fed.wave == UNFED:
-                    return
-            if parent.waiting:
-                heapreplace(heap, _first(parent))
-            else:
-                heappop(heap)
-            if fed is not None and fed.waiting and position < last:
-                fed.score = parent.score * fed.probability
-                fed.worth = fed.score * worth[0]
-                heappush(heap, _first(fed))
+                    self.settle(node)
+                if (offer := self.offer(node, index)) is not None:
+                    offers.append(offer)
+        return offers
 
-    def feed(self, node: Node, identity: int, wave: int, base: int) -> bool:
-        """Give a node its place in ``wave``; return False if there is no cell for it.
+    def offer(self, node: Node, index: int) -> Offer | None:
+        """Return the best unfed child of a fed node, None if there is none of use.
 
-        Nodes but the root come from ``offers``, and are fed at once.
+        While a head has spoken that is not settled, any token might be the best.
         """
-        cell = self._cells.take(node.position)
+        if node.position >= self._last:
+            return None
+        if node.said:
+            negated, token = -1.0, -1
+        elif node.waiting:
+            negated, token = node.waiting[-1]
+        else:
+            return None
+        value = node.worth * negated
+        return (value, index, node.position + 1, token, node.id, node) if value < -FLOOR else None
+
+    def feed(self, parent: Node | None, identity: int, wave: int, base: int) -> Node | None:
+        """Give the best unfed child of a node, or the root, its place in ``wave``.
+
+        Return None if there is no cell for it.
+        """
+        root = self.root
+        cell = self._cells.take(root.position if parent is None else parent.position + 1)
         if cell is None:
-            return False
+            return None
+        node = root if parent is None else self._sprout(parent, base)
         node.id, node.cell, node.wave, node.base = identity, cell, wave, base
-        parent = node.parent
-        if parent is not None:
-            parent.waiting.pop()
-            node.rank = len(parent.children)
-            parent.children[node.token] = node
-            verified = base - (parent.position - len(parent.nodes))  # of the ancestors
-            node.nodes = (*parent.nodes, parent.id)[verified:]
-            node.cells = (*parent.cells, parent.cell)[verified:]
         self.nodes[identity] = node
         self._look_up(node)
-        return True
+        return node
+
+    def _sprout(self, parent: Node, base: int) -> Node:
+        """Make a node of the best unfed child of a node."""
+        negated, token = parent.waiting.pop()
+        node = Node(parent, parent.position + 1, token, -negated)
+        node.score = parent.score * node.probability
+        node.worth = node.score * self._worth[0]
+        node.rank = len(parent.children)
+        parent.children[token] = node
+        verified = base - (parent.position - len(parent.nodes))  # of the ancestors
+        node.nodes = (*parent.nodes, parent.id)[verified:]
+        node.cells = (*parent.cells, parent.cell)[verified:]
+        return node
 
     def hear(self, node: Node, level: int, tokens: Sequence[int], numbers: Sequence[float]) -> None:
         """Take what a head at ``level`` says of a node's children, if it is the deepest so far.
@@ -236,6 +240,7 @@ class Tree:
         self.nodes.pop(old.id, None)
         root.parent = None
         self.root = root
+        self._last = min(self._end, root.position + MAX_DEPTH) - 1
         return root, dead
 
     def mask(self, node: Node) -> Mask | None:
@@ -244,7 +249,7 @@ class Tree:
             node.mask = self._masks(self._branch(node))
         return node.mask
 
-    def _settle(self, node: Node) -> None:
+    def settle(self, node: Node) -> None:
         """Work out a node's candidates from what heads have said since the last time.
 
         Fed children that a head does not name keep no more than it leaves over.
@@ -273,13 +278,16 @@ class Tree:
             return
         parent = node.parent
         before = parent.copy if parent is not None else None
+        copy = None
         if before is not None and before.token == node.token:
-            node.copy = self._copies.following(before)
-        if node.copy is None:
-            node.copy = self._copies.find(self._branch(node))
-        mask = None if node.copy is None else self.mask(node)
-        if node.copy is not None and (mask is None or permits(mask, node.copy.token)):
-            node.waiting = [(-CONFIDENCE[node.copy.slot], node.copy.token)]
+            copy = self._copies.following(before)
+        if copy is None:
+            copy = self._copies.find(self._branch(node))
+        if copy is None:
+            return
+        node.copy, mask = copy, self.mask(node)
+        if mask is None or permits(mask, copy.token):
+            node.waiting = [(-CONFIDENCE[copy.slot], copy.token)]
 
     def _branch(self, node: Node) -> list[int]:
         """Return the tokens from below the root to a node."""
@@ -289,12 +297,6 @@ class Tree:
             tokens.append(at.token)
             at = at.parent
         return tokens[::-1]
-
-
-def _first(parent: Node) -> tuple[float, int, int, int, Node]:
-    """Return where the first waiting token stands among those of other nodes."""
-    negated, token = parent.waiting[-1]
-    return parent.worth * negated, parent.position + 1, token, parent.id, parent
 
 
 def mixture(
@@ -307,6 +309,8 @@ def mixture(
 
     As in ``lookup.mixed``. What earlier heads said ``before`` keeps a share of it all.
     """
+    if copy is None and not before:
+        return dict(zip(tokens, numbers, strict=False))
     share = 1.0 - KEPT if before else 1.0
     mixed = {token: p * KEPT for token, p in before.items()}
     if copy is not None:

@@ -7,17 +7,16 @@ stage 0 is free, so what an answer has changed by then counts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heapreplace
-from math import inf
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from ppsd.errors import ConfigError, ProtocolError
 from ppsd.speculation.copies import CopyIndex
 from ppsd.speculation.masks import Mask, Masks
 from ppsd.speculation.policy import UNVERIFIED, Command, Counts, Emit, Feed, Finish, Judged
-from ppsd.speculation.tree import UNFED, Cells, Node, Tree
+from ppsd.speculation.tree import UNFED, Cells, Node, Offer, Tree
 
 
 class Row(NamedTuple):
@@ -190,32 +189,30 @@ class WavePolicy:
         tokens = tuple(self._tokens[position:end])
         return Feed(self.epoch, position, tokens, position, int(last), True, last, UNVERIFIED)
 
-    def offers(self, wave: int) -> Iterator[tuple[float, Node]]:
-        """Yield what may go into a wave, by value (see Tree.offers): infinite for a certain row."""
-        if self.finished or self._fed < self._prompt:
-            return iter(())
-        if self.paused:
-            root = self.tree.root
-            return iter([(inf, root)] if root.wave == UNFED else [])
-        return self.tree.offers(wave)
+    def certain(self) -> bool:
+        """Return True if the root is to be fed."""
+        return not self.finished and self._fed == self._prompt and self.tree.root.wave == UNFED
 
-    def feed(self, node: Node, wave: int) -> bool:
-        """Put a node that ``offers`` just yielded into a wave; return False for want of a cell."""
+    def offers(self, wave: int, index: int) -> list[Offer]:
+        """Return the drafts that may go into a wave (see Tree.offers)."""
+        return [] if self.finished or self.paused else self.tree.offers(wave, index)
+
+    def feed(self, parent: Node | None, wave: int) -> Node | None:
+        """Put the root, or the best unfed child of a node, into a wave; None for want of a cell."""
         tree, counts = self.tree, self.counts
         root = tree.root
         base = root.position + (root.wave not in (UNFED, wave))
-        if node is root:
-            if not tree.feed(node, root.id, wave, base):
-                return False
+        node = tree.feed(parent, root.id if parent is None else self._newest + 1, wave, base)
+        if node is None:
+            return None
+        if parent is None:
             self._cells.keep(node)
         else:
-            if not tree.feed(node, self._newest + 1, wave, base):
-                return False
             self._newest += 1
             counts.drafted += 1
         counts.rows += 1
         self.waves[wave] = self.waves.get(wave, 0) + 1
-        return True
+        return node
 
     def part(self, nodes: Sequence[Node]) -> tuple[Part, list[Row]]:
         """Return the nodes fed to a wave as the stages see them; moves are told once."""
@@ -350,29 +347,33 @@ def choose(
     rows, and while each raises the wave's value over its time, which ``costs`` has for 1, 2, …
     rows. Equal values go to the policy that comes first.
     """
-    offers = [policy.offers(wave) for policy in policies]
-    heap = [
-        (-value, index, node)
-        for index, offer in enumerate(offers)
-        for value, node in [next(offer, (0.0, None))]
-        if node is not None
-    ]
+    fed = []
+    for policy in policies:
+        if policy.certain() and (root := policy.feed(None, wave)) is not None:
+            fed.append((policy, root))
+    if len(fed) >= rows:
+        return fed
+    heap = [offer for i, policy in enumerate(policies) for offer in policy.offers(wave, i)]
     heapify(heap)
-    fed: list[tuple[WavePolicy, Node]] = []
-    worth = 0.0  # of the rows so far
-    while heap and (len(fed) < rows or heap[0][0] == -inf):
-        value, index, node = heap[0]
-        gain = 1.0 if value == -inf else -value
-        if value > -inf and not _pays(worth, gain, len(fed), costs):
+    worth = float(len(fed))  # of the rows so far
+    while heap and len(fed) < rows:
+        value, index, *_, parent = heappop(heap)
+        policy, offering = policies[index], [parent]
+        if parent.said:
+            policy.tree.settle(parent)
+        elif not _pays(worth, -value, len(fed), costs):
             break
-        if policies[index].feed(node, wave):
-            fed.append((policies[index], node))
-            worth += gain
-        following = next(offers[index], None) if rows else None
-        if following is None:
-            heappop(heap)
-        else:
-            heapreplace(heap, (-following[0], index, following[1]))
+        elif (node := policy.feed(parent, wave)) is not None:
+            fed.append((policy, node))
+            worth -= value
+            offering.append(node)
+        else:  # its cells are taken
+            heap = [offer for offer in heap if offer[1] != index]
+            heapify(heap)
+            continue
+        for node in offering:
+            if (offer := policy.tree.offer(node, index)) is not None:
+                heappush(heap, offer)
     return fed
 
 
