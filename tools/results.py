@@ -1,4 +1,4 @@
-"""Write the tables of docs/results.md that are made from result files.
+"""Write the tables of docs/results.md that are made from result files, and a plot.
 
 ``tools/results.py`` rewrites what stands between ``<!-- table NAME -->`` and ``<!-- end -->``;
 with ``--check`` it changes nothing and fails if a table is not what the files say.
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ppsd.lab import report_plots
 from ppsd.lab.closed_forms import paper_alpha
 from ppsd.lab.report import table
 
@@ -99,11 +100,28 @@ def best() -> str:
     return table(heads, lines)
 
 
+def tenths() -> list[tuple[int, int]]:
+    """Return how many drafts of waves were judged and right, by tenths of their probability."""
+    found: list[tuple[int, int]] = rows_of("tasks-4-stages-virtual")["all", WAVES]["reliability"]
+    return found
+
+
+def reliability() -> str:
+    """Return how often drafts are right, by the probability that heads and copies gave them."""
+    lines = [
+        [f"{i / 10:.1f}–{(i + 1) / 10:.1f}", f"{judged:,}", f"{right / judged:.2f}"]
+        for i, (judged, right) in enumerate(tenths())
+        if judged
+    ]
+    return table(["probability stated", "drafts judged", "share right"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "reached": reached,
     "needed": needed,
     "rivals": rivals,
     "best": best,
+    "reliability": reliability,
 }
 
 
@@ -121,6 +139,7 @@ def main() -> int:
             print(f"{PAGE}: tables are not what the files say; run tools/results.py")
         return int(after != before)
     PAGE.write_text(after, encoding="utf-8")
+    report_plots.reliability(tenths(), TASKS / "reliability.png")
     return 0
 
 

@@ -44,6 +44,18 @@ def test_summaries_are_what_they_say() -> None:
     assert (ppsd.paired.low, ppsd.paired.high) == pytest.approx((1.4375, 1.8125))
 
 
+def test_reliability_sums_what_requests_counted() -> None:
+    results = Results(None, {}, {})
+    for task, right in (("a", [0, 3]), ("b", [1, 2])):
+        results.add(made(PLAIN, task, 10, 10.0))
+        waves = made("ppsd rows=4", task, 10, 5.0)
+        waves.counts.update(stated=[4, 3], right=right)
+        results.add(waves)
+    plain, found = summarize(results, {"all": ["a", "b"]}, stages=2)
+    assert plain.reliability == []
+    assert found.reliability == [(8, 1), (6, 5)]
+
+
 def test_a_group_without_measurements_has_no_summary() -> None:
     results = Results(None, {}, {})
     results.add(made(PPSD, "a", 10, 5.0))

@@ -242,6 +242,18 @@ def test_a_request_says_what_the_target_says(
     assert counts.drafted == counts.judged + counts.discarded
     assert counts.accepted + counts.resyncs == counts.judged
     assert sum(counts.ranks.values()) == sum(counts.levels.values()) == counts.accepted
+    assert sum(counts.right) == counts.accepted
+    assert sum(counts.stated) >= counts.judged
+    assert all(right <= stated for right, stated in zip(counts.right, counts.stated, strict=True))
+
+
+def test_a_loose_cell_is_free_again_once_its_row_has_moved() -> None:
+    cells = Cells(8, loose=1)
+    assert [cells.take(3) for _ in range(3)] == [3, 8, None]
+    node = Node(None, 3, 0, 1.0)
+    node.cell = 8
+    assert cells.keep(node) == (8, 3)
+    assert [cells.take(4) for _ in range(3)] == [4, 8, None]
 
 
 @given(st.data(), st.integers(1, 6))

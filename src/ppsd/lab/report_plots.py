@@ -79,6 +79,21 @@ def draft_lengths(record: Record, path: Path) -> bool:
     return True
 
 
+def reliability(tenths: Sequence[Sequence[int]], path: Path) -> None:
+    """Draw how often drafts of so much stated probability are right; areas tell how many are."""
+    figure, axes = require_matplotlib().subplots(figsize=(4.6, 4.2))
+    found = [(i, judged, right) for i, (judged, right) in enumerate(tenths) if judged]
+    middles = [(i + 0.5) / len(tenths) for i, _, _ in found]
+    largest = max(judged for _, judged, _ in found)
+    areas = [200 * judged / largest for _, judged, _ in found]
+    axes.plot([0, 1], [0, 1], ":k", label="as stated")
+    axes.scatter(middles, [right / judged for _, judged, right in found], areas, label="drafts")
+    axes.set(xlabel="probability stated", ylabel="share right", xlim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
 def exit_depth(records: Sequence[Record], path: Path) -> None:
     """Speedup and α of PPSD on all tasks against the exit layer, by kind of head."""
     figure, (left, right) = require_matplotlib().subplots(1, 2, figsize=(9, 4))

@@ -42,7 +42,7 @@ class Measurement:
     tokens: int
     seconds: float
     first_seconds: float
-    counts: dict[str, int]
+    counts: dict[str, Any]
     hits: str
     details: dict[str, Any] = field(default_factory=dict)
 

@@ -158,7 +158,8 @@ class Summary:
     ``total_ratio`` that of all tokens over all time, ``paired`` the spread of the quotients task
     by task. ``per_device`` is the total speed over the number of stages. ``differing`` counts
     outputs that are not those of plain decoding (what has none differs in none), ``judged`` to
-    ``resyncs`` are sums.
+    ``resyncs`` are sums. ``reliability`` tells of waves, by tenths of the probability that a draft
+    had by the heads, how many were judged and how many of them were right.
     """
 
     variant: str
@@ -174,6 +175,7 @@ class Summary:
     discarded: int
     resyncs: int
     differing: int
+    reliability: list[tuple[int, int]]
 
 
 def summarize(results: Results, groups: Mapping[str, Sequence[str]], stages: int) -> list[Summary]:
@@ -218,7 +220,14 @@ def _summary(
         discarded=discarded,
         resyncs=resyncs,
         differing=sum(m.details["output"] not in (None, p.details["output"]) for m, p in both),
+        reliability=list(zip(*(_sums(own, name) for name in ("stated", "right")), strict=True)),
     )
+
+
+def _sums(measurements: Sequence[Measurement], name: str) -> list[int]:
+    """Return the sums of lists of counts, number by number; nothing where there are none."""
+    lists = [m.counts.get(name, ()) for m in measurements]
+    return [sum(column) for column in zip(*lists, strict=True)]
 
 
 def _mean_speed(measurements: Sequence[Measurement]) -> float:

@@ -18,6 +18,8 @@ from ppsd.speculation.masks import Mask, Masks
 from ppsd.speculation.policy import UNVERIFIED, Command, Counts, Emit, Feed, Finish, Judged
 from ppsd.speculation.tree import UNFED, Cells, Node, Offer, Tree
 
+TENTHS = 10  # of a probability, in which counts tell stated and true ones apart
+
 
 class Row(NamedTuple):
     """A row of a wave: ``token`` at ``position`` of a slot, whose keys and values go to ``cell``.
@@ -62,13 +64,16 @@ class WaveCounts(Counts):
 
     ``rows``: fed in all. ``opinions``: heard of live nodes from later heads. ``ranks`` and
     ``levels``: how many right drafts were fed as the first, second, … of their siblings, and which
-    stage's head spoke last of their parent (-1: lookup alone).
+    stage's head spoke last of their parent (-1: lookup alone). ``stated``: how many judged rows
+    had so many tenths of probability among their siblings, and ``right``: how many of them were.
     """
 
     rows: int = 0
     opinions: int = 0
     ranks: dict[int, int] = field(default_factory=dict)
     levels: dict[int, int] = field(default_factory=dict)
+    stated: list[int] = field(default_factory=lambda: [0] * TENTHS)
+    right: list[int] = field(default_factory=lambda: [0] * TENTHS)
 
 
 class WavePolicy:
@@ -296,6 +301,10 @@ class WavePolicy:
         self.held = max(self.held, old.base)
         tried = bool(old.children)
         child = old.children.get(token)
+        for sibling in old.children.values():
+            tenth = min(TENTHS - 1, int(TENTHS * sibling.probability))
+            counts.stated[tenth] += 1
+            counts.right[tenth] += sibling is child
         if child is None:
             self._newest += 1
         root, dead = tree.advance(token, self._newest)
