@@ -96,7 +96,9 @@ class Life:
             stop_ids=frozenset({VOCAB}),
             cells=Cells(CAPACITY, data.draw(st.integers(0, rows * depth))),
             lookup=lookup,
+            epoch=5,
         )
+        assert self.policy.epoch == 5
         self.policy.start(self.tokens, self.prompt - 1)
         feed = self.policy.chunk(1)
         assert feed is not None

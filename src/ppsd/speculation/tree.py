@@ -237,7 +237,7 @@ class Tree:
             dead += node.children.values()
             self._cells.give(node.cell)
             del self.nodes[node.id]
-        self.nodes.pop(old.id, None)
+        del self.nodes[old.id]
         root.parent = None
         self.root = root
         self._last = min(self._end, root.position + MAX_DEPTH) - 1
