@@ -98,12 +98,12 @@ def fed(monkeypatch):
     rows: list[list[int]] = []
     feed, start = WavePolicy.feed, FirstStage.start
 
-    def feed_and_note(self, node, wave):
-        done = feed(self, node, wave)
-        if done:
+    def feed_and_note(self, parent, wave):
+        node = feed(self, parent, wave)
+        if node is not None:
             committed = self.tokens(self.committed - self.emitted, self.committed)
             rows.append([*committed, *(self.branch(node.id) or ())])
-        return done
+        return node
 
     def start_and_note(self, sequence, feed):
         work = start(self, sequence, feed)

@@ -149,7 +149,7 @@ def test_a_row_does_not_depend_on_later_rows(spec) -> None:
 def test_widened_products_are_the_float32_products_rounded_once(
     monkeypatch, dtype, rows, at_once
 ) -> None:
-    monkeypatch.setattr(layers, "_NATIVE", {dtype: False})
+    monkeypatch.setattr(layers, "NATIVE", {dtype: False})
     monkeypatch.setattr(layers, "WIDEN_AT_ONCE", at_once)
     x, weight, bias = rand(rows, 24, dtype=dtype), rand(20, 24, dtype=dtype), rand(20, dtype=dtype)
     exact = x.double() @ weight.double().T + bias.double()
@@ -171,5 +171,5 @@ def test_a_narrow_layer_is_the_wide_layer_up_to_rounding(monkeypatch, dtype, spe
     exact = run_layer(spec, wide, x.double(), [9])[0]
     scale = exact.abs().max() * torch.finfo(dtype).eps
     for native in (True, False):
-        monkeypatch.setattr(layers, "_NATIVE", {dtype: native})
+        monkeypatch.setattr(layers, "NATIVE", {dtype: native})
         close(run_layer(spec, w, x, [9])[0].double(), exact, float(8 * scale))
