@@ -275,11 +275,11 @@ def test_coupled_choice_is_argmax_of_processed_plus_noise_at_the_position():
 
 @pytest.mark.parametrize("params", [{}, {"presence_penalty": 0.1}, {"temperature": 50.0}], ids=str)
 def test_padded_ids_are_never_sampled(params):
-    logits = torch.cat([torch.zeros(3), torch.full((61,), 1e4)]).float()
+    logits = torch.cat([torch.zeros(3), torch.full((61,), 1e4)])
     logits[-1] = math.nan
     sampler = make_sampler(3, **params)
     assert {sampler.choose(logits, tokens(*[0] * n)) for n in range(60)} <= {0, 1, 2}
-    processed = sampler.process(logits, tokens())
+    processed = sampler.process(logits, tokens(*[0] * PROMPT))
     assert processed.shape == (3,)
     assert processed.dtype == (torch.float64 if params else torch.float32)
 

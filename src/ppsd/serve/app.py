@@ -38,9 +38,11 @@ from ppsd.serve.service import Service
 from ppsd.serve.site import site
 
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 OPEN = ("/health", "/ready", "/", "/docs", "/openapi.json")  # also without a key
 SMALL_BODY = 1 << 16  # bytes that are read in less than a millisecond
 RETRY_SECONDS = "1"
+END: Message = {"type": "http.response.body", "body": b""}  # of a stream
 FOREIGN = (
     "the Host header names another machine: without a key the server answers this one alone; "
     "other names need --api-key or --insecure"
@@ -181,14 +183,18 @@ class Completions:
         body = await _read(request, self._body, self._service)
         reply = self._service.reply(self._reply, body)
         reply.request_id = scope["state"]["request_id"]
+        rest = None
         with self._service.logged(reply), self._service.room(reply.choices):
             try:
-                await _while_there(receive, self._answer(reply, scope, receive, send))
+                rest = await _while_there(receive, self._answer(reply, send))
             except asyncio.CancelledError:  # by uvicorn, which waits for nobody any more
                 if not reply.body.stream:
                     raise _ending() from None
+        if rest is not None:  # now there is room for what its client asks next
+            await rest(scope, receive, send)
 
-    async def _answer(self, reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, reply: Reply, send: Send) -> ASGIApp:
+        """Return what is still to be sent: all of an answer, or the end of a stream."""
         service = self._service
         limit = _Limit(reply.body.timeout)
         async with limit.held():
@@ -199,10 +205,9 @@ class Completions:
         with service.parts(reply) as parts:
             if reply.body.stream:
                 await _stream(reply, parts, limit, send)
-                return
+                return _end_stream
             async with limit.held():
-                answer = await reply.whole(parts)
-        await JSONResponse(answer)(scope, receive, send)
+                return JSONResponse(await reply.whole(parts))
 
 
 class _Limit:
@@ -240,7 +245,11 @@ async def _stream(reply: Reply, parts: Parts, limit: _Limit, send: Send) -> None
         await send(_event(json.dumps(error.to_json())))
     except asyncio.CancelledError:  # the client has gone, and this goes nowhere; or the server ends
         await send(_event(json.dumps(_ending().to_json())))
-    await send({"type": "http.response.body", "body": b""})
+        await send(END)
+
+
+async def _end_stream(scope: Scope, receive: Receive, send: Send) -> None:
+    await send(END)
 
 
 def _ending() -> RefusedError:
@@ -251,8 +260,8 @@ def _event(data: str) -> Message:
     return {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
 
 
-async def _while_there(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Do work, which is cancelled once the client is gone."""
+async def _while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """Return what work returns; it is cancelled once the client is gone."""
     task = asyncio.ensure_future(work)
 
     async def watch() -> None:
@@ -262,8 +271,7 @@ async def _while_there(receive: Receive, work: Coroutine[Any, Any, None]) -> Non
     watcher = asyncio.ensure_future(watch())
     try:
         await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()  # which raises what the work raised
+        return task.result() if task.done() else None
     finally:
         task.cancel()
         watcher.cancel()
