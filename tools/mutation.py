@@ -319,14 +319,12 @@ def read_arguments() -> dict[str, str]:
     return {s["difference"]: s["argument"] for s in survivors if s["argument"]}
 
 
-def settled(before: dict[str, Any], module: str) -> dict[str, str]:
+def settled(outcomes: dict[str, str], module: str) -> dict[str, str]:
     """Return the outcomes that need not be found again: all but survivors without an argument."""
-    if before.get("source") != source_hash(module):
-        return {}
     arguments = read_arguments()
     return {
         mutant: outcome
-        for mutant, outcome in before["of"].items()
+        for mutant, outcome in outcomes.items()
         if outcome != SURVIVED or difference(mutant, module) in arguments
     }
 
@@ -345,14 +343,15 @@ def main() -> None:
     importlib.invalidate_caches()  # mutants/ may be new
     for preloaded in ("torch", "transformers", "hypothesis", "scipy.stats"):
         importlib.import_module(preloaded)
-    outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
+    before = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
+    outcomes = {m: found for m, found in before.items() if found["source"] == source_hash(m)}
     modules = options.modules or list(TESTS)
     for names_of_files, group in groupby(modules, TESTS.__getitem__):
         together = list(group)
         share = (deadline - time.monotonic()) * len(together) / len(modules)
         modules = modules[len(together) :]
         for module in together:
-            of = settled(outcomes.get(module, {}), module)
+            of = settled(outcomes[module]["of"] if module in outcomes else {}, module)
             outcomes[module] = {"source": source_hash(module), "of": of}
         left = [(m, n) for m in together for n in names[m][: options.most]]
         left = [(m, n) for m, n in left if n not in outcomes[m]["of"]]
