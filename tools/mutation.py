@@ -50,7 +50,7 @@ LOOPS = (
     *("unit/test_judge.py", "unit/test_engine.py", "unit/test_inner_head.py"),
     *(GATED, TREES, CHAINS),
 )
-MEMORY = ("unit/test_cache_stage.py", "unit/test_slots.py")
+MEMORY = ("unit/test_cache_stage.py", "unit/test_slots.py", "unit/test_packed.py")
 TESTS = {  # by module, below src/ppsd; modules with the same tests are searched together
     "speculation/accept": ("unit/test_accept.py",),
     "speculation/sampling": ("unit/test_sampling.py",),

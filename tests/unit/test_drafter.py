@@ -22,14 +22,21 @@ SAMPLED = [0.0, 1.0]
 
 
 class FixedHead:
-    """A head that always says the same, and has no rows."""
+    """A head that always says the same, and notes what it is asked about."""
 
     config = SimpleNamespace(feedback=False)
 
     def __init__(self) -> None:
         self.logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0))
+        self.ran: list[tuple[int, int, int]] = []  # rows, position, slot
+        self.verified: list[torch.Tensor | None] = []
+
+    def forward(self, rows: torch.Tensor, position: int, slot: int) -> torch.Tensor:
+        self.ran.append((len(rows), position, slot))
+        return rows
 
     def finish(self, features: torch.Tensor, verified: torch.Tensor | None) -> torch.Tensor:
+        self.verified.append(verified)
         return features
 
     def scores(self, finished: torch.Tensor) -> torch.Tensor:
@@ -42,7 +49,7 @@ class FixedHead:
         return ODDS[None]
 
     def drafts_below(self, size: int) -> bool:
-        return True
+        return size >= VOCAB
 
     def likeliest(self, scores: torch.Tensor, match, odds: torch.Tensor) -> int:
         return likeliest(scores[0].numpy(), np.arange(VOCAB), match, odds)
@@ -67,6 +74,17 @@ def test_a_draft_is_the_targets_choice_from_what_head_and_lookup_say(
         assert drafter.draft(DraftState(), Given(samples, history)) == expected
         copied += expected == int(TEXT[length])
     assert (copied > len(TEXT) // 3) == lookup
+
+
+def test_a_head_runs_what_it_has_not_seen_in_its_slot_and_reads_the_verified_row() -> None:
+    head, state = FixedHead(), DraftState(slot=3)
+    drafter, newest = HeadDrafter(head), torch.ones(1, 2)
+    drafter.observe(state, 0, torch.zeros(2, 2))
+    drafter.observe(state, 2, torch.zeros(1, 2))
+    for _ in range(2):
+        drafter.draft(state, Given(sampler(0.0), TEXT[:3], verified=newest))
+    assert head.ran == [(3, 0, 3)]
+    assert [row is newest for row in head.verified] == [True, True]
 
 
 @pytest.mark.parametrize("temperature", SAMPLED)
