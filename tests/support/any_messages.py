@@ -147,15 +147,16 @@ json_values = st.recursive(
 )
 statuses = st.builds(Status, words, st.text(), st.dictionaries(st.text(), json_values, max_size=4))
 refusals = st.builds(Refusal, slot=words, epoch=epochs, source=words, message=st.text())
-all_messages = st.one_of(
-    blocks(),
-    verdicts(),
-    waves(),
-    wave_verdicts(),
-    opinions(),
-    prompt_scores(),
-    refusals,
-    begins,
-    st.builds(Control, st.text()),
-    statuses,
-)
+MESSAGES = {
+    "block": blocks(),
+    "verdict": verdicts(),
+    "wave": waves(),
+    "verdicts": wave_verdicts(),
+    "opinion": opinions(),
+    "scores": prompt_scores(),
+    "refusal": refusals,
+    "begin": begins,
+    "control": st.builds(Control, st.text()),
+    "status": statuses,
+}
+all_messages = st.one_of(*MESSAGES.values())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ppsd.errors import ProtocolError
@@ -34,7 +34,7 @@ from ppsd.worker.messages import (
     decode,
     encode,
 )
-from tests.support.any_messages import all_messages
+from tests.support.any_messages import MESSAGES, all_messages
 
 
 def frame(message: Message) -> bytearray:
@@ -59,9 +59,18 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-@given(all_messages)
-@example(Verdict(0, 1, 2, 3, 4, ()))
-def test_round_trip_of_every_message(message) -> None:
+@pytest.mark.parametrize("kind", MESSAGES)
+@given(st.data())
+@settings(max_examples=60)
+def test_round_trip_of_every_message(kind, data) -> None:
+    arrives(data.draw(MESSAGES[kind]))
+
+
+def test_round_trip_of_an_empty_verdict() -> None:
+    arrives(Verdict(0, 1, 2, 3, 4, ()))
+
+
+def arrives(message: Message) -> None:
     if isinstance(message, Verdict) and not message.tokens:
         assume(message.logits is None and message.feedback is None)  # nothing judged has no rows
     for back in arrivals(message):

@@ -86,8 +86,7 @@ def encode_wave_message(message: Wave | Verdicts | Opinion) -> list[Bytes]:
         return encode_fields(kind, fields, message.hidden, beside=width, before=b"".join(masks))
     pairs = chain.from_iterable(message.nodes)
     if isinstance(message, Opinion):
-        width = len(message.tokens[0]) if message.tokens else 0
-        fields = [width, *pairs, *chain.from_iterable(message.tokens)]
+        fields = [len(message.tokens[0]), *pairs, *chain.from_iterable(message.tokens)]
         return encode_fields(kind, fields, message.numbers, source=message.source)
     numbers, beside = side_by_side(message.feedback, message.logits)
     fields = [*pairs, *message.tokens]
