@@ -61,8 +61,11 @@ TESTS = {  # by module, below src/ppsd; modules with the same tests are searched
     ),
     **dict.fromkeys([f"engine/{n}" for n in ("wave_engine", "engine", "sequence")], LOOPS),
     **dict.fromkeys([f"engine/{n}" for n in ("layout", "llm", "text_engine")], LOOPS),
-    **dict.fromkeys([f"engine/{n}" for n in ("thread", "stats")], LOOPS),
-    "engine/links": (*LOOPS, "unit/test_logprobs.py", "contract/test_streams.py"),
+    "engine/stats": LOOPS,
+    **dict.fromkeys(
+        ("engine/links", "engine/thread"),
+        (*LOOPS, "unit/test_logprobs.py", "contract/test_streams.py"),
+    ),
     "engine/first_stage": (*LOOPS, "serve/test_structured.py", "system/test_acceptance.py"),
     "engine/drafter": ("unit/test_drafter.py", "unit/test_exit_head.py"),
     **dict.fromkeys([f"model/{n}" for n in ("cache", "stage")], MEMORY),
