@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ppsd.engine.drafter import DraftState, Given
+from ppsd.engine.rejection import redraw
 from ppsd.speculation.policy import Schedule
 from ppsd.speculation.sampling import Sampler
 from ppsd.types import SamplingParams
+from ppsd.worker.messages import Verdict
 from tests.statistics import g_test
 from tests.support.hash_model import HashStage, digest
 from tests.support.rig import Rig
@@ -126,3 +129,19 @@ def check_certain_drafts() -> None:
 
 def test_certain_drafts_leave_the_distribution_alone() -> None:
     check_certain_drafts()
+
+
+def test_a_verdict_judges_the_drafts_at_its_own_positions() -> None:
+    """A draft that the target is sure of is accepted, whatever token came with the verdict."""
+    params = SamplingParams(temperature=1.0, seed=3)
+    sequence = SimpleNamespace(
+        request=SimpleNamespace(params=params, vocab_size=VOCAB),
+        sampler=Sampler(params, 1, frozenset(), VOCAB),
+        chain=SimpleNamespace(draft_at={11: 2, 12: 1}.get),
+        draft=DraftState(),
+        history=SimpleNamespace(before=lambda at: torch.zeros(at, dtype=torch.int64)),
+    )
+    logits = torch.full((2, VOCAB), -torch.inf)
+    logits[0, 2] = logits[1, 1] = 0.0
+    verdict = Verdict(slot=0, source=1, epoch=1, position=9, rows=3, tokens=(0, 0), logits=logits)
+    assert redraw(sequence, verdict) == (2, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from ppsd import LLM
@@ -96,3 +97,23 @@ def test_an_llm_is_told_so(tiny_model) -> None:
         plain, escaped = open_door.encode(message), shut.encode(message)
         count = len([i for i in escaped if i in tokens])
         assert len([i for i in plain if i in tokens]) == count + 2
+
+
+def test_of_two_control_tokens_that_fit_the_longer_is_hidden() -> None:
+    escape = ESCAPING["byte level"]._escape
+    assert escape is not None
+    assert len(escape.hide(LONGER)) == 1
+
+
+def test_a_models_own_first_token_comes_with_an_escaped_text_too() -> None:
+    backend = _byte_level()
+    end = backend.token_to_id(END)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, end)]
+    )
+    inner = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
+    tokenizer = Tokenizer(inner, "opens", escape_special=True)
+    ids = tokenizer.encode(f"a{END}")
+    assert ids[0] == end
+    assert end not in ids[1:]
+    assert tokenizer.encode(f"a{END}", special=False) == ids[1:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -179,3 +181,17 @@ def test_missing_and_refusing_chat_templates(tmp_path):
 def test_directory_without_tokenizer_is_named(tmp_path):
     with pytest.raises(ModelError, match=f"{tmp_path}: has no tokenizer that can be read"):
         Tokenizer.load(tmp_path)
+
+
+def test_code_beside_a_tokenizer_is_never_run(tmp_path: Path) -> None:
+    inner = PreTrainedTokenizerFast(tokenizer_object=_byte_level(), eos_token=END)
+    inner.save_pretrained(tmp_path)
+    ran = tmp_path / "ran"
+    code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nclass Evil: pass\n"
+    (tmp_path / "evil.py").write_text(code)
+    file = tmp_path / "tokenizer_config.json"
+    told = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    with suppress(ModelError):
+        Tokenizer.load(tmp_path)
+    assert not ran.exists()

@@ -12,6 +12,7 @@ import pytest
 from ppsd import LLM, SamplingParams
 from ppsd.engine.trace import MIN_IDLE_NS, TraceLog
 from ppsd.errors import PpsdError
+from ppsd.worker.recorder import Recorder
 from tests.support.passes import ChangedPass
 from tests.support.tiny_models import save_perfect_head
 
@@ -255,3 +256,17 @@ def let_workers_move_while_stage_0_computes(llm: LLM) -> None:
         return ChangedPass(start(inputs, position, slot), between=move)
 
     stage.start = starting
+
+
+def test_a_recorder_adds_up_what_ends_and_starts_anew_when_taken() -> None:
+    clock = iter([105, 117, 130])
+    recorder = Recorder(now=lambda: next(clock))
+    recorder.add(100, "verify", 1, 0, 1)
+    recorder.add(110, "verify", 1, 1, 1)
+    recorder.add(120, "draft", 1, 2, 1)
+    assert recorder.take() == {
+        "busy_ns": {"verify": 12, "draft": 10},
+        "blocks": {"verify": 2, "draft": 1},
+    }
+    assert recorder.take() == {"busy_ns": {}, "blocks": {}}
+    assert recorder.total_ns == 22
