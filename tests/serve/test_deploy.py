@@ -187,9 +187,11 @@ def test_a_stream_comes_through_nginx_piece_by_piece(behind: httpx.Client) -> No
 
 def test_who_leaves_nginx_leaves_the_server(behind: httpx.Client, server: Served) -> None:
     body = STREAM | {"prompt": list(range(3, 250)), "max_tokens": 250}
+    body |= {"n": 8, "temperature": 1.0}
     with behind.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
         next(response.iter_lines())
-        assert server.service.active == 1
+        assert server.service.active == 8, "all are over in four seconds"
     end = time.monotonic() + 30
     before = server.service.metrics.ends.labels("length")._value.get()
     while server.service.active and time.monotonic() < end:
