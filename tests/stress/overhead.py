@@ -68,7 +68,7 @@ def measure(llm: LLM, client: Client, repeats: int, tokens: int, many: int) -> d
                 turn.append(direct(llm, tokens) if turn is plain else client.ask(port, [ask])[0])
         start = cpu(llm, http)  # type: ignore[arg-type]  # threads under way have ids
         streams = client.ask(port, [ask | {"max_tokens": tokens // 2}] * many)
-        end = cpu(llm, http)  # type: ignore[arg-type]
+        end = cpu(llm, http)  # type: ignore[arg-type]  # as above
     pairs = list(zip(through, plain, strict=True))
     return {
         "one_stream": {

@@ -73,7 +73,7 @@ def plant(first_layer: int, moment: str, act: str) -> None:
             loaded = load(stage, name)
             return globals()[act](loaded) if stage.plan.first == first_layer else loaded
 
-        Stage._load = loading  # type: ignore[method-assign]
+        Stage._load = loading  # type: ignore[method-assign]  # the fault
         return
     start = Stage.start
 
@@ -84,7 +84,7 @@ def plant(first_layer: int, moment: str, act: str) -> None:
             ChangedPass(work, globals()[act]) if now and stage.plan.first == first_layer else work
         )
 
-    Stage.start = starting  # type: ignore[method-assign]
+    Stage.start = starting  # type: ignore[method-assign]  # the fault
 
 
 class Forked:

@@ -124,6 +124,13 @@ def test_training_goes_on_from_a_head(tiny_model: Models, data: Path, tmp_path: 
     assert alpha(second / "transformer-2", "start") == alpha(first / "transformer-2", "start")
     settings = json.loads((second / "transformer-4" / "head.json").read_text())
     assert settings["provenance"]["settings"]["start"] == str(given)
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().replace("quick", "slow"))
+    run(*arguments(tiny_model("llama"), other, tmp_path / "last", "--start", str(given)))
+    prompts = [(d / "transformer-4" / "prompts.txt").read_text().split()
+               for d in (first, tmp_path / "last")]  # fmt: skip
+    assert set(prompts[0]) < set(prompts[1]), "it was trained on both"
+    assert len(prompts[1]) == 2 * len(prompts[0])
     unfit = arguments(tiny_model("llama"), data, tmp_path / "third", "--start", str(given))
     for more in (("--exit-layer", "2"), ("--head-mlp", "8"), ("--head", "norm")):
         with pytest.raises(PpsdError, match=r"start must be one head an exit \([24, ]+\), with"):

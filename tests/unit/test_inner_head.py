@@ -37,7 +37,7 @@ def begin(shared: int) -> Begin:
 
 def lagging(rows: int) -> tuple[InnerHead, Noted]:
     noted = Noted()
-    head = InnerHead(noted)  # type: ignore[arg-type]
+    head = InnerHead(noted)  # type: ignore[arg-type]  # acts as a head
     for position in range(10, 10 + rows):
         head.commit(0, position, ())
         head.lag([certain(position)], torch.zeros(1, 2))

@@ -30,7 +30,7 @@ class Scripted:
 
 def judge(slots: int, **params: object) -> Judge:
     """Return a judge that has heard a prompt in each slot, after which token 4 comes."""
-    made = Judge(Scripted(), 1, max_context=32, slots=slots)  # type: ignore[arg-type]
+    made = Judge(Scripted(), 1, max_context=32, slots=slots)  # type: ignore[arg-type]  # as a stage
     for slot in range(slots):
         begin = Begin(slot, SamplingParams(), len(PROMPT), (), VOCAB)
         made.begin(begin)

@@ -39,7 +39,7 @@ class Full(RawIOBase):
 
 
 def full(error: OSError, unbuffered: bool) -> TextIOWrapper:
-    return TextIOWrapper(Full(error), "utf-8", write_through=unbuffered)  # type: ignore[arg-type]
+    return TextIOWrapper(Full(error), "utf-8", write_through=unbuffered)  # type: ignore[arg-type]  # raw in all but name
 
 
 @pytest.mark.parametrize("unbuffered", [False, True])

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from ppsd.errors import ConfigError, HeadError, PpsdError
+from ppsd.errors import ConfigError, PpsdError
 from ppsd.measure.workload import Task
 from ppsd.model.exit_head import ExitHead, load_head
-from ppsd.model.head_files import WEIGHTS_FILE, read_head_config
+from ppsd.model.head_files import read_head_config, weights_digest
 from ppsd.model.stage import StagePlan
 from ppsd.speculation.lookup import CONFIDENCE, LENGTHS, find, mixed
 from ppsd.speculation.sampling import Sampler, Stream, gumbel
@@ -114,19 +114,11 @@ def load_candidates(paths: Sequence[Path], teacher: Teacher, lookup: str = "on")
         plan = StagePlan(0, layer, stage.plan.max_context, stage.plan.dtype, stage.plan.device)
         whose = (teacher.source, teacher.identity)
         head = load_head(path, stage.spec, plan, *whose, stage.embedding)
-        digest = _file_digest(path / WEIGHTS_FILE)
+        digest = weights_digest(path)
         candidates.append(Candidate(label, path, head, digest, lookup != "off"))
     if lookup == "both":
         candidates += [replace(c, label=f"{c.label} alone", lookup=False) for c in candidates]
     return candidates
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise HeadError(f"cannot read {path}: {error.strerror}") from error
 
 
 def write_answers(

@@ -6,6 +6,7 @@ whose matrices may be in 8-bit codes (head_codes.py). The LM head's rows come fr
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -76,6 +77,25 @@ def save_head(
     save_file({name: t.contiguous() for name, t in weights.items()}, directory / WEIGHTS_FILE)
     (directory / PROMPTS_FILE).write_text("".join(f"{digest}\n" for digest in prompts))
     (directory / CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=1) + "\n")
+
+
+def read_prompts(directory: Path) -> list[str]:
+    """Return the digests of what a head was trained on; none where nothing is told."""
+    path = directory / PROMPTS_FILE
+    try:
+        return path.read_text().split() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise HeadError(f"cannot read {path}: {error}") from error
+
+
+def weights_digest(directory: Path) -> str:
+    """Return the SHA-256 of a head's weights; raises HeadError."""
+    path = directory / WEIGHTS_FILE
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise HeadError(f"cannot read {path}: {error.strerror}") from error
 
 
 def record_metrics(directory: Path, name: str, figures: dict[str, Any]) -> None:

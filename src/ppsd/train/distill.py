@@ -102,6 +102,7 @@ class Trainer:
     ) -> None:
         assert model.lm_head is not None, "the teacher holds all layers"
         self.config = config
+        self.starts = lesson.starts
         self.directory = directory
         self.step = self.tokens = 0
         self._began = time.monotonic()
@@ -212,7 +213,7 @@ class Trainer:
             tokens = min(tokens, int(left / pace))
         alpha = {}
         for layer, kept in self.best.kept.items():
-            begun = self._lesson.starts.get(layer)
+            begun = self.starts.get(layer)
             gained = expected_gain(self.tokens + tokens, begun.tokens if begun else 0)
             alpha[layer] = min(1.0, kept.start + gained)
         return Forecast(pace * tokens, tokens, alpha)
@@ -230,7 +231,7 @@ class Trainer:
     @torch.no_grad()
     def _start(self) -> None:
         """Put the heads where others ended, or where least squares over some of the data would."""
-        starts = self._lesson.starts
+        starts = self.starts
         for student in self.students:
             if student.exit_layer in starts:
                 student.go_on(starts[student.exit_layer].weights)

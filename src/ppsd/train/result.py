@@ -59,7 +59,9 @@ def save_heads(
             metrics={"validation": validation, "lost_mass": origin.lost_mass},
         )
         name = f"{trainer.config.kind}-{layer}"
-        places[layer] = trainer.directory.write_head(name, config, weights, origin.prompts)
+        before = trainer.starts[layer].prompts if layer in trainer.starts else ()
+        prompts = sorted({*origin.prompts, *before})
+        places[layer] = trainer.directory.write_head(name, config, weights, prompts)
     return places
 
 

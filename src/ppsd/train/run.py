@@ -5,7 +5,6 @@ Imported by cli/ and measure/.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from ppsd.errors import ConfigError
 from ppsd.model.exit_head import read_weights
-from ppsd.model.head_files import WEIGHTS_FILE, check_head, read_head_config
+from ppsd.model.head_files import check_head, read_head_config, read_prompts, weights_digest
 from ppsd.model.head_library import head_directory
 from ppsd.model.identity import Identity
 from ppsd.model.layers import NATIVE
@@ -122,14 +121,13 @@ def open_features(teacher: Teacher, config: DistillConfig, path: Path) -> Featur
     return FeatureStore(path, teacher.stage, config.exit_layers, mark)
 
 
-def read_starts(teacher: Teacher, config: DistillConfig) -> tuple[dict[int, Beginning], list[str]]:
-    """Return the heads to go on from, by exit layer, and digests of their files.
+def read_starts(teacher: Teacher, config: DistillConfig) -> dict[int, Beginning]:
+    """Return the heads to go on from, by exit layer.
 
     Raises ConfigError for heads that have other parts than the run's or are not at its exits, and
     HeadError for damaged ones and those of another model.
     """
     starts: dict[int, Beginning] = {}
-    digests = []
     wanted = (config.kind, config.layers, config.mlp, config.feedback, config.copy_gate)
     for name in (config.start or "").split(","):
         if not name:
@@ -143,9 +141,10 @@ def read_starts(teacher: Teacher, config: DistillConfig) -> tuple[dict[int, Begi
             raise ConfigError("start", name, allowed)
         check_head(head, teacher.stage.spec, teacher.identity, head.exit_layer, name)
         weights = read_weights(path, head, teacher.stage.spec)
-        starts[head.exit_layer] = Beginning(weights, int(head.provenance.get("tokens", 0)))
-        digests.append(hashlib.sha256((path / WEIGHTS_FILE).read_bytes()).hexdigest())
-    return starts, digests
+        tokens = int(head.provenance.get("tokens", 0))
+        about = weights_digest(path), read_prompts(path)
+        starts[head.exit_layer] = Beginning(weights, tokens, *about)
+    return starts
 
 
 def prepare_run(
@@ -173,13 +172,13 @@ def prepare_run(
         targets = count_tokens((e.targets for e in train), vocab_size)
         more = count_tokens(map(teacher.encoding.all_tokens, vocabulary), vocab_size)
         draft_ids, lost = choose_draft_vocab(targets, config.draft_vocab, more)
-    starts, digests = read_starts(teacher, config)
+    starts = read_starts(teacher, config)
     settings = config.to_json() | {
         "model": teacher.fingerprint,
         "data": [file.sha256 for file in files],
         "compute": teacher.compute,
         "features": store is not None,
-        "starts": digests,
+        "starts": [start.digest for start in starts.values()],
     }
     directory = RunDirectory(out, settings)
     features: FeatureSource = live_features(teacher.stage, config.exit_layers)

@@ -7,7 +7,7 @@ norm that follows takes it out again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,15 @@ RIDGE = 1e-4  # of the mean square of the inputs
 
 @dataclass(frozen=True)
 class Beginning:
-    """A trained head to go on from: its weights by name, and how many tokens trained it."""
+    """A trained head to go on from: its weights by name, and how many tokens trained it.
+
+    ``digest`` is that of its file, ``prompts`` are those of what it was trained on.
+    """
 
     weights: Mapping[str, torch.Tensor]
     tokens: int
+    digest: str
+    prompts: Sequence[str]
 
 
 class LeastSquares:
