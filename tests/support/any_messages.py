@@ -51,6 +51,7 @@ def blocks(draw: st.DrawFn) -> Block:
         tokens=draw(token_ids(rows)),
         hidden=draw(rows_of_numbers(rows, min_width=1)),
         masks=draw(masks_of(judge)),
+        joins=draw(st.booleans()),
     )
 
 

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import torch
 
 from ppsd.model.cache import KVCache
-from ppsd.model.passes import Place, Watch
+from ppsd.model.passes import Pass, Piece, Place, Watch
+from ppsd.model.runners import PassesTogether
 from ppsd.speculation.lookup import ODDS
 from ppsd.speculation.sampling import Sampler
 from ppsd.types import SamplingParams
@@ -108,6 +109,9 @@ class HashStage:
     def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> HashPass:
         self.cache.check(places, len(inputs))
         return HashPass(self, as_values(inputs), places)
+
+    def start_joined(self, piece: Piece, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
+        return PassesTogether([self.start(*piece), self.start_rows(inputs, places)])
 
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         self.cache.commit(slot, length, moves)

@@ -13,6 +13,7 @@ import torch
 from ppsd.engine.links import StageLinks
 from ppsd.engine.wave_engine import WaveEngine
 from ppsd.model.cache import KVCache
+from ppsd.model.runners import PassesTogether
 from ppsd.speculation.sampling import Sampler, gumbel
 from ppsd.speculation.tree import Cells
 from ppsd.speculation.waves import WavePolicy
@@ -298,3 +299,23 @@ def _(patch: Patch) -> None:
         hear(self, node if node in self.tree.nodes else self.tree.root.id, *said)
 
     patch.setattr(WavePolicy, "hear", trusting)
+
+
+@bug("rows of a piece of a prompt taken for the wave's")
+def _(patch: Patch) -> None:
+    def swapped(self):
+        return torch.cat([part.hidden for part in reversed(self._passes)])
+
+    patch.setattr(PassesTogether, "hidden", property(swapped))
+
+
+@bug("a piece of a prompt lost with the wave that it joins")
+def _(patch: Patch) -> None:
+    joined = Worker._joined
+
+    def losing(self, wave):
+        block = joined(self, wave) if wave.rows else None
+        self.joining = None
+        return block
+
+    patch.setattr(Worker, "_joined", losing)

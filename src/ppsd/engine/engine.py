@@ -195,14 +195,27 @@ class Engine:
         if stage.recorder.observer is not None:
             stage.recorder.observer(FedBlock(start, sequence.slot, feed))
         hidden = self._run(sequence, feed)
+        return hidden, self._send_block(sequence, feed, hidden, start)
+
+    def _send_block(
+        self,
+        sequence: Sequence,
+        feed: Feed,
+        hidden: torch.Tensor | None,
+        start: int,
+        *,
+        joins: bool = False,
+    ) -> Block | None:
+        """Record a pass; send the block that its rows complete, which may join a wave."""
+        stage, rows = self.stage, len(feed.tokens)
         kind = "cancelled" if hidden is None else "forward" if feed.judge else "prefill"
-        stage.recorder.add(start, kind, feed.epoch, feed.position, len(feed.tokens))
-        if kind == "forward" and feed.judge == len(feed.tokens):  # else the end of a prompt
-            stage.recorder.count(feed.judge)
+        stage.recorder.add(start, kind, feed.epoch, feed.position, rows, joined=joins)
+        if kind == "forward" and feed.judge == rows and not joins:  # else the end of a prompt
+            stage.recorder.count(rows)
         block = None if hidden is None else stage.finish(sequence, feed, hidden)
         if block is not None:  # before drafting, so that a miss never pays for the draft
-            self.links.send(block)
-        return hidden, block
+            self.links.send(block._replace(joins=joins) if joins else block)
+        return block
 
     def _run(self, sequence: Sequence, feed: Feed) -> torch.Tensor | None:
         """Return the rows of a pass, or None once an answer has made it pointless.
@@ -221,9 +234,12 @@ class Engine:
 
     def _still_wanted(self, sequence: Sequence, feed: Feed) -> bool:
         """Take the answers that are there; return False if they made ``feed`` pointless."""
+        self._take_answers()
+        return sequence.policy.epoch == feed.epoch
+
+    def _take_answers(self) -> None:
         while (answer := self.links.poll()) is not None:
             self._take(answer)
-        return sequence.policy.epoch == feed.epoch
 
     def _take(self, answer: Answer) -> None:
         """Act on an answer of the stages; of old work it means nothing."""

@@ -12,7 +12,7 @@ import torch
 from ppsd.engine.drafter import Drafter, Given, single_rows
 from ppsd.engine.sequence import Sequence
 from ppsd.errors import NonFiniteError, ProtocolError
-from ppsd.model.passes import Pass
+from ppsd.model.passes import Pass, Piece
 from ppsd.model.stage import StageModel
 from ppsd.speculation.masks import lowest, permits
 from ppsd.speculation.policy import UNVERIFIED, Drafted, Feed
@@ -52,16 +52,21 @@ class FirstStage:
 
     def start(self, sequence: Sequence, feed: Feed) -> Pass:
         """Begin a pass of the rows of ``feed`` through the stage's layers."""
+        return self._model.start(*self._piece(sequence, feed))
+
+    def start_rows(self, rows: Items[Row], piece: tuple[Sequence, Feed] | None = None) -> Pass:
+        """Begin a pass of a wave's rows, behind those of a prompt's ``piece`` if there is one."""
+        tokens, places = torch.tensor([row.token for row in rows]), [place_of(row) for row in rows]
+        if piece is None:
+            return self._model.start_rows(tokens, places)
+        return self._model.start_joined(self._piece(*piece), tokens, places)
+
+    def _piece(self, sequence: Sequence, feed: Feed) -> Piece:
         if feed.position == feed.block:
             sequence.open_rows.clear()
         sequence.history.write(feed.position, feed.tokens)
         tokens = sequence.history.before(feed.position + len(feed.tokens), feed.position)
-        return self._model.start(tokens, feed.position, sequence.slot)
-
-    def start_rows(self, rows: Items[Row]) -> Pass:
-        """Begin a pass of a wave's rows through the stage's layers."""
-        tokens = torch.tensor([row.token for row in rows])
-        return self._model.start_rows(tokens, [place_of(row) for row in rows])
+        return Piece(tokens, feed.position, sequence.slot)
 
     def share(self, source: int, slot: int, length: int) -> None:
         """Copy the first rows of a slot to another, in the caches of stage and head."""

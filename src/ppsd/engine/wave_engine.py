@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ppsd.engine.engine import Engine, Output
-from ppsd.engine.events import FedRows
+from ppsd.engine.events import FedBlock, FedRows
 from ppsd.engine.links import Answer
 from ppsd.engine.sequence import Request, Sequence
 from ppsd.errors import NonFiniteError
@@ -22,9 +22,11 @@ from ppsd.speculation.policy import Feed
 from ppsd.speculation.tree import Cells, Node
 from ppsd.speculation.waves import Part, Row, Verified, WavePolicy, choose
 from ppsd.worker.judge import require_finite
-from ppsd.worker.messages import Verdict
+from ppsd.worker.messages import Block, Verdict
 from ppsd.worker.scores import Scores
 from ppsd.worker.wave_messages import Opinion, Verdicts, Wave
+
+PromptPiece = tuple[Sequence, Feed]
 
 
 class WaveEngine(Engine):
@@ -57,7 +59,6 @@ class WaveEngine(Engine):
         self._lookup = lookup
         self.opinions = opinions
         self._wave = 0  # the number of the newest
-        self._chunked = False  # the newest was a piece of a prompt
 
     def step(self) -> list[tuple[Sequence, Output]]:
         """Return what is final; else feed a wave, or wait for an answer."""
@@ -82,47 +83,45 @@ class WaveEngine(Engine):
             masks=request.masks,
         )
 
-    def _take_answers(self) -> None:
-        while (answer := self.links.poll()) is not None:
-            self._take(answer)
-
     def _feed_wave(self) -> bool:
-        """Feed a piece of a prompt or a wave, in turn; return False if nothing may be fed."""
+        """Feed a piece of a prompt and a wave's rows in one pass, or what there is of them.
+
+        Return False if nothing may be fed.
+        """
         waves = {wave for sequence in self._running for wave in sequence.waves.waves}
         if len(waves) >= self._in_flight:
             return False
-        if self._chunked and self._feed_rows():
-            return True
-        return self._feed_chunk() or (not self._chunked and self._feed_rows())
+        piece = self._next_piece()
+        prompted = piece and piece[0]
+        policies = [each.waves for each in self._running if each is not prompted]
+        chosen = choose(policies, self._rows, self._wave + 1, self._costs)
+        if piece is None and not chosen:
+            return False
+        self._wave += 1
+        if chosen:
+            self._feed_rows(chosen, piece)
+        elif piece is not None:
+            self._observe(*self._ship(*piece))
+        return True
 
-    def _feed_chunk(self) -> bool:
+    def _next_piece(self) -> PromptPiece | None:
         for sequence in self._running:
             feed = sequence.waves.chunk(self._wave + 1)
             if feed is not None:
                 self._running.remove(sequence)  # so that all prompts get their turn
                 self._running.append(sequence)
-                self._wave += 1
-                self._chunked = True
-                self._run_chunk(sequence, feed)
-                return True
-        return False
+                return sequence, feed
+        return None
 
-    def _run_chunk(self, sequence: Sequence, feed: Feed) -> None:
-        """Run a piece of a prompt, ship it, and hear what the first head says of its end."""
-        hidden, block = self._ship(sequence, feed)
+    def _observe(self, hidden: torch.Tensor | None, block: Block | None) -> None:
+        """Hear what the first head says of the end of a piece of a prompt."""
         head = self.stage.head
         if hidden is not None and block is not None and head is not None and self.stage.drafting:
             said = head.observe(0, block, hidden)
             if said is not None:
                 self._hear(said)
 
-    def _feed_rows(self) -> bool:
-        policies = [sequence.waves for sequence in self._running]
-        chosen = choose(policies, self._rows, self._wave + 1, self._costs)
-        if not chosen:
-            return False
-        self._wave += 1
-        self._chunked = False
+    def _feed_rows(self, chosen: Items[tuple[WavePolicy, Node]], piece: PromptPiece | None) -> None:
         parts, rows = [], []
         masks: list[Mask | None] = []
         for policy, nodes in _by_policy(chosen):
@@ -130,41 +129,53 @@ class WaveEngine(Engine):
             parts.append(part)
             rows += own
             masks += policy.masks(nodes)
-        self._run_wave(tuple(parts), rows, _for_each(masks))
-        return True
+        self._run_wave(tuple(parts), rows, _for_each(masks), piece)
 
-    def _run_wave(self, parts: tuple[Part, ...], rows: list[Row], masks: tuple[Mask, ...]) -> None:
+    def _run_wave(
+        self,
+        parts: tuple[Part, ...],
+        rows: list[Row],
+        masks: tuple[Mask, ...],
+        piece: PromptPiece | None,
+    ) -> None:
         """Run rows through stage 0, ship those that still live, and then draft behind them."""
-        stage = self.stage
-        start = stage.recorder.now()
-        if stage.recorder.observer is not None:
-            stage.recorder.observer(FedRows(start, rows))
+        recorder = self.stage.recorder
+        start = recorder.now()
+        if recorder.observer is not None:
+            if piece is not None:
+                recorder.observer(FedBlock(start, piece[0].slot, piece[1]))
+            recorder.observer(FedRows(start, rows))
         for part in parts:
-            stage.commit(part)
-        hidden = self._advance(rows)
+            self.stage.commit(part)
+        own, hidden = self._advance(rows, piece)
+        block = piece and self._send_block(*piece, own, start, joins=True)
         kind = "forward" if hidden is not None else "cancelled"
-        stage.recorder.add(start, kind, parts[0].root, rows[0].position, len(rows), rows)
-        if hidden is not None:
-            stage.recorder.count(len(rows))
+        recorder.add(start, kind, parts[0].root, rows[0].position, len(rows), rows)
         if hidden is None:
             if any(part.moves for part in parts):  # they will not be told again
                 self.links.send(Wave(parts, (), torch.empty(0, 0)))
             return
+        recorder.count(len(rows))
         require_finite(hidden, 0, rows[0].position)
         self.links.send(Wave(parts, tuple(rows), hidden, masks))  # before drafting: see Engine
+        self._observe(own, block)
         self._draft(rows, hidden, masks)
 
-    def _advance(self, rows: Items[Row]) -> torch.Tensor | None:
-        """Return the rows of a pass, or None once all of them are dead."""
-        work = self.stage.start_rows(rows)
+    def _advance(
+        self, rows: Items[Row], piece: PromptPiece | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the rows of a piece and a wave after a pass, None if nobody waits for them."""
+        work = self.stage.start_rows(rows, piece)
         watch = self.links.watch()
         while True:
             watch.look()  # before asking: what comes after this stops the pass
             self._take_answers()
-            if not any(self._lives(row) for row in rows):
-                return None
+            wanted = piece is not None and self._still_wanted(*piece)
+            if not wanted and not any(self._lives(row) for row in rows):
+                return None, None
             if work.advance(watch):
-                return work.hidden
+                own, hidden = work.hidden.tensor_split([len(work.hidden) - len(rows)])
+                return own if wanted else None, hidden
 
     def _draft(self, rows: list[Row], hidden: torch.Tensor, masks: tuple[Mask, ...]) -> None:
         stage = self.stage

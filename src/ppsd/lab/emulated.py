@@ -25,7 +25,7 @@ from ppsd.lab.virtual import (
     VirtualStage,
 )
 from ppsd.model.exit_head import ExitHead, load_head
-from ppsd.model.passes import Pass, Place, Watch
+from ppsd.model.passes import Pass, Piece, Place, Watch
 from ppsd.model.stage import Stage
 from ppsd.plan.model import CostModel, Link, StageCost
 from ppsd.speculation.masks import Mask
@@ -125,14 +125,24 @@ class EmulatedStage(VirtualStage):
         self._judged = 0  # rows of the newest pass
 
     def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
-        return self._timed(inputs, position, self._model.start(inputs, position, slot))
+        return self._timed(
+            super().start(inputs, position), self._model.start(inputs, position, slot)
+        )
 
     def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
-        return self._timed(inputs, places[0].position, self._model.start_rows(inputs, places))
+        return self._timed(
+            super().start(inputs, places[0].position), self._model.start_rows(inputs, places)
+        )
 
-    def _timed(self, inputs: torch.Tensor, position: int, work: Pass) -> EmulatedPass:
+    def start_joined(self, piece: Piece, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
+        return self._timed(
+            super().start_joined(piece, inputs, places),
+            self._model.start_joined(piece, inputs, places),
+        )
+
+    def _timed(self, timed: Pass, work: Pass) -> EmulatedPass:
         self._judged = 0
-        return EmulatedPass(super().start(inputs, position), work)
+        return EmulatedPass(timed, work)
 
     def share(self, source: int, slot: int, length: int) -> None:
         self._model.share(source, slot, length)

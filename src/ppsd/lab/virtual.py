@@ -21,7 +21,7 @@ import torch
 from ppsd.engine.drafter import DraftState, Given
 from ppsd.engine.links import Answer
 from ppsd.lab.clocks import Clock, Published, nanoseconds, noise
-from ppsd.model.passes import Pass, Place, Watch
+from ppsd.model.passes import Pass, Piece, Place, Watch
 from ppsd.plan.model import CostModel
 from ppsd.worker.judge import Judge
 from ppsd.worker.messages import Begin, Block, Message, Verdict
@@ -147,7 +147,9 @@ class VirtualPipeline:
             return NEVER
         arrival, message = self.inboxes[rank][0]
         end = max(arrival, self.clocks[rank].now)
-        if rows := rows_in(message):
+        if isinstance(message, Block) and message.joins:
+            return end
+        if rows := rows_in(message) + rows_in(self.workers[rank - 1].joining):
             end += self.layer(rank, rows) * self.cost.stages[rank].layers
             if rank == self.cost.size - 1:
                 end += self.lm_head(1)
@@ -182,7 +184,9 @@ class VirtualStage:
         self._watch = VirtualWatch(pipeline, rank)
 
     def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
-        rows = inputs.shape[0]
+        return self._pass(inputs.shape[0], position)
+
+    def _pass(self, rows: int, position: int) -> VirtualPass:
         pipeline, rank = self._pipeline, self._rank
         layer = pipeline.layer(rank, rows)
         layer = pipeline.jittered(layer, rank, position)
@@ -191,6 +195,9 @@ class VirtualStage:
 
     def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
         return self.start(inputs, places[0].position)
+
+    def start_joined(self, piece: Piece, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
+        return self._pass(len(piece.inputs) + len(inputs), piece.position)
 
     def share(self, source: int, slot: int, length: int) -> None:
         """Need nothing."""
@@ -355,6 +362,6 @@ def _rows(count: int) -> torch.Tensor:
     return torch.zeros(count, 1)
 
 
-def rows_in(message: Message) -> int:
+def rows_in(message: Message | None) -> int:
     """Return how many rows of hidden states a message carries."""
     return message.hidden.shape[0] if isinstance(message, Block | Wave) else 0

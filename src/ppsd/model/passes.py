@@ -59,6 +59,14 @@ class Place(NamedTuple):
     path: tuple[int, ...] = ()
 
 
+class Piece(NamedTuple):
+    """A piece of a prompt: token ids [n] or hidden rows [n, C] at ``position``… of ``slot``."""
+
+    inputs: torch.Tensor
+    position: int
+    slot: int
+
+
 class Pass(Protocol):
     """Rows on their way through the layers of a stage or head.
 

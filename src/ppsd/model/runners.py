@@ -240,11 +240,12 @@ def together(passes: Sequence[Pass]) -> Pass:
 class PassesTogether:
     """Passes through the same layers as one: each layer runs them in turn.
 
-    A later one may stand on rows of an earlier one, whose keys every layer has first.
+    A later one may stand on rows of an earlier one of the same kind, whose keys every layer has
+    first.
     """
 
     def __init__(self, passes: Sequence[Pass]) -> None:
-        self._passes = passes
+        self._passes = self._left = passes
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -253,8 +254,9 @@ class PassesTogether:
     def advance(self, watch: Watch | None = None) -> bool:
         """Run on."""
         while True:
-            done = [part.advance(EACH_LAYER) for part in self._passes]
-            if all(done):
+            # a step of a GPU is at its end at once, and must not run again
+            self._left = [part for part in self._left if not part.advance(EACH_LAYER)]
+            if not self._left:
                 return True
             if watch is not None and (watch.blind or watch.changed()):
                 return False

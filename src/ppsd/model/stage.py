@@ -28,8 +28,8 @@ from ppsd.model.names import (
     tensor_names,
 )
 from ppsd.model.packed import Codes, can_pack, pack, packed_bytes
-from ppsd.model.passes import Pass, Place
-from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
+from ppsd.model.passes import Pass, Piece, Place
+from ppsd.model.runners import CompiledRunner, Runner, TorchRunner, together
 from ppsd.model.spec import ModelSpec
 from ppsd.model.steps import CudaGraphs, CudaRunner
 from ppsd.model.weights import TensorSource
@@ -56,6 +56,12 @@ class StageModel(Protocol):
 
     def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
         """Start a pass of token ids [n] or hidden rows [n, C] of candidate trees; see Runner."""
+
+    def start_joined(self, piece: Piece, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
+        """Start one pass of a piece of a prompt and of rows of other slots; its rows come first.
+
+        Every row has the bits that ``start`` and ``start_rows`` would give it.
+        """
 
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         """Declare the first ``length`` rows of a slot verified; see KVCache."""
@@ -258,6 +264,9 @@ class Stage:
 
     def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
         return self._runner.start_rows(self._entered(inputs), places)
+
+    def start_joined(self, piece: Piece, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
+        return together([self.start(*piece), self.start_rows(inputs, places)])
 
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         self.cache.commit(slot, length, moves)

@@ -68,7 +68,7 @@ class Scene:
         self._tracks: dict[int, Track] = {}
         self._ids = count(1)
         self._wave = 0
-        self._begun = (-1, 0)  # the newest pass: start, wave
+        self._begun: dict[tuple[int, int, int], int] = {}  # of the newest pass: waves
 
     def take(self, event: Event) -> Json:
         """Return what a page is told of an event."""
@@ -81,8 +81,8 @@ class Scene:
         if isinstance(event, Left):
             self._tracks.pop(event.slot, None)
             return {"kind": "left", "slot": event.slot}
-        start, end, kind, _, _, rows = event
-        wave = self._begun[1] if start == self._begun[0] else 0
+        start, end, kind, _, position, rows = event
+        wave = self._begun.get((start, position, rows), 0)
         told = {"kind": "ran", "work": kind, "wave": wave, "rows": rows}
         return told | {"time": start * MS, "end": end * MS}
 
@@ -104,8 +104,12 @@ class Scene:
     def _track(self, slot: int) -> Track:
         return self._tracks.setdefault(slot, Track())
 
+    def _begin(self, wave: int, start: int, position: int, rows: int) -> None:
+        """Note what a pass has; a piece of a prompt and a wave may share one."""
+        shared = {place: other for place, other in self._begun.items() if place[0] == start}
+        self._begun = shared | {(start, position, rows): wave}
+
     def _feed(self, wave: int, start: int, rows: Sequence[tuple[int, Drawn]]) -> Json:
-        self._begun = start, wave
         told = [[slot, *self._told(node)] for slot, node in rows]
         return {"kind": "fed", "wave": wave, "time": start * MS, "rows": told}
 
@@ -115,6 +119,7 @@ class Scene:
             (row.slot, self._place(row.slot, row.node, row.parent, row.position, row.token))
             for row in event.rows
         ]
+        self._begin(self._wave, event.start, event.rows[0].position, len(rows))
         return self._feed(self._wave, event.start, rows)
 
     def _block(self, event: FedBlock) -> Json:
@@ -124,6 +129,7 @@ class Scene:
         if feed.position == feed.block or not track.wave:
             self._wave += 1
             track.wave = self._wave
+        self._begin(track.wave, event.start, feed.position, len(feed.tokens))
         if not (feed.judge and len(feed.tokens) == 1 and track.prompted):
             track.prompted = feed.judge > 0
             told = self._feed(track.wave, event.start, [])

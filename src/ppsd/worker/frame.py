@@ -17,7 +17,7 @@ from ppsd.speculation.masks import Mask
 from ppsd.transport.base import Part
 
 MAGIC = 0x50505344  # "PPSD"
-VERSION = 5
+VERSION = 6
 # magic, version, kind, dtype, flags, slot, source, epoch,
 # position, parent, rows, judge, width, beside, bytes of body
 HEADER = struct.Struct("<IBBBBHHQiiiiIIQ12x")
@@ -112,6 +112,7 @@ def encode_fields(
     judge: int | None = None,
     beside: int = 0,
     before: bytes = b"",
+    flags: int = 0,
 ) -> list[Part]:
     """Lay out integers and rows of numbers, behind the bytes ``before``.
 
@@ -125,7 +126,7 @@ def encode_fields(
         dtype, size = DTYPES.index(numbers.dtype), numbers.nbytes
     rows, judge = count if rows is None else rows, len(fields) if judge is None else judge
     header = HEADER.pack(
-        MAGIC, VERSION, kind, dtype, 0, slot, source, epoch,
+        MAGIC, VERSION, kind, dtype, flags, slot, source, epoch,
         position, parent, rows, judge, width, beside, len(body) + size,
     )  # fmt: skip
     return [header + body] if numbers is None or not size else [header + body, numbers]

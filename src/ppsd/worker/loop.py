@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ppsd.errors import PipelineError, ProtocolError, RequestError
+from ppsd.model.passes import Pass, Piece
 from ppsd.model.stage import StageModel
 from ppsd.speculation.waves import Row
 from ppsd.worker.frame import CONTROL_BYTES
@@ -45,6 +46,7 @@ class Worker:
         self._judge = judge
         self._head = head
         self._heard: set[int] = set()  # slots whose requests want this stage's opinions
+        self.joining: Block | None = None  # waits for the wave that it joins
         self._recorder = recorder or Recorder()
 
     def step(self, timeout: float) -> bool:
@@ -90,14 +92,23 @@ class Worker:
         if self._stale(block):
             self._recorder.blocks["dropped"] += 1
             return
+        if block.joins:  # a copy, as the wave's rows may land where these lie
+            self.joining = block._replace(hidden=block.hidden.clone())
+            return
         start = self._recorder.now()
-        hidden = self._run(block)
+        self._after_block(block, self._run(block, None), start)
+
+    def _after_block(
+        self, block: Block, hidden: torch.Tensor | None, start: int, *, joined: bool = False
+    ) -> None:
+        """Judge a block or send it on; ``hidden`` is None if it was not run to its end."""
         try:
             answer = None if hidden is None else self._answer(block, hidden)
         except RequestError as error:  # rank 0 ends the request; this stage takes the next
             answer = Refusal(block.slot, block.epoch, self.rank, str(error))
         kind = "cancelled" if answer is None else "verify" if block.judge else "prefill"
-        self._recorder.add(start, kind, block.epoch, block.position, len(block.tokens))
+        place = block.epoch, block.position, len(block.tokens)
+        self._recorder.add(start, kind, *place, joined=joined)
         if answer is None or hidden is None:
             return
         self._link.send(0 if self._judge is not None else self.rank + 1, answer)
@@ -106,16 +117,28 @@ class Worker:
             if said is not None:
                 self._link.send(0, said)
 
-    def _run(self, block: Block) -> torch.Tensor | None:
-        """Return the rows of a pass, or None once rank 0 has declared the block stale."""
-        work = self._stage.start(block.hidden, block.position, block.slot)
-        watch = self._link.watch(block.slot)
+    def _run(self, block: Block | None, wave: Wave | None) -> torch.Tensor | None:
+        """Return the rows of a pass, or None once nobody waits for any of them."""
+        slots = [part.slot for part in wave.parts] if wave else []
+        watch = self._link.watch(*slots, *([block.slot] if block else []))
+        work = self._start(block, wave)
         while True:
             watch.look()  # before asking: what comes after this stops the pass
-            if self._stale(block):
+            wanted = (block and not self._stale(block)) or (wave and self._alive(wave).rows)
+            if not wanted:
                 return None
             if work.advance(watch):
                 return work.hidden
+
+    def _start(self, block: Block | None, wave: Wave | None) -> Pass:
+        piece = block and Piece(block.hidden, block.position, block.slot)
+        if wave is None:
+            assert piece is not None
+            return self._stage.start(*piece)
+        places = [place_of(row) for row in wave.rows]
+        if piece is None:
+            return self._stage.start_rows(wave.hidden, places)
+        return self._stage.start_joined(piece, wave.hidden, places)
 
     def _answer(self, block: Block, hidden: torch.Tensor) -> Message:
         require_finite(hidden, self.rank, block.position)
@@ -132,8 +155,13 @@ class Worker:
             if self._head is not None:
                 self._head.commit(slot, length, moves)
         wave = self._alive(wave)
+        block = self._joined(wave)
         start = self._recorder.now()
-        hidden = self._run_rows(wave) if wave.rows else None
+        hidden = self._run(block, wave) if wave.rows else None
+        if block is not None:
+            end = len(block.tokens)
+            own, hidden = (None, None) if hidden is None else (hidden[:end], hidden[end:])
+            self._after_block(block, own, start, joined=True)
         if wave.rows:
             first, kind = wave.rows[0], "cancelled" if hidden is None else "verify"
             place = wave.parts[0].root, first.position, len(wave.rows)
@@ -145,6 +173,14 @@ class Worker:
             self._on_rows(wave, hidden)
         elif self._judge is None and any(part.moves for part in wave.parts):
             self._link.send(self.rank + 1, _part_of(wave, []))
+
+    def _joined(self, wave: Wave) -> Block | None:
+        """Return the block that is to run with a wave; without rows to join it runs alone."""
+        block, self.joining = self.joining, None
+        if block is None or wave.rows:
+            return block
+        self._on_block(block._replace(joins=False))
+        return None
 
     def _on_rows(self, wave: Wave, hidden: torch.Tensor) -> None:
         """Judge a wave or send it on, and then say what a head here thinks of it."""
@@ -169,17 +205,6 @@ class Worker:
         if len(live) == len(wave.rows):
             return wave
         return _part_of(wave, live)
-
-    def _run_rows(self, wave: Wave) -> torch.Tensor | None:
-        """Return the rows of a pass, or None once all of them are dead."""
-        work = self._stage.start_rows(wave.hidden, [place_of(row) for row in wave.rows])
-        watch = self._link.watch(*[part.slot for part in wave.parts])
-        while True:
-            watch.look()  # before asking: what comes after this stops the pass
-            if not self._alive(wave).rows:
-                return None
-            if work.advance(watch):
-                return work.hidden
 
     def _on_control(self, control: Control) -> None:
         if control.verb == "stop":

@@ -51,7 +51,8 @@ class Block(NamedTuple):
 
     ``tokens`` [n] and ``hidden`` [n, C] stand at ``position``… and follow the token at
     ``parent`` (position - 1 in a chain); the last stage answers the last ``judge`` rows, within
-    their ``masks`` if there are any.
+    their ``masks`` if there are any. A block that ``joins`` runs in one pass with the wave that
+    comes behind it.
     """
 
     slot: int
@@ -62,6 +63,7 @@ class Block(NamedTuple):
     tokens: tuple[int, ...]
     hidden: torch.Tensor
     masks: tuple[Mask, ...] = ()
+    joins: bool = False
 
 
 class Verdict(NamedTuple):
@@ -216,6 +218,7 @@ def _encode_block(block: Block) -> list[Part]:
         judge=block.judge,
         beside=len(block.masks[0]) if block.masks else 0,
         before=b"".join(block.masks),
+        flags=block.joins,
     )
 
 
@@ -246,14 +249,14 @@ def _encode_json(message: Begin | Control | Status | Refusal) -> list[Part]:
 def _decode_block(
     header: tuple[int, ...], body: memoryview, apart: torch.Tensor | None, landing: Landing | None
 ) -> Block:
-    _, _, _, dtype, _, slot, _, epoch, position, parent, rows, judge, width, beside, _ = header
+    _, _, _, dtype, flags, slot, _, epoch, position, parent, rows, judge, width, beside, _ = header
     if not 0 <= judge <= rows or rows < 1 or position < 0:
         raise ProtocolError(f"block of {rows} rows at {position} asks for {judge} verdicts")
     masks, body = split_masks(body, judge, beside)
     tokens, hidden = split_rows(body, apart, landing, rows, (rows, width), dtype)
     if hidden is None:
         raise ProtocolError(f"block of {rows} rows has none")
-    return Block(slot, epoch, position, parent, judge, tokens, hidden, masks)
+    return Block(slot, epoch, position, parent, judge, tokens, hidden, masks, bool(flags))
 
 
 def _decode_verdict(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ppsd.model.passes import EACH_LAYER, Pass, Place, Watch
+from ppsd.model.passes import EACH_LAYER, Pass, Piece, Place, Watch
 from ppsd.model.stage import Stage, StageModel
 from ppsd.worker.recorder import OVERRUN, Recorder
 
@@ -50,14 +50,20 @@ class PacedStage:
         return self._stage.is_last
 
     def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> PacedPass:
-        return self._paced(inputs, lambda: self._stage.start(inputs, position, slot))
+        return self._paced(len(inputs), lambda: self._stage.start(inputs, position, slot))
 
     def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> PacedPass:
-        return self._paced(inputs, lambda: self._stage.start_rows(inputs, places))
+        return self._paced(len(inputs), lambda: self._stage.start_rows(inputs, places))
 
-    def _paced(self, inputs: torch.Tensor, start: Callable[[], Pass]) -> PacedPass:
+    def start_joined(
+        self, piece: Piece, inputs: torch.Tensor, places: Sequence[Place]
+    ) -> PacedPass:
+        rows = len(piece.inputs) + len(inputs)
+        return self._paced(rows, lambda: self._stage.start_joined(piece, inputs, places))
+
+    def _paced(self, rows: int, start: Callable[[], Pass]) -> PacedPass:
         self._start = time.monotonic()
-        self._counted = inputs.shape[0] <= self._rows
+        self._counted = rows <= self._rows
         return PacedPass(start(), self._start, self._share, self._layers, self._on_time)
 
     def share(self, source: int, slot: int, length: int) -> None:

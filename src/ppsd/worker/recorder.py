@@ -45,12 +45,18 @@ class Recorder:
         position: int,
         rows: int,
         wave: Sequence[Row] = (),
+        *,
+        joined: bool = False,
     ) -> None:
-        """Record work on ``rows`` rows at ``position``…, or of a ``wave``, from ``start`` on."""
+        """Record work on ``rows`` rows at ``position``…, or of a ``wave``, from ``start`` on.
+
+        The time of a pass that is ``joined`` to another's is counted with that one.
+        """
         end = self.now()
-        self.busy_ns[kind] += end - start
+        busy = 0 if joined else end - start
+        self.busy_ns[kind] += busy
         self.blocks[kind] += 1
-        self.total_ns += end - start
+        self.total_ns += busy
         if self.slices is not None:
             nodes = [(row.slot, row.node) for row in wave]
             self.slices.append((start, end, kind, epoch, position, rows, nodes))
