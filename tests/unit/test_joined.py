@@ -54,9 +54,9 @@ def test_both_have_the_bits_that_they_have_alone(tiny_model, dtype, watch, lengt
 class Line:
     """A stage's link whose messages come as frames, each over the rows of the one before."""
 
-    def __init__(self, epoch: int = 0) -> None:
+    def __init__(self, *epochs: int) -> None:
         self.sent: list[Message] = []
-        self._landing, self._epoch = Landing(), epoch
+        self._landing, self._epochs = Landing(), epochs
 
     def hand(self, message: Message) -> Message:
         header, *rest = [
@@ -68,7 +68,7 @@ class Line:
         self.sent.append(message)
 
     def epoch(self, slot: int) -> int:
-        return self._epoch
+        return self._epochs[slot]
 
     def watch(self, *slots: int) -> Watch:
         return Watch()
@@ -82,42 +82,43 @@ def rows_of(nodes: Sequence[int]) -> tuple[Row, ...]:
     return tuple(Row(1, node, 1, 2, 7, CAPACITY + i, (), ()) for i, node in enumerate(nodes))
 
 
-def played(epoch_of_rows: int, epoch: int = 0) -> tuple[list[Message], Recorder]:
+def played(*epochs: int, position: int = 0) -> tuple[list[Message], Recorder]:
     """Return what a stage in the middle sends of a prompt of two tokens and a wave of two rows."""
-    line, recorder = Line(epoch), Recorder()
+    line, recorder = Line(*epochs), Recorder()
     stage = HashStage(1, 3, 8, slots=2, loose=8)
     stage.start(pack([5, 9]), 0, 1).advance()
     worker = Worker(1, stage, line, None, recorder)
-    block = Block(0, 1, 0, -1, 0, (3, 4), pack([11, 12]), joins=True)
-    rows = rows_of([epoch_of_rows, epoch_of_rows + 1])
-    for message in (block, Wave((Part(1, 1, 2, ()),), rows, pack([21, 22]))):
+    block = Block(0, 1, position, position - 1, 0, (3, 4), pack([11, 12]), joins=True)
+    for message in (block, Wave((Part(1, 1, 2, ()),), rows_of([2, 3]), pack([21, 22]))):
         worker.handle(line.hand(message))
+        assert isinstance(message, Wave) or not line.sent
+    assert worker.joining is None
     return line.sent, recorder
 
 
 def test_a_stage_passes_both_on_in_one_pass() -> None:
-    (block, wave), recorder = played(2)
+    (block, wave), recorder = played(1, 1)
     assert (block.joins, wave.rows) == (True, rows_of([2, 3]))
-    alone = HashStage(1, 3, 8)
-    assert torch.equal(block.hidden, alone.forward(pack([11, 12]), 0))
+    assert torch.equal(block.hidden, HashStage(1, 3, 8).forward(pack([11, 12]), 0))
     assert recorder.blocks == {"prefill": 1, "verify": 1}
     assert recorder.busy_ns["prefill"] == 0, "its time is the wave's"
 
 
 def test_a_piece_goes_on_alone_if_its_wave_has_died() -> None:
-    sent, recorder = played(2, epoch=9)  # which is beyond the rows, and beyond the piece
+    (block,), recorder = played(1, 9)
+    assert not block.joins
+    assert torch.equal(block.hidden, HashStage(1, 3, 8).forward(pack([11, 12]), 0))
+    assert recorder.blocks == {"prefill": 1, "dropped": 1}
+
+
+def test_a_wave_goes_on_alone_if_its_piece_is_stale() -> None:
+    """Earlier pieces may have been dropped, so this one must not be run."""
+    (wave,), recorder = played(2, 1, position=4)
+    assert wave.rows == rows_of([2, 3])
+    assert recorder.blocks == {"dropped": 1, "verify": 1}
+
+
+def test_nothing_goes_on_if_both_are_over() -> None:
+    sent, recorder = played(2, 9)
     assert sent == []
     assert recorder.blocks == {"dropped": 2}
-
-
-def test_stages_may_be_asked_for_no_rows() -> None:
-    line, stage = Line(), HashStage(1, 3, 8, slots=2, loose=8)
-    worker = Worker(1, stage, line, None)
-    block = Block(0, 1, 0, -1, 0, (3, 4), pack([11, 12]), joins=True)
-    worker.handle(line.hand(block))
-    assert line.sent == []
-    worker.handle(Wave((Part(1, 1, 0, ()),), (), torch.empty(0, 4)))
-    (sent,) = line.sent
-    assert not sent.joins
-    assert torch.equal(sent.hidden, HashStage(1, 3, 8).forward(pack([11, 12]), 0))
-    assert worker.joining is None

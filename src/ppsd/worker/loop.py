@@ -175,9 +175,9 @@ class Worker:
             self._link.send(self.rank + 1, _part_of(wave, []))
 
     def _joined(self, wave: Wave) -> Block | None:
-        """Return the block that is to run with a wave; without rows to join it runs alone."""
+        """Return the block that is to run with a wave; a stale one, or without rows, is none."""
         block, self.joining = self.joining, None
-        if block is None or wave.rows:
+        if block is None or (wave.rows and not self._stale(block)):
             return block
         self._on_block(block._replace(joins=False))
         return None
