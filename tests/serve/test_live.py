@@ -24,6 +24,8 @@ from ppsd.serve.pulse import Pulse
 from ppsd.serve.scene import Scene
 from ppsd.serve.service import Service
 from ppsd.speculation.gate import Switches
+from ppsd.speculation.policy import UNVERIFIED, Feed
+from ppsd.speculation.waves import Row
 from tests.serve.conftest import SETTINGS
 from tests.serve.test_serve_verb import started
 from tests.support.http_server import Served
@@ -114,6 +116,17 @@ def check(told: list[dict[str, Any]], completion, trees: list[Any]) -> None:
     assert completion.stats.counts.judged > hits
     assert len(dead) > 0
     assert told[-1]["kind"] in ("left", "ran")
+
+
+def test_a_piece_of_a_prompt_and_a_wave_of_one_pass_have_their_own_lanes() -> None:
+    scene = Scene(str)
+    row = Row(slot=1, node=9, parent=8, position=5, token=4, cell=5, nodes=(), cells=())
+    feed = Feed(1, 0, (6, 7), 0, 0, True, False, UNVERIFIED)
+    piece = scene.take(events.FedBlock(70, 0, feed))
+    wave = scene.take(events.FedRows(70, [row]))
+    ran = [scene.take((70, 90, *about)) for about in (("prefill", 1, 0, 2), ("forward", 8, 5, 1))]
+    assert [each["wave"] for each in ran] == [piece["wave"], wave["wave"]] == [1, 2]
+    assert scene.take((90, 95, "draft", 8, 6, 1))["wave"] == 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
