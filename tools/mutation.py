@@ -7,6 +7,11 @@ neither PyTorch nor a test is imported again, and what a check compares with is 
 mutant. A mutant meets only the tests that call its function, the fastest first, and a slower file
 only if it survived the faster ones.
 
+Each file must first pass in a fork without a mutant, or nothing that fails in a fork says anything
+of mutants: the search refuses to go on. What a fork cannot use, such as an engine with threads, is
+made anew in each. Mutants that mypy refuses are not run (tools/mutation_types.py): `make check`
+kills them.
+
 Mutants of a module are taken in the order of a hash of their names, as many as the budget allows:
 the sample is random, and a later run goes on where this one stopped unless the module has changed.
 The result file keeps the counts, each survivor with its difference, and the argument that somebody
@@ -36,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mutation_types import find_refused
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs" / "results" / "exactness" / "mutation.json"
@@ -97,6 +103,12 @@ class Search:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Take the place of pytest's own loop over the tests."""
         self._observe(session)
+        items = [item for item in session.items if item.nodeid in self._times]
+        if self._try("", items) != SURVIVED:
+            session._setupstate.teardown_exact(None)  # each fork makes fixtures of the module anew
+            if (outcome := self._try("", items, quiet=False)) != SURVIVED:
+                self._asked.send(f"without a mutant, a fork of these tests is {outcome}")
+                return True
         self._asked.send(self._times)
         while mutant := self._asked.recv():
             function = mutant.rpartition("__mutmut_")[0]
@@ -109,12 +121,13 @@ class Search:
     def _observe(self, session: pytest.Session) -> None:
         """Run all tests without a mutant; note how long each takes and what it calls.
 
-        Fixtures of the module stay, so what a check compares with is made without a mutant.
+        Fixtures of the module stay, so what a check compares with is made without a mutant. No
+        test is kept set up itself: pytest would not give it its fixtures again.
         """
         from mutmut.state import state
 
         become("stats")
-        for item, after in pairs(session.items, session.items[0]):
+        for item, after in pairs(session.items, session.items[0].parent):
             start = time.process_time()
             item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
             if (seconds := time.process_time() - start) < SLOW_S:
@@ -123,11 +136,12 @@ class Search:
             state()._stats.clear()
         become("")
 
-    def _try(self, mutant: str, items: list[pytest.Item]) -> str:
+    def _try(self, mutant: str, items: list[pytest.Item], *, quiet: bool = True) -> str:
         if not (pid := os.fork()):
             os.setsid()
             become(mutant)
-            silence()
+            if quiet:
+                silence()
             for item, after in pairs(items, None):
                 item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
             os._exit(0)
@@ -180,7 +194,9 @@ class File:
         try:
             times = self._pipe.recv()
         except EOFError:
-            raise SystemExit(f"{self._tests}: cannot be run without a mutant") from None
+            times = "cannot be run without a mutant"
+        if isinstance(times, str):
+            raise SystemExit(f"{self._tests}: {times}")
         print(f"{self._tests}: {sum(times.values()):.1f} s for {len(times)} tests", flush=True)
 
     def end(self) -> None:
@@ -205,8 +221,8 @@ def silence() -> None:
 
 
 def pairs(
-    items: list[pytest.Item], last: pytest.Item | None
-) -> Iterator[tuple[pytest.Item, pytest.Item | None]]:
+    items: list[pytest.Item], last: pytest.Collector | None
+) -> Iterator[tuple[pytest.Item, Any]]:
     """Yield each test with the next one, for which fixtures are kept; ``last`` follows them all."""
     return zip(items, [*items[1:], last], strict=True)
 
@@ -277,7 +293,7 @@ def source_hash(module: str) -> str:
     return hashlib.sha256(Path(f"src/ppsd/{module}.py").read_bytes()).hexdigest()[:16]
 
 
-def record(outcomes: dict[str, Any], names: dict[str, list[str]]) -> None:
+def record(outcomes: dict[str, Any], names: dict[str, list[str]], refused: set[str]) -> None:
     """Write the outcomes, and the result file: counts of every module, and what survived."""
     OUTCOMES.write_text(json.dumps(outcomes))
     arguments, modules = read_arguments(), read_result()
@@ -290,6 +306,7 @@ def record(outcomes: dict[str, Any], names: dict[str, list[str]]) -> None:
         }
         modules[module] = {
             "mutants": len(names[module]),
+            "refused by mypy": len(refused.intersection(names[module])),
             "run": len(of_mutants),
             **dict(sorted(Counter(of_mutants.values()).items())),
             "survivors": {
@@ -343,6 +360,7 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "mutants"))
     names = write_mutants()
+    refused = find_refused(ROOT / "mutants")
     importlib.invalidate_caches()  # mutants/ may be new
     for preloaded in ("torch", "transformers", "hypothesis", "scipy.stats"):
         importlib.import_module(preloaded)
@@ -357,7 +375,7 @@ def main() -> None:
             of = settled(outcomes[module]["of"] if module in outcomes else {}, module)
             outcomes[module] = {"source": source_hash(module), "of": of}
         left = [(m, n) for m in together for n in names[m][: options.most]]
-        left = [(m, n) for m, n in left if n not in outcomes[m]["of"]]
+        left = [(m, n) for m, n in left if n not in outcomes[m]["of"] and n not in refused]
         mix(together)
         files, end = [File(name) for name in names_of_files], time.monotonic() + share
         left.sort(key=lambda pair: digest(pair[1]))
@@ -367,10 +385,10 @@ def main() -> None:
                     break
                 outcomes[module]["of"][name] = search(files, name)
                 if count % RECORDED == 0:
-                    record(outcomes, names)
+                    record(outcomes, names, refused)
                     print(f"{names_of_files[0]}: {count} of {len(left)}", flush=True)
         finally:  # a search that is stopped keeps what it has
-            record(outcomes, names)
+            record(outcomes, names, refused)
         for file in files:
             file.end()
 
