@@ -41,52 +41,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mutation_tests import TESTS
 from mutation_types import find_refused
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs" / "results" / "exactness" / "mutation.json"
 MIXED = ROOT / "mutants" / "mixed"
 OUTCOMES = ROOT / "mutants" / "outcomes.json"  # of single mutants, to go on from
-CHAINS = "contract/test_planted_bugs.py::test_without_a_bug_every_check_passes"
-TREES = "contract/test_planted_wave_bugs.py::test_without_a_bug_every_check_passes"
-RULES = ("unit/test_policy.py", "unit/test_tree.py", "unit/test_waves.py", "unit/test_lookup.py")
-TEXT = ("unit/test_tokenizer.py", "unit/test_ids.py", "unit/test_text.py", "unit/test_escape.py")
-GATED = "contract/test_exact_oracle.py::test_a_hurried_gate_pauses_and_resumes"
-LOOPS = (
-    *("unit/test_judge.py", "unit/test_engine.py", "unit/test_inner_head.py"),
-    *(GATED, TREES, CHAINS),
-)
-MEMORY = ("unit/test_cache_stage.py", "unit/test_slots.py", "unit/test_packed.py")
-TESTS = {  # by module, below src/ppsd; modules with the same tests are searched together
-    "speculation/accept": ("unit/test_accept.py",),
-    "speculation/sampling": ("unit/test_sampling.py",),
-    **dict.fromkeys([f"speculation/{n}" for n in ("policy", "tree", "waves")], RULES),
-    **dict.fromkeys([f"speculation/{n}" for n in ("copies", "lookup")], RULES),
-    **dict.fromkeys(
-        [f"worker/{n}" for n in ("judge", "inner_head", "slot", "link", "loop")], LOOPS
-    ),
-    **dict.fromkeys([f"engine/{n}" for n in ("wave_engine", "engine", "sequence")], LOOPS),
-    **dict.fromkeys([f"engine/{n}" for n in ("layout", "llm", "text_engine")], LOOPS),
-    "engine/stats": LOOPS,
-    **dict.fromkeys(
-        ("engine/links", "engine/thread"),
-        (*LOOPS, "unit/test_logprobs.py", "contract/test_streams.py"),
-    ),
-    "engine/first_stage": (*LOOPS, "serve/test_structured.py", "system/test_acceptance.py"),
-    "engine/drafter": ("unit/test_drafter.py", "unit/test_exit_head.py"),
-    **dict.fromkeys([f"model/{n}" for n in ("cache", "stage")], MEMORY),
-    **dict.fromkeys(
-        [f"worker/{n}" for n in ("messages", "wave_messages", "frame")], ("unit/test_messages.py",)
-    ),
-    **dict.fromkeys(("model/tokenizer", "model/escape", "engine/text"), TEXT),
-    "model/gguf_tokenizer": ("unit/test_gguf_tokenizer.py",),
-    "engine/logprobs": ("unit/test_logprobs.py",),
-    "engine/rejection": ("contract/test_rejection.py",),
-    "worker/recorder": ("unit/test_trace.py",),
-    "speculation/gate": ("unit/test_gate.py",),
-    "model/runners": ("unit/test_kernels.py", "unit/test_cache_stage.py"),
-}
-SLOW_S = 30.0  # of processor time: a longer test is left out
+SLOW_S = 30.0  # of processor time: a longer test is left out, if not by --longest a shorter one
 RECORDED = 20  # mutants after which the result is written
 PATIENCE = 6  # times as long as without a mutant, and then some, before a mutant counts as endless
 KILLED, SURVIVED, UNCOVERED, ENDLESS = "killed", "survived", "uncovered", "timeout"
@@ -95,8 +57,9 @@ KILLED, SURVIVED, UNCOVERED, ENDLESS = "killed", "survived", "uncovered", "timeo
 class Search:
     """A pytest plugin that runs the collected tests once for each mutant it hears of, in a fork."""
 
-    def __init__(self, asked: Connection) -> None:
+    def __init__(self, asked: Connection, longest: float) -> None:
         self._asked = asked
+        self._longest = longest
         self._times: dict[str, float] = {}  # of tests, without a mutant
         self._called: dict[str, set[str]] = {}  # functions, by test
 
@@ -104,7 +67,7 @@ class Search:
         """Take the place of pytest's own loop over the tests."""
         self._observe(session)
         items = [item for item in session.items if item.nodeid in self._times]
-        if self._try("", items) != SURVIVED:
+        if items and self._try("", items) != SURVIVED:
             session._setupstate.teardown_exact(None)  # each fork makes fixtures of the module anew
             if (outcome := self._try("", items, quiet=False)) != SURVIVED:
                 self._asked.send(f"without a mutant, a fork of these tests is {outcome}")
@@ -130,7 +93,7 @@ class Search:
         for item, after in pairs(session.items, session.items[0].parent):
             start = time.process_time()
             item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
-            if (seconds := time.process_time() - start) < SLOW_S:
+            if (seconds := time.process_time() - start) < self._longest:
                 self._times[item.nodeid] = seconds
                 self._called[item.nodeid] = set(state()._stats)
             state()._stats.clear()
@@ -145,7 +108,7 @@ class Search:
             for item, after in pairs(items, None):
                 item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
             os._exit(0)
-        limit = 20 + PATIENCE * sum(self._times[item.nodeid] for item in items)
+        limit = 10 + PATIENCE * sum(self._times[item.nodeid] for item in items)
         end = time.monotonic() + limit
         while time.monotonic() < end:
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -166,8 +129,9 @@ class Search:
 class File:
     """A process that has collected tests, started when first asked."""
 
-    def __init__(self, tests: str) -> None:
+    def __init__(self, tests: str, longest: float) -> None:
         self._tests = tests
+        self._longest = longest
         self._pid = 0
 
     def ask(self, mutant: str) -> str:
@@ -187,7 +151,9 @@ class File:
             options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:warnings"]
             options += ["--hypothesis-profile=unshrunk", "--timeout=0"]
             with contextlib.suppress(EOFError):  # the search was stopped
-                pytest.main([*options, f"tests/{self._tests}"], plugins=[Search(theirs)])
+                pytest.main(
+                    [*options, f"tests/{self._tests}"], plugins=[Search(theirs, self._longest)]
+                )
             os._exit(0)
         theirs.close()
         self._pid = pid
@@ -340,12 +306,12 @@ def read_arguments() -> dict[str, str]:
 
 
 def settled(outcomes: dict[str, str], module: str) -> dict[str, str]:
-    """Return the outcomes that need not be found again: all but survivors without an argument."""
+    """Return the outcomes that need not be found again: of what died, or has an argument."""
     arguments = read_arguments()
     return {
         mutant: outcome
         for mutant, outcome in outcomes.items()
-        if outcome != SURVIVED or difference(mutant, module) in arguments
+        if outcome in (KILLED, ENDLESS) or difference(mutant, module) in arguments
     }
 
 
@@ -353,6 +319,9 @@ def main() -> None:
     """Run mutants of all modules in turns until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument(
+        "--longest", type=float, default=SLOW_S, help="seconds that a test may take"
+    )
     parser.add_argument("--most", type=int, default=10**6, help="mutants of a module, at most")
     parser.add_argument("modules", nargs="*", help="such as speculation/policy; default: all")
     options = parser.parse_args()
@@ -377,7 +346,10 @@ def main() -> None:
         left = [(m, n) for m in together for n in names[m][: options.most]]
         left = [(m, n) for m, n in left if n not in outcomes[m]["of"] and n not in refused]
         mix(together)
-        files, end = [File(name) for name in names_of_files], time.monotonic() + share
+        files, end = (
+            [File(name, options.longest) for name in names_of_files],
+            time.monotonic() + share,
+        )
         left.sort(key=lambda pair: digest(pair[1]))
         try:
             for count, (module, name) in enumerate(left, 1):
