@@ -125,7 +125,7 @@ class Certain(Noted):
         return torch.full((len(rows), 1), 0.25)
 
     def opinions(self, rows: torch.Tensor, k: int, perturb):
-        scores = perturb(torch.arange(5.0).expand(len(rows), -1), self.ids)
+        scores = perturb(torch.arange(5.0, dtype=torch.bfloat16).expand(len(rows), -1), self.ids)
         columns, probabilities = most_probable(scores, 2)
         return torch.from_numpy(self.ids)[columns], probabilities
 
@@ -163,19 +163,22 @@ def test_candidates_of_a_sampled_request_have_the_targets_noise() -> None:
     head.begin(Begin(0, params, 4, (), 11))
     head.begin(Begin(1, SamplingParams(temperature=0.0), 4, (), 11))
     rows = [*map(certain, range(10, 16)), certain(10)._replace(slot=1)]
-    *said, greedy = head.opinion(0, rows, torch.zeros(7, 2)).tokens
-    assert greedy == (10, 9)
-    assert tuple(said) == tuple(likeliest(params, position) for position in range(11, 17))
+    said = head.opinion(0, rows, torch.zeros(7, 2))
+    expected = [likeliest(params, position) for position in range(11, 17)]
+    assert said.tokens == (*(tokens for tokens, _ in expected), (10, 9))
+    shares = [share for _, shares in expected for share in shares]  # in single precision
+    assert said.numbers[:6, :2].flatten().tolist() == pytest.approx(shares, rel=1e-5)
     hidden = torch.zeros(4, 2)
     first = head.observe(0, Block(0, 1, 0, -1, 1, (1,) * 4, hidden), hidden)
     assert first is not None
-    assert first.tokens == (likeliest(params, 4),)
+    assert first.tokens == (likeliest(params, 4)[0],)
 
 
-def likeliest(params: SamplingParams, position: int) -> tuple[int, ...]:
+def likeliest(params: SamplingParams, position: int) -> tuple[tuple[int, ...], list[float]]:
     scores = torch.arange(5.0).log_softmax(0) / params.temperature
     scores = scores + gumbel(params.seed, position, 11).float()[Certain.ids]
-    return tuple(int(Certain.ids[i]) for i in scores.topk(2).indices)
+    shares, columns = scores.softmax(0).topk(2)
+    return tuple(int(Certain.ids[i]) for i in columns), shares.tolist()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 5.0])
