@@ -1,16 +1,27 @@
-"""The engine over oracle stages: what becomes of requests that cannot go on."""
+"""The engine over oracle stages: what it takes over, tells and counts, and whom it refuses."""
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+from ppsd.engine.events import FedBlock, FedRows, Left, Made
+from ppsd.engine.sequence import Request, collect_logits
 from ppsd.errors import RequestError
 from ppsd.lab.oracle import OracleDrafter
-from ppsd.speculation.policy import Finish, Schedule
+from ppsd.speculation.policy import Emit, Finish, Schedule
 from ppsd.types import SamplingParams
+from ppsd.worker.recorder import Recorder
+from tests.support.hash_model import last_rows
 from tests.support.rig import VOCAB, Rig
+from tests.support.wave_rig import WaveRig
 
 PROMPT = [1, 2]
+LONG = [1, 2, 3, 4, 5, 6, 7, 0, 1, 2]  # two whole chunks and a half
+PARAMS = SamplingParams(max_tokens=5)
+STAGES = 3
 
 
 @pytest.mark.parametrize("turns", [[0], [2, 1, 0], [1, 2, 2, 0, 1, 0]])
@@ -26,3 +37,128 @@ def test_a_refusal_ends_the_request_whenever_it_comes(turns: list[int]) -> None:
         assert rig.output == Finish("error"), "the one who asked hears of it"
         params = SamplingParams(max_tokens=12)
         assert rig.decode(PROMPT, params) == rig.plain(PROMPT, params, frozenset())
+
+
+def engine_of(kind: str, slots: int = 1) -> Rig:
+    """Return a rig that drafts chains or trees, with its engine made."""
+    if kind == "trees":
+        return WaveRig(STAGES, 8, heads={0: 0.7, 1: 0.7}, concurrent=slots)
+    rig = Rig(STAGES, Schedule(1, STAGES))
+    rig.decode([7], SamplingParams(max_tokens=1))
+    return rig
+
+
+def answer(rig: Rig, prompt: list[int], **more: Any) -> Any:
+    """Run a request to its end, beside what is under way; return its sequence."""
+    sequence = rig.engine.add(Request(tuple(prompt), PARAMS, frozenset(), VOCAB, **more))
+    tokens: list[int] = []
+    while not sequence.finish_reason:
+        for other, output in rig.engine.step():
+            tokens += output.tokens if other is sequence and isinstance(output, Emit) else ()
+    assert tokens == rig.plain(prompt, PARAMS, frozenset())
+    return sequence
+
+
+@pytest.mark.parametrize("kind", ["chains", "trees"])
+def test_rows_of_whole_chunks_are_taken_over(kind) -> None:
+    rig = engine_of(kind)
+    assert answer(rig, LONG).cached == 0
+    assert answer(rig, LONG).cached == 8
+    assert answer(rig, LONG).cached == 8
+    assert answer(rig, [*LONG[:7], 3, 3]).cached == 4
+    assert answer(rig, [*LONG[:7], 3, 3, 4, 5, 6]).cached == 8
+    assert answer(rig, LONG, scores=print, top=1).cached == 0
+    assert answer(rig, LONG, reuse=True).cached == len(LONG) - 1
+    assert answer(rig, LONG).cached == 8, "computed in whole chunks before"
+    plain = rig.plain(LONG, PARAMS, frozenset())
+    held = len(LONG) + len(plain) - (2 if kind == "trees" else 1)  # of a tree's, those moved
+    assert answer(rig, [*LONG, *plain, 3], reuse=True).cached == held
+    assert answer(rig, [*LONG, *plain, 3]).cached == 8, "an answer's rows come one by one"
+    assert answer(rig, [2, *LONG]).cached == 0
+
+
+def test_rows_of_a_request_under_way_are_copied() -> None:
+    rig = engine_of("trees", slots=2)
+    first = answer(rig, LONG)
+    request = Request(tuple(LONG), SamplingParams(max_tokens=60), frozenset(), VOCAB)
+    running = rig.engine.add(request)
+    assert (running.slot, running.cached) == (first.slot, 8), "where its rows are"
+    copied = answer(rig, LONG)
+    assert (copied.slot, copied.cached) == (1 - first.slot, 8)
+    assert not running.finish_reason
+    rig.engine.abort(running)
+    assert rig.engine._held[copied.slot].overlap(copied.request) == 8, "as good as computed"
+    assert answer(rig, [3, 3]).slot == copied.slot, "free for the longest"
+    assert answer(rig, [3, 4]).slot == first.slot
+
+
+@pytest.mark.parametrize("kind", ["chains", "trees"])
+def test_logits_come_with_their_positions(kind) -> None:
+    rig = engine_of(kind, slots=2)
+    if kind == "trees":  # verdicts of another request come in the same waves
+        rig.engine.add(Request((3, 1), SamplingParams(max_tokens=40), frozenset(), VOCAB))
+    sink, rows = collect_logits()
+    answer(rig, LONG, logits=sink)
+    plain = rig.plain(LONG, PARAMS, frozenset())
+    hidden = last_rows(torch.tensor([*LONG, *plain]), STAGES, VOCAB)
+    logits = rig.models[-1].logits(hidden)
+    for position in range(len(LONG), len(LONG) + len(plain)):
+        assert torch.equal(rows[position], logits[position - 1])
+
+
+def traced(rig: Rig) -> list[list[tuple[Any, ...]]]:
+    """Return what each stage did for a request of eleven tokens: kind, position and rows."""
+    recorders = [Recorder(trace=True) for _ in range(STAGES)]
+    rig.stage.recorder, *others = recorders
+    for worker, recorder in zip(rig.workers, others, strict=True):
+        worker._recorder = recorder
+    answer(rig, LONG)
+    return [[slice[2:6] for slice in r.take()["slices"]] for r in recorders]
+
+
+def test_passes_of_plain_decoding_are_noted_and_counted() -> None:
+    rig = Rig(STAGES, Schedule(1, 1))
+    rig.decode([7], SamplingParams(max_tokens=1))
+    first, *others = traced(rig)
+    prompt = [("prefill", 0, 4), ("prefill", 4, 4), ("forward", 8, 2)]
+    rows = [*prompt, *(("forward", p, 1) for p in range(10, 14))]
+    assert [(kind, *place) for kind, _, *place in first] == rows
+    for slices in others:
+        kinds = [(kind.replace("verify", "forward"), *place) for kind, _, *place in slices]
+        assert kinds == rows
+    assert rig.stage.recorder.passes == rig.stage.recorder.rows == 4, "the prompt's are none"
+
+
+@pytest.mark.parametrize("kind", ["chains", "trees"])
+def test_who_looks_on_sees_what_is_fed_and_what_is_final(kind) -> None:
+    rig = engine_of(kind)
+    events: list[Any] = []
+    rig.stage.recorder.observer = events.append
+    rig.stage.recorder.now = lambda: 1_500_000_000
+    assert rig.engine.now() == 1.5
+    answer(rig, LONG)
+    made = [event for event in events if isinstance(event, Made)]
+    assert [t for event in made for t in event.tokens] == rig.plain(LONG, PARAMS, frozenset())
+    assert made[-1].committed == len(LONG) + PARAMS.max_tokens
+    assert all((event.time, event.slot) == (1_500_000_000, 0) for event in made)
+    assert events[-1] == Left(0)
+    fed = [event for event in events if isinstance(event, FedBlock | FedRows)]
+    assert all(event.start == 1_500_000_000 for event in fed)
+    blocks = [event for event in fed if isinstance(event, FedBlock)]
+    assert [(b.slot, b.feed.position) for b in blocks[:3]] == [(0, 0), (0, 4), (0, 8)]
+    if kind == "trees":
+        rows = [row for event in fed if isinstance(event, FedRows) for row in event.rows]
+        assert {row.slot for row in rows} == {0}
+        assert len({row.position for row in rows}) >= PARAMS.max_tokens - 1
+
+
+def test_passes_that_miss_are_noted_as_cancelled() -> None:
+    rig = Rig(STAGES, Schedule(1, STAGES))
+    rig.move_while_stage_0_computes([0, 0, 1, 2, 1, 2, 0])
+    recorder = rig.stage.recorder = Recorder(trace=True)
+    params = SamplingParams(max_tokens=30)
+    assert rig.decode(PROMPT, params, alpha=0.3) == rig.plain(PROMPT, params, frozenset())
+    forward = [slice for slice in recorder.slices or () if slice[2] == "forward"]
+    assert recorder.blocks["cancelled"] > 0
+    assert recorder.blocks["draft"] > 0
+    assert recorder.passes == len(forward) - 1, "the prompt's pass is none"
