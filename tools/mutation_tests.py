@@ -11,12 +11,15 @@ RULES = ("unit/test_policy.py", "unit/test_tree.py", "unit/test_waves.py", "unit
 TEXT = ("unit/test_tokenizer.py", "unit/test_ids.py", "unit/test_text.py", "unit/test_escape.py")
 GATED = "contract/test_exact_oracle.py::test_a_hurried_gate_pauses_and_resumes"
 LOOPS = (
-    *("unit/test_judge.py", "unit/test_engine.py", "unit/test_inner_head.py"),
+    *("unit/test_judge.py", "unit/test_loop.py", "unit/test_inner_head.py", "unit/test_engine.py"),
     *("unit/test_joined.py", "unit/test_trace.py", "unit/test_logprobs.py", "serve/test_echo.py"),
     *(GATED, CHAINS, TREES),
 )
 TALKS = (*LOOPS, "serve/test_behaviour.py", "contract/test_streams.py")
-MEMORY = ("unit/test_cache_stage.py", "unit/test_slots.py", "unit/test_packed.py")
+MEMORY = (
+    *("unit/test_slots.py", "unit/test_joined.py", "unit/test_cache_stage.py"),
+    *("unit/test_packed.py", "unit/test_trees.py", "unit/test_logprobs.py"),
+)
 TESTS: dict[str, tuple[str, ...]] = {
     "speculation/accept": ("unit/test_accept.py",),
     "speculation/sampling": ("unit/test_sampling.py",),
@@ -26,7 +29,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         [f"worker/{n}" for n in ("judge", "inner_head", "slot", "link", "loop")], LOOPS
     ),
     **dict.fromkeys([f"engine/{n}" for n in ("wave_engine", "engine", "sequence")], LOOPS),
-    "engine/layout": LOOPS,
+    "engine/layout": ("unit/test_layout.py", "unit/test_logprobs.py"),
     **dict.fromkeys([f"engine/{n}" for n in ("text_engine", "stats", "thread")], TALKS),
     **dict.fromkeys([f"engine/{n}" for n in ("links", "llm")], TALKS),
     "engine/first_stage": (*LOOPS, "serve/test_structured.py", "system/test_acceptance.py"),
@@ -41,5 +44,5 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/rejection": ("contract/test_rejection.py",),
     "worker/recorder": ("unit/test_trace.py",),
     "speculation/gate": ("unit/test_gate.py",),
-    "model/runners": ("unit/test_kernels.py", "unit/test_cache_stage.py"),
+    "model/runners": (*MEMORY, "unit/test_kernels.py"),
 }
