@@ -15,7 +15,10 @@ LOOPS = (
     *("unit/test_joined.py", "unit/test_trace.py", "unit/test_logprobs.py", "serve/test_echo.py"),
     *(GATED, CHAINS, TREES),
 )
-TALKS = (*LOOPS, "serve/test_behaviour.py", "contract/test_streams.py")
+TALKS = (
+    *("unit/test_llm.py", "unit/test_trace.py", "unit/test_logprobs.py", "unit/test_ids.py"),
+    *("serve/test_echo.py", "contract/test_many.py", "contract/test_streams.py"),
+)
 MEMORY = (
     *("unit/test_slots.py", "unit/test_joined.py", "unit/test_cache_stage.py"),
     *("unit/test_packed.py", "unit/test_trees.py", "unit/test_logprobs.py"),
@@ -30,7 +33,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys([f"engine/{n}" for n in ("wave_engine", "engine", "sequence")], LOOPS),
     "engine/layout": ("unit/test_layout.py", "unit/test_logprobs.py"),
-    **dict.fromkeys([f"engine/{n}" for n in ("text_engine", "stats", "thread")], TALKS),
+    **dict.fromkeys(
+        ("engine/text_engine", "engine/stats"),
+        ("unit/test_text_engine.py", "unit/test_logprobs.py", "serve/test_echo.py"),
+    ),
+    "engine/thread": ("unit/test_thread.py",),
     "engine/llm": TALKS,
     "engine/links": ("unit/test_links.py", "unit/test_engine.py", "unit/test_logprobs.py"),
     "engine/first_stage": (*LOOPS, "serve/test_structured.py", "system/test_acceptance.py"),
