@@ -10,6 +10,7 @@ import torch
 
 from ppsd.engine.drafter import DraftState
 from ppsd.errors import RequestError
+from ppsd.speculation.gate import Switches
 from ppsd.speculation.masks import Mask, Masks
 from ppsd.speculation.policy import Command, Policy
 from ppsd.speculation.sampling import Sampler
@@ -50,6 +51,7 @@ class Sequence:
 
     ``cached``: rows of the prompt taken over from the request before. ``finish_reason`` is empty
     until the sequence is over; ``error`` is why it could not go on, when it could not.
+    ``switches`` says when a gate, if there is one, paused speculation.
     """
 
     request: Request
@@ -65,6 +67,7 @@ class Sequence:
     newest: torch.Tensor | None = None  # of them, [1, C]
     finish_reason: str = ""
     error: RequestError | None = None
+    switches: Switches | None = None
 
     @property
     def chain(self) -> Policy:
