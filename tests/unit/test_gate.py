@@ -197,7 +197,7 @@ def test_what_is_known_outlives_a_request_and_a_new_text_gets_an_early_retry() -
 
 @pytest.mark.parametrize("requests", [2, 8])
 def test_requests_under_way_are_judged_and_paused_together(requests: int) -> None:
-    """One request's share of the loss is what it may lose alone."""
+    """None loses more than it may lose alone."""
     gate, policies = Gate(PPSD_2), [Script() for _ in range(requests)]
     begun = [gate.begin(policy, 0.0) for policy in policies]
     alone, verdicts = Play(Gate(PPSD_2)), 0
@@ -206,7 +206,7 @@ def test_requests_under_way_are_judged_and_paused_together(requests: int) -> Non
         for policy in policies:
             policy.emitted += 1
             gate.watch(policy, verdicts * alone.latency)
-    assert verdicts == pytest.approx(alone.until(paused=True) + 1, abs=1)
+    assert verdicts <= alone.until(paused=True) + 1
     assert all(policy.paused for policy in policies)
     assert [switches.pauses for switches in begun] == [1] * requests
     late = Script()

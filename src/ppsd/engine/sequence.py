@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -157,10 +157,10 @@ def collect_logits() -> tuple[LogitsSink, dict[int, torch.Tensor]]:
 
 
 def begin_message(slot: int, request: Request, *, feedback: bool, logits: bool) -> Begin:
-    """Return what the last stage has to know of a request."""
+    """Return what the last stage has to know of a request; what ends a text is not among it."""
     return Begin(
         slot=slot,
-        params=request.params,
+        params=replace(request.params, stop=(), stop_token_ids=()),
         prompt_length=len(request.prompt),
         stop_ids=tuple(sorted(request.stop_ids)),
         vocab_size=request.vocab_size,

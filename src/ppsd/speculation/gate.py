@@ -13,13 +13,14 @@ token while speculating with that of plain decoding, A, on the same workers:
 * Pauses double while retries fail, up to the length at which retries lose ``BUDGET`` of the time.
 
 Requests that are under way together are judged together: drafts of one make the rows of others
-wait, so one that pauses alone gains nothing. Their times per token are pooled, and all pause. Of
-each of them counts as much as of one alone, or what is a matter of chance would be decided as many
-times as often.
+wait, so one that pauses alone gains nothing. Their times per token are pooled, and all pause. As
+much of each counts as of one alone, or chance would decide as many times as often; what they may
+lose together grows as chance does, with the root of their number.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -127,6 +128,7 @@ class Gate:
         self._length = self._left = 0  # tokens of this pause, in all and to come
         self._failed = 0  # pauses in a row
         self._running: dict[Policy, Watched] = {}
+        self._size = 0  # of them have had a verdict
 
     def begin(self, policy: Policy, now: float) -> Switches:
         """Start with a new request; return what will be noted of it.
@@ -149,7 +151,7 @@ class Gate:
 
     def end(self, policy: Policy) -> None:
         """Forget a request that is over."""
-        del self._running[policy]
+        self._size -= self._running.pop(policy).last is not None
 
     def watch(self, policy: Policy, now: float) -> None:
         """Take the time of a verdict that ``policy`` has acted upon; pause or resume it."""
@@ -159,7 +161,9 @@ class Gate:
             return
         one.emitted += tokens
         last, one.last = one.last, (now, self.paused, policy.restarted)
-        if last is not None:
+        if last is None:
+            self._size += 1
+        else:
             time, was_paused, empty = last
             self._measure(Step(now - time, tokens, empty), was_paused)
             one.switches.plain, one.switches.latency = self.plain, self._latency
@@ -172,10 +176,6 @@ class Gate:
             self._probing = True
             self._samples.clear()
             self._switch(now, paused=True)
-
-    @property
-    def _size(self) -> int:
-        return len(self._running)  # at least 1 where it is asked for
 
     def _switch(self, now: float, *, paused: bool) -> None:
         self.paused = paused
@@ -220,7 +220,8 @@ class Gate:
         plain, seen = self._reference(), len(self._steps)
         if plain is None or not seen:
             return False
-        return self._lost(plain) > self._perfect * (self._size - seen / WINDOW)
+        allowed = self._perfect * math.sqrt(self._size)
+        return self._lost(plain) > allowed * (1 - seen / (WINDOW * self._size))
 
     def _lost(self, plain: float) -> float:
         """Return what speculation has cost, in plain tokens."""
