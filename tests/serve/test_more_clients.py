@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,15 @@ def expected(server: Served, **fields: Any) -> str:
     text: str = answer["choices"][0]["message"]["content"]
     assert text
     return text
+
+
+def done(command: list[str]) -> str:
+    """Run a command, which has to succeed, and return what it says."""
+    told = {"capture_output": True, "text": True, "timeout": 300}
+    ended = subprocess.run(command, check=False, **told)  # type: ignore[call-overload]
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    said: str = ended.stdout
+    return said
 
 
 def test_litellm(server) -> None:
@@ -181,6 +191,28 @@ def test_guidellm(server, tmp_path) -> None:
     [benchmark] = json.loads(out.read_text())["benchmarks"]
     counts = benchmark["metrics"]["request_totals"]
     assert (counts["successful"], counts["errored"]) == (4, 0)
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
+def test_wrk(server, tmp_path) -> None:
+    """Eight connections ask again and again for two seconds."""
+    script, body = tmp_path / "post.lua", json.dumps({"messages": MESSAGES, "max_tokens": 2})
+    script.write_text(
+        f"wrk.method = 'POST'\nwrk.body = '{body}'\n"
+        "wrk.headers['Content-Type'] = 'application/json'\n"
+    )
+    command = ["wrk", "-t", "1", "-c", "8", "-d", "2s", "--timeout", "30s", "-s", str(script)]
+    said = done([*command, f"{server.url}/v1/chat/completions"])
+    assert int(re.search(r"(\d+) requests in", said)[1]) >= 8
+    assert "Non-2xx" not in said and "Socket errors" not in said, said
+
+
+@pytest.mark.skipif(shutil.which("hey") is None, reason="hey is not installed")
+def test_hey(server) -> None:
+    body = json.dumps({"messages": MESSAGES, "max_tokens": 2})
+    command = ["hey", "-n", "16", "-c", "8", "-m", "POST", "-T", "application/json", "-d", body]
+    said = done([*command, f"{server.url}/v1/chat/completions"])
+    assert re.findall(r"\[(\d+)\]\s+(\d+) responses", said) == [("200", "16")], said
 
 
 def test_openai_for_javascript(server, tmp_path) -> None:
