@@ -7,6 +7,11 @@ neither PyTorch nor a test is imported again, and what a check compares with is 
 mutant. A mutant meets only the tests that call its function, the fastest first, and a slower file
 only if it survived the faster ones.
 
+Each file must first pass in a fork without a mutant, or nothing that fails in a fork says anything
+of mutants: the search refuses to go on. What a fork cannot use, such as an engine with threads, is
+made anew in each. Mutants that mypy refuses are not run (tools/mutation_types.py): `make check`
+kills them.
+
 Mutants of a module are taken in the order of a hash of their names, as many as the budget allows:
 the sample is random, and a later run goes on where this one stopped unless the module has changed.
 The result file keeps the counts, each survivor with its difference, and the argument that somebody
@@ -36,51 +41,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mutation_tests import TESTS
+from mutation_types import find_refused
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs" / "results" / "exactness" / "mutation.json"
 MIXED = ROOT / "mutants" / "mixed"
 OUTCOMES = ROOT / "mutants" / "outcomes.json"  # of single mutants, to go on from
-CHAINS = "contract/test_planted_bugs.py::test_without_a_bug_every_check_passes"
-TREES = "contract/test_planted_wave_bugs.py::test_without_a_bug_every_check_passes"
-RULES = ("unit/test_policy.py", "unit/test_tree.py", "unit/test_waves.py", "unit/test_lookup.py")
-TEXT = ("unit/test_tokenizer.py", "unit/test_ids.py", "unit/test_text.py", "unit/test_escape.py")
-GATED = "contract/test_exact_oracle.py::test_a_hurried_gate_pauses_and_resumes"
-LOOPS = (
-    *("unit/test_judge.py", "unit/test_engine.py", "unit/test_inner_head.py"),
-    *(GATED, TREES, CHAINS),
-)
-MEMORY = ("unit/test_cache_stage.py", "unit/test_slots.py", "unit/test_packed.py")
-TESTS = {  # by module, below src/ppsd; modules with the same tests are searched together
-    "speculation/accept": ("unit/test_accept.py",),
-    "speculation/sampling": ("unit/test_sampling.py",),
-    **dict.fromkeys([f"speculation/{n}" for n in ("policy", "tree", "waves")], RULES),
-    **dict.fromkeys([f"speculation/{n}" for n in ("copies", "lookup")], RULES),
-    **dict.fromkeys(
-        [f"worker/{n}" for n in ("judge", "inner_head", "slot", "link", "loop")], LOOPS
-    ),
-    **dict.fromkeys([f"engine/{n}" for n in ("wave_engine", "engine", "sequence")], LOOPS),
-    **dict.fromkeys([f"engine/{n}" for n in ("layout", "llm", "text_engine")], LOOPS),
-    "engine/stats": LOOPS,
-    **dict.fromkeys(
-        ("engine/links", "engine/thread"),
-        (*LOOPS, "unit/test_logprobs.py", "contract/test_streams.py"),
-    ),
-    "engine/first_stage": (*LOOPS, "serve/test_structured.py", "system/test_acceptance.py"),
-    "engine/drafter": ("unit/test_drafter.py", "unit/test_exit_head.py"),
-    **dict.fromkeys([f"model/{n}" for n in ("cache", "stage")], MEMORY),
-    **dict.fromkeys(
-        [f"worker/{n}" for n in ("messages", "wave_messages", "frame")], ("unit/test_messages.py",)
-    ),
-    **dict.fromkeys(("model/tokenizer", "model/escape", "engine/text"), TEXT),
-    "model/gguf_tokenizer": ("unit/test_gguf_tokenizer.py",),
-    "engine/logprobs": ("unit/test_logprobs.py",),
-    "engine/rejection": ("contract/test_rejection.py",),
-    "worker/recorder": ("unit/test_trace.py",),
-    "speculation/gate": ("unit/test_gate.py",),
-    "model/runners": ("unit/test_kernels.py", "unit/test_cache_stage.py"),
-}
-SLOW_S = 30.0  # of processor time: a longer test is left out
+SLOW_S = 30.0  # of processor time: a longer test is left out, if not by --longest a shorter one
 RECORDED = 20  # mutants after which the result is written
 PATIENCE = 6  # times as long as without a mutant, and then some, before a mutant counts as endless
 KILLED, SURVIVED, UNCOVERED, ENDLESS = "killed", "survived", "uncovered", "timeout"
@@ -89,14 +57,21 @@ KILLED, SURVIVED, UNCOVERED, ENDLESS = "killed", "survived", "uncovered", "timeo
 class Search:
     """A pytest plugin that runs the collected tests once for each mutant it hears of, in a fork."""
 
-    def __init__(self, asked: Connection) -> None:
+    def __init__(self, asked: Connection, longest: float) -> None:
         self._asked = asked
+        self._longest = longest
         self._times: dict[str, float] = {}  # of tests, without a mutant
         self._called: dict[str, set[str]] = {}  # functions, by test
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Take the place of pytest's own loop over the tests."""
         self._observe(session)
+        items = [item for item in session.items if item.nodeid in self._times]
+        if items and self._try("", items) != SURVIVED:
+            session._setupstate.teardown_exact(None)  # each fork makes fixtures of the module anew
+            if (outcome := self._try("", items, quiet=False)) != SURVIVED:
+                self._asked.send(f"without a mutant, a fork of these tests is {outcome}")
+                return True
         self._asked.send(self._times)
         while mutant := self._asked.recv():
             function = mutant.rpartition("__mutmut_")[0]
@@ -109,29 +84,31 @@ class Search:
     def _observe(self, session: pytest.Session) -> None:
         """Run all tests without a mutant; note how long each takes and what it calls.
 
-        Fixtures of the module stay, so what a check compares with is made without a mutant.
+        Fixtures of the module stay, so what a check compares with is made without a mutant. No
+        test is kept set up itself: pytest would not give it its fixtures again.
         """
         from mutmut.state import state
 
         become("stats")
-        for item, after in pairs(session.items, session.items[0]):
+        for item, after in pairs(session.items, session.items[0].parent):
             start = time.process_time()
             item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
-            if (seconds := time.process_time() - start) < SLOW_S:
+            if (seconds := time.process_time() - start) < self._longest:
                 self._times[item.nodeid] = seconds
                 self._called[item.nodeid] = set(state()._stats)
             state()._stats.clear()
         become("")
 
-    def _try(self, mutant: str, items: list[pytest.Item]) -> str:
+    def _try(self, mutant: str, items: list[pytest.Item], *, quiet: bool = True) -> str:
         if not (pid := os.fork()):
             os.setsid()
             become(mutant)
-            silence()
+            if quiet:
+                silence()
             for item, after in pairs(items, None):
                 item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
             os._exit(0)
-        limit = 20 + PATIENCE * sum(self._times[item.nodeid] for item in items)
+        limit = 10 + PATIENCE * sum(self._times[item.nodeid] for item in items)
         end = time.monotonic() + limit
         while time.monotonic() < end:
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -152,8 +129,9 @@ class Search:
 class File:
     """A process that has collected tests, started when first asked."""
 
-    def __init__(self, tests: str) -> None:
+    def __init__(self, tests: str, longest: float) -> None:
         self._tests = tests
+        self._longest = longest
         self._pid = 0
 
     def ask(self, mutant: str) -> str:
@@ -173,14 +151,18 @@ class File:
             options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:warnings"]
             options += ["--hypothesis-profile=unshrunk", "--timeout=0"]
             with contextlib.suppress(EOFError):  # the search was stopped
-                pytest.main([*options, f"tests/{self._tests}"], plugins=[Search(theirs)])
+                pytest.main(
+                    [*options, f"tests/{self._tests}"], plugins=[Search(theirs, self._longest)]
+                )
             os._exit(0)
         theirs.close()
         self._pid = pid
         try:
             times = self._pipe.recv()
         except EOFError:
-            raise SystemExit(f"{self._tests}: cannot be run without a mutant") from None
+            times = "cannot be run without a mutant"
+        if isinstance(times, str):
+            raise SystemExit(f"{self._tests}: {times}")
         print(f"{self._tests}: {sum(times.values()):.1f} s for {len(times)} tests", flush=True)
 
     def end(self) -> None:
@@ -205,8 +187,8 @@ def silence() -> None:
 
 
 def pairs(
-    items: list[pytest.Item], last: pytest.Item | None
-) -> Iterator[tuple[pytest.Item, pytest.Item | None]]:
+    items: list[pytest.Item], last: pytest.Collector | None
+) -> Iterator[tuple[pytest.Item, Any]]:
     """Yield each test with the next one, for which fixtures are kept; ``last`` follows them all."""
     return zip(items, [*items[1:], last], strict=True)
 
@@ -277,7 +259,7 @@ def source_hash(module: str) -> str:
     return hashlib.sha256(Path(f"src/ppsd/{module}.py").read_bytes()).hexdigest()[:16]
 
 
-def record(outcomes: dict[str, Any], names: dict[str, list[str]]) -> None:
+def record(outcomes: dict[str, Any], names: dict[str, list[str]], refused: set[str]) -> None:
     """Write the outcomes, and the result file: counts of every module, and what survived."""
     OUTCOMES.write_text(json.dumps(outcomes))
     arguments, modules = read_arguments(), read_result()
@@ -290,6 +272,7 @@ def record(outcomes: dict[str, Any], names: dict[str, list[str]]) -> None:
         }
         modules[module] = {
             "mutants": len(names[module]),
+            "refused by mypy": len(refused.intersection(names[module])),
             "run": len(of_mutants),
             **dict(sorted(Counter(of_mutants.values()).items())),
             "survivors": {
@@ -323,12 +306,12 @@ def read_arguments() -> dict[str, str]:
 
 
 def settled(outcomes: dict[str, str], module: str) -> dict[str, str]:
-    """Return the outcomes that need not be found again: all but survivors without an argument."""
+    """Return the outcomes that need not be found again: of what died, or has an argument."""
     arguments = read_arguments()
     return {
         mutant: outcome
         for mutant, outcome in outcomes.items()
-        if outcome != SURVIVED or difference(mutant, module) in arguments
+        if outcome in (KILLED, ENDLESS) or difference(mutant, module) in arguments
     }
 
 
@@ -336,6 +319,9 @@ def main() -> None:
     """Run mutants of all modules in turns until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument(
+        "--longest", type=float, default=SLOW_S, help="seconds that a test may take"
+    )
     parser.add_argument("--most", type=int, default=10**6, help="mutants of a module, at most")
     parser.add_argument("modules", nargs="*", help="such as speculation/policy; default: all")
     options = parser.parse_args()
@@ -343,6 +329,7 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "mutants"))
     names = write_mutants()
+    refused = find_refused(ROOT / "mutants")
     importlib.invalidate_caches()  # mutants/ may be new
     for preloaded in ("torch", "transformers", "hypothesis", "scipy.stats"):
         importlib.import_module(preloaded)
@@ -357,9 +344,12 @@ def main() -> None:
             of = settled(outcomes[module]["of"] if module in outcomes else {}, module)
             outcomes[module] = {"source": source_hash(module), "of": of}
         left = [(m, n) for m in together for n in names[m][: options.most]]
-        left = [(m, n) for m, n in left if n not in outcomes[m]["of"]]
+        left = [(m, n) for m, n in left if n not in outcomes[m]["of"] and n not in refused]
         mix(together)
-        files, end = [File(name) for name in names_of_files], time.monotonic() + share
+        files, end = (
+            [File(name, options.longest) for name in names_of_files],
+            time.monotonic() + share,
+        )
         left.sort(key=lambda pair: digest(pair[1]))
         try:
             for count, (module, name) in enumerate(left, 1):
@@ -367,10 +357,10 @@ def main() -> None:
                     break
                 outcomes[module]["of"][name] = search(files, name)
                 if count % RECORDED == 0:
-                    record(outcomes, names)
+                    record(outcomes, names, refused)
                     print(f"{names_of_files[0]}: {count} of {len(left)}", flush=True)
         finally:  # a search that is stopped keeps what it has
-            record(outcomes, names)
+            record(outcomes, names, refused)
         for file in files:
             file.end()
 

@@ -93,9 +93,11 @@ def test_the_page_lists_exactly_the_planted_bugs() -> None:
     assert all(table.values()), "a bug that nothing catches"
 
 
-def test_without_a_bug_every_check_passes(levels) -> None:
-    check_oracle_model(2.0)
-    for level in ("L0", "L2", "L3"):
+@pytest.mark.parametrize("level", ["L0", "L1", "L2", "L3"])
+def test_without_a_bug_every_check_passes(level, levels) -> None:
+    if level == "L1":
+        check_oracle_model(2.0)
+    else:
         levels[level]()
 
 

@@ -168,6 +168,46 @@ def test_bos_and_eos_of_byte_level_vocabularies(
     assert again.encode("ab") == tokenizer.encode("ab")
 
 
+def test_a_beginning_that_the_file_does_not_name_is_not_added(tmp_path: Path) -> None:
+    assert byte_level(tmp_path, pre="llama-bpe").encode("ab") == [256]
+
+
+def test_merges_go_by_their_first_space_beyond_the_first_letter(tmp_path: Path) -> None:
+    tokenizer = byte_level(tmp_path, merges=["a b", "c d", "ab cd", "abcd ab"])
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("abcdab")) == ["abcdab"]
+    halves = gguf_tokenizer._Vocabulary._merge
+    for text, expected in (("  a", (" ", "a")), ("a  b", ("a", " b")), ("ab c d", ("ab", "c d"))):
+        assert halves(object(), text) == expected  # type: ignore[arg-type]
+
+
+def test_a_token_of_the_users_is_looked_for_before_text_is_normalised(tmp_path: Path) -> None:
+    apart = "e\u0301"
+    tokenizer = byte_level(tmp_path, {apart: USER_DEFINED}, pre="qwen2")
+    assert tokenizer.encode(f"ab{apart}") == [256, 257]
+    assert 257 not in tokenizer.encode("abé")
+
+
+def test_spaces_before_signs_stay(tmp_path: Path) -> None:
+    text = "ab . ab , ab ? do n't 's"
+    tokenizer = byte_level(tmp_path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ({}, None),
+        ({"": "A"}, "A"),
+        ({"": "A", ".rag": "B"}, {"rag": "B", "default": "A"}),
+        ({".rag": "B", "s": "C"}, {"rag": "B"}),
+        ({"": ["A"]}, None),
+    ],
+)
+def test_templates_go_by_their_names(texts, expected) -> None:
+    metadata = {f"tokenizer.chat_template{name}": text for name, text in texts.items()}
+    assert gguf_tokenizer._templates(metadata) == expected
+
+
 def test_a_role_makes_no_ordinary_token_special(tmp_path: Path) -> None:
     tokenizer = byte_level(tmp_path, eos_token_id=256, padding_token_id=BYTES.index("x"))
     assert tokenizer.decode(tokenizer.encode("xabx"), skip_special_tokens=True) == "xabx"
@@ -216,6 +256,9 @@ def test_sentencepiece_without_prefix_or_bos(tmp_path: Path) -> None:
     assert spelled(tokenizer, "ab</s> ab") == "ab|</s>|▁ab"
     assert tokenizer.decode(tokenizer.encode(" ab")) == " ab"
     prefixed = sentencepiece(tmp_path)
+    roles = (prefixed.unk_token, prefixed.bos_token, prefixed.eos_token)  # by custom
+    assert roles == ("<unk>", "<s>", "</s>")
+    assert prefixed.decode(prefixed.encode("  ab"), skip_special_tokens=True) == "  ab"
     assert prefixed.decode(prefixed.encode("ab a"), skip_special_tokens=True) == "ab a"
 
 
@@ -229,6 +272,7 @@ def test_the_best_score_merges_first(
         tmp_path / "t.gguf", vocabulary, add_bos_token=False, add_space_prefix=False, **keys
     )
     assert spelled(convert(path), "abc") == tokens
+    assert spelled(convert(path), "cxyc") == "c|<unk>|c"  # for want of byte tokens
 
 
 def ends(path: Path, tokens: list[str], **keys: Any) -> list[str]:
@@ -270,6 +314,7 @@ def test_end_tokens_are_found_by_key_and_by_name(tmp_path: Path) -> None:
         ({"bos_token_id": 1.0}, "tokenizer.ggml.bos_token_id must be a token id, got 1.0"),
         ({"bos_token_id": True}, "tokenizer.ggml.bos_token_id must be a token id, got True"),
         ({"unknown_token_id": [1]}, "tokenizer.ggml.unknown_token_id must be a .*, got an array"),
+        ({"pre": "llama-bpe", "bos_token_id": 257}, "bos_token_id names no token"),  # the next one
         ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token must be True or False, got 1"),
         ({"more": {"a": NORMAL}}, "tokenizer.ggml.tokens holds 'a' twice"),
     ],
@@ -277,6 +322,14 @@ def test_end_tokens_are_found_by_key_and_by_name(tmp_path: Path) -> None:
 def test_a_damaged_vocabulary_is_named(tmp_path: Path, keys: dict[str, Any], told: str) -> None:
     with pytest.raises(ModelError, match=f"t.gguf: .*{told}"):
         byte_level(tmp_path, **keys)
+
+
+def test_too_few_types_are_named(tmp_path: Path) -> None:
+    path = write_tokenizer(
+        tmp_path / "t.gguf", SPM, SPM_TYPES[:9], model="llama", scores=SPM_SCORES
+    )
+    with pytest.raises(ModelError, match="token_type has 9 entries for 266 tokens"):
+        convert(path)
 
 
 def test_too_few_scores_are_named(tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from ppsd.model.exit_head import most_probable
+from ppsd.model.passes import Place
+from ppsd.speculation.sampling import gumbel
 from ppsd.speculation.waves import Row
 from ppsd.types import SamplingParams
 from ppsd.worker.inner_head import MAX_LAG_ROWS, InnerHead
@@ -18,13 +23,19 @@ class Noted:
 
     def __init__(self) -> None:
         self.run: list[tuple[int, int]] = []  # position, rows
+        self.placed: list[list[Place]] = []  # rows of trees
+        self.committed: list[tuple[int, int, object]] = []
 
     def forward(self, hidden: torch.Tensor, position: int, slot: int) -> torch.Tensor:
         self.run.append((position, len(hidden)))
         return hidden
 
+    def forward_rows(self, hidden: torch.Tensor, places: list[Place]) -> torch.Tensor:
+        self.placed.append(places)
+        return hidden
+
     def commit(self, slot: int, length: int, moves: object) -> None:
-        pass
+        self.committed.append((slot, length, moves))
 
 
 def certain(position: int) -> Row:
@@ -52,6 +63,48 @@ def test_rows_that_wait_are_void_once_nothing_is_taken_over(shared, expected) ->
     assert noted.run == expected
 
 
+def test_rows_of_another_slot_still_count_when_a_request_begins_anew() -> None:
+    head, noted = lagging(3)
+    head.begin(replace(begin(0), slot=1))
+    head.observe(0, Block(1, 1, 0, -1, 0, (1,) * 4, torch.zeros(4, 2)), torch.zeros(4, 2))
+    assert noted.run == [(10, 3), (0, 4)]
+
+
+@pytest.mark.parametrize("part", [(0, 13, ((70, 12),)), (0, 12, ()), (1, 13, ())], ids=str)
+def test_rows_that_wait_run_before_the_cache_is_changed(part) -> None:
+    head, noted = lagging(3)
+    noted.committed.clear()
+    head.commit(0, 13, ())  # as far as the rows go that wait: they make it true themselves
+    assert (noted.run, noted.committed) == ([], [])
+    head.commit(*part)
+    assert (noted.run, noted.committed) == ([(10, 3)], [part])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [certain(12), certain(13)],
+        [certain(12)._replace(cell=70)],
+        [certain(12)._replace(cells=(70,))],
+    ],
+    ids=["two", "in a loose cell", "below one"],
+)
+def test_what_is_not_certain_alone_runs_at_once(rows) -> None:
+    head, noted = lagging(2)
+    head.lag(rows, torch.zeros(len(rows), 2))
+    assert noted.run == [(10, 2)]
+    assert noted.placed == [[Place(r.slot, r.position, r.cell, r.cells) for r in rows]]
+
+
+@pytest.mark.parametrize("row", [certain(12)._replace(slot=1), certain(13)], ids=["slot", "gap"])
+def test_rows_that_do_not_follow_one_another_do_not_wait_together(row) -> None:
+    head, noted = lagging(2)
+    head.lag([row], torch.zeros(1, 2))
+    assert (noted.run, noted.placed) == ([(10, 2)], [])
+    head.lag([row._replace(position=row.position + 1, cell=row.position + 1)], torch.zeros(1, 2))
+    assert noted.run == [(10, 2)], "a row that follows the new one waits with it"
+
+
 def test_certain_rows_run_together() -> None:
     _, noted = lagging(MAX_LAG_ROWS)
     assert noted.run == []
@@ -63,18 +116,16 @@ class Certain(Noted):
     """A head whose row i is likeliest to be followed by token i, then by lower ids."""
 
     ids = np.array([1, 3, 4, 9, 10])
-
-    def forward_rows(self, hidden: torch.Tensor, places: object) -> torch.Tensor:
-        return hidden
+    spec = SimpleNamespace(vocab_size=11)
 
     def finish(self, rows: torch.Tensor, verified: object) -> torch.Tensor:
         return rows
 
     def copy_odds(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(rows), 1)
+        return torch.full((len(rows), 1), 0.25)
 
     def opinions(self, rows: torch.Tensor, k: int, perturb):
-        scores = perturb(torch.arange(5.0).expand(len(rows), -1), self.ids)
+        scores = perturb(torch.arange(5.0, dtype=torch.bfloat16).expand(len(rows), -1), self.ids)
         columns, probabilities = most_probable(scores, 2)
         return torch.from_numpy(self.ids)[columns], probabilities
 
@@ -92,3 +143,48 @@ def test_a_head_names_only_what_the_grammar_permits() -> None:
     assert said.numbers[0, :2].sum() == pytest.approx(1.0)  # all probability is on these two
     free = head.opinion(0, rows, torch.zeros(3, 2))
     assert free.tokens == ((10, 9),) * 3
+    assert free.numbers[:, -1].tolist() == [0.25] * 3  # of copies
+
+
+def test_a_prompts_last_row_is_asked_for_where_it_is_judged() -> None:
+    head = InnerHead(Certain())  # type: ignore[arg-type]
+    hidden = torch.zeros(3, 2)
+    block = Block(2, 7, 4, 3, 2, (1, 2, 3), hidden, (allowed(9, 10), allowed(1, 3)))
+    said = head.observe(1, block, hidden)
+    assert said is not None
+    assert (said.source, said.nodes, said.tokens) == (1, ((2, 7),), ((3, 1),))
+    assert head.observe(1, block._replace(judge=0), hidden) is None
+
+
+def test_candidates_of_a_sampled_request_have_the_targets_noise() -> None:
+    """Each row that of the position it asks about; a greedy neighbour's scores stay."""
+    params = SamplingParams(temperature=9.0, seed=5)
+    head = InnerHead(Certain())  # type: ignore[arg-type]
+    head.begin(Begin(0, params, 4, (), 11))
+    head.begin(Begin(1, SamplingParams(temperature=0.0), 4, (), 11))
+    rows = [*map(certain, range(10, 16)), certain(10)._replace(slot=1)]
+    said = head.opinion(0, rows, torch.zeros(7, 2))
+    expected = [likeliest(params, position) for position in range(11, 17)]
+    assert said.tokens == (*(tokens for tokens, _ in expected), (10, 9))
+    shares = [share for _, shares in expected for share in shares]  # in single precision
+    assert said.numbers[:6, :2].flatten().tolist() == pytest.approx(shares, rel=1e-5)
+    hidden = torch.zeros(4, 2)
+    first = head.observe(0, Block(0, 1, 0, -1, 1, (1,) * 4, hidden), hidden)
+    assert first is not None
+    assert first.tokens == (likeliest(params, 4)[0],)
+
+
+def likeliest(params: SamplingParams, position: int) -> tuple[tuple[int, ...], list[float]]:
+    scores = torch.arange(5.0).log_softmax(0) / params.temperature
+    scores = scores + gumbel(params.seed, position, 11).float()[Certain.ids]
+    shares, columns = scores.softmax(0).topk(2)
+    return tuple(int(Certain.ids[i]) for i in columns), shares.tolist()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 5.0])
+def test_an_opinion_takes_its_time_on_an_emulated_device(monkeypatch, seconds) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("ppsd.worker.inner_head.time.sleep", slept.append)
+    InnerHead(Certain(), seconds).opinion(0, [certain(10)], torch.zeros(1, 2))  # type: ignore[arg-type]
+    assert slept == [pytest.approx(seconds, abs=1.0)]
+    assert (slept == [0.0]) == (seconds == 0.0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+import pytest
 import torch
 
+from ppsd.errors import NonFiniteError
 from ppsd.speculation.waves import Row
 from ppsd.types import SamplingParams
-from ppsd.worker.judge import Judge
+from ppsd.worker.judge import Judge, require_finite
 from ppsd.worker.messages import Begin, Block, Refusal
 from ppsd.worker.wave_messages import Verdicts
 
@@ -45,7 +48,7 @@ def row(node: int, parent: int, position: int, token: int, *nodes: int, slot: in
     return Row(slot, node, parent, position, token, position, nodes, nodes)
 
 
-RIGHT, CHILD, OTHER, BELOW = 11, 12, 13, 14
+RIGHT, CHILD, OTHER, BELOW, LAST = 11, 12, 13, 14, 15
 ROWS = [
     row(RIGHT, ROOT, 3, 4),
     row(OTHER, ROOT, 3, 5),
@@ -93,9 +96,29 @@ def test_rows_that_are_sure_to_be_judged_share_a_pass(monkeypatch) -> None:
     monkeypatch.setattr(Scripted, "row_logits", noted)
     monkeypatch.setattr("ppsd.model.kernels.reader", lambda x: object())
     monkeypatch.setattr("ppsd.model.kernels.largest", lambda x, among: None)
-    rows = [*ROWS, *[r._replace(slot=1) for r in ROWS]]
+    chain = [*ROWS, row(LAST, CHILD, 5, 7, RIGHT, CHILD)]
+    rows = [*chain, *[r._replace(slot=1) for r in chain]]
     made = judge(2)
-    [verdicts] = made.verdicts(rows, torch.tensor([[6.0], [1.0], [7.0], [1.0]] * 2))
-    assert verdicts.nodes == ((0, RIGHT), (0, CHILD), (1, RIGHT), (1, CHILD))
-    assert verdicts.tokens == (6, 7, 6, 7)
-    assert asked == [4]
+    [verdicts] = made.verdicts(rows, torch.tensor([[6.0], [1.0], [7.0], [1.0], [2.0]] * 2))
+    assert verdicts.nodes == tuple((slot, n) for slot in (0, 1) for n in (RIGHT, CHILD, LAST))
+    assert verdicts.tokens == (6, 7, 2) * 2
+    assert asked == [6]
+
+
+def test_the_first_row_that_is_not_finite_is_named() -> None:
+    rows = torch.zeros(4, 2)
+    rows[1:3, 1] = math.nan
+    with pytest.raises(NonFiniteError, match="stage 2 computed NaN or infinity at position 8"):
+        require_finite(rows, 2, 7)
+    require_finite(torch.full((2, 2), 3e38), 2, 7)  # whose sum is not finite
+
+
+def test_an_answers_tokens_are_not_scored() -> None:
+    made = judge(1)
+    made.begin(Begin(0, SamplingParams(), len(PROMPT), (), VOCAB, scores=1))
+    hidden = torch.tensor([[4.0], [5.0], [6.0]])
+    scores = made.scores(Block(0, ROOT, 0, -1, 1, PROMPT, hidden), hidden)
+    assert scores is not None
+    assert (scores.position, scores.tokens) == (1, ((4,), (5,)))
+    answer = Block(0, ROOT, len(PROMPT), 2, 1, (4,), hidden[:1])
+    assert made.scores(answer, hidden[:1]) is None

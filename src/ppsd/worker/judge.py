@@ -166,11 +166,7 @@ class Judge:
             first = following.get((index, slot.node, slot.token))
             if first is not None:
                 node = rows[first].node
-                below = [
-                    i
-                    for i, row in enumerate(rows)
-                    if row.slot == index and (node in row.nodes or node == row.parent)
-                ]
+                below = [i for i, row in enumerate(rows) if row.slot == index and node in row.nodes]
                 likely += [first, *below[:MOST_BELOW]]
         if not likely:
             return {}

@@ -1,0 +1,48 @@
+"""The tests that a module's mutants meet, by module below src/ppsd, the fastest files first.
+
+Modules with the same tests, one after the other, are searched together.
+"""
+
+from __future__ import annotations
+
+CHAINS = "contract/test_planted_bugs.py::test_without_a_bug_every_check_passes"
+TREES = "contract/test_planted_wave_bugs.py::test_without_a_bug_every_check_passes"
+RULES = ("unit/test_policy.py", "unit/test_tree.py", "unit/test_waves.py", "unit/test_lookup.py")
+TEXT = ("unit/test_tokenizer.py", "unit/test_ids.py", "unit/test_text.py", "unit/test_escape.py")
+GATED = "contract/test_exact_oracle.py::test_a_hurried_gate_pauses_and_resumes"
+LOOPS = (
+    *("unit/test_judge.py", "unit/test_loop.py", "unit/test_inner_head.py", "unit/test_engine.py"),
+    *("unit/test_joined.py", "unit/test_trace.py", "unit/test_logprobs.py", "serve/test_echo.py"),
+    *(GATED, CHAINS, TREES),
+)
+TALKS = (*LOOPS, "serve/test_behaviour.py", "contract/test_streams.py")
+MEMORY = (
+    *("unit/test_slots.py", "unit/test_joined.py", "unit/test_cache_stage.py"),
+    *("unit/test_packed.py", "unit/test_trees.py", "unit/test_logprobs.py"),
+)
+TESTS: dict[str, tuple[str, ...]] = {
+    "speculation/accept": ("unit/test_accept.py",),
+    "speculation/sampling": ("unit/test_sampling.py",),
+    **dict.fromkeys([f"speculation/{n}" for n in ("policy", "tree", "waves")], RULES),
+    **dict.fromkeys([f"speculation/{n}" for n in ("copies", "lookup")], RULES),
+    **dict.fromkeys(
+        [f"worker/{n}" for n in ("judge", "inner_head", "slot", "link", "loop")], LOOPS
+    ),
+    **dict.fromkeys([f"engine/{n}" for n in ("wave_engine", "engine", "sequence")], LOOPS),
+    "engine/layout": ("unit/test_layout.py", "unit/test_logprobs.py"),
+    **dict.fromkeys([f"engine/{n}" for n in ("text_engine", "stats", "thread")], TALKS),
+    **dict.fromkeys([f"engine/{n}" for n in ("links", "llm")], TALKS),
+    "engine/first_stage": (*LOOPS, "serve/test_structured.py", "system/test_acceptance.py"),
+    "engine/drafter": ("unit/test_drafter.py", "unit/test_exit_head.py"),
+    **dict.fromkeys([f"model/{n}" for n in ("cache", "stage")], MEMORY),
+    **dict.fromkeys(
+        [f"worker/{n}" for n in ("messages", "wave_messages", "frame")], ("unit/test_messages.py",)
+    ),
+    **dict.fromkeys(("model/tokenizer", "model/escape", "engine/text"), TEXT),
+    "model/gguf_tokenizer": ("unit/test_gguf_tokenizer.py",),
+    "engine/logprobs": ("unit/test_logprobs.py",),
+    "engine/rejection": ("contract/test_rejection.py",),
+    "worker/recorder": ("unit/test_trace.py",),
+    "speculation/gate": ("unit/test_gate.py",),
+    "model/runners": (*MEMORY, "unit/test_kernels.py"),
+}
