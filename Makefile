@@ -91,7 +91,7 @@ results: $(DEV)
 	make_ tasks-4-stages-virtual $(FOUR) --limit 96 --rows 1,16 -n 128 && \
 	make_ tasks-4-stages-sampled $(FOUR) --limit 96 --rows 1,16 -n 64 --sampled && \
 	make_ tasks-8-stages-virtual $(EIGHT) --limit 96 --rows 1,16 -n 128 && \
-	make_ tasks-4-stages-rivals $(FOUR) --limit 12 --rows 1,16 --gammas 2,4 -n 32 \
+	make_ tasks-4-stages-rivals $(FOUR) --limit 24 --rows 1,16 --gammas 2,4 -n 64 \
 	  --variants $(RIVALS)
 	$(BIN)/ppsd-lab paper --out docs/results/paper
 	$(BIN)/python tools/results.py
