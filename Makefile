@@ -88,10 +88,10 @@ results: $(DEV)
 	make_() { out=$(TASKS)/$$1.json; shift; test -s $$out || { $(BIN)/ppsd-lab tasks --virtual \
 	    --prompts $(PROMPTS) --out $$out.jsonl --json "$$@" > $$out.part && mv $$out.part $$out \
 	    && rm $$out.jsonl; }; }; \
-	make_ tasks-4-stages-virtual $(FOUR) --limit 24 --rows 1,16 -n 128 && \
-	make_ tasks-4-stages-sampled $(FOUR) --limit 24 --rows 1,16 -n 64 --sampled && \
-	make_ tasks-8-stages-virtual $(EIGHT) --limit 24 --rows 1,16 -n 128 && \
-	make_ tasks-4-stages-rivals $(FOUR) --limit 12 --rows 1,16 --gammas 2,4 -n 32 \
+	make_ tasks-4-stages-virtual $(FOUR) --limit 96 --rows 1,16 -n 128 && \
+	make_ tasks-4-stages-sampled $(FOUR) --limit 96 --rows 1,16 -n 64 --sampled && \
+	make_ tasks-8-stages-virtual $(EIGHT) --limit 96 --rows 1,16 -n 128 && \
+	make_ tasks-4-stages-rivals $(FOUR) --limit 24 --rows 1,16 --gammas 2,4 -n 64 \
 	  --variants $(RIVALS)
 	$(BIN)/ppsd-lab paper --out docs/results/paper
 	$(BIN)/python tools/results.py

@@ -12,6 +12,7 @@ from ppsd.errors import ConfigError
 from ppsd.settings import setting
 
 MAX_LOGIT_BIAS = 1024
+MAX_STOP_IDS = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MOST_TOKENS = 2**31 - 1
@@ -79,11 +80,7 @@ class SamplingParams:
         self._set("ignore_eos", checks.truth("ignore_eos", self.ignore_eos))
         self._set("logit_bias", _bias(self.logit_bias))
         self._set("stop", _stop(self.stop))
-        ids = checks.items("stop_token_ids", self.stop_token_ids, "several token ids")
-        self._set(
-            "stop_token_ids",
-            tuple(checks.integer("stop_token_ids", token, 0, 2**31 - 1) for token in ids),
-        )
+        self._set("stop_token_ids", _stop_ids(self.stop_token_ids))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -142,6 +139,13 @@ def _bias(bias: object) -> dict[int, float]:
         )
         for token, value in bias.items()
     }
+
+
+def _stop_ids(stop: object) -> tuple[int, ...]:
+    ids = checks.items("stop_token_ids", stop, "several token ids")
+    if len(ids) > MAX_STOP_IDS:
+        raise ConfigError("stop_token_ids", f"{len(ids)} ids", f"at most {MAX_STOP_IDS} ids")
+    return tuple(checks.integer("stop_token_ids", token, 0, 2**31 - 1) for token in ids)
 
 
 def _stop(stop: object) -> tuple[str, ...]:

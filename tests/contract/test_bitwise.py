@@ -122,7 +122,7 @@ def test_pauses_change_no_bit(open_tiny, monkeypatch, dtype, split, params) -> N
         gate = llm._engine.engine.gate
     assert isinstance(gate, Hurried)
     assert gate.plain is not None, "it has paused and measured, over all four requests"
-    assert gate.switches.pauses > 0
+    assert all(switches.pauses for switches in gate.begun)
 
 
 def test_blocks_of_one_are_bitwise_plain_across_processes(open_tiny) -> None:

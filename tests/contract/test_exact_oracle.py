@@ -122,8 +122,8 @@ def test_a_hurried_gate_pauses_and_resumes() -> None:
     schedule = Schedule(1, 3)
     rig = Rig(3, schedule, gate=Hurried(schedule))
     rig.decode([1, 2], SamplingParams(max_tokens=60), alpha=0.5)
-    assert rig.engine.gate is not None
-    switched = [paused for _, paused in rig.engine.gate.switches.times]
+    assert rig.sequence.switches is not None
+    switched = [paused for _, paused in rig.sequence.switches.times]
     assert switched.count(True) >= 3
     assert switched.count(False) >= 3
     assert rig.sequence.policy.counts.judged > 10

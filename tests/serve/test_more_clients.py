@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,15 @@ def expected(server: Served, **fields: Any) -> str:
     text: str = answer["choices"][0]["message"]["content"]
     assert text
     return text
+
+
+def done(command: list[str]) -> str:
+    """Run a command, which has to succeed, and return what it says."""
+    told = {"capture_output": True, "text": True, "timeout": 300}
+    ended = subprocess.run(command, check=False, **told)  # type: ignore[call-overload]
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    said: str = ended.stdout
+    return said
 
 
 def test_litellm(server) -> None:
@@ -181,6 +191,45 @@ def test_guidellm(server, tmp_path) -> None:
     [benchmark] = json.loads(out.read_text())["benchmarks"]
     counts = benchmark["metrics"]["request_totals"]
     assert (counts["successful"], counts["errored"]) == (4, 0)
+
+
+@pytest.mark.skipif(shutil.which("aiperf") is None, reason="aiperf is not installed")
+def test_aiperf(server, tiny_model, monkeypatch, tmp_path) -> None:
+    """It wants other versions than these clients do, so `make clients` leaves it out, too."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")  # with which it finds no tokenizer in a directory
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"text": TEXT}) + "\n")
+    command = ["aiperf", "profile", "--model", "tiny", "--url", server.url, "--streaming"]
+    command += ["--endpoint-type", "chat", "--tokenizer", str(tiny_model()), "--ui-type", "none"]
+    command += ["--input-file", str(prompts), "--custom-dataset-type", "single_turn"]
+    command += ["--concurrency", "2", "--request-count", "6", "--extra-inputs", "max_tokens:6"]
+    done([*command, "--use-server-token-count", "--output-artifact-dir", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "profile_export_aiperf.json").read_text())
+    assert found["request_count"]["avg"] == 6
+    assert "error_request_count" not in found
+    assert found["output_sequence_length"]["avg"] == 6
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
+def test_wrk(server, tmp_path) -> None:
+    """Eight connections ask again and again for two seconds."""
+    script, body = tmp_path / "post.lua", json.dumps({"messages": MESSAGES, "max_tokens": 2})
+    script.write_text(
+        f"wrk.method = 'POST'\nwrk.body = '{body}'\n"
+        "wrk.headers['Content-Type'] = 'application/json'\n"
+    )
+    command = ["wrk", "-t", "1", "-c", "8", "-d", "2s", "--timeout", "30s", "-s", str(script)]
+    said = done([*command, f"{server.url}/v1/chat/completions"])
+    assert int(re.search(r"(\d+) requests in", said)[1]) >= 8
+    assert not re.search("Non-2xx|Socket errors", said), said
+
+
+@pytest.mark.skipif(shutil.which("hey") is None, reason="hey is not installed")
+def test_hey(server) -> None:
+    body = json.dumps({"messages": MESSAGES, "max_tokens": 2})
+    command = ["hey", "-n", "16", "-c", "8", "-m", "POST", "-T", "application/json", "-d", body]
+    said = done([*command, f"{server.url}/v1/chat/completions"])
+    assert re.findall(r"\[(\d+)\]\s+(\d+) responses", said) == [("200", "16")], said
 
 
 def test_openai_for_javascript(server, tmp_path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from ppsd.speculation.gate import Gate
+from ppsd.speculation.gate import Gate, Switches
 from ppsd.speculation.policy import Policy, Schedule
 
 LONGEST_PAUSE = 2  # tokens after it was decided
@@ -19,6 +19,12 @@ class Hurried(Gate):
     ) -> None:
         super().__init__(schedule)
         self._clock = itertools.accumulate(itertools.cycle(times))
+        self.begun: list[Switches] = []
+
+    def begin(self, policy: Policy, now: float) -> Switches:
+        """See Gate."""
+        self.begun.append(super().begin(policy, now))
+        return self.begun[-1]
 
     def watch(self, policy: Policy, now: float) -> None:
         """See Gate."""

@@ -121,6 +121,10 @@ def test_settings(tiny_model: TinyModel, settings: dict[str, object], sentence: 
             "logit_bias must be a number in [-100, 100], got inf",
         ),
         ({"stop_token_ids": (-1,)}, "stop_token_ids must be an integer in [0, 2147483647], got -1"),
+        (
+            {"stop_token_ids": range(1025)},
+            "stop_token_ids must be at most 1024 ids, got '1025 ids'",
+        ),
     ],
     ids=str,
 )

@@ -45,11 +45,14 @@ class Play:
     def __init__(self, gate: Gate, latency: float = 1.1, tick: float = 0.6) -> None:
         self.gate, self.latency, self.tick = gate, latency, tick
         self.now, self.scale = 100.0, 1.0
+        self.policy: Script | None = None
         self.begin()
 
     def begin(self, hit: bool = False) -> None:
+        if self.policy is not None:
+            self.gate.end(self.policy)
         self.policy, self.fed_plainly = Script(), False
-        self.gate.begin(self.policy, self.now)
+        self.switches = self.gate.begin(self.policy, self.now)
         self.verdict(hit)  # the prompt's own
 
     def verdict(self, hit: bool, extra: float = 0.0) -> bool:
@@ -84,14 +87,14 @@ def test_misses_alone_lead_to_a_pause_that_measures_plain_decoding() -> None:
         play.verdict(False)
     assert play.gate.plain == pytest.approx(1.0)
     assert play.policy.paused or play.until(True) < 20
-    assert play.gate.switches.paused_tokens > 0
+    assert play.switches.paused_tokens > 0
 
 
 def test_clearly_good_drafts_are_never_paused_not_even_to_measure() -> None:
     play = Play(Gate(PPSD_2))
     assert play.until(True, every=5, most=3000) == 3000
     assert play.gate.plain is None
-    switches = play.gate.switches
+    switches = play.switches
     assert (switches.pauses, switches.times) == (0, [])
     assert switches.plain_bounds == (SURE * switches.latency, switches.latency)
     assert switches.latency == pytest.approx(play.latency)
@@ -180,16 +183,40 @@ def test_a_pause_that_begins_slowly_is_no_reason_to_go_on(latency: float) -> Non
 
 def test_what_is_known_outlives_a_request_and_a_new_text_gets_an_early_retry() -> None:
     play = Play(Gate(PPSD_2))
-    while not play.gate.switches.paused_tokens > 4 * PROBE:
+    while not play.switches.paused_tokens > 4 * PROBE:
         play.verdict(False)
     play.begin()
     assert play.policy.paused, "half of its pause is not over"
-    assert play.gate.switches.pauses == 1
+    assert play.switches.pauses == 1
     play.begin()
     assert not play.policy.paused
     assert play.gate.plain == pytest.approx(1.0)
-    assert (play.gate.switches.pauses, play.gate.switches.times) == (0, [])
-    assert play.gate.switches.plain_bounds == (play.gate.plain, play.gate.plain)
+    assert (play.switches.pauses, play.switches.times) == (0, [])
+    assert play.switches.plain_bounds == (play.gate.plain, play.gate.plain)
+
+
+@pytest.mark.parametrize("requests", [2, 8])
+def test_requests_under_way_are_judged_and_paused_together(requests: int) -> None:
+    """None loses more than it may lose alone."""
+    gate, policies = Gate(PPSD_2), [Script() for _ in range(requests)]
+    begun = [gate.begin(policy, 0.0) for policy in policies]
+    alone, verdicts = Play(Gate(PPSD_2)), 0
+    while not policies[0].paused:
+        verdicts += 1
+        for policy in policies:
+            policy.emitted += 1
+            gate.watch(policy, verdicts * alone.latency)
+    assert verdicts <= alone.until(paused=True) + 1
+    assert all(policy.paused for policy in policies)
+    assert [switches.pauses for switches in begun] == [1] * requests
+    late = Script()
+    gate.begin(late, verdicts * alone.latency)
+    assert late.paused, "it would take the others' time"
+    for policy in [*policies, late]:
+        gate.end(policy)
+    gate.begin(Script(), 1e6)
+    with pytest.raises(KeyError):
+        gate.end(late)
 
 
 def test_switches_tell_when_speculation_was_paused() -> None:

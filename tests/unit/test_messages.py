@@ -12,9 +12,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ppsd.engine.sequence import Request, begin_message
 from ppsd.errors import ProtocolError
 from ppsd.transport.base import gather, part_bytes
-from ppsd.types import SamplingParams
+from ppsd.types import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_IDS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    SamplingParams,
+)
 from ppsd.worker.frame import (
     CONTROL_BYTES,
     DTYPES,
@@ -259,6 +266,26 @@ def test_a_begin_of_another_shape_is_refused(record) -> None:
     with pytest.raises(ProtocolError, match="cannot be read"):
         decode(headed(json.dumps(record).encode(), kind=3))
     assert isinstance(decode(headed(json.dumps(GOOD).encode(), kind=3)), Begin)
+
+
+def test_the_longest_request_fits_into_a_control_frame() -> None:
+    """A longer one would end the pipeline."""
+    most = 2**31 - 1
+    params = SamplingParams(
+        temperature=0.1 + 0.2,
+        logit_bias={most - i: -100 / 3 for i in range(MAX_LOGIT_BIAS)},
+        stop=("\N{GRINNING FACE}" * MAX_STOP_LENGTH,) * MAX_STOP_STRINGS,
+        stop_token_ids=range(most - MAX_STOP_IDS, most),
+        seed=2**63 - 1,
+        max_tokens=most,
+        min_tokens=most,
+    )
+    stop_ids = frozenset((*params.stop_token_ids, *range(64)))
+    request = Request((1,), params, stop_ids, vocab_size=most, top=20)
+    begin = begin_message(3, request, feedback=True, logits=True)
+    assert len(frame(begin)) <= HEADER_BYTES + CONTROL_BYTES
+    assert begin.stop_ids == tuple(sorted(stop_ids))
+    assert begin.params.logit_bias == params.logit_bias
 
 
 @pytest.mark.parametrize("kind", [3, 4, 5, 6])

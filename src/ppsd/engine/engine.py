@@ -105,7 +105,7 @@ class Engine:
         if stage.head is not None:
             stage.head.begin(begin)
         if self.gate is not None:
-            self.gate.begin(policy, self.now())
+            sequence.switches = self.gate.begin(policy, self.now())
         sequence.commands.extend(policy.start(request.prompt, cached))
         return sequence
 
@@ -169,6 +169,8 @@ class Engine:
         sequence.commands.clear()
         self._running.remove(sequence)
         del self._slots[sequence.slot]
+        if self.gate is not None:
+            self.gate.end(sequence.policy)
         self._held[sequence.slot].keep(sequence)
         self._free.append(sequence.slot)
         self.links.publish(sequence.slot, sequence.policy.epoch)

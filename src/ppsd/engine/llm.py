@@ -221,10 +221,8 @@ class LLM:
 
     def _gate(self, config: EngineConfig) -> Gate | None:
         schedule = config.schedule
-        if not (config.gate and schedule.drafts) or config.concurrent > 1:
-            return (
-                None  # of several requests the certain rows come first, drafts where there is room
-            )
+        if not (config.gate and schedule.drafts):
+            return None
         return self._gates.setdefault((schedule, config.rows), Gate(schedule))
 
     def _check_head(self, config: EngineConfig) -> None:

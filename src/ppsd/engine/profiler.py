@@ -155,6 +155,7 @@ def _entry(table: torch.Tensor) -> Case:
     schedule = Schedule(1, 2)
     gate, policy = Gate(schedule), Policy(schedule, max_tokens=sys.maxsize, stop_ids=frozenset())
     policy.start([0])
+    gate.begin(policy, time.monotonic())
 
     def run() -> None:
         position = policy.committed

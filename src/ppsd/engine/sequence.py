@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ppsd.engine.drafter import DraftState
 from ppsd.errors import RequestError
+from ppsd.speculation.gate import Switches
 from ppsd.speculation.masks import Mask, Masks
 from ppsd.speculation.policy import Command, Policy
 from ppsd.speculation.sampling import Sampler
@@ -50,6 +51,7 @@ class Sequence:
 
     ``cached``: rows of the prompt taken over from the request before. ``finish_reason`` is empty
     until the sequence is over; ``error`` is why it could not go on, when it could not.
+    ``switches`` says when a gate, if there is one, paused speculation.
     """
 
     request: Request
@@ -65,6 +67,7 @@ class Sequence:
     newest: torch.Tensor | None = None  # of them, [1, C]
     finish_reason: str = ""
     error: RequestError | None = None
+    switches: Switches | None = None
 
     @property
     def chain(self) -> Policy:
@@ -154,10 +157,10 @@ def collect_logits() -> tuple[LogitsSink, dict[int, torch.Tensor]]:
 
 
 def begin_message(slot: int, request: Request, *, feedback: bool, logits: bool) -> Begin:
-    """Return what the last stage has to know of a request."""
+    """Return what the last stage has to know of a request; what ends a text is not among it."""
     return Begin(
         slot=slot,
-        params=request.params,
+        params=replace(request.params, stop=(), stop_token_ids=()),
         prompt_length=len(request.prompt),
         stop_ids=tuple(sorted(request.stop_ids)),
         vocab_size=request.vocab_size,

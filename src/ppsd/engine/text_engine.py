@@ -137,7 +137,7 @@ class TextEngine:
             self._ask()
             reports = self._report()
         end = end or self.now()
-        switches = None if self.engine.gate is None else self.engine.gate.switches
+        switches = sequence.switches
         self.trace.add(reports, switches.pauses_until(end) if switches else [])
         first = answer.first or end
         return RequestStats(

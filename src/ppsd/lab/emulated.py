@@ -122,27 +122,22 @@ class EmulatedStage(VirtualStage):
     def __init__(self, pipeline: VirtualPipeline, rank: int, model: Stage) -> None:
         super().__init__(pipeline, rank)
         self._model = model
-        self._judged = 0  # rows of the newest pass
 
     def start(self, inputs: torch.Tensor, position: int, slot: int = 0) -> Pass:
-        return self._timed(
+        return EmulatedPass(
             super().start(inputs, position), self._model.start(inputs, position, slot)
         )
 
     def start_rows(self, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
-        return self._timed(
+        return EmulatedPass(
             super().start(inputs, places[0].position), self._model.start_rows(inputs, places)
         )
 
     def start_joined(self, piece: Piece, inputs: torch.Tensor, places: Sequence[Place]) -> Pass:
-        return self._timed(
+        return EmulatedPass(
             super().start_joined(piece, inputs, places),
             self._model.start_joined(piece, inputs, places),
         )
-
-    def _timed(self, timed: Pass, work: Pass) -> EmulatedPass:
-        self._judged = 0
-        return EmulatedPass(timed, work)
 
     def share(self, source: int, slot: int, length: int) -> None:
         self._model.share(source, slot, length)
@@ -157,13 +152,6 @@ class EmulatedStage(VirtualStage):
     def row_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         self._judge(hidden)
         return self._model.row_logits(hidden)
-
-    def _judge(self, hidden: torch.Tensor) -> None:
-        """Take the time of the LM head, once for all rows of a pass where rows are free."""
-        before, self._judged = self._judged, self._judged + hidden.shape[0]
-        pipeline = self._pipeline
-        more = pipeline.lm_head(self._judged) - pipeline.lm_head(before)
-        pipeline.clocks[self._rank].now += more
 
 
 class EmulatedPass:

@@ -49,6 +49,7 @@ class VirtualPipeline:
         self._ends: list[int | None] = [NEVER for _ in cost.stages]  # None: find it anew
         self.answers: list[tuple[int, int, Answer]] = []  # (arrival, number, …) in this order
         self._answered = 0
+        self.judged = 0  # rows of the last stage's newest pass
         self._published: dict[int, Published] = defaultdict(Published)  # by slot
         self._changes: list[int] = []  # when stages see any of them
         self.overhead = nanoseconds(cost.overhead) if cost.size > 1 else 0
@@ -188,6 +189,8 @@ class VirtualStage:
 
     def _pass(self, rows: int, position: int) -> VirtualPass:
         pipeline, rank = self._pipeline, self._rank
+        if self.is_last:
+            pipeline.judged = 0
         layer = pipeline.layer(rank, rows)
         layer = pipeline.jittered(layer, rank, position)
         layers = pipeline.cost.stages[rank].layers
@@ -207,12 +210,19 @@ class VirtualStage:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits by which RIGHT is the token, as a judge of waves asks for."""
-        self._pipeline.clocks[self._rank].now += self._pipeline.lm_head(1)
+        self._judge(hidden)
         return torch.zeros(hidden.shape[0], LOGITS)
 
     def row_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the same: all are equal."""
         return self.logits(hidden)
+
+    def _judge(self, hidden: torch.Tensor) -> None:
+        """Take the time of the LM head: for all rows of a pass together, however they come."""
+        pipeline = self._pipeline
+        before, pipeline.judged = pipeline.judged, pipeline.judged + hidden.shape[0]
+        more = pipeline.lm_head(pipeline.judged) - pipeline.lm_head(before)
+        pipeline.clocks[self._rank].now += more
 
 
 class VirtualPass:

@@ -11,10 +11,16 @@ token while speculating with that of plain decoding, A, on the same workers:
   no more than it may be worth (as in ski rental); less is enough as evidence grows to ``WINDOW``.
 * A pause begins with ``PROBE`` plain tokens. If they show that speculation gains, it is over.
 * Pauses double while retries fail, up to the length at which retries lose ``BUDGET`` of the time.
+
+Requests that are under way together are judged together: drafts of one make the rows of others
+wait, so one that pauses alone gains nothing. Their times per token are pooled, and all pause. As
+much of each counts as of one alone, or chance would decide as many times as often; what they may
+lose together grows as chance does, with the root of their number.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -22,7 +28,8 @@ from typing import NamedTuple, Protocol
 
 from ppsd.speculation.policy import Schedule
 
-WINDOW, KEPT = 32, 8  # verdicts that count, and those of a request that count in the next one
+# Of each request under way:
+WINDOW, KEPT = 32, 8  # verdicts that count, and those that count in the next request
 SAMPLES, PROBE = 16, 3  # plain tokens that count, and those that are enough to decide
 CLIP = 3.0  # what took longer than so many usual times was a disturbance, and is cut to that
 SURE = 0.8  # A over the latency after a miss, at least
@@ -79,6 +86,11 @@ class Switches:
             return self.plain, self.plain
         return None if self.latency is None else (SURE * self.latency, self.latency)
 
+    def note(self, now: float, *, paused: bool) -> None:
+        """Note a switch."""
+        self.pauses += paused
+        self.times.append((now, paused))
+
     def pauses_until(self, end: float) -> list[tuple[float, float]]:
         """Return from when to when speculation was paused, in a request that ended at ``end``."""
         ends = [time for time, paused in self.times if not paused]
@@ -86,81 +98,106 @@ class Switches:
         return list(zip(starts, [*ends, end], strict=False))
 
 
+@dataclass
+class Watched:
+    """A request under way: tokens so far, and its last verdict's time; paused, empty then."""
+
+    switches: Switches
+    emitted: int = 0
+    last: tuple[float, bool, bool] | None = None
+
+
 class Gate:
     """Decides for one schedule on one set of workers; what it learns outlives a request.
 
-    ``begin`` before a request starts, ``watch`` after each verdict that the policy has taken.
-    Times are seconds of any clock that only goes forward.
+    ``begin`` before a request starts, ``watch`` after each verdict that the policy has taken, and
+    ``end`` when it is over. Times are seconds of any clock that only goes forward.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         self.plain: float | None = None  # A
-        self.switches = Switches()
         self._long = schedule.block > 1
         self._perfect = schedule.block - 1 / schedule.in_flight  # gain of a step, plain tokens
-        self._steps: deque[Step] = deque(maxlen=WINDOW)
+        self._steps: deque[Step] = deque()
         self._latency: float | None = None  # after a miss
-        self._samples: deque[float] = deque(maxlen=SAMPLES)
+        self._samples: deque[float] = deque()
         self._age = 0  # tokens since the last of them
         self._trust = RECHECKS[0][1]  # how old A may be where the margin is thin
         self.paused = self._long  # a long block's latency says little of A: it is measured first
         self._probing = self._long
         self._length = self._left = 0  # tokens of this pause, in all and to come
         self._failed = 0  # pauses in a row
-        self._emitted = 0
-        self._last: tuple[float, bool, bool] | None = None  # verdict's time; paused, empty then
+        self._running: dict[Policy, Watched] = {}
+        self._size = 0  # of them have had a verdict
 
-    def begin(self, policy: Policy, now: float) -> None:
-        """Start with a new request; a new text is worth a retry after half the pause."""
-        self.switches = Switches(plain=self.plain, latency=self._latency)
-        self._emitted, self._last = 0, None
-        while len(self._steps) > KEPT:
-            self._steps.popleft()
-        self._left -= self._length // 2
-        if self.paused and (self._probing or self._left > 0):
-            self._switch(policy, now, paused=True)
-        elif self.paused:
-            self.paused = False
-            self._steps.clear()
+    def begin(self, policy: Policy, now: float) -> Switches:
+        """Start with a new request; return what will be noted of it.
+
+        Where no other is under way, a new text is worth a retry after half the pause.
+        """
+        switches = Switches(plain=self.plain, latency=self._latency)
+        if not self._running:
+            while len(self._steps) > KEPT:
+                self._steps.popleft()
+            self._left -= self._length // 2
+            if self.paused and not self._probing and self._left <= 0:
+                self.paused = False
+                self._steps.clear()
+        self._running[policy] = Watched(switches)
+        if self.paused:
+            policy.pause()
+            switches.note(now, paused=True)
+        return switches
+
+    def end(self, policy: Policy) -> None:
+        """Forget a request that is over."""
+        self._size -= self._running.pop(policy).last is not None
 
     def watch(self, policy: Policy, now: float) -> None:
         """Take the time of a verdict that ``policy`` has acted upon; pause or resume it."""
-        tokens = policy.emitted - self._emitted
+        one = self._running[policy]
+        tokens = policy.emitted - one.emitted
         if not tokens or policy.finished:
             return
-        self._emitted += tokens
-        last, self._last = self._last, (now, self.paused, policy.restarted)
-        if last is not None:
+        one.emitted += tokens
+        last, one.last = one.last, (now, self.paused, policy.restarted)
+        if last is None:
+            self._size += 1
+        else:
             time, was_paused, empty = last
             self._measure(Step(now - time, tokens, empty), was_paused)
+            one.switches.plain, one.switches.latency = self.plain, self._latency
         if self.paused:
-            self.switches.paused_tokens += tokens
+            one.switches.paused_tokens += tokens
             self._left -= tokens
             if self._pause_is_over():
-                self._switch(policy, now, paused=False)
+                self._switch(now, paused=False)
         elif self._loses() or self._doubtful():
             self._probing = True
             self._samples.clear()
-            self._switch(policy, now, paused=True)
+            self._switch(now, paused=True)
 
-    def _switch(self, policy: Policy, now: float, *, paused: bool) -> None:
+    def _switch(self, now: float, *, paused: bool) -> None:
         self.paused = paused
-        self.switches.pauses += paused
-        self.switches.times.append((now, paused))
-        (policy.pause if paused else policy.resume)()
+        for policy, one in self._running.items():
+            (policy.pause if paused else policy.resume)()
+            one.switches.note(now, paused=paused)
 
     def _measure(self, step: Step, was_paused: bool) -> None:
         self._age += step.tokens
         if not was_paused:
             self._steps.append(step)
+            while len(self._steps) > WINDOW * self._size:
+                self._steps.popleft()
             if not self._long and (fresh := self._fresh()):
                 self._latency = median(fresh)
         elif step.fresh:
             self._age = 0
             self._samples.append(step.seconds)
+            while len(self._samples) > SAMPLES * self._size:
+                self._samples.popleft()
             most = CLIP * median(self._samples)
             self.plain = fmean(min(sample, most) for sample in self._samples)
-        self.switches.plain, self.switches.latency = self.plain, self._latency
 
     def _fresh(self) -> list[float]:
         return [step.seconds for step in self._steps if step.fresh]
@@ -183,7 +220,8 @@ class Gate:
         plain, seen = self._reference(), len(self._steps)
         if plain is None or not seen:
             return False
-        return self._lost(plain) > self._perfect * (1 - seen / WINDOW)
+        allowed = self._perfect * math.sqrt(self._size)
+        return self._lost(plain) > allowed * (1 - seen / (WINDOW * self._size))
 
     def _lost(self, plain: float) -> float:
         """Return what speculation has cost, in plain tokens."""
@@ -192,15 +230,15 @@ class Gate:
     def _doubtful(self) -> bool:
         """Return True if A is to be measured though speculation seems to pay."""
         if self.plain is None:
-            return self._latency is None and self._age >= NO_MISS
-        if len(self._steps) < KEPT:
+            return self._latency is None and self._age >= NO_MISS * self._size
+        if len(self._steps) < KEPT * self._size:
             return False
         share = self._share(self._reference() or self.plain)
         (thin, _), (clear, late) = RECHECKS
-        return share > clear and self._age > (self._trust if share > thin else late)
+        return share > clear and self._age > (self._trust if share > thin else late) * self._size
 
     def _pause_is_over(self) -> bool:
-        if self._probing and len(self._samples) < PROBE:
+        if self._probing and len(self._samples) < PROBE * self._size:
             return False
         if self._probing:
             self._probing = False
@@ -216,8 +254,9 @@ class Gate:
             self._failed = 0
             self._trust = min(2 * self._trust, RECHECKS[1][1])
             return False
-        longest = max(SHORTEST, round(lost / BUDGET))
-        self._length = min(max(SHORTEST, round(lost * FIRST)) << self._failed, longest)
+        shortest = SHORTEST * self._size
+        longest = max(shortest, round(lost / BUDGET))
+        self._length = min(max(shortest, round(lost * FIRST)) << self._failed, longest)
         self._left = self._length
         self._failed += 1
         self._trust = RECHECKS[0][1]
