@@ -1,0 +1,240 @@
+"""What an LLM makes of its settings: which engine, which requests, which refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+
+from ppsd import LLM, SamplingParams
+from ppsd.engine.engine import Engine
+from ppsd.engine.wave_engine import WaveEngine
+from ppsd.errors import ConfigError
+from ppsd.lab.oracle import OracleDrafter
+from tests.support.tiny_models import LAYERS, VOCAB
+
+SETTINGS: dict[str, Any] = {
+    "dtype": "float64",
+    "transport": "inprocess",
+    "threads_per_stage": 1,
+    "plan": "off",
+    "split": (2, 4),
+    "head": "untrained",
+    "mode": "ppsd",
+}
+PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
+PROMPT = [5, 9, 30, 31]
+Open = Callable[..., AbstractContextManager[LLM]]
+
+
+@pytest.fixture
+def opened(tiny_model) -> Open:
+    return lambda **settings: LLM(str(tiny_model()), **SETTINGS | settings)
+
+
+def engine_of(llm: LLM) -> Engine:
+    return llm._engine.engine
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "rows"),
+    [
+        ({"mode": "autoregressive"}, Engine, None),
+        ({}, Engine, None),
+        ({"rows": 2}, WaveEngine, 2),
+        ({"rows": 2, "lookup": False}, WaveEngine, 2),
+        ({"mode": "autoregressive", "concurrent": 2}, WaveEngine, 0),
+        ({"mode": "autoregressive", "concurrent": 2, "rows": 1}, WaveEngine, 0),
+        ({"concurrent": 2}, WaveEngine, 1),
+        ({"mode": "draft-then-verify", "block": 2, "concurrent": 2}, Engine, None),
+    ],
+    ids=str,
+)
+def test_the_engine_that_settings_ask_for(opened, settings, kind, rows) -> None:
+    with opened(**settings) as llm:
+        engine = engine_of(llm)
+        assert type(engine) is kind
+        assert engine.stage.drafting == (settings.get("mode") != "autoregressive")
+        assert not engine.opinions
+        assert (engine.gate is None) == (settings.get("mode") == "autoregressive")
+        if isinstance(engine, WaveEngine):
+            assert engine._rows == rows
+            assert engine._lookup == (rows > 0 and settings.get("lookup", True))
+            assert engine._loose == llm.layout.loose > 0
+            assert len(engine._held) == settings.get("concurrent", 1)
+        assert llm.run(PROMPT, PARAMS).stats.new_tokens == 4
+
+
+def test_another_mode_on_the_same_workers(opened) -> None:
+    with opened(rows=2) as llm:
+        gate = engine_of(llm).gate
+        assert gate is not None
+        llm.use("autoregressive")
+        assert (type(engine_of(llm)), engine_of(llm).gate) == (Engine, None)
+        llm.use("ppsd", rows=1)
+        assert type(engine_of(llm)) is Engine
+        assert engine_of(llm).gate is not gate
+        llm.use("ppsd")
+        assert llm.config.rows == 1, "as before"
+        llm.use("ppsd", gate=False, rows=2)
+        assert engine_of(llm).gate is None
+        llm.use("ppsd")
+        assert engine_of(llm).gate is None
+        llm.use("ppsd", gate=True)
+        assert engine_of(llm).gate is gate, "it has learnt on these workers"
+        llm.use("draft-then-verify", 2)
+        assert engine_of(llm).schedule.block == 2
+        assert llm.run(PROMPT, PARAMS).stats.new_tokens == 4
+        with pytest.raises(ConfigError, match="rows must be at most 2, as set at the start"):
+            llm.use("ppsd", rows=3)
+        for block, in_flight in ((3, None), (1, 4)):
+            with pytest.raises(ConfigError, match="within block 1 and in-flight 3 set at start"):
+                llm.use("ppsd", block, in_flight)
+        with pytest.raises(ConfigError):
+            llm.use("auto")
+        assert engine_of(llm).schedule.block == 2
+
+
+def test_drafts_of_somebody_else(opened) -> None:
+    """Of another drafter chains are made: it knows nothing of trees."""
+    plain = [5, 9, 30, 31, *range(60)]
+    with opened(rows=2) as llm:
+        own = engine_of(llm).stage.drafter
+        drafter = OracleDrafter(plain, 1.0, VOCAB)
+        llm.draft_with(drafter)
+        assert engine_of(llm).stage.drafter is drafter
+        assert type(engine_of(llm)) is Engine
+        llm.draft_with(None)
+        assert engine_of(llm).stage.drafter is own
+        assert type(engine_of(llm)) is WaveEngine
+    with opened(head="none", mode="autoregressive") as llm:
+        assert not llm.drafts
+        with pytest.raises(ConfigError, match="without anything to draft with"):
+            llm.use("ppsd")
+        llm.draft_with(drafter)
+        llm.use("ppsd")
+        assert llm.drafts
+    with opened(head="lookup") as llm:
+        assert llm.drafts
+    with opened(head="none", mode="auto", drafter=drafter) as llm:
+        assert llm.drafts
+        assert (llm.config.mode, engine_of(llm).stage.drafter) == ("ppsd", drafter)
+
+
+def test_rows_are_reused_when_that_is_asked_for(opened) -> None:
+    def submitted(llm: LLM, **more: Any) -> int:
+        ticket = llm.submit(PROMPT, PARAMS, notify=lambda: None, **more)
+        while (taken := ticket.take())[0] == "chunk":
+            pass
+        return taken[1].stats.cached_tokens
+
+    def streamed(llm: LLM, **more: Any) -> int:
+        stream = llm.stream(PROMPT, PARAMS, **more)
+        while True:
+            try:
+                next(stream)
+            except StopIteration as end:
+                return end.value.stats.cached_tokens
+
+    ways: list[Callable[..., int]] = [
+        submitted,
+        streamed,
+        lambda llm, **more: llm.run(PROMPT, PARAMS, **more).stats.cached_tokens,
+        lambda llm, **more: llm.generate(PROMPT, PARAMS, **more)[0].stats.cached_tokens,
+    ]
+    with opened(mode="autoregressive") as llm:
+        for cached in ways:
+            llm.run(PROMPT, PARAMS)
+            assert cached(llm) == 0, "of a prompt shorter than a chunk"
+            assert cached(llm, reuse=True) == len(PROMPT) - 1
+        llm.run(PROMPT, PARAMS)
+        assert [c.stats.cached_tokens for c in llm.run_all([PROMPT], PARAMS)] == [0]
+
+
+def test_several_samples_and_prompts(opened) -> None:
+    sampled = SamplingParams(max_tokens=4, ignore_eos=True, temperature=1.0, seed=3, n=2)
+    with opened(mode="autoregressive") as llm:
+        one = llm.generate(PROMPT, sampled)
+        assert len(one) == 2
+        alone = [llm.run(PROMPT, sampled.sample(i)).token_ids for i in range(2)]
+        assert [c.token_ids for c in one] == alone
+        both = llm.generate([PROMPT, [7, 8]], sampled)
+        assert [len(answers) for answers in both] == [2, 2]
+        assert [c.token_ids for c in both[0]] == alone
+        with pytest.raises(ConfigError, match="n must be 1 at temperature 0"):
+            llm.generate(PROMPT, SamplingParams(n=2))
+        for act in (
+            lambda: next(llm.stream(PROMPT, sampled)),
+            lambda: llm.submit(PROMPT, sampled, notify=lambda: None),
+        ):
+            with pytest.raises(ConfigError, match="n must be 1 in a stream"):
+                act()
+
+
+def test_a_request_ends_where_the_context_does(opened) -> None:
+    with opened(mode="autoregressive", max_context=8) as llm:
+        made = llm._request(PROMPT, SamplingParams(max_tokens=9, min_tokens=7, n=3), reuse=True)
+        assert (made.params.max_tokens, made.params.min_tokens, made.params.n) == (4, 4, 1)
+        assert (made.reuse, made.logits, made.masks) == (True, None, None)
+        assert made.stop_ids == frozenset(llm.layout.spec.eos_ids)
+        params = SamplingParams(ignore_eos=True, stop_token_ids=(6,))
+        assert llm._request(PROMPT, params, reuse=False).stop_ids == {6}
+        assert llm.run(PROMPT, SamplingParams(max_tokens=9, ignore_eos=True)).stats.new_tokens == 4
+
+
+def test_log_probabilities_are_counted(opened) -> None:
+    def ask(llm: LLM, **more: Any) -> Any:
+        return llm.submit(PROMPT, PARAMS, notify=lambda: None, **more)
+
+    with opened(mode="autoregressive") as llm:
+        for count in (0, 2, 20):
+            kind, chunk = ask(llm, logprobs=count, prompt_logprobs=True).take()
+            assert kind == "chunk"
+            assert [len(each.top) for each in chunk.prompt_logprobs] == [count] * 3
+            assert len(chunk.logprobs[0].top) == count
+        assert ask(llm).take()[1].logprobs == ()
+        with pytest.raises(ConfigError, match=r"^logprobs must be"):
+            ask(llm, logprobs=21, prompt_logprobs=True)
+        with pytest.raises(ConfigError, match="prompt_logprobs must be used with logprobs"):
+            ask(llm, prompt_logprobs=True)
+
+
+class Evens:
+    """A grammar that permits even tokens."""
+
+    def start(self) -> Callable[[tuple[int, ...]], bytes]:
+        return lambda answered: b"\x55" * (VOCAB // 8 + 1)
+
+
+def test_answers_follow_a_grammar(opened) -> None:
+    with opened(rows=2) as llm:
+        assert all(t % 2 == 0 for t in llm.run(PROMPT, PARAMS, grammar=Evens()).token_ids)
+        ticket = llm.submit(PROMPT, PARAMS, grammar=Evens(), notify=lambda: None)
+        while (taken := ticket.take())[0] == "chunk":
+            assert all(token % 2 == 0 for token in taken[1].token_ids)
+        assert not all(t % 2 == 0 for t in llm.run(PROMPT, PARAMS).token_ids)
+    with opened(acceptance="rejection") as llm:
+        with pytest.raises(ConfigError, match="acceptance must be coupled where answers follow"):
+            llm.run(PROMPT, PARAMS, grammar=Evens())
+        assert llm.run(PROMPT, PARAMS).stats.new_tokens == 4
+
+
+def test_who_looks_on_and_what_runs_between_requests(opened) -> None:
+    events: list[Any] = []
+    with opened() as llm:
+        llm.observe(events.append)
+        rows: dict[int, Any] = {}
+        said = llm.run(PROMPT, PARAMS, logits=rows.__setitem__).token_ids
+        assert [int(rows[4 + i].argmax()) for i in range(4)] == list(said)
+        assert len(events) > 4
+        count = len(events)
+        llm.observe(None)
+        sinks = [rows.__setitem__]
+        rows.clear()
+        assert llm.run_all([PROMPT], PARAMS, sinks)[0].token_ids == said
+        assert len(rows) >= 4
+        assert len(events) == count
+        assert llm.on_pipeline(lambda running: running.stage) is engine_of(llm).stage
+        assert llm.layout.bounds == (0, 2, 4, LAYERS)
