@@ -16,7 +16,7 @@ from ppsd.model.cache import KVCache
 from ppsd.model.exit_head import load_head
 from ppsd.model.identity import Identity
 from ppsd.model.layers import LayerWeights, Rope
-from ppsd.model.passes import Watch
+from ppsd.model.passes import Place, Watch
 from ppsd.model.runners import CompiledRunner, Runner, TorchRunner
 from ppsd.model.source import ModelFiles, describe
 from ppsd.model.spec import ModelSpec, spec_from_config
@@ -142,3 +142,137 @@ def test_stages_and_heads_have_slots(tiny_model: Callable[[], Path], tmp_path: P
             assert torch.equal(started.hidden, expected)
             row = heads[0].forward(expected, position, slot)
             assert torch.equal(row, heads[1 + slot].forward(expected, position))
+
+
+def small(**more: int) -> KVCache:
+    """Return a cache of 8 positions and 3 loose cells whose first slot holds 4 verified rows."""
+    cache = KVCache(1, 1, 8, 2, torch.float64, CPU, **{"slots": 2, "loose": 3} | more)
+    assert (cache.lengths, cache.whole[0].dtype) == ([0] * len(cache.lengths), torch.float64)
+    cache.reserve(0, 4)
+    cache.advance(0, 4)
+    return cache
+
+
+def test_a_cache_has_so_many_cells() -> None:
+    assert [tensor.shape for tensor in small().whole] == [(1, 2, 1, 11, 2)] * 2
+    assert small(spare=2).whole[1].shape == (1, 2, 1, 13, 2)
+    alone = KVCache(1, 1, 8, 2, torch.float64, CPU)
+    assert (alone.whole[0].shape, alone.lengths) == ((1, 1, 1, 8, 2), [0])
+
+
+def test_rows_are_written_within_what_there_is() -> None:
+    cache = small()
+    assert cache.lengths == [4, 0]
+    for position, rows in ((4, 4), (0, 8), (2, 1)):
+        cache.lengths[0] = 4
+        cache.reserve(position, rows)
+        assert cache.lengths == [position, 0]
+    for place in ((5, 1, 0), (4, 5, 0), (-1, 1, 0), (1, 1, 1), (0, 1, 2), (0, 1, -1)):
+        cache.lengths[0] = 4
+        with pytest.raises(ProtocolError):
+            cache.reserve(*place)
+        assert cache.lengths == [4, 0]
+
+
+ROW = Place(0, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [ROW],
+        [Place(0, 4, 8), Place(0, 4, 10)],
+        [ROW, Place(0, 5, 5, (4,)), Place(0, 6, 9, (4, 5))],
+        [Place(0, 5, 8, (10,))],  # whose parent was in an earlier wave
+        [Place(1, 0, 0)],
+        [Place(1, 0, 8), Place(1, 1, 1, (8,))],
+        [Place(0, 7, 7, (4, 5, 6))],
+        [Place(0, 2, 8)],
+    ],
+    ids=str,
+)
+def test_rows_of_a_tree_may_stand_there(places) -> None:
+    small().check(places, len(places))
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [],
+        [Place(0, 5, 5)],  # whose parent is not there
+        [Place(1, 1, 1)],
+        [Place(0, 8, 8, (4, 5, 6, 7))],  # beyond the capacity
+        [Place(0, 8, 9, (4, 5, 6, 7))],
+        [Place(0, 4, 5)],  # another position's cell
+        [Place(0, 4, 11)],  # beyond the loose ones
+        [Place(0, 5, 5, (6,))],
+        [Place(0, 5, 5, (11,))],
+        [Place(0, 3, 3)],  # a verified row's cell
+        [ROW, Place(0, 4, 4)],
+        [Place(0, 4, 8), Place(0, 4, 8)],
+        [Place(0, 5, 8, (8,))],  # its own cell for its parent
+        [Place(0, 6, 9, (8, 8))],
+        [Place(0, 5, 5, (8,)), Place(0, 4, 8)],  # a child before its parent
+        [Place(0, 4, 8), Place(0, 6, 6, (4, 8))],  # a parent from another position
+        [Place(0, 0, 8, (4,))],
+        [Place(2, 0, 0)],
+    ],
+    ids=str,
+)
+def test_rows_of_a_tree_may_not_stand_there(places) -> None:
+    with pytest.raises(ProtocolError):
+        small().check(places, len(places))
+    with pytest.raises(ProtocolError):
+        small().check([ROW], 2)
+
+
+@pytest.mark.parametrize(
+    ("length", "moves"),
+    [(0, []), (8, []), (5, [(8, 4)]), (6, [(10, 4), (8, 5)]), (1, [(0, 1)]), (8, [(9, 7)])],
+    ids=str,
+)
+def test_rows_become_true(length, moves) -> None:
+    cache = small()
+    for i, tensor in enumerate(cache.whole):
+        tensor[0, 0, 0] = torch.arange(22.0).view(11, 2) + 100 * i
+    before = [tensor.clone() for tensor in cache.whole]
+    cache.commit(0, length, moves)
+    assert cache.lengths == [length, 0]
+    for tensor, old in zip(cache.whole, before, strict=True):
+        for source, target in moves:
+            old[0, 0, 0, target] = old[0, 0, 0, source]
+        assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize(
+    ("slot", "length", "moves"),
+    [
+        (0, 9, []),
+        (0, -1, []),
+        (2, 0, []),
+        (0, 5, [(11, 4)]),
+        (0, 5, [(-1, 4)]),
+        (0, 5, [(8, 11)]),
+        (0, 6, [(8, 4), (9, 4)]),
+        (0, 5, [(8, 3)]),
+        (0, 3, [(8, 2)]),
+    ],
+)
+def test_what_cannot_be_true_changes_nothing(slot, length, moves) -> None:
+    cache = small()
+    with pytest.raises(ProtocolError):
+        cache.commit(slot, length, moves)
+    assert cache.lengths == [4, 0]
+
+
+def test_rows_that_are_there_can_be_shared() -> None:
+    for length in (0, 4):
+        cache = small()
+        for tensor in cache.whole:
+            tensor[:, 0] = 7.0
+        cache.share(0, 1, length)
+        assert cache.lengths == [4, length]
+        assert all(int((tensor[0, 1, 0, :, 0] == 7.0).sum()) == length for tensor in cache.whole)
+    for source, slot, length in ((0, 1, 5), (0, 1, -1), (1, 0, 1), (0, 2, 1), (2, 0, 0)):
+        with pytest.raises(ProtocolError):
+            small().share(source, slot, length)
