@@ -76,6 +76,7 @@ def test_rows_of_whole_chunks_are_taken_over(kind) -> None:
     assert answer(rig, [*LONG, *plain, 3], reuse=True).cached == held
     assert answer(rig, [*LONG, *plain, 3]).cached == 8, "an answer's rows come one by one"
     assert answer(rig, [2, *LONG]).cached == 0
+    assert answer(rig, [3, *LONG], reuse=True).cached == 0
 
 
 def test_rows_of_a_request_under_way_are_copied() -> None:

@@ -214,6 +214,17 @@ def test_a_process_that_ends_is_told_rather_than_its_connection() -> None:
         links(check=lost(0))[0].wait()
 
 
+def test_rows_may_travel_apart() -> None:
+    verdict = Verdict(0, 1, 2, 3, 1, (4,), None, torch.ones(1, 2))
+    front, rows = encode(verdict)
+    ours, far = links()
+    far.receive = lambda timeout: (2, memoryview(front))  # type: ignore[method-assign,arg-type]
+    far.rows = rows.view(torch.uint8).flatten()  # type: ignore[assignment,union-attr]
+    found = ours.poll()
+    assert isinstance(found, Verdict)
+    assert torch.equal(found.feedback, verdict.feedback)
+
+
 def test_what_answers_nothing_is_refused() -> None:
     with pytest.raises(ProtocolError, match="expected a verdict, got Status"):
         links(Status(1, "progress", {}))[0].wait()

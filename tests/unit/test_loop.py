@@ -13,8 +13,9 @@ from ppsd.speculation.waves import Part, Row
 from ppsd.types import SamplingParams
 from ppsd.worker.frame import CONTROL_BYTES
 from ppsd.worker.judge import Judge
+from ppsd.worker.link import TransportLink
 from ppsd.worker.loop import Worker, failure_status
-from ppsd.worker.messages import Begin, Block, Control, Message, Refusal, Status
+from ppsd.worker.messages import Begin, Block, Control, Message, Refusal, Status, encode
 from ppsd.worker.recorder import Recorder
 from ppsd.worker.wave_messages import Opinion, Wave
 from tests.support.hash_model import CAPACITY, HashStage, pack
@@ -199,6 +200,32 @@ def test_a_long_report_comes_in_parts() -> None:
     slices = [slice for report in reports for slice in report.fields["slices"]]
     assert [slice[3] for slice in slices] == list(range(lots))
     assert reports[-1].fields["blocks"] == {"verify": lots}
+
+
+class Apart:
+    """An end of a transport on which a block's rows travel apart from its frame, GPU to GPU."""
+
+    def __init__(self) -> None:
+        front, hidden = encode(block(0, judge=1))
+        assert isinstance(front, bytes)
+        assert isinstance(hidden, torch.Tensor)
+        self.front, self.rows = memoryview(front), hidden.view(torch.uint8).flatten()
+
+    def receive(self, timeout: float) -> tuple[int, memoryview]:
+        return 0, self.front
+
+    def words(self, slot: int) -> tuple[int, ...]:
+        return ()
+
+
+def test_rows_may_travel_apart() -> None:
+    link = TransportLink(Apart(), 1.0)  # type: ignore[arg-type]
+    message = link.receive(1.0)
+    assert isinstance(message, Block)
+    assert torch.equal(message.hidden, pack([11, 12]))
+    assert link.watch(0) is link.watch(0)
+    assert link.watch(0) is not link.watch(1)
+    assert isinstance(link.watch(0, 1), Watch)
 
 
 def test_a_request_that_cannot_go_on_is_refused() -> None:
