@@ -50,7 +50,7 @@ MIXED = ROOT / "mutants" / "mixed"
 OUTCOMES = ROOT / "mutants" / "outcomes.json"  # of single mutants, to go on from
 SLOW_S = 30.0  # of processor time: a longer test is left out, if not by --longest a shorter one
 RECORDED = 20  # mutants after which the result is written
-PATIENCE = 6  # times as long as without a mutant, and then some, before a mutant counts as endless
+PATIENCE = 3  # times as long as without a mutant, and then some, before a mutant counts as endless
 KILLED, SURVIVED, UNCOVERED, ENDLESS = "killed", "survived", "uncovered", "timeout"
 
 
@@ -108,7 +108,7 @@ class Search:
             for item, after in pairs(items, None):
                 item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
             os._exit(0)
-        limit = 10 + PATIENCE * sum(self._times[item.nodeid] for item in items)
+        limit = 5 + PATIENCE * sum(self._times[item.nodeid] for item in items)
         end = time.monotonic() + limit
         while time.monotonic() < end:
             done, status = os.waitpid(pid, os.WNOHANG)

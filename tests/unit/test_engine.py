@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ PROMPT = [1, 2]
 LONG = [1, 2, 3, 4, 5, 6, 7, 0, 1, 2]  # two whole chunks and a half
 PARAMS = SamplingParams(max_tokens=5)
 STAGES = 3
+R = TypeVar("R", bound=Rig)
 
 
 @pytest.mark.parametrize("turns", [[0], [2, 1, 0], [1, 2, 2, 0, 1, 0]])
@@ -43,19 +45,33 @@ def test_a_refusal_ends_the_request_whenever_it_comes(turns: list[int]) -> None:
 def engine_of(kind: str, slots: int = 1) -> Rig:
     """Return a rig that drafts chains or trees, with its engine made."""
     if kind == "trees":
-        return WaveRig(STAGES, 8, heads={0: 0.7, 1: 0.7}, concurrent=slots)
-    rig = Rig(STAGES, Schedule(1, STAGES))
+        return impatient(WaveRig(STAGES, 8, heads={0: 0.7, 1: 0.7}, concurrent=slots))
+    rig = impatient(Rig(STAGES, Schedule(1, STAGES)))
     rig.decode([7], SamplingParams(max_tokens=1))
     return rig
+
+
+def impatient(rig: R) -> R:
+    """Let a rig that has come to a stop fail soon."""
+    rig.links._timeout = 1.0
+    return rig
+
+
+def steps(rig: Rig, sequence: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield what the engine makes final until a request is over."""
+    for _ in range(2000):
+        if sequence.finish_reason:
+            return
+        yield from rig.engine.step()
+    pytest.fail("the request does not end")
 
 
 def answer(rig: Rig, prompt: list[int], **more: Any) -> Any:
     """Run a request to its end, beside what is under way; return its sequence."""
     sequence = rig.engine.add(Request(tuple(prompt), PARAMS, frozenset(), VOCAB, **more))
     tokens: list[int] = []
-    while not sequence.finish_reason:
-        for other, output in rig.engine.step():
-            tokens += output.tokens if other is sequence and isinstance(output, Emit) else ()
+    for other, output in steps(rig, sequence):
+        tokens += output.tokens if other is sequence and isinstance(output, Emit) else ()
     assert tokens == rig.plain(prompt, PARAMS, frozenset())
     return sequence
 
@@ -119,7 +135,7 @@ def traced(rig: Rig) -> list[list[tuple[Any, ...]]]:
 
 
 def test_passes_of_plain_decoding_are_noted_and_counted() -> None:
-    rig = Rig(STAGES, Schedule(1, 1))
+    rig = impatient(Rig(STAGES, Schedule(1, 1)))
     rig.decode([7], SamplingParams(max_tokens=1))
     first, *others = traced(rig)
     prompt = [("prefill", 0, 4), ("prefill", 4, 4), ("forward", 8, 2)]
@@ -155,7 +171,7 @@ def test_who_looks_on_sees_what_is_fed_and_what_is_final(kind) -> None:
 
 
 def test_passes_that_miss_are_noted_as_cancelled() -> None:
-    rig = Rig(STAGES, Schedule(1, STAGES))
+    rig = impatient(Rig(STAGES, Schedule(1, STAGES)))
     rig.move_while_stage_0_computes([0, 0, 1, 2, 1, 2, 0])
     recorder = rig.stage.recorder = Recorder(trace=True)
     params = SamplingParams(max_tokens=30)
@@ -181,7 +197,7 @@ class Spy:
 
 
 def test_a_head_reads_the_newest_verified_row_of_each_slot() -> None:
-    rig = WaveRig(STAGES, 8, heads={0: 0.5, 1: 0.9}, concurrent=2, feedback=True)
+    rig = impatient(WaveRig(STAGES, 8, heads={0: 0.5, 1: 0.9}, concurrent=2, feedback=True))
     spy = Spy(rig)
     asked = [Asked([3, 1], SamplingParams(max_tokens=30)), Asked(LONG, PARAMS)]
     texts = [[*each.prompt, *rig.learn(each)] for each in asked]
@@ -196,7 +212,7 @@ def test_a_head_reads_the_newest_verified_row_of_each_slot() -> None:
             assert torch.equal(verified[i], rows_of[row.slot][known[i] - 2])
             seen.add((row.slot, known[i]))
     assert len(seen) > PARAMS.max_tokens
-    quiet = WaveRig(STAGES, 8, heads={0: 0.5})
+    quiet = impatient(WaveRig(STAGES, 8, heads={0: 0.5}))
     spy = Spy(quiet)
     answer(quiet, LONG)
     assert {verified for _, verified, _, _ in spy.asked} == {None}
@@ -208,14 +224,13 @@ def test_what_a_grammar_permits_goes_with_each_row() -> None:
     def masks(answered: tuple[int, ...]) -> bytes:
         return bytes([0b01010101 if len(answered) % 2 else 0b10101110])
 
-    rig = WaveRig(STAGES, 8, heads={0: 0.5, 1: 0.9}, concurrent=2)
+    rig = impatient(WaveRig(STAGES, 8, heads={0: 0.5, 1: 0.9}, concurrent=2))
     spy = Spy(rig)
     rig.engine.add(Request((3, 1), SamplingParams(max_tokens=30), frozenset(), VOCAB))
     request = Request((1, 2, 3), PARAMS, frozenset(), VOCAB, masks=masks)
     sequence, tokens = rig.engine.add(request), []
-    while not sequence.finish_reason:
-        for each, output in rig.engine.step():
-            tokens += output.tokens if each is sequence and isinstance(output, Emit) else ()
+    for each, output in steps(rig, sequence):
+        tokens += output.tokens if each is sequence and isinstance(output, Emit) else ()
     assert all(masks(tuple(tokens[:i]))[0] >> token & 1 for i, token in enumerate(tokens))
     both = 0
     for rows, _, given, _ in spy.asked:
@@ -230,7 +245,7 @@ def test_what_a_grammar_permits_goes_with_each_row() -> None:
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_the_end_of_a_prompt_is_drafted_on(joined) -> None:
-    rig = WaveRig(STAGES, 8, heads={0: 1.0}, concurrent=2, lookup=False)
+    rig = impatient(WaveRig(STAGES, 8, heads={0: 1.0}, concurrent=2, lookup=False))
     if joined:
         rig.engine.add(Request((3, 1), SamplingParams(max_tokens=60), frozenset(), VOCAB))
         for _ in range(20):
@@ -244,14 +259,13 @@ def test_the_end_of_a_prompt_is_drafted_on(joined) -> None:
         hear(node, rank, *said)
 
     sequence.waves.hear = listen
-    while not sequence.waves.emitted:
-        rig.engine.step()
+    next(output for each, output in steps(rig, sequence) if each is sequence)
     assert (root, 0) in heard
 
 
 def test_rows_that_do_not_pay_are_not_fed() -> None:
     for costs, most in (((), 8), ((1.0, *[50.0 * n for n in range(1, 8)]), 1)):
-        rig = WaveRig(STAGES, 8, heads={0: 0.6, 1: 0.9}, costs=costs)
+        rig = impatient(WaveRig(STAGES, 8, heads={0: 0.6, 1: 0.9}, costs=costs))
         events: list[Any] = []
         rig.stage.recorder.observer = events.append
         answer(rig, LONG)
@@ -260,12 +274,13 @@ def test_rows_that_do_not_pay_are_not_fed() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 4])
 def test_so_many_waves_are_under_way_as_the_schedule_says(rows) -> None:
-    rig = WaveRig(STAGES, rows, heads={0: 1.0})
+    rig = impatient(WaveRig(STAGES, rows, heads={0: 1.0}))
     sequence = rig.engine.add(Request((1, 2), SamplingParams(max_tokens=20), frozenset(), VOCAB))
-    most = 0
-    while not sequence.finish_reason:
-        rig.engine.step()
-        most = max(most, len(sequence.waves.waves))
+    under_way: list[int] = []
+    feed = rig.engine._feed_wave
+    rig.engine._feed_wave = lambda: (feed(), under_way.append(len(sequence.waves.waves)))[0]
+    assert [output for _, output in steps(rig, sequence)]
+    most = max(under_way)
     assert most == (STAGES if rows else 1), "without drafts nothing follows the root"
     assert (sequence.waves.counts.drafted > 0) == (rows > 0)
 

@@ -41,6 +41,7 @@ class Clocked:
 
     def __init__(self, **settings: Any) -> None:
         self.rig = Rig(STAGES, Schedule(1, STAGES), **settings)
+        self.rig.links._timeout = 1.0
         self.rig.decode([7], SamplingParams(max_tokens=1))
         self.rig.stage.drafter = OracleDrafter([0] * CONTEXT, 1.0, VOCAB)
         self.time = 100 * S
@@ -66,6 +67,7 @@ class Clocked:
         while True:
             while (taken := ticket.take_now()) is None:
                 self.step()
+                assert self.time < 10_000 * S, "the request does not end"
             if taken[0] != "chunk":
                 return chunks, times, taken
             chunks.append(taken[1])
