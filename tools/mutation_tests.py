@@ -12,7 +12,13 @@ TEXT = ("unit/test_tokenizer.py", "unit/test_ids.py", "unit/test_text.py", "unit
 GATED = "contract/test_exact_oracle.py::test_a_hurried_gate_pauses_and_resumes"
 LOOPS = (
     *("unit/test_judge.py", "unit/test_loop.py", "unit/test_inner_head.py", "unit/test_engine.py"),
-    *("unit/test_joined.py", "unit/test_trace.py", "unit/test_logprobs.py", "serve/test_echo.py"),
+    *(
+        "unit/test_wave_engine.py",
+        "unit/test_joined.py",
+        "unit/test_trace.py",
+        "unit/test_logprobs.py",
+        "serve/test_echo.py",
+    ),
     *(GATED, CHAINS, TREES),
 )
 TALKS = (
@@ -40,7 +46,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/thread": ("unit/test_thread.py",),
     "engine/llm": TALKS,
     "engine/links": ("unit/test_links.py", "unit/test_engine.py", "unit/test_logprobs.py"),
-    "engine/first_stage": (*LOOPS, "serve/test_structured.py", "system/test_acceptance.py"),
+    "engine/first_stage": ("unit/test_engine.py", "unit/test_logprobs.py", GATED, CHAINS, TREES),
     "engine/drafter": ("unit/test_drafter.py", "unit/test_exit_head.py"),
     **dict.fromkeys([f"model/{n}" for n in ("cache", "stage")], MEMORY),
     **dict.fromkeys(

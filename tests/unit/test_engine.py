@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import pytest
 import torch
 
 from ppsd.engine.events import FedBlock, FedRows, Left, Made
-from ppsd.engine.sequence import Request, collect_logits
+from ppsd.engine.sequence import Request, begin_message, collect_logits
 from ppsd.errors import RequestError
 from ppsd.lab.oracle import OracleDrafter
 from ppsd.speculation.policy import Emit, Finish, Schedule
 from ppsd.types import SamplingParams
+from ppsd.worker.messages import Block
 from ppsd.worker.recorder import Recorder
+from ppsd.worker.scores import UNSCORED
 from tests.support.hash_model import last_rows
 from tests.support.rig import VOCAB, Rig
-from tests.support.wave_rig import Asked, WaveRig
+from tests.support.wave_rig import WaveRig
 
 PROMPT = [1, 2]
 LONG = [1, 2, 3, 4, 5, 6, 7, 0, 1, 2]  # two whole chunks and a half
@@ -93,6 +94,36 @@ def test_rows_of_whole_chunks_are_taken_over(kind) -> None:
     assert answer(rig, [*LONG, *plain, 3]).cached == 8, "an answer's rows come one by one"
     assert answer(rig, [2, *LONG]).cached == 0
     assert answer(rig, [3, *LONG], reuse=True).cached == 0
+
+
+@pytest.mark.parametrize("kind", ["chains", "trees"])
+def test_the_rest_of_a_prompt_is_fed_under_new_numbers(kind) -> None:
+    """Answers to what ran in the slot before are old."""
+    rig = engine_of(kind)
+    answer(rig, LONG)
+    before, events = rig.links.epoch(0), []
+    rig.stage.recorder.observer = events.append
+    sequence = answer(rig, LONG)
+    fed = [event.feed for event in events if isinstance(event, FedBlock)]
+    assert (fed[0].position, sequence.cached) == (8, 8)
+    assert 1 < before <= fed[0].epoch
+
+
+def test_rows_of_a_prompt_answered_with_one_token_stay() -> None:
+    rig = engine_of("trees")
+    one = Request(tuple(LONG), SamplingParams(max_tokens=1), frozenset(), VOCAB)
+    assert [output for _, output in steps(rig, rig.engine.add(one))]
+    assert answer(rig, LONG).cached == 8
+
+
+def test_what_ends_a_text_is_not_told_to_the_last_stage() -> None:
+    params = SamplingParams(stop=("end",), stop_token_ids=(3,), seed=5)
+    begin = begin_message(
+        2, Request((1, 2), params, frozenset({3}), VOCAB), feedback=True, logits=False
+    )
+    assert (begin.params, begin.stop_ids) == (SamplingParams(seed=5), (3,))
+    assert (begin.slot, begin.prompt_length, begin.scores) == (2, 2, UNSCORED)
+    assert (begin.want_feedback, begin.want_logits) == (True, False)
 
 
 def test_rows_of_a_request_under_way_are_copied() -> None:
@@ -182,137 +213,25 @@ def test_passes_that_miss_are_noted_as_cancelled() -> None:
     assert recorder.passes == len(forward) - 1, "the prompt's pass is none"
 
 
-class Spy:
-    """Notes what the first head of a rig of trees is asked, and by which rows."""
-
-    def __init__(self, rig: WaveRig) -> None:
-        self.asked: list[tuple[list[Any], torch.Tensor | None, tuple[bytes, ...], list[int]]] = []
-        self._rig, self._opinion = rig, rig.stage.head.opinion
-        rig.stage.head.opinion = self.opinion
-
-    def opinion(self, rank: int, rows: Any, hidden: Any, verified: Any, masks: Any) -> Any:
-        known = [self._rig.engine._slots[row.slot].waves.committed for row in rows]
-        self.asked.append((rows, verified, masks, known))
-        return self._opinion(rank, rows, hidden, verified, masks)
+def masks(answered: tuple[int, ...]) -> bytes:
+    return bytes([(0b01010101, 0b10101110, 0b00111000)[len(answered) % 3]])
 
 
-def test_a_head_reads_the_newest_verified_row_of_each_slot() -> None:
-    rig = impatient(WaveRig(STAGES, 8, heads={0: 0.5, 1: 0.9}, concurrent=2, feedback=True))
-    spy = Spy(rig)
-    asked = [Asked([3, 1], SamplingParams(max_tokens=30)), Asked(LONG, PARAMS)]
-    texts = [[*each.prompt, *rig.learn(each)] for each in asked]
-    rig.engine.add(Request((3, 1), asked[0].params, frozenset(), VOCAB))  # in slot 0
-    answer(rig, LONG)
-    rows_of = [last_rows(torch.tensor(text), STAGES, VOCAB) for text in texts]
-    seen = set()
-    for rows, verified, _, known in spy.asked:
-        begun = [n > len(asked[row.slot].prompt) for row, n in zip(rows, known, strict=True)]
-        assert (verified is not None) == all(begun)
-        for i, row in enumerate(rows if all(begun) else ()):
-            assert torch.equal(verified[i], rows_of[row.slot][known[i] - 2])
-            seen.add((row.slot, known[i]))
-    assert len(seen) > PARAMS.max_tokens
-    quiet = impatient(WaveRig(STAGES, 8, heads={0: 0.5}))
-    spy = Spy(quiet)
-    answer(quiet, LONG)
-    assert {verified for _, verified, _, _ in spy.asked} == {None}
-
-
-def test_what_a_grammar_permits_goes_with_each_row() -> None:
-    """Requests without a grammar permit everything."""
-
-    def masks(answered: tuple[int, ...]) -> bytes:
-        return bytes([0b01010101 if len(answered) % 2 else 0b10101110])
-
-    rig = impatient(WaveRig(STAGES, 8, heads={0: 0.5, 1: 0.9}, concurrent=2))
-    spy = Spy(rig)
-    rig.engine.add(Request((3, 1), SamplingParams(max_tokens=30), frozenset(), VOCAB))
+def test_chains_follow_a_grammar() -> None:
+    rig = engine_of("chains")
+    blocks: list[Block] = []
+    send = rig.links.send
+    rig.links.send = lambda message: (blocks.append(message), send(message))[1]
     request = Request((1, 2, 3), PARAMS, frozenset(), VOCAB, masks=masks)
     sequence, tokens = rig.engine.add(request), []
-    for each, output in steps(rig, sequence):
-        tokens += output.tokens if each is sequence and isinstance(output, Emit) else ()
+    for _, output in steps(rig, sequence):
+        tokens += output.tokens if isinstance(output, Emit) else ()
     assert all(masks(tuple(tokens[:i]))[0] >> token & 1 for i, token in enumerate(tokens))
-    both = 0
-    for rows, _, given, _ in spy.asked:
-        slots = {row.slot for row in rows}
-        assert len(given) == (len(rows) if sequence.slot in slots else 0)
-        both += len(slots) == 2
-        for row, mask in zip(rows, given, strict=False):
-            own = row.slot == sequence.slot
-            assert mask == (masks((0,) * (row.position - 2)) if own else b"\xff")
-    assert both > 0
-
-
-@pytest.mark.parametrize("joined", [False, True])
-def test_the_end_of_a_prompt_is_drafted_on(joined) -> None:
-    rig = impatient(WaveRig(STAGES, 8, heads={0: 1.0}, concurrent=2, lookup=False))
-    if joined:
-        rig.engine.add(Request((3, 1), SamplingParams(max_tokens=60), frozenset(), VOCAB))
-        for _ in range(20):
-            rig.engine.step()
-    sequence = rig.engine.add(Request(tuple(LONG), PARAMS, frozenset(), VOCAB))
-    heard: list[tuple[int, int]] = []
-    hear, root = sequence.waves.hear, sequence.waves.tree.root.id
-
-    def listen(node: int, rank: int, *said: Any) -> None:
-        heard.append((node, rank))
-        hear(node, rank, *said)
-
-    sequence.waves.hear = listen
-    next(output for each, output in steps(rig, sequence) if each is sequence)
-    assert (root, 0) in heard
-
-
-def test_rows_that_do_not_pay_are_not_fed() -> None:
-    for costs, most in (((), 8), ((1.0, *[50.0 * n for n in range(1, 8)]), 1)):
-        rig = impatient(WaveRig(STAGES, 8, heads={0: 0.6, 1: 0.9}, costs=costs))
-        events: list[Any] = []
-        rig.stage.recorder.observer = events.append
-        answer(rig, LONG)
-        assert max(len(e.rows) for e in events if isinstance(e, FedRows)) == most
-
-
-@pytest.mark.parametrize("rows", [0, 1, 4])
-def test_so_many_waves_are_under_way_as_the_schedule_says(rows) -> None:
-    rig = impatient(WaveRig(STAGES, rows, heads={0: 1.0}))
-    sequence = rig.engine.add(Request((1, 2), SamplingParams(max_tokens=20), frozenset(), VOCAB))
-    under_way: list[int] = []
-    feed = rig.engine._feed_wave
-    rig.engine._feed_wave = lambda: (feed(), under_way.append(len(sequence.waves.waves)))[0]
-    assert [output for _, output in steps(rig, sequence)]
-    most = max(under_way)
-    assert most == (STAGES if rows else 1), "without drafts nothing follows the root"
-    assert (sequence.waves.counts.drafted > 0) == (rows > 0)
-
-
-def test_a_wave_and_the_drafts_behind_it_are_noted_side_by_side() -> None:
-    rig = engine_of("trees")
-    first, *others = traced(rig)
-    kinds = [kind for kind, *_ in first]
-    assert kinds[:3] == ["prefill", "prefill", "forward"]
-    assert set(kinds[3:]) == {"forward", "draft"}
-    for before, after in pairwise(first):
-        if after[0] == "draft":
-            assert before[0] == "forward"
-            assert after[1:] == (0, before[2] + 1, before[3])
-    waves = [place for kind, *place in first[3:] if kind == "forward"]
-    assert (rig.stage.recorder.passes, rig.stage.recorder.rows) == (
-        len(waves),
-        sum(rows for *_, rows in waves),
-    )
-    assert {kind for kind, *_ in others[0]} == {"prefill", "verify", "draft"}
-    assert {kind for kind, *_ in others[1]} <= {"prefill", "verify", "cancelled"}
-
-
-def test_a_refusal_ends_a_request_of_a_wave_alone() -> None:
-    rig = engine_of("trees", slots=2)
-    every = frozenset(range(VOCAB))
-    doomed = Request((1, 2), SamplingParams(max_tokens=9, min_tokens=4), every, VOCAB)
-    for _ in range(3):
-        sequence = rig.engine.add(doomed)
-        answer(rig, LONG)
-        assert sequence.finish_reason == "error"
-        assert isinstance(sequence.error, RequestError)
+    judged = [block for block in blocks if isinstance(block, Block) and block.judge]
+    assert [b.masks for b in judged] == [
+        (masks((0,) * (b.position + len(b.tokens) - 3)),) for b in judged
+    ]
+    assert rig.engine._slots == {}
 
 
 def test_chains_ask_no_heads_on_the_way() -> None:

@@ -117,15 +117,17 @@ class Certain(Noted):
 
     ids = np.array([1, 3, 4, 9, 10])
     spec = SimpleNamespace(vocab_size=11)
+    scores = torch.arange(5.0)
 
     def finish(self, rows: torch.Tensor, verified: object) -> torch.Tensor:
+        self.verified = verified
         return rows
 
     def copy_odds(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.full((len(rows), 1), 0.25)
 
     def opinions(self, rows: torch.Tensor, k: int, perturb):
-        scores = perturb(torch.arange(5.0, dtype=torch.bfloat16).expand(len(rows), -1), self.ids)
+        scores = perturb(self.scores.expand(len(rows), -1), self.ids)
         columns, probabilities = most_probable(scores, 2)
         return torch.from_numpy(self.ids)[columns], probabilities
 
@@ -149,15 +151,25 @@ def test_a_head_names_only_what_the_grammar_permits() -> None:
 def test_a_prompts_last_row_is_asked_for_where_it_is_judged() -> None:
     head = InnerHead(Certain())  # type: ignore[arg-type]
     hidden = torch.zeros(3, 2)
-    block = Block(2, 7, 4, 3, 2, (1, 2, 3), hidden, (allowed(9, 10), allowed(1, 3)))
+    masks = (allowed(4, 9), allowed(9, 10), allowed(1, 3))
+    block = Block(2, 7, 4, 3, 3, (1, 2, 3), hidden, masks)
     said = head.observe(1, block, hidden)
     assert said is not None
     assert (said.source, said.nodes, said.tokens) == (1, ((2, 7),), ((3, 1),))
     assert head.observe(1, block._replace(judge=0), hidden) is None
 
 
-def test_candidates_of_a_sampled_request_have_the_targets_noise() -> None:
+def test_feedback_goes_to_the_head() -> None:
+    certain_head = Certain()
+    verified = torch.ones(1, 2)
+    InnerHead(certain_head).opinion(0, [certain(10)], torch.zeros(1, 2), verified)  # type: ignore[arg-type]
+    assert certain_head.verified is verified
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_candidates_of_a_sampled_request_have_the_targets_noise(monkeypatch, dtype) -> None:
     """Each row that of the position it asks about; a greedy neighbour's scores stay."""
+    monkeypatch.setattr(Certain, "scores", torch.arange(5.0, dtype=dtype))
     params = SamplingParams(temperature=9.0, seed=5)
     head = InnerHead(Certain())  # type: ignore[arg-type]
     head.begin(Begin(0, params, 4, (), 11))

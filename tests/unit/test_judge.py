@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppsd.errors import NonFiniteError
+from ppsd.errors import NonFiniteError, ProtocolError
 from ppsd.speculation.waves import Row
 from ppsd.types import SamplingParams
 from ppsd.worker.judge import Judge, require_finite
@@ -39,7 +39,7 @@ def judge(slots: int, **params: object) -> Judge:
         made.begin(begin)
         block = Block(slot, ROOT, 0, -1, 1, PROMPT, torch.full((3, 1), 4.0))
         said = made.verdict(block, block.hidden)
-        assert (said.tokens, said.feedback) == ((4,), None)
+        assert (said.tokens, said.logits, said.feedback) == ((4,), None, None)
         made.begin(replace(begin, params=SamplingParams(**params), stop_ids=tuple(range(VOCAB))))
     return made
 
@@ -111,6 +111,12 @@ def test_the_first_row_that_is_not_finite_is_named() -> None:
     with pytest.raises(NonFiniteError, match="stage 2 computed NaN or infinity at position 8"):
         require_finite(rows, 2, 7)
     require_finite(torch.full((2, 2), 3e38), 2, 7)  # whose sum is not finite
+
+
+def test_a_slot_that_is_not_there_is_named() -> None:
+    hidden = torch.full((3, 1), 4.0)
+    with pytest.raises(ProtocolError, match="slot 2 is none of the 2 there are"):
+        judge(2).verdict(Block(2, ROOT, 0, -1, 1, PROMPT, hidden), hidden)
 
 
 def test_an_answers_tokens_are_not_scored() -> None:

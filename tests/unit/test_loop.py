@@ -197,6 +197,7 @@ def test_a_long_report_comes_in_parts() -> None:
     assert [report.fields["last"] for report in reports] == [False] * (len(reports) - 1) + [True]
     assert all(0 < len(json.dumps(report.fields)) < CONTROL_BYTES for report in reports)
     assert 2 < len(reports) < 12
+    assert {report.kind for report in reports} == {"report"}
     slices = [slice for report in reports for slice in report.fields["slices"]]
     assert [slice[3] for slice in slices] == list(range(lots))
     assert reports[-1].fields["blocks"] == {"verify": lots}

@@ -201,11 +201,7 @@ class WaveEngine(Engine):
         return torch.cat(known) if len(known) == len(rows) else None
 
     def _lives(self, row: Row) -> bool:
-        sequence = self._slots.get(row.slot)
-        if sequence is None:
-            return False
-        policy = sequence.waves
-        return row.node in policy.tree.nodes
+        return row.node in self._slots[row.slot].waves.tree.nodes
 
     def _take(self, answer: Answer) -> None:
         if isinstance(answer, Opinion):
