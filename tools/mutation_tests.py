@@ -12,14 +12,8 @@ TEXT = ("unit/test_tokenizer.py", "unit/test_ids.py", "unit/test_text.py", "unit
 GATED = "contract/test_exact_oracle.py::test_a_hurried_gate_pauses_and_resumes"
 LOOPS = (
     *("unit/test_judge.py", "unit/test_loop.py", "unit/test_inner_head.py", "unit/test_engine.py"),
-    *(
-        "unit/test_wave_engine.py",
-        "unit/test_joined.py",
-        "unit/test_trace.py",
-        "unit/test_logprobs.py",
-        "serve/test_echo.py",
-    ),
-    *(GATED, CHAINS, TREES),
+    *("unit/test_wave_engine.py", "unit/test_joined.py", "unit/test_trace.py"),
+    *("unit/test_logprobs.py", "serve/test_echo.py", GATED, CHAINS, TREES),
 )
 TALKS = (
     *("unit/test_llm.py", "unit/test_trace.py", "unit/test_logprobs.py", "unit/test_ids.py"),

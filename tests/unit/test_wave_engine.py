@@ -1,4 +1,4 @@
-"""The engine of trees over oracle stages: what heads are given, and how many waves are under way."""
+"""The engine of trees over oracle stages: what heads are given, how many waves are under way."""
 
 from __future__ import annotations
 
