@@ -69,11 +69,12 @@ $(DEV): $(RUN)
 EXACTNESS := docs/results/exactness
 exactness: $(RUN)
 	mkdir -p $(EXACTNESS)
-	for dtype in bfloat16 float32; do for stages in 2 3 4; do for t in 0 0.8; do \
-	  out=$(EXACTNESS)/$$dtype-$$stages-stages-temperature-$$t.json; \
-	  test -s $$out || { $(BIN)/ppsd verify $(PROMPTS) --limit 20 -n 64 --dtype $$dtype \
-	    --stages $$stages --temperature $$t --json > $$out.part && mv $$out.part $$out; } \
-	    || exit 1; \
+	for dtype in bfloat16 float32; do for t in 0 0.8; do \
+	  for setup in "2-stages --stages 2" "3-stages --stages 3" "4-stages --stages 4" \
+	    "4-stages-waves --stages 4 --rows 16 --concurrent 8"; do \
+	    out=$(EXACTNESS)/$$dtype-$${setup%% *}-temperature-$$t.json; \
+	    test -s $$out || { $(BIN)/ppsd verify $(PROMPTS) --limit 20 -n 64 --dtype $$dtype \
+	      --temperature $$t $${setup#* } --json > $$out.part && mv $$out.part $$out; } || exit 1; \
 	done; done; done
 
 # What fits into an hour on two cores and does not depend on their speed: figures on virtual clocks,

@@ -33,6 +33,11 @@ RUNS = {
     "8, exits 4, 8 and 18": ("tasks-8-stages-virtual", "all"),
     "4, exit 8, temperature 1": ("tasks-4-stages-sampled", "all T=1"),
 }
+SECOND = {
+    "4 emulated": "tasks-1.5b-4-stages-virtual",
+    "2 emulated": "tasks-1.5b-2-stages-virtual",
+    "2 real cores": "tasks-1.5b-2-stages",
+}
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -106,6 +111,16 @@ def _rival(row: Row) -> list[str]:
     ]
 
 
+def second() -> str:
+    """Return the ways to decode the second model, overall."""
+    lines = []
+    for stages, name in SECOND.items():
+        found = [row for (group, _), row in rows_of(name).items() if group == "all"]
+        lines += [[stages, str(row["tasks"]), *_rival(row)] for row in found if row["alpha"]]
+    heads = ["stages", "prompts", "variant", "over plain", "quartiles", "all over all"]
+    return table([*heads, "drafts accepted", "differing"], lines)
+
+
 def best() -> str:
     """Return waves beside the best rival of each task."""
     rows = rows_of("tasks-4-stages-rivals")
@@ -143,6 +158,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "needed": needed,
     "rivals": rivals,
     "best": best,
+    "second": second,
     "reliability": reliability,
 }
 
