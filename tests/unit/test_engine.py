@@ -136,9 +136,14 @@ def test_rows_of_a_request_under_way_are_copied() -> None:
     assert (copied.slot, copied.cached) == (1 - first.slot, 8)
     assert not running.finish_reason
     rig.engine.abort(running)
+    assert running.finish_reason == "abort"
     assert rig.engine._held[copied.slot].overlap(copied.request) == 8, "as good as computed"
     assert answer(rig, [3, 3]).slot == copied.slot, "free for the longest"
     assert answer(rig, [3, 4]).slot == first.slot
+    rig = engine_of("trees", slots=2)
+    running = rig.engine.add(request)
+    next(steps(rig, running))
+    assert answer(rig, LONG).cached == 8, "of a prompt whose own answer has just begun"
 
 
 @pytest.mark.parametrize("kind", ["chains", "trees"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 
 import pytest
 import torch
@@ -235,6 +236,7 @@ def test_a_request_that_cannot_go_on_is_refused() -> None:
     [(to, refusal)] = line.sent
     assert isinstance(refusal, Refusal)
     assert (to, refusal.slot, refusal.epoch, refusal.source) == (0, 0, 1, 1)
+    assert "must leave a finite largest logit" in refusal.message
 
 
 def test_a_failure_keeps_the_end_of_its_traceback() -> None:
@@ -250,8 +252,7 @@ def test_a_failure_keeps_the_end_of_its_traceback() -> None:
     assert status.fields["error"] == "PipelineError"
     assert status.fields["message"] == "x" * 4096
     assert status.fields["pipeline"] is True
-    assert status.fields["traceback"].startswith("Traceback")
-    assert status.fields["traceback"].endswith("end\n")
+    assert status.fields["traceback"] == "".join(traceback.format_exception(caught.value))
     long = failure_status(2, ValueError("y" * CONTROL_BYTES + "end"))
     assert long.fields["pipeline"] is False
     assert long.fields["traceback"].endswith("yend\n")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from ppsd.engine.events import FedBlock, FedRows
 from ppsd.engine.sequence import Request
 from ppsd.engine.wave_engine import WaveEngine
-from ppsd.errors import RequestError
+from ppsd.errors import NonFiniteError, RequestError
 from ppsd.speculation.policy import Emit, Schedule
 from ppsd.types import SamplingParams
 from ppsd.worker.messages import Block
@@ -180,6 +182,21 @@ def test_a_wave_that_misses_is_noted_as_cancelled() -> None:
     assert kinds["cancelled"] > 0
     assert set(kinds) <= {"forward", "draft", "cancelled"}
     assert recorder.passes == kinds["forward"] - 1, "the prompt's pass is none"
+
+
+def test_rows_that_are_not_finite_are_named() -> None:
+    rig = engine_of("trees")
+    start = rig.stage.start_rows
+
+    def broken(rows: Any, piece: Any = None) -> Any:
+        work = start(rows, piece)
+        while not work.advance():
+            pass
+        return SimpleNamespace(hidden=work.hidden * math.nan, advance=lambda watch: True)
+
+    rig.stage.start_rows = broken
+    with pytest.raises(NonFiniteError, match="stage 0 computed NaN or infinity at position 10"):
+        answer(rig, LONG)
 
 
 def test_a_refusal_ends_a_request_of_a_wave_alone() -> None:
