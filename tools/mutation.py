@@ -90,7 +90,8 @@ class Search:
         from mutmut.state import state
 
         become("stats")
-        for item, after in pairs(session.items, session.items[0].parent):
+        first = session.items[0]  # comes twice: at its first time modules are imported
+        for item, after in [(first, first.parent), *pairs(session.items, first.parent)]:
             start = time.process_time()
             item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
             if (seconds := time.process_time() - start) < self._longest:

@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from ppsd.engine.engine import Engine
 from ppsd.engine.events import FedBlock, FedRows, Left, Made
-from ppsd.engine.sequence import Request, begin_message, collect_logits
+from ppsd.engine.sequence import Request, _common_prefix, begin_message, collect_logits
 from ppsd.errors import RequestError
 from ppsd.lab.oracle import OracleDrafter
 from ppsd.speculation.policy import Emit, Finish, Schedule
+from ppsd.speculation.sampling import Stream
 from ppsd.types import SamplingParams
 from ppsd.worker.messages import Block
 from ppsd.worker.recorder import Recorder
@@ -237,6 +239,35 @@ def test_chains_follow_a_grammar() -> None:
         (masks((0,) * (b.position + len(b.tokens) - 3)),) for b in judged
     ]
     assert rig.engine._slots == {}
+
+
+@pytest.mark.parametrize("length", range(9))
+def test_a_common_beginning_is_found_whole(length) -> None:
+    whole = tuple(range(9))
+    assert _common_prefix((*whole[:length], 99, 98), whole) == length
+    assert _common_prefix(whole, whole[:length]) == length
+
+
+def test_what_is_drafted_and_with_which_noise() -> None:
+    rig = engine_of("chains")
+    settings: dict[str, Any] = {"max_context": 96}
+    for schedule, drafter, drafting in (
+        (Schedule(1, STAGES), OracleDrafter([0], 1.0, VOCAB), True),
+        (Schedule(1, STAGES), None, False),
+        (Schedule(1, 1), OracleDrafter([0], 1.0, VOCAB), False),
+    ):
+        rig.stage.drafter = drafter
+        Engine(rig.stage, rig.links, schedule, **settings)
+        assert rig.stage.drafting == drafting
+        assert rig.stage.draft_stream == Stream.TARGET
+    engine = Engine(rig.stage, rig.links, schedule, acceptance="rejection", **settings)
+    assert rig.stage.draft_stream == Stream.DRAFT
+    request = Request((1, 2), PARAMS, frozenset(), VOCAB)
+    assert engine._policy(request, 0)._prefill_in_flight == STAGES
+    begun: list[Any] = []
+    rig.links.send = begun.append
+    engine.add(request)
+    assert begun[0].want_logits, "to draw from where a draft is rejected"
 
 
 def test_chains_ask_no_heads_on_the_way() -> None:

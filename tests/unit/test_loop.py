@@ -150,7 +150,8 @@ def test_a_dead_wave_goes_on_if_it_has_moves_to_tell(part, told) -> None:
     worker, line, _, recorder = middle(1, 9)
     worker.handle(wave(2, 3, part=part))
     assert [(to, sent.parts, sent.rows) for to, sent in line.sent] == told
-    assert recorder.blocks == {"dropped": 1}
+    worker.handle(wave(2, 3))
+    assert recorder.blocks == {"dropped": 2}
 
 
 def test_a_wave_that_dies_on_the_way_is_cancelled() -> None:
@@ -164,10 +165,10 @@ def test_a_wave_that_dies_on_the_way_is_cancelled() -> None:
 def test_a_block_that_dies_on_the_way_is_cancelled() -> None:
     worker, line, _, recorder = middle(1, 1)
     line.passing.look = lambda: line.epochs.__setitem__(0, 9)
-    for _ in range(2):  # the second is stale when it comes
+    for _ in range(3):  # the second is stale when it comes
         worker.handle(block(0, judge=1))
     assert line.sent == []
-    assert recorder.blocks == {"cancelled": 1, "dropped": 1}
+    assert recorder.blocks == {"cancelled": 1, "dropped": 2}
     assert kinds(recorder) == [("cancelled", 1, 0, 2)]
 
 

@@ -114,8 +114,13 @@ def test_the_end_of_a_prompt_is_drafted_on(joined) -> None:
     rig.stage.recorder.observer = events.append
     send = rig.links.send
     rig.links.send = lambda message: (sent.append(message), send(message))[1]
-    next(output for each, output in steps(rig, sequence) if each is sequence)
+    rig.stage.recorder.take()
+    assert [output for each, output in steps(rig, sequence) if each is sequence]
     assert (root, 0) in heard
+    assert {rank for _, rank in heard} == {0}
+    report = rig.stage.recorder.take()
+    assert report["blocks"]["prefill"] == 2
+    assert (report["busy_ns"]["prefill"] == 0) == joined, "its time is the wave's"
     fed = [e.feed for e in events if isinstance(e, FedBlock) and e.slot == sequence.slot]
     assert [feed.position for feed in fed] == [0, 4, 8]
     assert all(block.joins == joined for block in sent if isinstance(block, Block))
@@ -136,7 +141,15 @@ def test_so_many_waves_are_under_way_as_the_schedule_says(rows) -> None:
     sequence = rig.engine.add(Request((1, 2), SamplingParams(max_tokens=20), frozenset(), VOCAB))
     under_way: list[int] = []
     feed = rig.engine._feed_wave
-    rig.engine._feed_wave = lambda: (feed(), under_way.append(len(sequence.waves.waves)))[0]
+
+    def fed() -> bool:
+        done = feed()
+        under_way.append(len(sequence.waves.waves))
+        assert max(sequence.waves.waves, default=0) <= rig.engine._wave
+        return done
+
+    rig.engine._feed_wave = fed
+    assert rig.stage.drafting == (rows > 0)
     assert [output for _, output in steps(rig, sequence)]
     most = max(under_way)
     assert most == (STAGES if rows else 1), "without drafts nothing follows the root"
@@ -179,6 +192,8 @@ def test_a_wave_that_misses_is_noted_as_cancelled() -> None:
     sequence = rig.engine.add(Request((1, 2), params, frozenset(), VOCAB))
     assert [output for _, output in steps(rig, sequence)]
     kinds = Counter(slice[2] for slice in recorder.slices or ())
+    for _, _, kind, _, position, rows, nodes in recorder.slices or ():
+        assert len(nodes) == (rows if kind != "draft" and position > 1 else 0)
     assert kinds["cancelled"] > 0
     assert set(kinds) <= {"forward", "draft", "cancelled"}
     assert recorder.passes == kinds["forward"] - 1, "the prompt's pass is none"
@@ -197,6 +212,13 @@ def test_rows_that_are_not_finite_are_named() -> None:
     rig.stage.start_rows = broken
     with pytest.raises(NonFiniteError, match="stage 0 computed NaN or infinity at position 10"):
         answer(rig, LONG)
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_text_proposes_tokens_if_it_may(lookup) -> None:
+    rig = impatient(WaveRig(STAGES, 4, heads={}, lookup=lookup))
+    sequence = answer(rig, [1, 2, 3, 1, 2, 3, 1, 2])
+    assert (sequence.waves.counts.drafted > 0) == lookup
 
 
 def test_a_refusal_ends_a_request_of_a_wave_alone() -> None:
