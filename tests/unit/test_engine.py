@@ -270,6 +270,15 @@ def test_what_is_drafted_and_with_which_noise() -> None:
     assert begun[0].want_logits, "to draw from where a draft is rejected"
 
 
+@pytest.mark.parametrize("acceptance", ["coupled", "rejection"])
+def test_tokens_are_drawn_anew_under_rejection_alone(monkeypatch, acceptance) -> None:
+    monkeypatch.setattr("ppsd.engine.engine.redraw", lambda sequence, verdict: (5,))
+    rig = impatient(Rig(STAGES, Schedule(1, 1), acceptance=acceptance))
+    plain = rig.plain(LONG, PARAMS, frozenset())
+    expected = [5] * PARAMS.max_tokens if acceptance == "rejection" else plain
+    assert rig.decode(LONG, PARAMS) == expected
+
+
 def test_chains_ask_no_heads_on_the_way() -> None:
     chains, trees = engine_of("chains"), engine_of("trees")
     for rig in (chains, trees):
