@@ -224,8 +224,10 @@ def masks(answered: tuple[int, ...]) -> bytes:
     return bytes([(0b01010101, 0b10101110, 0b00111000)[len(answered) % 3]])
 
 
-def test_chains_follow_a_grammar() -> None:
-    rig = engine_of("chains")
+@pytest.mark.parametrize("block", [1, 3])
+def test_chains_follow_a_grammar(block) -> None:
+    rig = impatient(Rig(STAGES, Schedule(block, STAGES)))
+    rig.decode([7], SamplingParams(max_tokens=1))
     blocks: list[Block] = []
     send = rig.links.send
     rig.links.send = lambda message: (blocks.append(message), send(message))[1]
@@ -235,9 +237,10 @@ def test_chains_follow_a_grammar() -> None:
         tokens += output.tokens if isinstance(output, Emit) else ()
     assert all(masks(tuple(tokens[:i]))[0] >> token & 1 for i, token in enumerate(tokens))
     judged = [block for block in blocks if isinstance(block, Block) and block.judge]
-    assert [b.masks for b in judged] == [
-        (masks((0,) * (b.position + len(b.tokens) - 3)),) for b in judged
-    ]
+    assert max(each.judge for each in judged) == block
+    for each in judged:
+        end = each.position + len(each.tokens)
+        assert each.masks == tuple(masks((0,) * (p - 2)) for p in range(end - each.judge, end))
     assert rig.engine._slots == {}
 
 

@@ -117,6 +117,7 @@ def test_a_head_speaks_of_prompts_that_want_it() -> None:
     worker.handle(block(0, judge=1))
     assert [to for to, _ in line.sent] == [2, 2, 0, 2, 2, 2]
     assert head.asked == [("begin", 0), ("begin", 0)]
+    assert recorder.busy_ns["verify"] > 0
     assert kinds(recorder) == [("verify", 1, 0, 2), ("prefill", 1, 2, 2), ("verify", 1, 0, 2)]
 
 

@@ -16,9 +16,11 @@ from ppsd.engine.sequence import Request
 from ppsd.engine.wave_engine import WaveEngine
 from ppsd.errors import NonFiniteError, RequestError
 from ppsd.speculation.policy import Emit, Schedule
+from ppsd.speculation.waves import Verified
 from ppsd.types import SamplingParams
 from ppsd.worker.messages import Block
 from ppsd.worker.recorder import Recorder
+from ppsd.worker.wave_messages import Verdicts
 from tests.support.hash_model import last_rows
 from tests.support.rig import VOCAB
 from tests.support.wave_rig import Asked, WaveRig
@@ -212,6 +214,17 @@ def test_rows_that_are_not_finite_are_named() -> None:
     rig.stage.start_rows = broken
     with pytest.raises(NonFiniteError, match="stage 0 computed NaN or infinity at position 10"):
         answer(rig, LONG)
+
+
+def test_verdicts_on_a_request_that_is_over_hide_no_others() -> None:
+    rig = engine_of("trees", slots=2)
+    first = rig.engine.add(Request((3, 1), PARAMS, frozenset(), VOCAB))
+    second = rig.engine.add(Request((1, 2), PARAMS, frozenset(), VOCAB))
+    root, heard = second.waves.tree.root.id, []
+    second.waves.on = lambda said: (heard.append(said), [])[1]
+    rig.engine.abort(first)
+    rig.engine._verify(Verdicts(2, ((first.slot, 1), (second.slot, root)), (4, 5)))
+    assert heard == [Verified((root,), (5,))]
 
 
 @pytest.mark.parametrize("lookup", [False, True])
