@@ -90,7 +90,8 @@ def test_the_times_of_a_profile_decide(plan, monkeypatch) -> None:
     choose = laid.choose
     monkeypatch.setattr(laid, "times", slower_with_rows)
     monkeypatch.setattr(laid, "choose", lambda *each: (asked.append(each[3]), choose(*each))[1])
-    plan()
+    monkeypatch.setattr(kernels, "name", lambda dtype, device: f"{dtype} on {device}")
+    assert plan()[1].kernels == ("float32 on cpu",) * 2
     [profile] = asked
     assert profile.growth(2) == pytest.approx(1 + 1 / 64)
 

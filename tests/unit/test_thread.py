@@ -164,6 +164,7 @@ def test_a_broken_pipeline_ends_the_thread_and_all_jobs(thread, work, left) -> N
     all_there = threading.Event()
     waiting, begun = Told(), Told(lambda job: (all_there.wait(5.0), fail(gone)()))
     thread.submit(begun)
+    assert begun.take() == ("chunk", "a")  # so the next is not taken from the inbox
     thread.submit(waiting)
     all_there.set()
     for job in (begun, waiting):
