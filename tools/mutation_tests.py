@@ -17,7 +17,7 @@ LOOPS = (
 )
 TALKS = (
     *("unit/test_llm.py", "unit/test_trace.py", "unit/test_logprobs.py", "unit/test_ids.py"),
-    *("serve/test_echo.py", "contract/test_streams.py"),
+    *("serve/test_echo.py", "contract/test_many.py", "contract/test_streams.py"),
 )
 MEMORY = (
     *("unit/test_slots.py", "unit/test_joined.py", "unit/test_cache_stage.py"),
