@@ -14,9 +14,10 @@ kills them.
 
 Mutants of a module are taken in the order of a hash of their names, as many as the budget allows:
 the sample is random, and a later run goes on where this one stopped unless the module has changed.
-The result file keeps the counts, each survivor with its difference, and the argument that somebody
-wrote beside it; a survivor without an argument is tried again. A mutant whose function none of
-these tests calls is counted as uncovered: slower tests may well call it.
+The result file keeps the counts and the commit of each module, each survivor with its difference,
+and the argument that somebody wrote beside it; a survivor without an argument is tried again. A
+mutant whose function none of these tests calls is counted as uncovered: slower tests may well call
+it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Search:
         self._asked.send(self._times)
         while mutant := self._asked.recv():
             function = mutant.rpartition("__mutmut_")[0]
-            names = [name for name, called in self._called.items() if function in called]
+            names = [name for name in self._times if function in self._called[name]]
             items = [item for item in session.items if item.nodeid in names]
             items.sort(key=lambda item: self._times[item.nodeid])
             self._asked.send(self._try(mutant, items) if items else UNCOVERED)
@@ -90,12 +91,13 @@ class Search:
         from mutmut.state import state
 
         become("stats")
-        for item, after in pairs(session.items, session.items[0].parent):
+        first = session.items[0]  # comes twice: at its first time modules are imported
+        for item, after in [(first, first.parent), *pairs(session.items, first.parent)]:
             start = time.process_time()
             item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
             if (seconds := time.process_time() - start) < self._longest:
                 self._times[item.nodeid] = seconds
-                self._called[item.nodeid] = set(state()._stats)
+            self._called.setdefault(item.nodeid, set()).update(state()._stats)
             state()._stats.clear()
         become("")
 
@@ -271,6 +273,7 @@ def record(outcomes: dict[str, Any], names: dict[str, list[str]], refused: set[s
             if outcome == SURVIVED
         }
         modules[module] = {
+            "commit": commit(),
             "mutants": len(names[module]),
             "refused by mypy": len(refused.intersection(names[module])),
             "run": len(of_mutants),
@@ -283,7 +286,7 @@ def record(outcomes: dict[str, Any], names: dict[str, list[str]], refused: set[s
     counts: Counter[str] = Counter()
     for entry in modules.values():
         counts.update({key: value for key, value in entry.items() if isinstance(value, int)})
-    result = {"provenance": {"commit": commit()}, "all": counts, "modules": modules}
+    result = {"all": counts, "modules": modules}
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from ppsd.engine.engine import Engine
 from ppsd.engine.events import FedBlock, FedRows, Left, Made
-from ppsd.engine.sequence import Request, begin_message, collect_logits
+from ppsd.engine.sequence import Request, _common_prefix, begin_message, collect_logits
 from ppsd.errors import RequestError
 from ppsd.lab.oracle import OracleDrafter
 from ppsd.speculation.policy import Emit, Finish, Schedule
+from ppsd.speculation.sampling import Stream
 from ppsd.types import SamplingParams
 from ppsd.worker.messages import Block
 from ppsd.worker.recorder import Recorder
@@ -136,9 +138,14 @@ def test_rows_of_a_request_under_way_are_copied() -> None:
     assert (copied.slot, copied.cached) == (1 - first.slot, 8)
     assert not running.finish_reason
     rig.engine.abort(running)
+    assert running.finish_reason == "abort"
     assert rig.engine._held[copied.slot].overlap(copied.request) == 8, "as good as computed"
     assert answer(rig, [3, 3]).slot == copied.slot, "free for the longest"
     assert answer(rig, [3, 4]).slot == first.slot
+    rig = engine_of("trees", slots=2)
+    running = rig.engine.add(request)
+    next(steps(rig, running))
+    assert answer(rig, LONG).cached == 8, "of a prompt whose own answer has just begun"
 
 
 @pytest.mark.parametrize("kind", ["chains", "trees"])
@@ -217,8 +224,10 @@ def masks(answered: tuple[int, ...]) -> bytes:
     return bytes([(0b01010101, 0b10101110, 0b00111000)[len(answered) % 3]])
 
 
-def test_chains_follow_a_grammar() -> None:
-    rig = engine_of("chains")
+@pytest.mark.parametrize("block", [1, 3])
+def test_chains_follow_a_grammar(block) -> None:
+    rig = impatient(Rig(STAGES, Schedule(block, STAGES)))
+    rig.decode([7], SamplingParams(max_tokens=1))
     blocks: list[Block] = []
     send = rig.links.send
     rig.links.send = lambda message: (blocks.append(message), send(message))[1]
@@ -228,10 +237,49 @@ def test_chains_follow_a_grammar() -> None:
         tokens += output.tokens if isinstance(output, Emit) else ()
     assert all(masks(tuple(tokens[:i]))[0] >> token & 1 for i, token in enumerate(tokens))
     judged = [block for block in blocks if isinstance(block, Block) and block.judge]
-    assert [b.masks for b in judged] == [
-        (masks((0,) * (b.position + len(b.tokens) - 3)),) for b in judged
-    ]
+    assert max(each.judge for each in judged) == block
+    for each in judged:
+        end = each.position + len(each.tokens)
+        assert each.masks == tuple(masks((0,) * (p - 2)) for p in range(end - each.judge, end))
     assert rig.engine._slots == {}
+
+
+@pytest.mark.parametrize("length", range(9))
+def test_a_common_beginning_is_found_whole(length) -> None:
+    whole = tuple(range(9))
+    assert _common_prefix((*whole[:length], 99, 98), whole) == length
+    assert _common_prefix(whole, whole[:length]) == length
+
+
+def test_what_is_drafted_and_with_which_noise() -> None:
+    rig = engine_of("chains")
+    settings: dict[str, Any] = {"max_context": 96}
+    for schedule, drafter, drafting in (
+        (Schedule(1, STAGES), OracleDrafter([0], 1.0, VOCAB), True),
+        (Schedule(1, STAGES), None, False),
+        (Schedule(1, 1), OracleDrafter([0], 1.0, VOCAB), False),
+    ):
+        rig.stage.drafter = drafter
+        Engine(rig.stage, rig.links, schedule, **settings)
+        assert rig.stage.drafting == drafting
+        assert rig.stage.draft_stream == Stream.TARGET
+    engine = Engine(rig.stage, rig.links, schedule, acceptance="rejection", **settings)
+    assert rig.stage.draft_stream == Stream.DRAFT
+    request = Request((1, 2), PARAMS, frozenset(), VOCAB)
+    assert engine._policy(request, 0)._prefill_in_flight == STAGES
+    begun: list[Any] = []
+    rig.links.send = begun.append
+    engine.add(request)
+    assert begun[0].want_logits, "to draw from where a draft is rejected"
+
+
+@pytest.mark.parametrize("acceptance", ["coupled", "rejection"])
+def test_tokens_are_drawn_anew_under_rejection_alone(monkeypatch, acceptance) -> None:
+    monkeypatch.setattr("ppsd.engine.engine.redraw", lambda sequence, verdict: (5,))
+    rig = impatient(Rig(STAGES, Schedule(1, 1), acceptance=acceptance))
+    plain = rig.plain(LONG, PARAMS, frozenset())
+    expected = [5] * PARAMS.max_tokens if acceptance == "rejection" else plain
+    assert rig.decode(LONG, PARAMS) == expected
 
 
 def test_chains_ask_no_heads_on_the_way() -> None:

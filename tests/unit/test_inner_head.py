@@ -63,6 +63,13 @@ def test_rows_that_wait_are_void_once_nothing_is_taken_over(shared, expected) ->
     assert noted.run == expected
 
 
+def test_a_single_row_that_waits_is_void_too() -> None:
+    head, noted = lagging(1)
+    head.begin(begin(0))
+    head.observe(0, Block(0, 1, 0, -1, 0, (1,) * 4, torch.zeros(4, 2)), torch.zeros(4, 2))
+    assert noted.run == [(0, 4)]
+
+
 def test_rows_of_another_slot_still_count_when_a_request_begins_anew() -> None:
     head, noted = lagging(3)
     head.begin(replace(begin(0), slot=1))

@@ -69,6 +69,7 @@ def test_a_wave_is_judged_as_far_as_it_is_right() -> None:
     assert (verdicts.nodes, verdicts.tokens) == (((0, RIGHT), (0, CHILD)), (6, 7))
     [verdicts] = judge(1).verdicts(ROWS, torch.ones(4, 1))
     assert isinstance(verdicts, Verdicts)
+    assert (verdicts.logits, verdicts.feedback) == (None, None)
     assert (verdicts.nodes, verdicts.tokens) == (((0, RIGHT),), (1,))
 
 
@@ -97,12 +98,28 @@ def test_rows_that_are_sure_to_be_judged_share_a_pass(monkeypatch) -> None:
     monkeypatch.setattr("ppsd.model.kernels.reader", lambda x: object())
     monkeypatch.setattr("ppsd.model.kernels.largest", lambda x, among: None)
     chain = [*ROWS, row(LAST, CHILD, 5, 7, RIGHT, CHILD)]
-    rows = [*chain, *[r._replace(slot=1) for r in chain]]
+    rows = [*chain, *map(elsewhere, chain)]
     made = judge(2)
     [verdicts] = made.verdicts(rows, torch.tensor([[6.0], [1.0], [7.0], [1.0], [2.0]] * 2))
-    assert verdicts.nodes == tuple((slot, n) for slot in (0, 1) for n in (RIGHT, CHILD, LAST))
+    nodes = [RIGHT, CHILD, LAST]
+    assert verdicts.nodes == (*((0, n) for n in nodes), *((1, n + 100) for n in nodes))
     assert verdicts.tokens == (6, 7, 2) * 2
     assert asked == [6]
+
+
+def elsewhere(row: Row) -> Row:
+    """Return the same row of another slot, with other numbers."""
+    parent = row.parent if row.parent == ROOT else row.parent + 100
+    nodes = tuple(node + 100 for node in row.nodes)
+    return row._replace(slot=1, node=row.node + 100, parent=parent, nodes=nodes)
+
+
+def test_tokens_of_a_shared_prompt_are_known() -> None:
+    made = judge(2)
+    made._slots[1].history.write(0, (7, 7, 7, 7))
+    made.begin(Begin(1, SamplingParams(), 5, (), VOCAB, source=0, shared=2))
+    assert made._slots[1].history.ids(0, 4) == (*PROMPT[:2], 7, 7)
+    assert made._slots[0].history.ids(0, 3) == PROMPT
 
 
 def test_the_first_row_that_is_not_finite_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,15 @@ from ppsd.config import EngineConfig
 from ppsd.engine import layout as laid
 from ppsd.engine.choose import head_sizes, times
 from ppsd.engine.layout import Layout, check_memory, head_seconds, plan_layout
-from ppsd.errors import ConfigError
+from ppsd.errors import ConfigError, HeadError
+from ppsd.model import kernels
 from ppsd.model.head_files import HeadConfig
 from ppsd.model.head_library import FoundHead
 from ppsd.model.source import ModelFiles
 from ppsd.model.stage import StagePlan
 from ppsd.plan.profile import LayerTime, Profile, Timing
 from ppsd.plan.sizes import WORKER_BYTES, Sizes
-from tests.support.tiny_models import LAYERS
+from tests.support.tiny_models import LAYERS, save_perfect_head
 
 SETTINGS = {"mode": "ppsd", "head": "untrained", "plan": "off", "dtype": "float32", "split": (2,)}
 
@@ -53,15 +55,19 @@ def test_what_each_stage_holds(plan) -> None:
         loose=6,
     )
     assert config.split == (2,)
+    assert layout.kernels == (kernels.name("float32", "cpu"),) * 2
     _, chains, _ = plan()
     assert (chains.loose, chains.slots) == (0, 1)
-    assert plan(dtype="bfloat16")[1].dtype == torch.bfloat16
+    _, narrow, _ = plan(dtype="bfloat16")
+    assert narrow.dtype == torch.bfloat16
+    assert narrow.kernels == (kernels.name("bfloat16", "cpu"),) * 2
 
 
 def test_rows_are_priced_by_measured_times_alone(plan, monkeypatch) -> None:
     """Where times decide on the rows of a wave; on emulated devices rows are free."""
     monkeypatch.setattr(laid, "times", slower_with_rows)
     config, layout, _ = plan(rows="auto", plan="auto")
+    assert layout.reason
     assert config.most_rows > 1
     assert layout.costs == pytest.approx([1.0 + n / 64 for n in range(config.most_rows)])
     assert plan(rows=4)[1].costs == ()
@@ -79,6 +85,28 @@ def test_heads_that_can_draft(plan) -> None:
     assert plan(stages=1, split=(), mode="autoregressive")[1].head is None
 
 
+def test_the_times_of_a_profile_decide(plan, monkeypatch) -> None:
+    asked: list[object] = []
+    choose = laid.choose
+    monkeypatch.setattr(laid, "times", slower_with_rows)
+    monkeypatch.setattr(laid, "choose", lambda *each: (asked.append(each[3]), choose(*each))[1])
+    monkeypatch.setattr(kernels, "name", lambda dtype, device: f"{dtype} on {device}")
+    assert plan()[1].kernels == ("float32 on cpu",) * 2
+    [profile] = asked
+    assert profile.growth(2) == pytest.approx(1 + 1 / 64)
+
+
+def test_a_head_of_another_model_is_used_by_force_alone(plan, tiny_model, tmp_path) -> None:
+    save_perfect_head(tmp_path, tiny_model(), 2)
+    file = tmp_path / "head.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"fingerprint": "0" * 16, "model": {}})
+    )
+    with pytest.raises(HeadError):
+        plan(head=str(tmp_path))
+    assert plan(head=str(tmp_path), force_head=True)[1].head.trained
+
+
 def test_a_context_is_one_that_the_model_was_made_for(plan) -> None:
     _, layout, _ = plan()
     most = layout.spec.max_context
@@ -86,13 +114,17 @@ def test_a_context_is_one_that_the_model_was_made_for(plan) -> None:
     for length in (2, most):
         assert plan(max_context=length)[1].max_context == length
     for length in (1, most + 1):
-        with pytest.raises(ConfigError, match=rf"max_context must be an integer in \[2, {most}\]"):
+        with pytest.raises(
+            ConfigError, match=rf"an integer in \[2, {most}\], what tiny was made for"
+        ):
             plan(max_context=length)
 
 
 def test_devices_that_are_not_here_are_refused(plan, monkeypatch) -> None:
     """Under torchrun a later stage's device may be another host's."""
-    with pytest.raises(ConfigError, match="devices that PyTorch finds here, such as cpu or cuda:0"):
+    with pytest.raises(
+        ConfigError, match="must be devices that PyTorch finds here, such as cpu or cuda:0, g"
+    ):
         plan(devices=("cpu", "nowhere:0"))
     monkeypatch.setattr(laid, "on_torchrun", lambda config: True)
     _, layout, _ = plan(devices=("cpu", "nowhere:0"))

@@ -181,6 +181,11 @@ def test_silence_is_blamed_on_the_first_stage_that_does_not_answer(answers, told
     assert far.sent == [(1, Control("report"))]
 
 
+def test_a_report_that_does_not_come_is_missed() -> None:
+    with pytest.raises(PipelineTimeoutError, match=r"^no stage sent a report for 0.2 s; stage 1"):
+        links()[0].report()
+
+
 def test_a_message_waits_for_room() -> None:
     ours, far = links()
     far.full = 2

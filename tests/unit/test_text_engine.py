@@ -101,6 +101,8 @@ def test_chunks_add_up_and_times_are_the_engines() -> None:
     assert stats.gate is None
     assert [stage.layers for stage in stats.stages] == [(0, 2), (2, 5), (5, 6)]
     assert stats.stages[0].blocks["forward"] > 0
+    for stage in stats.stages:
+        assert stage.busy_share == pytest.approx(stage.busy_seconds / (engine.time / S - 100))
     assert not engine.text.busy
 
 
@@ -155,6 +157,7 @@ def test_a_request_that_cannot_go_on_fails_with_its_reason() -> None:
     params = SamplingParams(max_tokens=6, min_tokens=4)
     request = Request(PROMPT, params, frozenset(range(VOCAB)), VOCAB)
     ticket = Ticket(engine.text, request, Letters())
+    assert not ticket.silent
     ticket.begin()
     _, _, (kind, error) = engine.run(ticket)
     assert (kind, type(error)) == ("error", RequestError)

@@ -161,10 +161,12 @@ def test_an_error_of_the_work_ends_what_is_under_way_alone(thread, work) -> None
 
 def test_a_broken_pipeline_ends_the_thread_and_all_jobs(thread, work, left) -> None:
     gone = PipelineError("stage 1 is gone")
-    waiting, begun = Told(), Told(fail(gone))
-    waiting.ready = False
+    all_there = threading.Event()
+    waiting, begun = Told(), Told(lambda job: (all_there.wait(5.0), fail(gone)()))
     thread.submit(begun)
+    assert begun.take() == ("chunk", "a")  # so the next is not taken from the inbox
     thread.submit(waiting)
+    all_there.set()
     for job in (begun, waiting):
         while (taken := job.take())[0] == "chunk":
             pass

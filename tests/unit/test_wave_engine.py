@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ import torch
 from ppsd.engine.events import FedBlock, FedRows
 from ppsd.engine.sequence import Request
 from ppsd.engine.wave_engine import WaveEngine
-from ppsd.errors import RequestError
+from ppsd.errors import NonFiniteError, RequestError
 from ppsd.speculation.policy import Emit, Schedule
+from ppsd.speculation.waves import Verified
 from ppsd.types import SamplingParams
 from ppsd.worker.messages import Block
 from ppsd.worker.recorder import Recorder
+from ppsd.worker.wave_messages import Verdicts
 from tests.support.hash_model import last_rows
 from tests.support.rig import VOCAB
 from tests.support.wave_rig import Asked, WaveRig
@@ -112,8 +116,13 @@ def test_the_end_of_a_prompt_is_drafted_on(joined) -> None:
     rig.stage.recorder.observer = events.append
     send = rig.links.send
     rig.links.send = lambda message: (sent.append(message), send(message))[1]
-    next(output for each, output in steps(rig, sequence) if each is sequence)
+    rig.stage.recorder.take()
+    assert [output for each, output in steps(rig, sequence) if each is sequence]
     assert (root, 0) in heard
+    assert {rank for _, rank in heard} == {0}
+    report = rig.stage.recorder.take()
+    assert report["blocks"]["prefill"] == 2
+    assert (report["busy_ns"]["prefill"] == 0) == joined, "its time is the wave's"
     fed = [e.feed for e in events if isinstance(e, FedBlock) and e.slot == sequence.slot]
     assert [feed.position for feed in fed] == [0, 4, 8]
     assert all(block.joins == joined for block in sent if isinstance(block, Block))
@@ -134,7 +143,15 @@ def test_so_many_waves_are_under_way_as_the_schedule_says(rows) -> None:
     sequence = rig.engine.add(Request((1, 2), SamplingParams(max_tokens=20), frozenset(), VOCAB))
     under_way: list[int] = []
     feed = rig.engine._feed_wave
-    rig.engine._feed_wave = lambda: (feed(), under_way.append(len(sequence.waves.waves)))[0]
+
+    def fed() -> bool:
+        done = feed()
+        under_way.append(len(sequence.waves.waves))
+        assert max(sequence.waves.waves, default=0) <= rig.engine._wave
+        return done
+
+    rig.engine._feed_wave = fed
+    assert rig.stage.drafting == (rows > 0)
     assert [output for _, output in steps(rig, sequence)]
     most = max(under_way)
     assert most == (STAGES if rows else 1), "without drafts nothing follows the root"
@@ -177,9 +194,44 @@ def test_a_wave_that_misses_is_noted_as_cancelled() -> None:
     sequence = rig.engine.add(Request((1, 2), params, frozenset(), VOCAB))
     assert [output for _, output in steps(rig, sequence)]
     kinds = Counter(slice[2] for slice in recorder.slices or ())
+    for _, _, kind, _, position, rows, nodes in recorder.slices or ():
+        assert len(nodes) == (rows if kind != "draft" and position > 1 else 0)
     assert kinds["cancelled"] > 0
     assert set(kinds) <= {"forward", "draft", "cancelled"}
     assert recorder.passes == kinds["forward"] - 1, "the prompt's pass is none"
+
+
+def test_rows_that_are_not_finite_are_named() -> None:
+    rig = engine_of("trees")
+    start = rig.stage.start_rows
+
+    def broken(rows: Any, piece: Any = None) -> Any:
+        work = start(rows, piece)
+        while not work.advance():
+            pass
+        return SimpleNamespace(hidden=work.hidden * math.nan, advance=lambda watch: True)
+
+    rig.stage.start_rows = broken
+    with pytest.raises(NonFiniteError, match="stage 0 computed NaN or infinity at position 10"):
+        answer(rig, LONG)
+
+
+def test_verdicts_on_a_request_that_is_over_hide_no_others() -> None:
+    rig = engine_of("trees", slots=2)
+    first = rig.engine.add(Request((3, 1), PARAMS, frozenset(), VOCAB))
+    second = rig.engine.add(Request((1, 2), PARAMS, frozenset(), VOCAB))
+    root, heard = second.waves.tree.root.id, []
+    second.waves.on = lambda said: (heard.append(said), [])[1]
+    rig.engine.abort(first)
+    rig.engine._verify(Verdicts(2, ((first.slot, 1), (second.slot, root)), (4, 5)))
+    assert heard == [Verified((root,), (5,))]
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_text_proposes_tokens_if_it_may(lookup) -> None:
+    rig = impatient(WaveRig(STAGES, 4, heads={}, lookup=lookup))
+    sequence = answer(rig, [1, 2, 3, 1, 2, 3, 1, 2])
+    assert (sequence.waves.counts.drafted > 0) == lookup
 
 
 def test_a_refusal_ends_a_request_of_a_wave_alone() -> None:

@@ -45,6 +45,15 @@ def decoding(slot: int = 0, token: int = 1, **settings) -> WavePolicy:
     return made
 
 
+def test_what_a_head_says_is_mixed_with_a_copy() -> None:
+    """7 followed 5 and 6 before; by odds of 1 to 1 it has half of the probability."""
+    for lookup, expected in ((True, 7), (False, 2)):
+        made = decoding(prompt=[5, 6, 7, 5], token=6, lookup=lookup)
+        choose([made], 1, 2)
+        say(made, made.tree.root.id, {2: 0.6, 3: 0.3})
+        assert tokens(choose([made], 1, 3)) == [(0, expected)]
+
+
 def tokens(chosen: list[tuple[WavePolicy, Node]]) -> list[tuple[int, int]]:
     return [(made.slot, node.token) for made, node in chosen]
 
