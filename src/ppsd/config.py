@@ -258,7 +258,7 @@ class EngineConfig(Decoding, Placement):
     @property
     def waves(self) -> bool:
         """Return True if rows travel in waves: of candidate trees, or of several requests."""
-        return self.stages > 1 and (self.most_rows > 1 or self.inner_heads or self.concurrent > 1)
+        return self.concurrent > 1 or (self.stages > 1 and (self.most_rows > 1 or self.inner_heads))
 
     def check_rows(self) -> None:
         """Raise ConfigError if a tree is asked for where chains or nothing are drafted."""

@@ -59,6 +59,15 @@ def test_a_list_is_answered_as_each_alone(llm, alone, params, mode) -> None:
     llm.use("ppsd")
 
 
+@pytest.mark.parametrize("mode", ["autoregressive", "auto"])
+@pytest.mark.parametrize("params", [PARAMS, SAMPLED], ids=["greedy", "sampled"])
+def test_one_stage_answers_many_too(tiny_model, alone, params, mode) -> None:
+    settings = {"stages": 1, "dtype": "float64", "prefill_chunk": 8, "concurrent": CONCURRENT}
+    with LLM(str(tiny_model()), mode=mode, **settings) as llm:
+        found = llm.generate(PROMPTS, params)
+    assert [answers[0].token_ids for answers in found] == alone[params.temperature]
+
+
 def test_prompts_share_their_first_chunks(llm, alone) -> None:
     """Also with a request that is still under way, and with another slot's former one."""
     llm.use("ppsd")  # nothing is held any more

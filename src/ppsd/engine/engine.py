@@ -137,7 +137,7 @@ class Engine:
 
         Return what it made final: tokens of a sequence, or its end.
         """
-        for _ in self._running:
+        for _ in range(len(self._running)):
             sequence = self._running[0]
             self._running.rotate(-1)
             if sequence.commands:
