@@ -116,7 +116,9 @@ def second() -> str:
     lines = []
     for stages, name in SECOND.items():
         found = [row for (group, _), row in rows_of(name).items() if group == "all"]
-        lines += [[stages, str(row["tasks"]), *_rival(row)] for row in found if row["alpha"]]
+        lines += [
+            [stages, str(row["tasks"]), *_rival(row)] for row in found if row["alpha"] is not None
+        ]
     heads = ["stages", "prompts", "variant", "over plain", "quartiles", "all over all"]
     return table([*heads, "drafts accepted", "differing"], lines)
 
