@@ -126,6 +126,32 @@ def test_a_paused_policy_feeds_roots_only() -> None:
     assert tokens(choose([made], 8, 3)) == [(0, 4)]
 
 
+def test_counts_tell_what_was_fed_and_how_often_each_probability_was_right() -> None:
+    made = decoding()
+    (_, root), *_ = choose([made], 1, 2)
+    say(made, root.id, {4: 0.95, 5: 0.04})
+    assert tokens(choose([made], 2, 3)) == [(0, 4), (0, 5)]
+    assert made.counts.rows == 3
+    made.on(Verified((root.id,), (4,)))
+    assert made.counts.stated == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert made.counts.right == [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+
+
+def test_a_request_that_is_over_ends_once() -> None:
+    made = decoding()
+    before = made.epoch
+    assert len(made.stop("abort")) == 1
+    assert made.epoch > before, "its rows are old from now on"
+    assert made.stop("abort") == []
+
+
+def test_rows_beyond_the_measured_ones_are_taken_to_be_free() -> None:
+    made = decoding()
+    (_, root), *_ = choose([made], 1, 2)
+    say(made, root.id, {4: 0.5, 5: 0.3, 6: 0.15})
+    assert tokens(choose([made], 8, 3, (1.0, 1.5))) == [(0, 4), (0, 5), (0, 6)]
+
+
 def test_drafts_stop_where_they_no_longer_pay() -> None:
     made = decoding()
     (_, root), *_ = choose([made], 1, 2)
