@@ -16,7 +16,7 @@ def results(tiny_model, tmp_path: Path) -> dict[str, Path]:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo\n")
     shared = ["--model", str(tiny_model()), "--transport", "inprocess", "--dtype", "float32"]
-    oracle = ["--split", "2,4", "--tokens", "9", "--repeats", "2", "--alphas", "1,0.5"]
+    oracle = ["--split", "2,4", "--tokens", "48", "--repeats", "2", "--alphas", "1,0.5"]
     real = ["--head", "untrained", "--prompts", str(prompts), "-n", "5"]
     commands = {
         "efficiency": [*shared, *oracle],
