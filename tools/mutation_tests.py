@@ -7,9 +7,12 @@ from __future__ import annotations
 
 CHAINS = "contract/test_planted_bugs.py::test_without_a_bug_every_check_passes"
 TREES = "contract/test_planted_wave_bugs.py::test_without_a_bug_every_check_passes"
-RULES = ("unit/test_policy.py", "unit/test_tree.py", "unit/test_waves.py", "unit/test_lookup.py")
 TEXT = ("unit/test_tokenizer.py", "unit/test_ids.py", "unit/test_text.py", "unit/test_escape.py")
 GATED = "contract/test_exact_oracle.py::test_a_hurried_gate_pauses_and_resumes"
+RULES = (
+    *("unit/test_policy.py", "unit/test_tree.py", "unit/test_waves.py", "unit/test_lookup.py"),
+    *("unit/test_wave_engine.py", GATED, CHAINS, TREES),
+)
 LOOPS = (
     *("unit/test_judge.py", "unit/test_loop.py", "unit/test_inner_head.py", "unit/test_engine.py"),
     *("unit/test_wave_engine.py", "unit/test_joined.py", "unit/test_trace.py"),
