@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +29,6 @@ NO_TEMPLATE = (
     "messages need a chat template, and this model has none: the server can be given one by "
     "--chat-template; /v1/completions needs none"
 )
-# How long the engine's thread may keep the interpreter from the event loop. Python's own 5 ms make
-# the first token 3 ms later on a slow core; on a fast one either is as good.
-SWITCH_S = 0.0005
 T = TypeVar("T")
 
 
@@ -71,14 +67,12 @@ class Service:
 
     @asynccontextmanager
     async def watching(self, app: object = None) -> AsyncIterator[None]:
-        """Serve promptly, and notice the end of a worker process even where there is no request.
+        """Notice the end of a worker process at once, also while there is no request.
 
         Where the system has no such descriptors, the next request finds out.
         """
         loop = asyncio.get_running_loop()
         with ExitStack() as stack:
-            stack.callback(sys.setswitchinterval, sys.getswitchinterval())
-            sys.setswitchinterval(SWITCH_S)
             for pid in self.llm.pids if hasattr(os, "pidfd_open") else ():
                 ended = os.pidfd_open(pid)
                 stack.callback(os.close, ended)
