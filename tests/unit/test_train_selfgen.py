@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from ppsd.errors import PpsdError
+from ppsd.model.runners import CompiledRunner
 from ppsd.train import selfgen, targets
 from ppsd.train.batched import teacher_forward
 from ppsd.train.data import encode_all, make_batch
 from ppsd.train.features import FeatureStore
 from ppsd.train.records import Record, read_data
-from ppsd.train.run import Teacher
+from ppsd.train.run import Teacher, load_teacher
 from ppsd.train.selfgen import BatchGenerator, GenerateConfig, Request
+from ppsd.train.settings import DistillConfig
 from ppsd.train.targets import GenerateReport, write_targets
 from tests.support.teachers import tiny_config, tiny_teacher
 from tests.support.tiny_models import VOCAB, reference_generate
@@ -171,6 +173,27 @@ def test_rows_kept_while_writing_are_those_of_a_forward(teacher: Teacher, tmp_pa
         for found, rows_ in ((kept.exits[1], alone.exits[1]), (kept.last, alone.last)):
             assert not found[-1].any()  # nothing was guessed from the last token
             torch.testing.assert_close(found[:-1], rows_[:-1], rtol=2**-7, atol=1e-6)
+
+
+def test_compiled_kernels_write_what_a_forward_reads() -> None:
+    """Twenty sequences are two calls of the kernels, each at a position of its own."""
+    settings = DistillConfig((8,), dtype="bfloat16", max_length=64, draft_vocab=0)
+    stage = load_teacher(None, settings, "cpu").stage
+    requests = [Request(f"{i:x}", range(400 * i, 401 * i + 3)) for i in range(20)]
+    generator = BatchGenerator(
+        stage, GenerateConfig(20, 4), eos_ids=(), vocab_size=stage.spec.vocab_size,
+        max_length=64, keep=(8, 30),
+    )  # fmt: skip
+    for answer in generator.run(requests):
+        tokens = torch.tensor([[*answer.request.prompt, *answer.ids]])
+        alone = teacher_forward(stage, tokens, (8,))
+        for layer, rows in ((8, alone.exits[8]), (30, alone.last)):
+            difference = (answer.rows[layer] - rows)[:-1].float().norm(dim=1)
+            assert (difference < 0.15 * rows[:-1].float().norm(dim=1)).all()
+        scores = stage.logits(alone.last[-len(answer.ids) - 1 : -1]).float()
+        chosen = scores.gather(1, tokens[:, -len(answer.ids) :].T)[:, 0]
+        assert (chosen > scores.amax(1) - 0.5).all()
+    assert isinstance(generator._runner, CompiledRunner)
 
 
 def test_files_of_other_settings_are_refused(teacher: Teacher, tmp_path: Path) -> None:
