@@ -119,7 +119,9 @@ def read_head_config(directory: Path) -> HeadConfig:
             raise HeadError(f"{path} is not of head format {FORMAT}")
         config = HeadConfig(**record)
     except FileNotFoundError as error:
-        raise HeadError(f"no exit head at {directory}: {CONFIG_FILE} is missing") from error
+        known = "`ppsd heads list` names those that there are"
+        message = f"no exit head at {directory}: {CONFIG_FILE} is missing; {known}"
+        raise HeadError(message) from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise HeadError(f"{path} is not a head configuration: {error}") from error
     _check_config(config, path)
