@@ -252,17 +252,13 @@ class Tree:
     def settle(self, node: Node) -> None:
         """Work out a node's candidates from what heads have said since the last time.
 
-        Fed children that a head does not name keep no more than it leaves over.
+        Fed children are among them: each was a copy, or one that an earlier head named.
         """
         children = node.children
         for tokens, numbers in node.said:
-            candidates = mixture(tokens, numbers, node.copy, node.candidates)
-            if children:
-                left = max(0.0, 1.0 - sum(candidates.values()))
-                for token, child in children.items():
-                    kept = min(child.probability, left)
-                    child.probability = candidates.setdefault(token, kept)
-            node.candidates = candidates
+            node.candidates = mixture(tokens, numbers, node.copy, node.candidates)
+            for token, child in children.items():
+                child.probability = node.candidates[token]
         node.said = ()
         mask = self.mask(node)
         node.waiting = [
