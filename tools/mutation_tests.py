@@ -54,6 +54,6 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/logprobs": ("unit/test_logprobs.py",),
     "engine/rejection": ("contract/test_rejection.py",),
     "worker/recorder": ("unit/test_trace.py",),
-    "speculation/gate": ("unit/test_gate.py",),
+    "speculation/gate": ("unit/test_gate_rules.py", "unit/test_gate.py"),
     "model/runners": (*MEMORY, "unit/test_kernels.py"),
 }
