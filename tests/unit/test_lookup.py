@@ -39,6 +39,7 @@ ids = st.integers(0, 3) | st.sampled_from([256, 2**16, 2**56])  # bytes as of 1,
 
 @given(st.lists(ids, min_size=1, max_size=40), st.integers(1, 9))
 @example([256, 0, 9, 1], 9)
+@example([0, 256, 0], 9)
 def test_the_longest_repetition_the_newest_among_equals(tokens: list[int], longest: int) -> None:
     assert find(torch.tensor(tokens), longest) == by_hand(tokens, longest)
 

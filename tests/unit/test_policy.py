@@ -243,6 +243,22 @@ def test_a_verdict_that_answers_nothing_in_flight_is_refused() -> None:
         policy.on(Judged(1, 1, 2, (0,), 1))
     with pytest.raises(ProtocolError, match="does not answer"):
         policy.on(Judged(1, 0, 3, (0,), 1))
+    policy = Policy(Schedule(4, 1), max_tokens=5, stop_ids=frozenset())
+    policy.start([1, 2])
+    first = Judged(1, 0, 2, (0,), 1)
+    policy.on(first)
+    with pytest.raises(ProtocolError, match="block in flight None"):
+        policy.on(first)
+
+
+def test_a_draft_can_be_asked_for_until_its_verdict_has_come() -> None:
+    policy = Policy(Schedule(1, 3), max_tokens=9, stop_ids=frozenset())
+    policy.start([1, 2])
+    policy.on(Drafted(1, 2, 3))
+    policy.on(Drafted(1, 3, 4))
+    assert [policy.draft_at(position) for position in range(1, 5)] == [None, 3, 4, None]
+    policy.on(Judged(1, 0, 2, (3,), 1))
+    assert [policy.draft_at(position) for position in range(1, 5)] == [None, None, 4, None]
 
 
 def test_stop_ends_the_request_and_makes_work_in_flight_stale() -> None:
@@ -259,6 +275,7 @@ def test_presets_are_points_of_one_schedule() -> None:
     assert schedule_for("draft-then-verify", 4) == Schedule(4, 1)
     assert schedule_for("ppsd", 4) == Schedule(1, 4)
     assert schedule_for("ppsd", 2, block=3) == Schedule(3, 2)
+    assert schedule_for("ppsd", 4, in_flight=2) == Schedule(1, 2)
 
 
 def test_pieces_of_a_prompt_have_a_window_of_their_own() -> None:

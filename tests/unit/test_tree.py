@@ -35,6 +35,7 @@ def test_without_a_branch_copies_are_those_of_lookup(text: list[int]) -> None:
 
 @given(texts, st.lists(tokens, max_size=LONGEST + 2))
 @example([1, 1, 0, 1, 1, 2], [1, 1])
+@example([0] * (LONGEST + TRIED), [])
 def test_copies_of_a_branch_repeat_the_text_behind_which_it_stands(
     text: list[int], branch: list[int]
 ) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from ppsd.errors import ProtocolError
 from ppsd.speculation.lookup import LENGTHS
+from ppsd.speculation.masks import Masks
 from ppsd.speculation.policy import Emit, Judged
 from ppsd.speculation.tree import Cells, Node
 from ppsd.speculation.waves import Verified, WavePolicy, choose
@@ -21,15 +22,19 @@ def policy(
     chunk: int = 8,
     loose: int = 8,
     lookup: bool = False,
+    depth: int = 4,
+    max_tokens: int = 20,
+    masks: Masks | None = None,
 ) -> WavePolicy:
     made = WavePolicy(
         slot,
-        4,
-        max_tokens=20,
+        depth,
+        max_tokens=max_tokens,
         stop_ids=frozenset(),
         cells=Cells(64, loose),
         lookup=lookup,
         prefill_chunk=chunk,
+        masks=masks,
     )
     made.start(prompt)
     return made
@@ -135,6 +140,10 @@ def test_counts_tell_what_was_fed_and_how_often_each_probability_was_right() -> 
     made.on(Verified((root.id,), (4,)))
     assert made.counts.stated == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
     assert made.counts.right == [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    say(made, made.tree.root.id, {6: 1.0})
+    assert tokens(choose([made], 1, 4)) == [(0, 6)]
+    made.on(Verified((made.tree.root.id,), (6,)))
+    assert made.counts.right == [0, 0, 0, 0, 0, 0, 0, 0, 0, 2], "certainty is the last tenth"
 
 
 def test_a_request_that_is_over_ends_once() -> None:
@@ -152,11 +161,13 @@ def test_rows_beyond_the_measured_ones_are_taken_to_be_free() -> None:
     assert tokens(choose([made], 8, 3, (1.0, 1.5))) == [(0, 4), (0, 5), (0, 6)]
 
 
-def test_drafts_stop_where_they_no_longer_pay() -> None:
+@pytest.mark.parametrize("unit", [1.0, 1e-3])
+def test_drafts_stop_where_they_no_longer_pay(unit: float) -> None:
+    """In whatever unit costs are."""
     made = decoding()
     (_, root), *_ = choose([made], 1, 2)
     say(made, root.id, {4: 0.5, 5: 0.3, 6: 0.15})
-    assert tokens(choose([made], 8, 3, (1.0, 1.5, 3.0))) == [(0, 4), (0, 5)]
+    assert tokens(choose([made], 8, 3, (unit, 1.5 * unit, 3 * unit))) == [(0, 4), (0, 5)]
 
 
 def test_no_cell_no_row() -> None:
@@ -202,6 +213,60 @@ def test_copies_in_a_wave_are_worth_less_the_deeper_they_are() -> None:
         made.feed(parent, 2)
         values.append(-value)
     assert 1 > values[0] > values[1] > values[2] > 0
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_a_draft_is_worth_the_waves_that_it_saves(depth: int) -> None:
+    """As many as its parent is short of a verdict, but one; 1 behind a row of the wave before."""
+    made = decoding(depth=depth)
+    made.feed(None, 2)
+    say(made, made.tree.root.id, {4: 0.5})
+    made.tree.settle(made.tree.root)
+    values = []
+    for wave in range(2, 3 + depth):
+        (offer,) = made.offers(wave, 0)
+        values.append(-2 * offer[0])
+    saved = [max(1, depth - age) / (depth - 1) for age in range(depth + 1)]
+    assert values == pytest.approx(saved)
+    assert values[1] == 1.0
+
+
+def test_a_row_fed_a_moment_ago_has_the_value_it_has_when_all_are_looked_at() -> None:
+    made = decoding(prompt=[5, 6, 7, 8, 9, 5], token=6, lookup=True)
+    nodes = [node for _, node in choose([made], 3, 2)]
+    assert [node.token for node in nodes] == [6, 7, 8]
+    at_once = made.tree.offer(nodes[-1], 0)
+    assert at_once is not None
+    assert made.offers(2, 0) == [at_once]
+
+
+@pytest.mark.parametrize(("max_tokens", "drafted"), [(1, []), (2, [7]), (9, [7, 8])])
+def test_no_row_is_fed_that_asks_for_a_token_beyond_the_last(
+    max_tokens: int, drafted: list[int]
+) -> None:
+    """Not even behind a prompt that waits for its verdict: a position's own cell must exist."""
+    made = policy(prompt=[5, 6, 7, 8, 9, 5, 6], lookup=True, max_tokens=max_tokens)
+    assert made.chunk(1) is not None
+    assert [node.token for _, node in choose([made], 2, 2)] == drafted
+
+
+def test_the_mask_of_a_row_is_that_of_the_answer_it_ends() -> None:
+    made = decoding(
+        prompt=[5, 6, 7, 8, 9, 5],
+        token=6,
+        lookup=True,
+        masks=lambda answer: b"\xff" * 4 + bytes(answer),
+    )
+    nodes = [node for _, node in choose([made], 3, 2)]
+    answers = [mask and [*mask[4:]] for mask in made.masks(nodes)]
+    assert answers == [[6], [6, 7], [6, 7, 8]]
+
+
+def test_what_a_mask_forbids_is_no_candidate() -> None:
+    made = decoding(masks=lambda answer: bytes([0b1000]))
+    (_, root), *_ = choose([made], 1, 2)
+    say(made, root.id, {2: 0.6, 3: 0.3})
+    assert tokens(choose([made], 8, 3)) == [(0, 3)]
 
 
 def test_nothing_follows_a_root_that_is_not_fed() -> None:
