@@ -19,6 +19,7 @@ VOCAB = 40
 TEXT = torch.tensor([1, 2, 3, 5] * 12)
 ODDS = torch.full((len(LENGTHS),), math.log(2.0))
 SAMPLED = [0.0, 1.0]
+ROW = torch.zeros(1, 2)
 
 
 class FixedHead:
@@ -46,7 +47,7 @@ class FixedHead:
         return scores
 
     def copy_odds(self, finished: torch.Tensor) -> torch.Tensor:
-        return ODDS[None]
+        return ODDS.expand(len(finished), -1)
 
     def drafts_below(self, size: int) -> bool:
         return size >= VOCAB
@@ -65,13 +66,13 @@ def test_a_draft_is_the_targets_choice_from_what_head_and_lookup_say(
     temperature: float, lookup: bool
 ) -> None:
     head, samples = FixedHead(), sampler(temperature)
-    drafter, copied = HeadDrafter(head, lookup=lookup), 0
+    drafter, state, copied = HeadDrafter(head, lookup=lookup), DraftState(last=ROW), 0
     for length in range(1, len(TEXT)):
         history, logits = TEXT[:length], head.logits.clone()
         if lookup and (match := find(history)):
             logits = mixed(logits, match, ODDS)
         expected = samples.choose(logits, history)
-        assert drafter.draft(DraftState(), Given(samples, history)) == expected
+        assert drafter.draft(state, Given(samples, history)) == expected
         copied += expected == int(TEXT[length])
     assert (copied > len(TEXT) // 3) == lookup
 
@@ -94,7 +95,8 @@ def test_a_draft_is_permitted(temperature: float) -> None:
         mask[token >> 3] |= 1 << (token & 7)
     samples, drafter = sampler(temperature), HeadDrafter(FixedHead(), lookup=True)
     for length in range(1, 20):
-        draft = drafter.draft(DraftState(), Given(samples, TEXT[:length], mask=bytes(mask)))
+        given = Given(samples, TEXT[:length], mask=bytes(mask))
+        draft = drafter.draft(DraftState(last=ROW), given)
         assert permits(bytes(mask), draft)
 
 

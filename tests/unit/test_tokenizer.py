@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ppsd.errors import ConfigError, ModelError
@@ -137,14 +137,30 @@ def test_each_push_decodes_a_bounded_window(name, monkeypatch):
     assert longest == module.MOST
 
 
+class Other:
+    """A tokenizer of transformers that is none of the tokenizers library."""
+
+    def __init__(self, inner: PreTrainedTokenizerFast) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> object:
+        if name == "backend_tokenizer":
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_text_is_what_transformers_says(name):
     tokenizer = TOKENIZERS[name]
-    slow = Tokenizer(_wrap(_byte_level() if name == "byte level" else _byte_fallback()), "slow")
-    slow._backend = None  # as of tokenizers that are not of the tokenizers library
-    for text in TEXTS:
+    backend = _byte_level() if name == "byte level" else _byte_fallback()
+    other = Other(_wrap(backend, clean_up_tokenization_spaces=True))
+    slow = Tokenizer(other, "slow")
+    assert (slow.backend, tokenizer.backend is None) == (None, False)
+    for text in (*TEXTS, "a , b . it 's"):
         ids = tokenizer.encode(f"{text} {END}!")
         assert tokenizer.decode(ids) == slow.decode(ids) != ""
+    with pytest.raises(ModelError, match="slow: a tokenizer of its kind cannot escape special"):
+        Tokenizer(other, "slow", escape_special=True)
 
 
 def test_encode_decode_and_ids():
@@ -170,6 +186,23 @@ def test_chat_template_adds_the_generation_prompt(tmp_path):
     assert ids[-1] == tokenizer.eos_ids[0]
 
 
+def test_a_template_alone_says_what_a_conversation_begins_with(tmp_path):
+    inner = _wrap(_byte_level(), chat_template=TEMPLATE)
+    backend = inner.backend_tokenizer
+    end = backend.token_to_id(END)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, end)]
+    )
+    tokenizer = Tokenizer(inner, "opens")
+    text = f"[user]hi{END}"
+    assert tokenizer.encode(text) == [end, *tokenizer.encode(text, special=False)]
+    assert tokenizer.encode_chat([{"role": "user", "content": "hi"}]) == tokenizer.encode(
+        text, special=False
+    )
+    with pytest.raises(ConfigError, match="message content must be valid Unicode"):
+        tokenizer.encode_chat([{"role": "user", "content": "\ud800"}])
+
+
 def test_missing_and_refusing_chat_templates(tmp_path):
     with pytest.raises(ModelError, match=f"{tmp_path} does not define a chat template; use --raw"):
         _saved(tmp_path).encode_chat([{"role": "user", "content": "hi"}])
@@ -181,6 +214,29 @@ def test_missing_and_refusing_chat_templates(tmp_path):
 def test_directory_without_tokenizer_is_named(tmp_path):
     with pytest.raises(ModelError, match=f"{tmp_path}: has no tokenizer that can be read"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_file_of_sentencepiece_alone_needs_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(ModelError, match=r"tokenizer.model: reading it needs the package sentence"):
+        Tokenizer.load(tmp_path)
+    monkeypatch.undo()
+    assert _saved(tmp_path).encode("a"), "beside tokenizer.json nobody reads it"
+
+
+def test_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, asked = _wrap(_byte_level()), []
+
+    def load(*place: Path, **settings: object) -> PreTrainedTokenizerFast:
+        asked.append((*place, settings["local_files_only"], settings["trust_remote_code"]))
+        return inner
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
+    Tokenizer.load(tmp_path)
+    assert asked == [(tmp_path, True, False)]
 
 
 def test_code_beside_a_tokenizer_is_never_run(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +270,18 @@ def test_a_recorder_adds_up_what_ends_and_starts_anew_when_taken() -> None:
     }
     assert recorder.take() == {"busy_ns": {}, "blocks": {}}
     assert recorder.total_ns == 22
+
+
+def test_a_recorder_keeps_the_newest_slices_and_tells_each_to_whoever_looks_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ppsd.worker.recorder.MAX_SLICES", 2)
+    clock = count(105, 10)
+    recorder, seen = Recorder(trace=True, now=lambda: next(clock)), []
+    recorder.observer = seen.append
+    for first in (0, 3):
+        for position in range(first, first + 3):
+            recorder.add(100 + 10 * position, "verify", 1, position, 1)
+        kept = [(*slice_, []) for slice_ in seen[first + 1 :]]
+        assert recorder.take()["slices"] == kept
+    assert seen == [(100 + 10 * p, 105 + 10 * p, "verify", 1, p, 1) for p in range(6)]
