@@ -74,6 +74,12 @@ def test_a_pause_is_as_long_as_its_loss_asks_for(
     assert timed.until(False, 2 * seconds) == PROBE, "plain decoding has become slower"
 
 
+def test_speculation_that_gains_nothing_stays_paused() -> None:
+    timed = measured()
+    assert timed.until(True, 1.0) == 129
+    assert timed.until(False, 1.0) == 32 + PROBE + 1
+
+
 def test_after_a_gain_pauses_are_short_again() -> None:
     timed = measured()
     for length in (60, 120):
@@ -123,6 +129,8 @@ def test_until_plain_decoding_is_measured_the_latency_after_a_miss_bounds_it() -
     assert not timed.all(2.0)
     assert timed.gate.plain is None
     assert timed.all(2.0)
+    timed.all(2.0)  # it was fed before
+    assert timed.until(False, 1.0) == PROBE + 60, "3 tokens were lost"
     good = Timed(Gate(PPSD_2))
     for _ in range(3):
         good.all(2.0, empty=False)
@@ -138,6 +146,15 @@ def test_a_latency_that_has_fallen_bounds_what_was_measured_before() -> None:
     timed.all(2.0)
     assert timed.gate.plain == pytest.approx(2.0)
     assert timed.until(True, 1.0) < 80, "as fast as plain decoding would be by now"
+
+
+def test_a_latency_that_nobody_has_seen_lately_bounds_nothing() -> None:
+    timed = Timed(Gate(PPSD_2))
+    timed.until(True, 1.0)
+    timed.until(False, 2.0)
+    timed.all(2.0, empty=False)
+    assert timed.gate.plain == pytest.approx(2.0)
+    assert not any(timed.all(1.8, empty=False) for _ in range(200))
 
 
 @pytest.mark.parametrize(
