@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ppsd import LLM
 from ppsd.errors import ConfigError
+from ppsd.model.escape import Escape
 from ppsd.model.tokenizer import Tokenizer
 from tests.unit.test_tokenizer import END, TEMPLATE, _byte_fallback, _byte_level
 
@@ -103,6 +104,16 @@ def test_of_two_control_tokens_that_fit_the_longer_is_hidden() -> None:
     escape = ESCAPING["byte level"]._escape
     assert escape is not None
     assert len(escape.hide(LONGER)) == 1
+
+
+def test_other_characters_are_what_they_are() -> None:
+    """Also where a vocabulary has no control tokens at all."""
+    backend, text = _byte_level(), "[X]|日 \U00100000"
+    escape = Escape(backend, {})
+    assert not escape.found_in([text])
+    assert escape.hide(text) == text
+    assert escape.encode(text, special=True) == backend.encode(text).ids
+    assert ESCAPING["byte level"]._escape.hide(text[:-1]) == text[:-1]
 
 
 def test_a_models_own_first_token_comes_with_an_escaped_text_too() -> None:
