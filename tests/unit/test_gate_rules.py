@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ppsd.speculation.gate import PROBE, Gate, Switches
+from ppsd.speculation.policy import Schedule
 from tests.unit.test_gate import PPSD_2, ROUNDS, Script
 
 
@@ -20,7 +21,8 @@ class Timed:
 
     def begin(self) -> Switches:
         self.policies.append(Script())
-        return self.gate.begin(self.policies[-1], self.now)
+        self.switches = self.gate.begin(self.policies[-1], self.now)
+        return self.switches
 
     def again(self) -> Switches:
         """Let one request follow upon all that were under way."""
@@ -92,6 +94,8 @@ def test_after_a_gain_pauses_are_short_again() -> None:
     while not timed.all(4.0):
         pass
     assert timed.until(False, 1.0) < 120
+    assert timed.switches.pauses == 5
+    assert [paused for _, paused in timed.switches.times] == [True, False] * 5
 
 
 def test_the_newest_rounds_alone_count() -> None:
@@ -197,6 +201,24 @@ def test_a_new_request_finds_a_few_rounds_and_half_the_pause() -> None:
     assert timed.until(False, 1.0) == 29
     assert switches.times[1:] == [(timed.now, False)]
     assert switches.paused_tokens == 30
+
+
+def test_a_pause_that_a_new_request_ends_is_over_at_once() -> None:
+    timed = measured()
+    timed.until(True, 4.0)
+    for _ in range(1 + PROBE + 30):
+        assert timed.all(1.0)
+    timed.gate.end(timed.policies.pop())
+    assert timed.begin().times == []
+    assert not timed.gate.paused
+
+
+@pytest.mark.parametrize(("block", "paused"), [(1, False), (2, True), (4, True)])
+def test_a_gate_of_blocks_begins_with_plain_decoding(block: int, paused: bool) -> None:
+    """What a block takes says nothing of it."""
+    policy = Script()
+    Gate(Schedule(block, 3)).begin(policy, 0.0)
+    assert policy.paused == paused
 
 
 def test_of_requests_together_each_counts_as_much_as_alone() -> None:
