@@ -13,6 +13,7 @@ from ppsd.engine.engine import Engine
 from ppsd.engine.wave_engine import WaveEngine
 from ppsd.errors import ConfigError
 from ppsd.lab.oracle import OracleDrafter
+from ppsd.speculation.policy import Schedule
 from tests.support.tiny_models import LAYERS, VOCAB
 
 SETTINGS: dict[str, Any] = {
@@ -109,6 +110,12 @@ def test_drafts_of_somebody_else(opened) -> None:
         llm.draft_with(None)
         assert engine_of(llm).stage.drafter is own
         assert type(engine_of(llm)) is WaveEngine
+        for schedule in (Schedule(2, 1), Schedule(1, 2)):
+            mode = "draft-then-verify" if schedule.block > 1 else "ppsd"
+            llm.use(mode, schedule.block, schedule.in_flight)
+            llm.draft_with(drafter)
+            assert engine_of(llm).schedule == schedule
+            llm.draft_with(None)
     with opened(head="none", mode="autoregressive") as llm:
         assert not llm.drafts
         with pytest.raises(ConfigError, match="without anything to draft with"):
