@@ -43,7 +43,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/thread": ("unit/test_thread.py",),
     "engine/llm": TALKS,
     "engine/links": ("unit/test_links.py", "unit/test_engine.py", "unit/test_logprobs.py"),
-    "engine/first_stage": ("unit/test_engine.py", "unit/test_logprobs.py", GATED, CHAINS, TREES),
+    "engine/first_stage": (
+        *("unit/test_first_stage.py", "unit/test_engine.py", "unit/test_logprobs.py"),
+        *(GATED, CHAINS, TREES),
+    ),
     "engine/drafter": ("unit/test_drafter.py", "unit/test_exit_head.py"),
     **dict.fromkeys([f"model/{n}" for n in ("cache", "stage")], MEMORY),
     **dict.fromkeys(
