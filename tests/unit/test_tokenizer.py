@@ -227,6 +227,14 @@ def test_a_file_of_sentencepiece_alone_needs_its_package(
     assert _saved(tmp_path).encode("a"), "beside tokenizer.json nobody reads it"
 
 
+def test_a_gguf_file_is_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, path = _wrap(_byte_level()), tmp_path / "model.gguf"
+    monkeypatch.setattr(module, "_from_gguf", {path: inner}.get)
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
+    assert inner.model_max_length == module.MAX_LENGTH
+
+
 def test_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner, asked = _wrap(_byte_level()), []
 
