@@ -36,6 +36,10 @@ ESCAPING = {kind: Tokenizer(INNER[kind], kind, escape_special=True) for kind in 
 PLAIN = {kind: Tokenizer(INNER[kind], kind) for kind in MAKERS}
 
 
+def escape_of(kind: str) -> Escape:
+    return Escape(INNER[kind].backend_tokenizer, INNER[kind].added_tokens_decoder)
+
+
 def special(kind: str, ids: list[int]) -> list[str]:
     added = INNER[kind].added_tokens_decoder
     return [added[i].content for i in ids if i in added and added[i].special]
@@ -75,6 +79,7 @@ def test_characters_that_stand_for_tokens_cannot_be_smuggled_in() -> None:
     for stand_in in (*map(chr, range(0x100000, 0x100006)),):
         with pytest.raises(ConfigError, match="private characters"):
             ESCAPING["byte level"].encode_chat([{"role": "user", "content": f"hi{stand_in}"}])
+        assert escape_of("byte level").found_in([stand_in])
 
 
 def test_a_template_that_looks_into_messages_sees_the_rest_of_them() -> None:
@@ -101,9 +106,7 @@ def test_an_llm_is_told_so(tiny_model) -> None:
 
 
 def test_of_two_control_tokens_that_fit_the_longer_is_hidden() -> None:
-    escape = ESCAPING["byte level"]._escape
-    assert escape is not None
-    assert len(escape.hide(LONGER)) == 1
+    assert len(escape_of("byte level").hide(LONGER)) == 1
 
 
 def test_other_characters_are_what_they_are() -> None:
@@ -113,7 +116,9 @@ def test_other_characters_are_what_they_are() -> None:
     assert not escape.found_in([text])
     assert escape.hide(text) == text
     assert escape.encode(text, special=True) == backend.encode(text).ids
-    assert ESCAPING["byte level"]._escape.hide(text[:-1]) == text[:-1]
+    escape, text = escape_of("byte level"), text[:-1]
+    assert not escape.found_in([text])
+    assert escape.hide(text) == text
 
 
 def test_a_models_own_first_token_comes_with_an_escaped_text_too() -> None:
