@@ -83,7 +83,7 @@ exactness: $(RUN)
 TASKS := docs/results/tasks
 FOUR := --stages 4 --split 8,18,28 --pace 0.096,0.12,0.12,0.12 --heads none
 EIGHT := --stages 8 --split 4,8,13,18,22,26,29 \
-  --pace 0.0364,0.0364,0.06,0.0395,0.06,0.06,0.06,0.06 --heads auto
+  --pace 0.0448,0.041,0.06,0.0472,0.06,0.06,0.06,0.06 --heads auto
 RIVALS := plain,ppsd,draft-then-verify,del,del-heads,knn-ssd
 results: $(DEV)
 	make_() { out=$(TASKS)/$$1.json; shift; test -s $$out || { $(BIN)/ppsd-lab tasks --virtual \

@@ -37,6 +37,7 @@ def spec(tiny_model: Callable[[str], Path]) -> ModelSpec:
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_library, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setenv("PPSD_HEAD_DIR", str(tmp_path / "local"))
+    monkeypatch.setattr("ppsd.engine.choose.available_cores", lambda: [0, 1])  # wherever it runs
 
 
 def put(place: Path, exit_layer: int, alpha: float | None, **changes: object) -> None:
@@ -97,11 +98,8 @@ def chosen(spec: ModelSpec, **settings: object) -> EngineConfig:
     return choose(EngineConfig(head="auto", **settings), spec, Identity("mark")).config
 
 
-def test_auto_takes_the_exit_of_least_expected_time(
-    tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_takes_the_exit_of_least_expected_time(tmp_path: Path, spec: ModelSpec) -> None:
     """A late exit is right more often, but with the stage it makes slowest nothing is gained."""
-    monkeypatch.setattr("ppsd.engine.choose.available_cores", lambda: [0, 1])
     put(tmp_path / "local" / "early", 2, 0.6)
     put(tmp_path / "local" / "late", 5, 0.62)
     assert Path(chosen(spec, mode="ppsd").head).name == "early"
