@@ -14,7 +14,8 @@ RULES = (
     *("unit/test_wave_engine.py", GATED, CHAINS, TREES),
 )
 LOOPS = (
-    *("unit/test_judge.py", "unit/test_loop.py", "unit/test_inner_head.py", "unit/test_engine.py"),
+    *("unit/test_judge.py", "unit/test_loop.py", "unit/test_inner_head.py"),
+    *("unit/test_first_stage.py", "unit/test_engine.py"),
     *("unit/test_wave_engine.py", "unit/test_joined.py", "unit/test_trace.py"),
     *("unit/test_logprobs.py", "serve/test_echo.py", GATED, CHAINS, TREES),
 )
