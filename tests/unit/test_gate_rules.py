@@ -39,6 +39,7 @@ class Timed:
             policy.emitted += tokens
             policy.restarted = empty
             self.gate.watch(policy, self.now)
+        assert all(policy.paused == self.gate.paused for policy in self.policies)
         return self.gate.paused
 
     def until(self, paused: bool, seconds: float, tokens: int = 1, *, empty: bool = True) -> int:
@@ -227,6 +228,7 @@ def test_of_requests_together_each_counts_as_much_as_alone() -> None:
     assert timed.until(True, 2.0) == 2, "of at most 6 tokens lost"
     assert timed.until(False, 1.0) == 44, "12 plain tokens, and 20 for each of 8 lost"
     assert timed.gate.plain == 1.0
+    assert measured(4).until(True, 0.97) == 129, "as old as of one alone"
 
 
 def test_a_verdict_without_tokens_or_of_a_request_that_is_over_says_nothing() -> None:

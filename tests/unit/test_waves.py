@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ppsd.errors import ProtocolError
+from ppsd.errors import ConfigError, ProtocolError
 from ppsd.speculation.lookup import LENGTHS
 from ppsd.speculation.masks import Masks
 from ppsd.speculation.policy import Emit, Judged
@@ -267,6 +267,20 @@ def test_what_a_mask_forbids_is_no_candidate() -> None:
     (_, root), *_ = choose([made], 1, 2)
     say(made, root.id, {2: 0.6, 3: 0.3})
     assert tokens(choose([made], 8, 3)) == [(0, 3)]
+
+
+def test_behind_another_token_than_the_copied_one_another_copy_waits() -> None:
+    made = decoding(prompt=[5, 6, 7, 8, 9, 5], token=6, lookup=True)
+    (_, root), *_ = choose([made], 1, 2)
+    made.hear(root.id, 0, [9], [0.95, *([-40.0] * len(LENGTHS))])
+    assert tokens(choose([made], 2, 3)) == [(0, 9), (0, 5)], "as behind the 9 of the prompt"
+
+
+def test_the_last_token_of_a_prompt_is_always_fed() -> None:
+    made = policy()
+    made.start(PROMPT, 2)
+    with pytest.raises(ConfigError, match=r"cached must be in \[0, 2\] for this prompt"):
+        made.start(PROMPT, 3)
 
 
 def test_nothing_follows_a_root_that_is_not_fed() -> None:
