@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -74,6 +75,14 @@ def test_stages_own_every_tensor_and_share_only_a_tied_embedding(tiny_model, fam
         assert set(owned) == set(expected_shapes(spec))
         twice = {name for name in owned if owned.count(name) > 1}
         assert twice == ({"model.embed_tokens.weight"} if spec.tie_embeddings else set())
+
+
+def test_rows_without_a_token_have_no_logit(model) -> None:
+    whole = model.stage(0, LAYERS)
+    whole.spec = replace(model.spec, unused_ids=(3, 9))
+    hidden = whole.forward(TOKENS[:2], 0)
+    for logits in (whole.logits(hidden), whole.row_logits(hidden)):
+        assert logits.isneginf().nonzero().tolist() == [[0, 3], [0, 9], [1, 3], [1, 9]]
 
 
 @pytest.mark.parametrize("position", range(8))
