@@ -261,10 +261,19 @@ def source_hash(module: str) -> str:
     return hashlib.sha256(Path(f"src/ppsd/{module}.py").read_bytes()).hexdigest()[:16]
 
 
-def record(outcomes: dict[str, Any], names: dict[str, list[str]], refused: set[str]) -> None:
-    """Write the outcomes, and the result file: counts of every module, and what survived."""
+def record(
+    outcomes: dict[str, Any],
+    names: dict[str, list[str]],
+    refused: set[str],
+    arguments: dict[str, str],
+) -> None:
+    """Write the outcomes, and the result file: counts of every module, and what survived.
+
+    ``arguments`` are those that the file had before, also of what has not been tried again yet.
+    """
     OUTCOMES.write_text(json.dumps(outcomes))
-    arguments, modules = read_arguments(), read_result()
+    arguments.update(read_arguments())
+    modules = read_result()
     for module in (name for name in TESTS if outcomes.get(name, {}).get("of")):
         of_mutants = outcomes[module]["of"]
         differences = {
@@ -331,7 +340,7 @@ def main() -> None:
     deadline = time.monotonic() + 60 * options.minutes
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "mutants"))
-    names = write_mutants()
+    names, arguments = write_mutants(), read_arguments()
     refused = find_refused(ROOT / "mutants")
     importlib.invalidate_caches()  # mutants/ may be new
     for preloaded in ("torch", "transformers", "hypothesis", "scipy.stats"):
@@ -360,10 +369,10 @@ def main() -> None:
                     break
                 outcomes[module]["of"][name] = search(files, name)
                 if count % RECORDED == 0:
-                    record(outcomes, names, refused)
+                    record(outcomes, names, refused, arguments)
                     print(f"{names_of_files[0]}: {count} of {len(left)}", flush=True)
         finally:  # a search that is stopped keeps what it has
-            record(outcomes, names, refused)
+            record(outcomes, names, refused, arguments)
         for file in files:
             file.end()
 

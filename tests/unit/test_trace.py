@@ -285,3 +285,14 @@ def test_a_recorder_keeps_the_newest_slices_and_tells_each_to_whoever_looks_on(
         kept = [(*slice_, []) for slice_ in seen[first + 1 :]]
         assert recorder.take()["slices"] == kept
     assert seen == [(100 + 10 * p, 105 + 10 * p, "verify", 1, p, 1) for p in range(6)]
+
+
+def test_the_time_of_a_joined_pass_counts_once_and_each_pass_with_its_rows() -> None:
+    clock = count(105, 10)
+    recorder = Recorder(now=lambda: next(clock))
+    recorder.add(100, "verify", 1, 0, 1, joined=True)
+    recorder.add(100, "verify", 1, 0, 1)
+    assert (recorder.total_ns, recorder.take()["busy_ns"]) == (15, {"verify": 15})
+    recorder.count(3)
+    recorder.count(2)
+    assert (recorder.passes, recorder.rows) == (2, 5)
