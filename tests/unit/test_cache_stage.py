@@ -77,6 +77,11 @@ def test_stages_own_every_tensor_and_share_only_a_tied_embedding(tiny_model, fam
         assert twice == ({"model.embed_tokens.weight"} if spec.tie_embeddings else set())
 
 
+def test_biases_count(tiny_model) -> None:
+    biased = Model(tiny_model("llama-biased"))
+    close(run(biased.chain((0, 2, LAYERS)), TOKENS), biased.reference(TOKENS))
+
+
 def test_rows_without_a_token_have_no_logit(model) -> None:
     whole = model.stage(0, LAYERS)
     whole.spec = replace(model.spec, unused_ids=(3, 9))

@@ -208,6 +208,9 @@ def test_parts_are_packed_together_or_not_at_all(
     plan = replace(StagePlan(0, 1, 8, BF16, CPU, packed=True), **changed)
     source = cast("TensorSource", Described(a=kinds[0], b=kinds[1]))  # nothing else is asked of it
     assert packable(source, plan, {"a": (3, 128), "b": (1, 128)}, ["a", "b"]) is expected
+    assert not packable(source, plan, {"a": (3, 128), "b": (2, 128)}, ["a", "b"])
+    if kinds[0] is not None:
+        assert packable(source, plan, {"a": (4, 128)}, ["a"]) is (not changed)
 
 
 def held(stage: Stage) -> int:
