@@ -124,6 +124,10 @@ def test_training_goes_on_from_a_head(tiny_model: Models, data: Path, tmp_path: 
     assert alpha(second / "transformer-2", "start") == alpha(first / "transformer-2", "start")
     settings = json.loads((second / "transformer-4" / "head.json").read_text())
     assert settings["provenance"]["settings"]["start"] == str(given)
+    read = [json.loads((d / "transformer-4" / "head.json").read_text())["provenance"]["tokens"]
+            for d in (first, second)]  # fmt: skip
+    assert settings["provenance"]["start"]["tokens"] == read[0]
+    assert read[1] == read[0] + read[0] // 6, "six passes and one more"
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text().replace("quick", "slow"))
     run(*arguments(tiny_model("llama"), other, tmp_path / "last", "--start", str(given)))

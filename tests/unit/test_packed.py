@@ -244,3 +244,16 @@ def test_a_stage_of_the_default_model_is_packed_and_has_the_same_bits() -> None:
     assert held(packed) < 0.61 * held(plain)
     rows = [stage.forward(x, 0) for stage in (plain, packed)]
     assert torch.equal(plain.logits(rows[0]), packed.logits(rows[1]))
+
+
+@needs_kernels
+@pytest.mark.parametrize("last", [1, 30])
+def test_a_packed_stage_that_begins_has_room_for_the_embedding(last: int) -> None:
+    """In one stage the LM head is the same numbers in codes; before others there is none."""
+    path = resolve_model(None)
+    spec, source = describe(path), open_source(path.path)
+    stage = Stage(spec, StagePlan(0, last, 32, BF16, CPU, packed=True), source)
+    assert isinstance(stage.embedding, torch.Tensor)
+    assert isinstance(stage.lm_head, PackedWeight) == (last == spec.num_layers)
+    total = held(stage) + stage.embedding.nbytes
+    assert total <= weight_bytes(spec, stage.plan, source) < total + 256 * 128  # aligned

@@ -17,6 +17,7 @@ from ppsd.provenance import provenance
 from ppsd.train.distill import Trainer
 from ppsd.train.evaluate import Agreement
 from ppsd.train.records import DataFile
+from ppsd.train.start import Beginning
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def save_heads(
             mlp=trainer.config.mlp,
             feedback=trainer.config.feedback,
             copy_gate=trainer.config.copy_gate,
-            provenance=origins,
+            provenance=origins | _before(trainer.starts.get(layer), trainer.tokens),
             metrics={"validation": validation, "lost_mass": origin.lost_mass},
         )
         name = f"{trainer.config.kind}-{layer}"
@@ -65,11 +66,20 @@ def save_heads(
     return places
 
 
+def _before(start: Beginning | None, tokens: int) -> dict[str, Any]:
+    """Return how many tokens trained a head in all, and which head it went on from."""
+    if start is None:
+        return {"tokens": tokens}
+    return {
+        "tokens": start.tokens + tokens,
+        "start": {"sha256": start.digest, "tokens": start.tokens},
+    }
+
+
 def _provenance(trainer: Trainer, origin: Origin) -> dict[str, Any]:
     return {
         "settings": trainer.config.to_json(),
         "data": [file.to_json() for file in origin.data],
-        "tokens": trainer.tokens,
         "steps": trainer.steps,
         **provenance(),
     }
