@@ -57,7 +57,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("model/tokenizer", "model/escape", "engine/text"), TEXT),
     "model/gguf_tokenizer": ("unit/test_gguf_tokenizer.py",),
     "engine/logprobs": ("unit/test_logprobs.py",),
-    "engine/rejection": ("contract/test_rejection.py",),
+    "engine/rejection": ("unit/test_rejection.py", "contract/test_rejection.py"),
     "worker/recorder": ("unit/test_trace.py",),
     "speculation/gate": ("unit/test_gate_rules.py", "unit/test_gate.py"),
     "model/runners": (*MEMORY, "unit/test_kernels.py"),
