@@ -275,6 +275,15 @@ def test_the_best_score_merges_first(
     assert spelled(convert(path), "cxyc") == "c|<unk>|c"  # for want of byte tokens
 
 
+def test_a_token_of_parts_that_are_none_is_never_merged(tmp_path: Path) -> None:
+    vocabulary = ["<unk>", "a", "b", "c", "bcd"]
+    keys = {"model": "llama", "scores": [0.0, -9.0, -9.0, -9.0, -1.0]}
+    path = write_tokenizer(
+        tmp_path / "t.gguf", vocabulary, add_bos_token=False, add_space_prefix=False, **keys
+    )
+    assert spelled(convert(path), "abc") == "a|b|c"
+
+
 def ends(path: Path, tokens: list[str], **keys: Any) -> list[str]:
     header = read_header(write_tokenizer(path / "t.gguf", tokens, **keys))
     return sorted(tokens[i] for i in end_ids(header, tokens, "here"))
