@@ -21,7 +21,7 @@ from ppsd.model.cache import KVCache
 from ppsd.model.layers import Attention, DecoderLayer, Product, RopeRows
 from ppsd.model.packed import whole
 from ppsd.model.passes import EACH_LAYER, Place
-from ppsd.model.runners import CompiledRunner
+from ppsd.model.runners import CompiledRunner, Runner
 from ppsd.model.stage import Stage, new_runner
 from ppsd.train.batched import by_sequence, causal_attention
 
@@ -250,9 +250,9 @@ class BatchGenerator:
         waiting = Waiting(requests)
         model = self._model
         self._cache = BatchCache(model, self._config.batch, self._max_length, self._keep)
-        on_cpu = model.plan.device.type == "cpu"  # a GPU's batches are wider than its runner's
-        parts = model.layers if on_cpu else [], model.spec, model.rope, self._cache.cells
-        self._runner = new_runner(*parts)
+        self._runner: Runner | None = None
+        if model.plan.device.type == "cpu":  # a GPU's batches are wider than its runner's
+            self._runner = new_runner(model.layers, model.spec, model.rope, self._cache.cells)
         while waiting or self._rows:
             self._refill(waiting)
             yield from self._finished()
@@ -324,21 +324,23 @@ class BatchGenerator:
         positions = torch.tensor(lengths, device=self._model.plan.device)
         longest, keep = max(lengths) + 1, self._cache.keep_extended(positions)
         if isinstance(self._runner, CompiledRunner):
-            hidden = self._run(tokens, lengths, keep)
+            hidden = self._run(self._runner, tokens, lengths, keep)
         else:
             attention = partial(self._cache.extending, positions=positions, longest=longest)
             hidden = self._forward(tokens, positions, attention, keep)
         self._cache.reach(0, [length + 1 for length in lengths])
         self._choose(self._rows, hidden)
 
-    def _run(self, tokens: torch.Tensor, lengths: Sequence[int], keep: Keep) -> torch.Tensor:
+    def _run(
+        self, runner: CompiledRunner, tokens: torch.Tensor, lengths: Sequence[int], keep: Keep
+    ) -> torch.Tensor:
         """Run one token a sequence by compiled kernels.
 
         PyTorch's attention reads the padded cache of every sequence, at a quarter of the speed.
         """
         assert self._model.embedding is not None
         places = [Place(row, length, length) for row, length in enumerate(lengths)]
-        rows = self._runner.start_rows(self._model.embedding[tokens], places)
+        rows = runner.start_rows(self._model.embedding[tokens], places)
         for layer in range(1, len(self._layers) + 1):
             rows.advance(EACH_LAYER)
             if layer in self._keep:
