@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from ppsd.engine.llm import LLM
 from ppsd.errors import ConfigError, PpsdError
 from tests.support.command import lab
 
@@ -76,6 +77,27 @@ def test_tables_carry_their_label(small, verb, tmp_path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0] == ("ORACLE drafts: acceptance is chosen, not a head's · 3 stages at 0,2,4,6")
     assert any(line.startswith("ppsd α=1 " if verb == "predict" else "1.000 ") for line in lines)
+
+
+def test_a_reader_that_comes_late_changes_no_measurement(small, monkeypatch) -> None:
+    stream = LLM.stream
+
+    def late(*arguments):
+        """Read nothing before all of it is there."""
+        parts, complete = [], None
+        source = stream(*arguments)
+        while complete is None:
+            try:
+                parts.append(next(source))
+            except StopIteration as stop:
+                complete = stop.value
+        yield from parts
+        return complete
+
+    monkeypatch.setattr(LLM, "stream", late)
+    record = json.loads(lab("predict", *small, "--pace", "0.003", "--json").stdout)
+    plain = record["rows"][0]["measured"]
+    assert plain["median"] >= 3 * 0.003
 
 
 @pytest.mark.parametrize(

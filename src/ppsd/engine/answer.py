@@ -17,7 +17,8 @@ class Chunk:
     ``accepted[i]`` says whether token i was an accepted draft. ``pieces`` is the text cut by the
     tokens it comes from, which may be earlier ones: text lags behind the tokens while a character
     or a stop string is incomplete. ``prompt_logprobs`` come with the first step, if they are asked
-    for: those of the prompt's tokens but the first, before which there is nothing.
+    for: those of the prompt's tokens but the first, before which there is nothing. ``time``: when
+    the engine had the tokens, in seconds of its clock (``LLM.now``), whenever a step is read.
     """
 
     pieces: tuple[Piece, ...]
@@ -25,6 +26,7 @@ class Chunk:
     accepted: tuple[bool, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    time: float = 0.0
 
     @property
     def text(self) -> str:
@@ -71,6 +73,7 @@ class Answer:
             tuple(i < emit.accepted for i in range(taken)),
             () if self.logprobs is None else self.logprobs.take(tokens),
             () if self.logprobs is None else self.logprobs.take_prompt(),
+            now,
         )
         self.token_ids += chunk.token_ids
         self.accepted += chunk.accepted

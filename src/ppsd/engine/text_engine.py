@@ -116,7 +116,7 @@ class TextEngine:
             ticket.fail(sequence.error)
             return
         if (rest := answer.transcript.finish()) and not ticket.silent:
-            ticket.put(Chunk(tuple(rest)))
+            ticket.put(Chunk(tuple(rest), time=end))
         stats = self._settle(sequence, end)
         ticket.finish(
             Completion(

@@ -6,7 +6,6 @@ all of them say so. Used by efficiency.py and predict.py.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -140,7 +139,7 @@ class OracleBench:
     def _timed(
         self, prompt: list[int], variant: Variant
     ) -> tuple[list[int], list[int], Completion]:
-        """Return the tokens, and when each of them came (ns)."""
+        """Return the tokens, and when the engine had each of them (ns)."""
         self._llm.use(variant.mode, variant.block, variant.in_flight, variant.gate)
         stream = self._llm.stream(prompt, self._params)
         arrivals: list[int] = []
@@ -150,7 +149,7 @@ class OracleBench:
             except StopIteration as stop:
                 completion: Completion = stop.value
                 return list(completion.token_ids), arrivals, completion
-            arrivals += [time.monotonic_ns()] * len(chunk.token_ids)
+            arrivals += [round(chunk.time * 1e9)] * len(chunk.token_ids)
 
     def _timeline(self, first: int, end: int) -> dict[str, object]:
         lanes = self._llm.trace.take()

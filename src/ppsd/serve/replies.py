@@ -61,7 +61,7 @@ def sampling(body: Sampled, defaults: Mapping[str, Any], vocab_size: int) -> Sam
 def silenced(part: Chunk | Completion) -> Chunk | Completion:
     """Return a part of an answer without what is new in it."""
     if isinstance(part, Chunk):
-        return Chunk((), prompt_logprobs=part.prompt_logprobs)
+        return replace(part, pieces=(), token_ids=(), accepted=(), logprobs=())
     stats = replace(part.stats, new_tokens=0)
     return Completion("", (), (), finish_reason="length", stats=stats)
 
