@@ -28,6 +28,11 @@ def shortened(text: str, limit: int = MAX_TOLD) -> str:
     return line if len(line) <= limit else line[:limit] + "…"
 
 
+def cause_of(error: Exception) -> str:
+    """Return what went wrong, without the number and path that an OSError repeats."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 class PpsdError(Exception):
     """Base of all errors below; the command line prints its text and exits with 1."""
 

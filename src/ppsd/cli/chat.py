@@ -19,7 +19,7 @@ from ppsd.cli.display import conclude, cut, log_console, painter, show
 from ppsd.cli.session import advise, open_llm
 from ppsd.cli.settings import Sampling
 from ppsd.config import EngineConfig
-from ppsd.errors import ConfigError, PipelineError, PpsdError
+from ppsd.errors import ConfigError, PipelineError, PpsdError, cause_of
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM, Completion
@@ -129,7 +129,7 @@ class Conversation:
             with open(os.path.expanduser(name), "x", encoding="utf-8") as file:
                 json.dump([*self._system, *self._turns], file, ensure_ascii=False, indent=1)
         except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
-            told = error.strerror if isinstance(error, OSError) else str(error)
+            told = cause_of(error)
             raise ConfigError("/save", name, f"a new file ({told})") from error
         _note(f"{len(self._system + self._turns)} messages saved in {name}")
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ppsd.errors import ConfigError, PpsdError
+from ppsd.errors import ConfigError, PpsdError, cause_of
 
 PLAIN = "plain"  # the variant that all are compared with: plain decoding on the pipeline
 
@@ -143,7 +143,9 @@ class Results:
         try:
             return self.path.read_bytes() if self.path is not None and self.path.exists() else b""
         except OSError as error:
-            raise PpsdError(f"cannot read measurements from {self.path}: {error}") from error
+            raise PpsdError(
+                f"cannot read measurements from {self.path}: {cause_of(error)}"
+            ) from error
 
     def _load(self, text: bytes) -> None:
         try:
@@ -169,7 +171,9 @@ class Results:
         try:
             os.truncate(self.path, text.rfind(b"\n") + 1)
         except OSError as error:
-            raise PpsdError(f"cannot write measurements to {self.path}: {error}") from error
+            raise PpsdError(
+                f"cannot write measurements to {self.path}: {cause_of(error)}"
+            ) from error
 
     def _write(self, record: dict[str, Any], mode: str = "a") -> None:
         if self.path is None:
@@ -178,7 +182,9 @@ class Results:
             with self.path.open(mode) as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise PpsdError(f"cannot write measurements to {self.path}: {error}") from error
+            raise PpsdError(
+                f"cannot write measurements to {self.path}: {cause_of(error)}"
+            ) from error
 
 
 def run(

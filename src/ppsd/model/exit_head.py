@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from ppsd.errors import HeadError, NonFiniteError
+from ppsd.errors import HeadError, NonFiniteError, cause_of
 from ppsd.model import kernels
 from ppsd.model.head_codes import decode
 from ppsd.model.head_files import WEIGHTS_FILE, HeadConfig, check_head, read_head_config
@@ -275,7 +275,7 @@ def read_weights(directory: Path, config: HeadConfig, spec: ModelSpec) -> dict[s
     try:
         weights = decode(load_file(path))
     except Exception as error:  # safetensors raises its own class for damage, OSError for absence
-        raise HeadError(f"cannot read {path}: {error}") from error
+        raise HeadError(f"cannot read {path}: {cause_of(error)}") from error
     _check_tensors(weights, head_tensor_shapes(config, spec), spec, path)
     return weights
 

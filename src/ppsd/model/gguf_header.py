@@ -19,7 +19,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quant_shape_to_byte_shape
 
-from ppsd.errors import ModelError, shortened
+from ppsd.errors import ModelError, cause_of, shortened
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -123,7 +123,7 @@ def _map_file(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read ({error})") from error
+        raise ModelError(f"{path}: cannot be read ({cause_of(error)})") from error
 
 
 def _parse(data: mmap.mmap, path: Path, arrays: Collection[str] = ()) -> Header:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from ppsd import checks
-from ppsd.errors import HeadError
+from ppsd.errors import HeadError, cause_of
 from ppsd.model.identity import Identity
 from ppsd.model.spec import ModelSpec
 
@@ -85,7 +85,7 @@ def read_prompts(directory: Path) -> list[str]:
     try:
         return path.read_text().split() if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
-        raise HeadError(f"cannot read {path}: {error}") from error
+        raise HeadError(f"cannot read {path}: {cause_of(error)}") from error
 
 
 def weights_digest(directory: Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ppsd.errors import ModelError, shortened
+from ppsd.errors import ModelError, cause_of, shortened
 from ppsd.model.kernels import Kind
 from ppsd.model.names import EMBEDDING, LM_HEAD, expected_shapes
 from ppsd.model.packed import Codes
@@ -194,7 +194,9 @@ class SafetensorsSource:
             except FileNotFoundError as error:
                 raise ModelError(f"{file}: this shard is missing") from error
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file}: not a readable safetensors file ({error})") from error
+                raise ModelError(
+                    f"{file}: not a readable safetensors file ({cause_of(error)})"
+                ) from error
         return self._files[filename]
 
     def _read_index(self) -> dict[str, str]:

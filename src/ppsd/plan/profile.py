@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ppsd.errors import ConfigError
+from ppsd.errors import ConfigError, cause_of
 from ppsd.model.sidecar import cache_root, own_bytes
 from ppsd.plan.model import Link
 from ppsd.plan.sizes import Sizes
@@ -234,7 +234,7 @@ def load_profile(path: Path, *, own: bool = False) -> Profile:
         data = own_bytes(path) if own else path.read_bytes()
         return Profile.from_json(json.loads(data))
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = cause_of(error)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
     allowed = f"a file that `ppsd profile` wrote ({reason})"

@@ -14,7 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from ppsd.engine.llm import LLM
-from ppsd.errors import ConfigError, PpsdError
+from ppsd.errors import ConfigError, PpsdError, cause_of
 from ppsd.serve.app import create_app, still_loading
 from ppsd.serve.config import ServerConfig
 from ppsd.serve.protocol import HTTP
@@ -59,7 +59,7 @@ def bind(config: ServerConfig) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         place = f"{config.host}:{config.port}"
-        raise PpsdError(f"cannot listen on {place}: {error.strerror or error}") from error
+        raise PpsdError(f"cannot listen on {place}: {cause_of(error)}") from error
     return bound
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ppsd.errors import PpsdError
+from ppsd.errors import PpsdError, cause_of
 from ppsd.model.head_files import HeadConfig, save_head
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -66,7 +66,9 @@ class RunDirectory:
                 names = file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise PpsdError(f"{path} is not a checkpoint that can be read: {error}") from error
+            raise PpsdError(
+                f"{path} is not a checkpoint that can be read: {cause_of(error)}"
+            ) from error
         self._check_same(state["settings"])
         return Checkpoint(state["step"], state["tokens"], tensors, state.get("best", {}))
 
@@ -85,7 +87,7 @@ class RunDirectory:
             settings = json.loads(path.read_text())
             self._check_same(settings)
         except (OSError, ValueError, AttributeError) as error:
-            raise PpsdError(f"{path} cannot be read: {error}") from error
+            raise PpsdError(f"{path} cannot be read: {cause_of(error)}") from error
         return True
 
     def _check_same(self, other: Mapping[str, Any]) -> None:
@@ -128,8 +130,8 @@ class RunDirectory:
             draft.rename(place)
         except (OSError, SafetensorError) as error:
             raise PpsdError(
-                f"cannot write {place}: {error}; the checkpoint holds the trained weights, so the "
-                "same command will finish once there is room"
+                f"cannot write {place}: {cause_of(error)}; the checkpoint holds the trained "
+                "weights, so the same command will finish once there is room"
             ) from error
         return place
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ppsd.errors import PpsdError
+from ppsd.errors import PpsdError, cause_of
 from ppsd.model.stage import Stage
 from ppsd.train.batched import Features, teacher_forward
 from ppsd.train.checkpoint import append_line, read_lines, write_whole
@@ -66,7 +66,7 @@ class FeatureStore:
             for line in lines:
                 self._note(line["example"], line["rows"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PpsdError(f"cannot use {self._path} for --features: {error}") from error
+            raise PpsdError(f"cannot use {self._path} for --features: {cause_of(error)}") from error
         self._layers = kept
 
     def _read_index(self) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ppsd import checks
-from ppsd.errors import ConfigError, PpsdError
+from ppsd.errors import ConfigError, PpsdError, cause_of
 from ppsd.model.source import HUB_ID
 
 FIELDS = "prompt (and target), messages, or text"
@@ -93,7 +93,7 @@ def _read_one(name: str) -> tuple[list[Record], str]:
         content = path.read_bytes()
         text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PpsdError(f"cannot read training data from {name}: {error}") from error
+        raise PpsdError(f"cannot read training data from {name}: {cause_of(error)}") from error
     digest = hashlib.sha256(content).hexdigest()
     if path.suffix == ".jsonl":
         return list(_parse_lines(name, text.split("\n"))), digest

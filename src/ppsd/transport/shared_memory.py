@@ -37,7 +37,7 @@ from typing import IO
 
 import torch
 
-from ppsd.errors import InsufficientMemoryError, PipelineTimeoutError, ProtocolError
+from ppsd.errors import InsufficientMemoryError, PipelineTimeoutError, ProtocolError, cause_of
 from ppsd.transport.base import Geometry, Part, frame_bytes, gather
 
 LINE = 64
@@ -65,7 +65,7 @@ def create_segment(geometry: Geometry) -> int:
     except (OSError, OverflowError) as error:
         os.close(fd)
         raise InsufficientMemoryError(
-            f"the transport needs {size} bytes of shared memory for {geometry}: {error}"
+            f"the transport needs {size} bytes of shared memory for {geometry}: {cause_of(error)}"
         ) from error
     return fd
 

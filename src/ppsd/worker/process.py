@@ -30,6 +30,7 @@ from ppsd.errors import (
     PpsdError,
     ProtocolError,
     StageLostError,
+    cause_of,
 )
 from ppsd.model import kernels
 from ppsd.model.exit_head import load_head
@@ -269,7 +270,9 @@ class Supervisor:
                 process_group=0,  # Ctrl-C is rank 0's to handle
             )
         except OSError as error:
-            raise StageLostError(f"stage {config.rank} cannot be started: {error}") from error
+            raise StageLostError(
+                f"stage {config.rank} cannot be started: {cause_of(error)}"
+            ) from error
         self._children[config.rank] = (child, output)
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # gone already; check() tells why
