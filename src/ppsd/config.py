@@ -239,6 +239,9 @@ class EngineConfig(Decoding, Placement):
         self._check_schedule()
         if self.waves and self.acceptance == "rejection":
             raise ConfigError("acceptance", self.acceptance, "coupled where rows travel in waves")
+        if self.concurrent > 1 and self.schedule.block > 1:
+            allowed = f"1 with blocks of {self.schedule.block} tokens"
+            raise ConfigError("concurrent", self.concurrent, allowed)
 
     @property
     def most_rows(self) -> int:

@@ -231,6 +231,9 @@ def test_memory_is_estimated_before_loading(
     numbers = r"about 0\.68 GiB here \(stage 0 0\.39, stage 1 0\.29\), but 0\.59 GiB are free"
     with pytest.raises(InsufficientMemoryError, match=numbers):
         open_llm(tiny_model("llama"), transport="shared-memory")
+    fewer = r"free; use fewer concurrent requests \(8 now\), a narrower dtype"
+    with pytest.raises(InsufficientMemoryError, match=fewer):
+        open_llm(tiny_model("llama"), transport="shared-memory", concurrent=8)
     monkeypatch.setenv("RANK", "0")  # the other stages are, for all we know, on other hosts
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(AssertionError, match="it went ahead"):

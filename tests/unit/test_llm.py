@@ -49,7 +49,7 @@ def engine_of(llm: LLM) -> Engine:
         ({"mode": "autoregressive", "concurrent": 2}, WaveEngine, 0),
         ({"mode": "autoregressive", "concurrent": 2, "rows": 1}, WaveEngine, 0),
         ({"concurrent": 2}, WaveEngine, 1),
-        ({"mode": "draft-then-verify", "block": 2, "concurrent": 2}, Engine, None),
+        ({"mode": "draft-then-verify", "block": 2}, Engine, None),
     ],
     ids=str,
 )

@@ -20,7 +20,6 @@ from ppsd.speculation.lookup import (
     ODDS,
     Match,
     find,
-    find_all,
     likeliest,
     mixed,
 )
@@ -42,14 +41,6 @@ ids = st.integers(0, 3) | st.sampled_from([256, 2**16, 2**56])  # bytes as of 1,
 @example([0, 256, 0], 9)
 def test_the_longest_repetition_the_newest_among_equals(tokens: list[int], longest: int) -> None:
     assert find(torch.tensor(tokens), longest) == by_hand(tokens, longest)
-
-
-@given(st.integers(1, 3), st.lists(st.integers(0, 2), min_size=1, max_size=90))
-@example(1, [0] * 80)
-@example(1, [0, 1] * 45)
-def test_all_beginnings_at_once(few: int, tokens: list[int]) -> None:
-    text = torch.tensor([min(token, few) for token in tokens])
-    assert list(find_all(text)) == [find(text[: end + 1]) for end in range(len(text))]
 
 
 def test_lengths_are_told_apart_by_their_slots() -> None:

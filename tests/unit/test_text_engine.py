@@ -152,6 +152,24 @@ def test_an_error_ends_what_is_under_way() -> None:
         assert not engine.text.busy
 
 
+def test_a_stage_lost_at_the_end_of_a_request_leaves_nobody_waiting(monkeypatch) -> None:
+    engine = Clocked()
+    ticket = engine.begin()
+    gone = PipelineError("stage 1 is gone")
+
+    def report() -> list[object]:
+        raise gone
+
+    monkeypatch.setattr(engine.text.engine.links, "report", report)
+    with pytest.raises(PipelineError, match="stage 1 is gone"):
+        engine.run(ticket)
+    engine.text.cancel(gone)
+    while (taken := ticket.take())[0] == "chunk":
+        pass
+    assert (taken[0], str(taken[1])) == ("error", "stage 1 is gone")
+    assert not engine.text.busy
+
+
 def test_a_request_that_cannot_go_on_fails_with_its_reason() -> None:
     engine = Clocked()
     params = SamplingParams(max_tokens=6, min_tokens=4)

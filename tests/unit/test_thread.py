@@ -159,6 +159,28 @@ def test_an_error_of_the_work_ends_what_is_under_way_alone(thread, work) -> None
     assert thread.ended is None
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(
+    thread, work, left, monkeypatch
+) -> None:
+    work.error = ValueError("odd")
+    cancel, seen = work.cancel, []
+
+    def fails_once(error: BaseException) -> None:
+        seen.append(error)
+        if len(seen) == 1:
+            raise KeyError("slot")
+        cancel(error)
+
+    monkeypatch.setattr(work, "cancel", fails_once)
+    thread.call(lambda: setattr(work, "left", 3))
+    with pytest.raises(PipelineError, match=r"the engine's thread failed: KeyError\('slot'\)"):
+        thread.call(lambda: time.sleep(0))
+    assert left == ["ppsd-engine"]
+    with pytest.raises(PipelineError, match="the engine's thread failed"):
+        thread.check()
+
+
 def test_a_broken_pipeline_ends_the_thread_and_all_jobs(thread, work, left) -> None:
     gone = PipelineError("stage 1 is gone")
     all_there = threading.Event()

@@ -57,6 +57,11 @@ def test_every_assistant_turn_is_a_target() -> None:
         ('{"prompt": ""}\n', "line 1: needs"),
         ('{"messages": []}\n', "line 1: needs"),
         ('{"messages": [{"role": "user"}]}\n', "line 1: needs"),
+        ('{"messages": [{"role": "user", "content": "a"}], "target": 5}\n', "line 1: needs .*5 is"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}], "target": "\\ud800"}\n',
+            "line 1: needs .*text must be valid Unicode",
+        ),
         ("[1]\n", "line 1: needs"),
     ],
 )

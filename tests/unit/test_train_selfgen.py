@@ -75,6 +75,17 @@ def test_reading_prompts_is_told_and_ends_at_the_deadline(
     assert told[:3] == [(sum(lengths[: n + 1]), n + 1) for n in range(3)]
 
 
+def test_complete_answers_are_not_under_way(teacher: Teacher) -> None:
+    """Continued after a kill, they would go on behind their end."""
+    saved: list[int] = []
+    generator = BatchGenerator(
+        teacher.stage, GenerateConfig(2, 3), eos_ids={2}, vocab_size=VOCAB, max_length=64,
+        stepped=lambda: saved.extend(map(len, generator.under_way().values())),
+    )  # fmt: skip
+    assert [len(answer.ids) for answer in generator.run(REQUESTS)] == [3] * len(REQUESTS)
+    assert set(saved) == {1, 2}
+
+
 def test_the_context_limits_answers(teacher: Teacher) -> None:
     found = answers(teacher, GenerateConfig(4, NEW), max_length=14)
     assert [len(found[r.key]) for r in REQUESTS] == [min(NEW, 14 - len(p)) for p in PROMPTS]

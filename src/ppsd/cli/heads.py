@@ -23,7 +23,7 @@ app = typer.Typer(help="List and inspect exit heads.", no_args_is_help=True, add
 def list_heads(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
 ) -> None:
-    """List the heads shipped with ppsd and those in $PPSD_HEAD_DIR (else ~/.cache/ppsd/heads)."""
+    """List the heads shipped with ppsd and those in $PPSD_HEAD_DIR (else in the cache)."""
     from ppsd.model.head_library import find_heads, local_root
 
     heads = find_heads()

@@ -1,4 +1,4 @@
-"""The command's standard streams, whatever they are connected to. Used by all of cli/."""
+"""The command's standard streams, whatever they are connected to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request gives back, piece by piece and as a whole. Used by llm.py, exported by ppsd."""
+"""What a request gives back, piece by piece and as a whole."""
 
 from __future__ import annotations
 

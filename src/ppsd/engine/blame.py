@@ -1,4 +1,4 @@
-"""From a stage that failed or is gone to the error that names it. Used by links.py and build.py."""
+"""From a stage that failed or is gone to the error that names it."""
 
 from __future__ import annotations
 

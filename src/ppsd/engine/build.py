@@ -1,7 +1,4 @@
-"""Assemble a running pipeline from a configuration: check, estimate, start workers, load.
-
-Used by llm.py only.
-"""
+"""Assemble a running pipeline from a layout: start workers, load, connect."""
 
 from __future__ import annotations
 
@@ -9,19 +6,18 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ppsd.config import EngineConfig
 from ppsd.engine.blame import raise_if_lost
-from ppsd.engine.choose import (
-    on_torchrun,
-)
+from ppsd.engine.choose import on_torchrun
 from ppsd.engine.drafter import Drafter, HeadDrafter, LookupDrafter, PacedDrafter
 from ppsd.engine.first_stage import FirstStage
 from ppsd.engine.layout import Layout, head_seconds
 from ppsd.engine.links import Links, OwnLinks, StageLinks
-from ppsd.errors import KernelError
+from ppsd.errors import KernelError, PipelineError
 from ppsd.model.exit_head import ExitHead, load_head, untrained_head
 from ppsd.model.head_files import HeadConfig
 from ppsd.model.stage import Stage, StageModel, StagePlan
@@ -46,6 +42,9 @@ from ppsd.worker.process import (
 from ppsd.worker.recorder import Recorder
 from ppsd.worker.scores import scores_bytes
 from ppsd.worker.wave_messages import wave_bytes
+
+if TYPE_CHECKING:
+    from ppsd.transport.rendezvous import Meeting
 
 CLOSE_GRACE_S = 1.0  # leaving takes a worker milliseconds
 
@@ -239,18 +238,30 @@ class RunningPipeline:
         return SharedMemoryEndpoint(segment, geometry, 0, bool(self.layout.cores[0]))
 
     def _connect_distributed(self, geometry: Geometry) -> Endpoint:
-        from ppsd.transport.rendezvous import free_port, meet_from_environment, send_text
+        from ppsd.transport.rendezvous import free_port, meet_from_environment
 
         ranks = range(1, geometry.size)
         if on_torchrun(self._config):
             meeting = meet_from_environment(self._config.init_timeout)
-            for rank in ranks:
-                send_text(meeting, rank, json.dumps(asdict(self._worker_config(rank, geometry))))
+            self._invite(meeting, geometry)
             return endpoint_over(self._worker_config(0, geometry), meeting)
         master = ("127.0.0.1", free_port())
         for rank in ranks:
             self._supervisor.start(self._worker_config(rank, geometry, master=master))
         return open_endpoint(self._worker_config(0, geometry, master=master), self._alive)
+
+    def _invite(self, meeting: Meeting, geometry: Geometry) -> None:
+        """Send all ranks their configuration; raises PipelineError if one does not take it."""
+        from ppsd.transport.rendezvous import receive_text, send_text
+
+        ranks = range(1, geometry.size)
+        for rank in ranks:
+            config, head = self._worker_config(rank, geometry), self.layout.inner[rank]
+            config = replace(config, head="" if head is None else head.name)  # paths may differ
+            send_text(meeting, rank, json.dumps(asdict(config)))
+        for rank in ranks:
+            if refusal := receive_text(meeting, rank, self._config.init_timeout):
+                raise PipelineError(f"rank {rank} does not take part: {refusal}")
 
     def _worker_config(
         self,

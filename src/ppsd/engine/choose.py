@@ -1,6 +1,6 @@
 """``--plan``: what the user left open, split, exit head and schedule, decided by the planner.
 
-Used by build.py. What the user fixed is kept.
+What the user fixed is kept.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ from ppsd.speculation.policy import schedule_for
 from ppsd.transport.rendezvous import rank_from_environment
 
 AUTO_DTYPE = "bfloat16"
-ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
 @dataclass(frozen=True)

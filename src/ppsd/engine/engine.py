@@ -1,6 +1,6 @@
 """The engine: events go to the policies of its sequences, their commands go to the pipeline.
 
-Used by llm.py, by the simulator on virtual links, and by tests. It knows token ids only, no text.
+It knows token ids only, no text.
 """
 
 from __future__ import annotations
@@ -174,8 +174,7 @@ class Engine:
         self._held[sequence.slot].keep(sequence)
         self._free.append(sequence.slot)
         self.links.publish(sequence.slot, sequence.policy.epoch)
-        if (observer := self.stage.recorder.observer) is not None:
-            observer(Left(sequence.slot))
+        self.stage.recorder.tell(Left(sequence.slot))
 
     def _feed(self, sequence: Sequence, feed: Feed) -> None:
         """Run rows through stage 0, ship a complete block, then draft if asked to."""
@@ -195,7 +194,7 @@ class Engine:
         stage = self.stage
         start = stage.recorder.now()
         if stage.recorder.observer is not None:
-            stage.recorder.observer(FedBlock(start, sequence.slot, feed))
+            stage.recorder.tell(FedBlock(start, sequence.slot, feed))
         hidden = self._run(sequence, feed)
         return hidden, self._send_block(sequence, feed, hidden, start)
 
@@ -279,11 +278,12 @@ class Engine:
 
     def _obey(self, sequence: Sequence, commands: Items[Command]) -> None:
         """Note what a verdict has made final, and let the gate see it."""
-        if (observer := self.stage.recorder.observer) is not None:
-            place = self.stage.recorder.now(), sequence.slot, sequence.policy.committed
+        recorder = self.stage.recorder
+        if recorder.observer is not None:
+            place = recorder.now(), sequence.slot, sequence.policy.committed
             for emit in commands:
                 if isinstance(emit, Emit):
-                    observer(Made(*place, *emit))
+                    recorder.tell(Made(*place, *emit))
         self._note(sequence, commands)
         if self.gate is not None:
             self.gate.watch(sequence.policy, self.now())

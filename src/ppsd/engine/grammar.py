@@ -2,7 +2,7 @@
 
 What may come next is a function of the answer's tokens so far. Rank 0 knows them for every row it
 feeds, drafts included, so it works out each row's mask, drafts within it, and sends it along; the
-last stage chooses within it. Used by llm.py.
+last stage chooses within it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What is decided before anything is loaded: the model, its split, and how each stage is held.
-
-Used by build.py and llm.py.
-"""
+"""What is decided before anything is loaded: the model, its split, and how each stage is held."""
 
 from __future__ import annotations
 
@@ -163,7 +160,8 @@ def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> 
     inner = [head_sizes(sizes, found.config if found else None) for found in layout.inner]
     every = stage_bytes(layout.spec, source, plans, head, apart=apart, inner=inner)
     here = every[:1] if on_torchrun(config) else every
-    check_free(here, f"{layout.spec.name} in {layout.dtype}", layout.max_context)
+    what = f"{layout.spec.name} in {layout.dtype}"
+    check_free(here, what, layout.max_context, config.concurrent)
     return every
 
 

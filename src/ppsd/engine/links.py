@@ -1,7 +1,7 @@
 """Rank 0's links to the other stages: messages out and in, and whom to blame when none come.
 
-Used by the engine only. ``Links`` says what the engine needs; ``StageLinks`` reaches stages over a
-transport, ``OwnLinks`` is a pipeline of one stage, which answers itself.
+``Links`` says what the engine needs; ``StageLinks`` reaches stages over a transport, ``OwnLinks``
+is a pipeline of one stage, which answers itself.
 """
 
 from __future__ import annotations

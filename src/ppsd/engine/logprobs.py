@@ -1,4 +1,4 @@
-"""How likely the model found the tokens it said. Used by llm.py for requests that ask."""
+"""How likely the model found the tokens it said."""
 
 from __future__ import annotations
 

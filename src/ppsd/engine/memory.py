@@ -1,6 +1,6 @@
 """Memory of a stage before it is loaded: one estimate for plan, check and report.
 
-Used by build.py and choose.py. What is in use is told by ``worker.machine.memory_used``.
+What is in use is told by ``worker.machine.memory_used``.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ def stage_bytes(
     return each if apart else [sum(each) - (len(each) - 1) * WORKER_BYTES]
 
 
-def check_free(needed: Sequence[int], what: str, max_context: int) -> None:
+def check_free(needed: Sequence[int], what: str, max_context: int, concurrent: int) -> None:
     """Raise InsufficientMemoryError if this host has less free than the bytes of all stages."""
     free = psutil.virtual_memory().available
     if sum(needed) > free:
         each = ", ".join(f"stage {r} {n / 2**30:.2f}" for r, n in enumerate(needed))
+        fewer = f"fewer concurrent requests ({concurrent} now), " if concurrent > 1 else ""
         raise InsufficientMemoryError(
             f"{what} needs about {sum(needed) / 2**30:.2f} GiB here ({each}), but "
-            f"{free / 2**30:.2f} GiB are free; use a narrower dtype, a smaller max_context "
+            f"{free / 2**30:.2f} GiB are free; use {fewer}a narrower dtype, a smaller max_context "
             f"({max_context} now) or more hosts"
         )

@@ -1,6 +1,6 @@
 """The times to plan with: a profile by name, this machine's own, or parameter counts.
 
-Used by choose.py. A plan says which of them it rests on, and how old they are.
+A plan says which of them it rests on, and how old they are.
 """
 
 from __future__ import annotations

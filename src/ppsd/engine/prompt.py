@@ -1,4 +1,4 @@
-"""From what a caller passes as a prompt to checked token ids. Used by llm.py."""
+"""From what a caller passes as a prompt to checked token ids."""
 
 from __future__ import annotations
 

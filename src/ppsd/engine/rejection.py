@@ -1,6 +1,6 @@
 """Acceptance by rejection: the target's token drawn so that it equals the draft most often.
 
-Used by the engine. Without it, coupled noise alone makes draft and target agree (accept.py).
+Without it, coupled noise alone makes draft and target agree (accept.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All that rank 0 knows of one request at work, in one object. Used by the engine alone."""
+"""All that rank 0 knows of one request at work, in one object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request cost and how its drafts fared; JSON-ready. Used by llm.py and cli/."""
+"""What a request cost and how its drafts fared; JSON-ready."""
 
 from __future__ import annotations
 

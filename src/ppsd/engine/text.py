@@ -1,4 +1,4 @@
-"""From committed tokens to text: incremental decoding and stop strings. Used by llm.py."""
+"""From committed tokens to text: incremental decoding and stop strings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine with text on top: tickets in, chunks and completions out. Used by llm.py."""
+"""The engine with text on top: tickets in, chunks and completions out."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ class TextEngine:
     def cancel(self, error: BaseException) -> None:
         """End all that is under way with ``error``; of a working pipeline note what was done."""
         for sequence, ticket in list(self._tickets.items()):
-            self.engine.abort(sequence)
             if isinstance(error, PipelineError):
                 del self._tickets[sequence]
                 ticket.fail(copy(error))  # what is raised gathers frames, and with them the LLM
             else:
+                self.engine.abort(sequence)
                 self._settle(sequence)
                 ticket.fail(error)
 
@@ -129,13 +129,17 @@ class TextEngine:
         )
 
     def _settle(self, sequence: Sequence, end: float | None = None) -> RequestStats:
-        """Let a sequence go, also one left early; collect what the stages did for it."""
-        answer = self._tickets.pop(sequence).answer
+        """Let a sequence go, also one left early; collect what the stages did for it.
+
+        If a stage is lost meanwhile, its ticket is still there to be told (``cancel``).
+        """
+        answer = self._tickets[sequence].answer
         # Asking makes the stages wait, so what they do for several requests at once stays untold.
         reports = []
-        if not self._tickets:
+        if len(self._tickets) == 1:
             self._ask()
             reports = self._report()
+        del self._tickets[sequence]
         end = end or self.now()
         switches = sequence.switches
         self.trace.add(reports, switches.pauses_until(end) if switches else [])

@@ -1,4 +1,4 @@
-"""The thread that rank 0 works on, and the jobs its callers hand it. Used by llm.py.
+"""The thread that rank 0 works on, and the jobs its callers hand it.
 
 Python raises what signal handlers raise (Ctrl-C) in the main thread and nowhere else. On a thread
 of its own the engine therefore never stops in the middle of a message: an interrupt ends the
@@ -238,6 +238,9 @@ class EngineThread:
                     self._step()
         except PipelineError as error:
             self.ended = self.ended or copy(error)
+        except BaseException as error:  # a fault of ours, which is not to leave anyone waiting
+            self.ended = self.ended or PipelineError(f"the engine's thread failed: {error!r}")
+            raise
         finally:
             try:
                 self._leave()  # before anyone hears of an error: then all is free again

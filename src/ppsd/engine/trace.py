@@ -1,7 +1,6 @@
 """Chrome trace files that Perfetto opens: a lane a stage, a slice a pass, arrows along rows.
 
-Slices come from the stages' recorders; what lies between them is written as ``idle``. Used by
-llm.py.
+Slices come from the stages' recorders; what lies between them is written as ``idle``.
 """
 
 from __future__ import annotations

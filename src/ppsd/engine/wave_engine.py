@@ -143,8 +143,8 @@ class WaveEngine(Engine):
         start = recorder.now()
         if recorder.observer is not None:
             if piece is not None:
-                recorder.observer(FedBlock(start, piece[0].slot, piece[1]))
-            recorder.observer(FedRows(start, rows))
+                recorder.tell(FedBlock(start, piece[0].slot, piece[1]))
+            recorder.tell(FedRows(start, rows))
         for part in parts:
             self.stage.commit(part)
         own, hidden = self._advance(rows, piece)

@@ -2,7 +2,7 @@
 
 All are asked in turns, task by task, in greedy decoding and (but for llama.cpp, which keeps its
 file's quantisation) one dtype. Each other decoder has a process of its own that may use all cores
-of the pipeline; while one works the others sleep. Used by ``ppsd-lab baselines``.
+of the pipeline; while one works the others sleep.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Virtual time, in whole nanoseconds, so that equal times are equal. Within lab/ only."""
+"""Virtual time, in whole nanoseconds, so that equal times are equal."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A long request, and many: what a late token costs beyond its context, and whether memory grows.
-
-Imported by cli/.
-"""
+"""A long request, and many: what a late token costs beyond its context, and if memory grows."""
 
 from __future__ import annotations
 

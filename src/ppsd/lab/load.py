@@ -1,7 +1,4 @@
-"""Many requests at once: waves against plain continuous batching, on the same workers.
-
-Used by ``ppsd-lab load``.
-"""
+"""Many requests at once: waves against plain continuous batching, on the same workers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Requests timed on one pipeline in several modes, with drafts by an oracle of chosen acceptance.
 
 An oracle peeks at the plain output, so figures show the pipeline apart from the quality of a head;
-all of them say so. Used by efficiency.py and predict.py.
+all of them say so.
 """
 
 from __future__ import annotations

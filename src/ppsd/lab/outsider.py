@@ -1,8 +1,8 @@
 """A decoder in a process of its own, asked over standard input and output.
 
-``python -m ppsd.lab.outsider`` reads one JSON line that says what to load, answers ``{}`` once
-it is loaded, then reads requests ``{"ids", "max_tokens"}`` and answers with token ids and times.
-Decoding is greedy and ends at the model's end tokens. Used by baselines.py.
+``python -m ppsd.lab.outsider`` reads one JSON line that says what to load, answers ``{}`` once it
+is loaded, then reads requests ``{"ids", "max_tokens"}`` and answers with token ids and times.
+Decoding is greedy and ends at the model's end tokens.
 
 PyTorch is imported once the cores are known. Its OpenMP counts them when it is loaded, and with
 fewer cores than threads, as a pinned parent passes on, these sleep between any two products.

@@ -1,6 +1,6 @@
 """The paper on paper: a report of what its formula and settings imply, without running a model.
 
-Used by the paper command. Source of formula and settings: arXiv 2509.19368.
+Source of formula and settings: arXiv 2509.19368.
 """
 
 from __future__ import annotations

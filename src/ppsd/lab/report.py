@@ -1,7 +1,7 @@
 """Results of ``ppsd-lab`` and ``ppsd acceptance`` as one Markdown page with plots.
 
 Each kind of result file has one section; every figure keeps its label and provenance. Numbers come
-from the files alone: nothing is measured or computed anew here. Used by ``ppsd-lab report``.
+from the files alone: nothing is measured or computed anew here.
 """
 
 from __future__ import annotations

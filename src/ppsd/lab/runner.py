@@ -1,7 +1,7 @@
 """The core of every benchmark: interleaved runs, kept as JSON lines, resumed where they stopped.
 
-A benchmark is a plan of cells and a function that measures one; summaries are pure functions of
-the measurements. Used by efficiency.py and predict.py.
+A benchmark is a plan of cells and a function that measures one; summaries are pure functions of the
+measurements.
 """
 
 from __future__ import annotations

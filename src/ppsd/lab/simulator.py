@@ -1,6 +1,6 @@
 """The real engine and stage loop on virtual clocks: what they do with stages of given costs.
 
-Used by sweeps, reports and tests. What is modelled beside the engine's own code is in virtual.py.
+What is modelled beside the engine's own code is in virtual.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Every split tried on this machine: is the one that was planned the best?
 
-Imported by cli/. Drafts are an oracle's, right as often as a curve over exit layers says and free,
-which the planner is told too; so the comparison is about times, not about heads. Each run is
-compared with plain decoding on the same pipeline right before it: that takes as long whatever the
-split, and a machine's pace may change within a minute by more than splits differ.
+Drafts are an oracle's, right as often as a curve over exit layers says and free, which the planner
+is told too; so the comparison is about times, not about heads. Each run is compared with plain
+decoding on the same pipeline right before it: that takes as long whatever the split, and a
+machine's pace may change within a minute by more than splits differ.
 """
 
 from __future__ import annotations

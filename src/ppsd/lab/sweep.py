@@ -1,7 +1,4 @@
-"""Sweeps of the simulator over one quantity: rows of plain numbers for CSV files and plots.
-
-Used by the simulate and paper commands.
-"""
+"""Sweeps of the simulator over one quantity: rows of plain numbers for CSV files and plots."""
 
 from __future__ import annotations
 

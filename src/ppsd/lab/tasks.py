@@ -1,7 +1,6 @@
 """Real prompts, real heads: plain decoding, PPSD and its rivals on the same workers.
 
-Variants take turns on every task (runner.py), so the machine's drift meets all alike. Used by
-``ppsd-lab tasks``.
+Variants take turns on every task (runner.py), so the machine's drift meets all alike.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Candidate trees on virtual clocks: heads whose right candidate has a chosen rank.
 
-The engine of waves and the stage loop are the real ones; see virtual.py. Used by sweeps and tests.
+The engine of waves and the stage loop are the real ones; see virtual.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Static key/value cache of a run of layers, addressed by slot and position.
-
-Used by stages and exit heads.
-"""
+"""Static key/value cache of a run of layers, addressed by slot and position."""
 
 from __future__ import annotations
 

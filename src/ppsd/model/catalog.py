@@ -1,6 +1,6 @@
 """List the models that can be used here: the embedded one, local ones, the hub's cache.
 
-Imported by cli/. Reads configurations and headers, never weights, and never the network.
+Reads configurations and headers, never weights, and never the network.
 """
 
 from __future__ import annotations

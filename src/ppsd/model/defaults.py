@@ -1,7 +1,4 @@
-"""Read how a model's authors want it sampled: generation_config.json, or a GGUF file's keys.
-
-Imported by engine/.
-"""
+"""Read how a model's authors want it sampled: generation_config.json, or a GGUF file's keys."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Read control tokens in a user's text, such as <|im_end|>, as the characters they consist of.
 
-Otherwise a text can end its own message and begin another, as in transformers. Used by
-tokenizer.py.
+Otherwise a text can end its own message and begin another, as in transformers.
 """
 
 from __future__ import annotations

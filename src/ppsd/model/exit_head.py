@@ -1,6 +1,6 @@
 """Exit heads: small modules that read an early hidden state and guess the next token.
 
-Their files are in head_files.py. Used by engine/ and train/.
+Their files are in head_files.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Store weights of exit heads in 8-bit codes with a scale for every 32, as in GGUF's Q8_0.
 
-A draft needs no more, and a head that ships weighs half as much. Used by model/ and train/.
+A draft needs no more, and a head that ships weighs half as much.
 """
 
 from __future__ import annotations

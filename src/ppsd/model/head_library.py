@@ -1,6 +1,6 @@
 """Find exit heads: those shipped with the package, and the user's own.
 
-Imported by engine/ and cli/. Loads no weights.
+Loads no weights.
 """
 
 from __future__ import annotations

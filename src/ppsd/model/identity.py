@@ -1,7 +1,4 @@
-"""Tell models apart in a way that survives conversion between formats, for their heads.
-
-Imported by engine/, train/, plan/, measure/ and cli/.
-"""
+"""Tell models apart in a way that survives conversion between formats, for their heads."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Compile kernels.c: when a wheel is made, or once on the machine that needs it.
 
-Used by kernels.py and, without PyTorch, by hatch_build.py. A library is for a target, a set of CPU
-features, rather than for the CPU at hand: it has the same bits on every CPU with these features.
+hatch_build.py uses it, too, and without PyTorch. A library is for a target, a set of CPU features,
+rather than for the CPU at hand: it has the same bits on every CPU with these features.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The Llama-family decoder layer by PyTorch's operations. Used by stages, heads and training.
+"""The Llama-family decoder layer by PyTorch's operations.
 
-Shapes: n rows of one sequence, C hidden size, H query heads, K key/value heads, D head size,
-F intermediate size, T positions so far.
+Shapes: n rows of one sequence, C hidden size, H query heads, K key/value heads, D head size, F
+intermediate size, T positions so far.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A number is ``code · scale + offset``, rounded to bfloat16. products.h makes the numbers while it
 multiplies, so a product has the same bits as one with the whole weight, for a third or a half of
-the memory traffic. Used by stages and heads that decode, on CPUs with AVX512_BF16.
+the memory traffic. For stages and heads that decode, on CPUs with AVX512_BF16.
 """
 
 from __future__ import annotations

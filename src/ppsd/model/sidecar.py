@@ -1,8 +1,7 @@
 """Keep what is slow to derive from a model file in the user's cache directory.
 
-Used by model/ and, for reading the user's own files, by plan/. Losing, damaging or not being able
-to write the cache costs time only. As a cache may hold code, and lie where others can write, only
-what this user alone can have written is read from it.
+Losing, damaging or not being able to write the cache costs time only. As a cache may hold code, and
+lie where others can write, only what this user alone can have written is read from it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Find a model by name and describe it: embedded default, directory, GGUF file or hub id.
 
-Imported by cli/ and engine/; uses the network only for a hub id.
+Uses the network only for a hub id.
 """
 
 from __future__ import annotations

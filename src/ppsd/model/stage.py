@@ -1,6 +1,6 @@
 """Stages: contiguous decoder layers, with the embedding or the LM head where they own it.
 
-Used by worker/ and engine/. A stage knows nothing of other stages or of how rows reach it.
+A stage knows nothing of other stages or of how rows reach it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Turn text into token ids and back, also one at a time, by transformers' tokenizers.
 
-Imported by engine/ and cli/; transformers is imported only when a tokenizer is loaded.
+Transformers is imported only when a tokenizer is loaded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The cost model: what stages, heads and links of one pipeline cost, as plain floats in seconds.
 
-Used by the simulator, reports and the planner. Where the numbers come from is in ``source``.
+Where the numbers come from is in ``source``.
 """
 
 from __future__ import annotations

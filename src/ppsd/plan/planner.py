@@ -1,6 +1,6 @@
 """Where to cut, where to exit, which schedule: every way priced by the cost model, best first.
 
-Used by ``ppsd plan`` and, through engine/choose.py, by ``--plan auto``. Plain floats, no torch.
+Decides for ``ppsd plan`` and ``--plan auto``. Plain floats, no torch.
 
 For each exit layer only splits on the Pareto front of (slowest stage, whole way) can be best,
 because the token time of every schedule grows with both (theory.token_time). For a given limit on

@@ -1,7 +1,4 @@
-"""What a model weighs, as plain integers: the part of its shape that time and memory depend on.
-
-Used by profile.py, planner.py, presets.py and engine/.
-"""
+"""What a model weighs, as plain integers: the part of its shape that time and memory depend on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Closed forms of decoding speed: pure float functions, vectorised over numpy arrays.
 
-Used by model.py, reports and the bench. A block of m rows is the last committed token (or a draft)
-and the m - 1 drafts after it, so the draft length γ of the literature is m - 1.
+A block of m rows is the last committed token (or a draft) and the m - 1 drafts after it, so the
+draft length γ of the literature is m - 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What candidate trees bring: the real wave policy, tick by tick, with heads of given rates.
 
-Used by ``ppsd plan``. Waves move on together, whenever the slowest stage at work is done; with
-clocks of their own stages are simulated in the laboratory (lab/virtual_waves.py).
+Waves move on together, whenever the slowest stage at work is done; with clocks of their own stages
+are simulated in the laboratory (lab/virtual_waves.py).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The engine behind OpenAI's HTTP interface. Imported by cli/ only."""
+"""The engine behind OpenAI's HTTP interface."""

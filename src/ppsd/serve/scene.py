@@ -1,4 +1,4 @@
-"""What the live page draws: the engine's events as waves, trees and verdicts. Used by live.py.
+"""What the live page draws: the engine's events as waves, trees and verdicts.
 
 A node is a token at a position, after its parent's. Rows of a chain have no names of their own, so
 their positions name them: of each there is one alive. Times are milliseconds.

@@ -1,14 +1,13 @@
 """Prompt lookup: text repeats itself, so what followed these tokens before may follow again.
 
 The idea of prompt lookup decoding (Saxena 2023), here one token at a time and as a second opinion
-on an exit head's draft. Pure functions; used by model/, engine/, train/ and measure/.
+on an exit head's draft. Pure functions.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,18 +67,6 @@ def find(history: Tensor, longest: int = LONGEST) -> Match | None:
             length, place = middle, at
     after = place // WORD + length
     return Match(int(tokens[after]), length) if length else None
-
-
-def find_all(tokens: Tensor) -> Iterator[Match | None]:
-    """``find`` for every beginning of ``tokens`` (int64 [L]), the shortest first."""
-    ids = tokens.numpy()
-    agree = np.zeros(len(ids) + 1, np.int64)  # [j + 1]: tokens that agree up to j and to the newest
-    for last in range(len(ids)):
-        agree[1 : last + 1] = np.where(ids[:last] == ids[last], agree[:last] + 1, 0)
-        capped = np.minimum(agree[1 : last + 1], LONGEST)
-        length = int(capped.max(initial=0))
-        newest = last - 1 - int(capped[::-1].argmax()) if length else 0
-        yield Match(int(ids[newest + 1]), length) if length else None
 
 
 def mixed(logits: Tensor, match: Match, odds: Tensor = ODDS) -> Tensor:

@@ -1,6 +1,6 @@
 """The decoding policy: a pure state machine that turns events into commands.
 
-Imported by engine/ (real pipeline) and cost/ (virtual clock). No torch, processes, clocks or I/O.
+No torch, processes, clocks or I/O.
 
 Words: feeding the token at position p asks the pipeline for the token at p + 1, twice: the exit
 head answers at once with a draft, the last stage answers later with a verdict. The policy decides
@@ -96,7 +96,7 @@ class Emit(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The request is over; ``reason`` is ``stop``, ``length`` or ``abort``."""
+    """The request is over; ``reason`` is ``stop``, ``length``, ``abort`` or ``error``."""
 
     reason: str
 

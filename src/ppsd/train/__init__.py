@@ -1,4 +1,1 @@
-"""Self-distillation of exit heads: the model stays frozen and teaches small heads to guess it.
-
-Imported by cli/; uses model/ only.
-"""
+"""Self-distillation of exit heads: the model stays frozen and teaches small heads to guess it."""

@@ -1,9 +1,7 @@
 """Run the frozen model and its heads over whole sequences, without a key/value cache.
 
-Imported by measure/.
-
-Rows of all sequences are flattened to n = B·T, so weights and row functions are those of
-inference; only attention sees the batch.
+Rows of all sequences are flattened to n = B·T, so weights and row functions are those of inference;
+only attention sees the batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keep the best validated state of each head while training goes on. Within train/ only."""
+"""Keep the best validated state of each head while training goes on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Keep a run's checkpoints and metrics through a kill, a full disk and a restart.
 
-Imported by cli/ and measure/ too. Nothing is ever overwritten in place: a file is whole, or is the
-one before.
+Nothing is ever overwritten in place: a file is whole, or is the one before.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Find what prompt lookup would copy at each position that counts, as at run time.
-
-Within train/ only.
-"""
+"""Find what prompt lookup would copy at each position that counts, as at run time."""
 
 from __future__ import annotations
 

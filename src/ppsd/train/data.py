@@ -1,7 +1,7 @@
 """Turn records into padded batches: tokens, positions that count, order, draft vocabulary.
 
-Within train/ only. Everything here is a function of its arguments, seeds included, so a resumed
-run sees the same batches.
+Everything here is a function of its arguments, seeds included, so a resumed run sees the same
+batches.
 """
 
 from __future__ import annotations

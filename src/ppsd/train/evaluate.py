@@ -1,4 +1,4 @@
-"""Measure a head's agreement with the model on held-out text. Within train/ only.
+"""Measure a head's agreement with the model on held-out text.
 
 The frozen model runs over the held-out data once; only its features stay in memory: one row of C
 numbers a token and exit, and one more.

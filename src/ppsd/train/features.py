@@ -1,14 +1,13 @@
 """Keep rows of the frozen model on disk, so that later epochs need not compute them.
 
-Within train/ only. A directory holds one file of bfloat16 rows for each kept layer, and an index:
-a header line, then a line for each example that is whole in all files. Files only grow; what a
-kill left behind the last indexed row is written over.
+A directory holds one file of bfloat16 rows for each kept layer, and an index: a header line, then a
+line for each example that is whole in all files. Files only grow; what a kill left behind the last
+indexed row is written over.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from ppsd.errors import PpsdError, cause_of
 from ppsd.model.stage import Stage
 from ppsd.train.batched import Features, teacher_forward
-from ppsd.train.checkpoint import append_line, read_lines, write_whole
+from ppsd.train.checkpoint import append_line, continue_lines
 from ppsd.train.data import Batch, Example, make_batch, plan_epoch
 
 INDEX = "index.jsonl"
@@ -56,7 +55,7 @@ class FeatureStore:
     def _open(self) -> None:
         try:
             self._path.mkdir(parents=True, exist_ok=True)
-            header, *lines = self._read_index() or [self._create()]
+            header, *lines = continue_lines(self._path / INDEX) or [self._create()]
             kept = tuple(header.pop("layers"))
             if header != self._header or not set(self._layers) <= set(kept):
                 raise PpsdError(
@@ -68,14 +67,6 @@ class FeatureStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PpsdError(f"cannot use {self._path} for --features: {cause_of(error)}") from error
         self._layers = kept
-
-    def _read_index(self) -> list[dict[str, Any]]:
-        """Read the index; a line that a kill cut short is removed from the file."""
-        path = self._path / INDEX
-        lines = read_lines(path)
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        return lines
 
     def _create(self) -> dict[str, Any]:
         header = {"layers": list(self._layers), **self._header}

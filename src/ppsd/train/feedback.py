@@ -1,8 +1,8 @@
 """Choose the last layer's rows that a head reads in training, as far behind as at run time.
 
-Within train/ and measure/. Text is taken as decoded by PPSD: the draft after position p can rest on
-the verdicts of all positions up to p - w, with w blocks in flight, and of those before the newest
-token that a verdict had to correct (speculation/policy.py, ``Feed.verified``).
+Text is taken as decoded by PPSD: the draft after position p can rest on the verdicts of all
+positions up to p - w, with w blocks in flight, and of those before the newest token that a verdict
+had to correct (speculation/policy.py, ``Feed.verified``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from ppsd.speculation.policy import UNVERIFIED
 from ppsd.train.data import Batch
 
-IN_FLIGHT = (2, 3, 4, 6, 8, 12)  # each example is decoded with one of these: 2 to 8 stages
+IN_FLIGHT = (2, 3, 4, 6, 8, 12)  # each example is decoded with one of these
 MISSES = 0.45  # share of drafts that are wrong
 
 

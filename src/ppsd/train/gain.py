@@ -1,4 +1,4 @@
-"""Estimate from earlier runs how much training improves a head. Within train/ only."""
+"""Estimate from earlier runs how much training improves a head."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ it drafts from (lookup.mixed): a copied token c adds its weight w = exp(odds) to
     log mix = log q + [c]·softplus(odds - log q(c)) - softplus(odds).
 
 Copies outside the draft vocabulary (2 % of positions, as often right as others) teach nothing.
-Within train/ only.
 """
 
 from __future__ import annotations

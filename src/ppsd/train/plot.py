@@ -1,7 +1,4 @@
-"""Plot a run: the loss of every head and its agreement with the model.
-
-Imported by cli/.
-"""
+"""Plot a run: the loss of every head and its agreement with the model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Read training data: JSONL of prompts, chats or texts, plain text files, hub datasets.
 
-Within train/ only. Nothing is tokenised here.
+Nothing is tokenised here.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def _parse_chat(
     if row.get("target") is not None:
         ids = tuple(int(token) for token in row.get("target_ids", ()))
         model = str(row.get("model", ""))
-        yield Record(where, tuple(turns), row["target"], ids, model, about=about)
+        target = "" if row["target"] == "" else _text(row["target"])  # a model may say nothing
+        yield Record(where, tuple(turns), target, ids, model, about=about)
         return
     for i, turn in enumerate(turns):
         if turn["role"] == "assistant" and i > 0:

@@ -1,7 +1,4 @@
-"""Write the heads of a run, with their origin and measured agreement.
-
-Imported by cli/.
-"""
+"""Write the heads of a run, with their origin and measured agreement."""
 
 from __future__ import annotations
 
@@ -80,6 +77,6 @@ def _provenance(trainer: Trainer, origin: Origin) -> dict[str, Any]:
     return {
         "settings": trainer.config.to_json(),
         "data": [file.to_json() for file in origin.data],
-        "steps": trainer.steps,
+        "steps": trainer.step,
         **provenance(),
     }

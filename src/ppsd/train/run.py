@@ -1,7 +1,4 @@
-"""Put a run together: the frozen teacher, the data, and the trainer in its directory.
-
-Imported by cli/ and measure/.
-"""
+"""Put a run together: the frozen teacher, the data, and the trainer in its directory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Let the model write its own training targets, many sequences at once.
 
-Imported by cli/. Rows are addressed by position, as everywhere: row i of the cache is one
-sequence whose next token is written at its own length, so no padding is ever attended to.
+Rows are addressed by position, as everywhere: row i of the cache is one sequence whose next token
+is written at its own length, so no padding is ever attended to.
 """
 
 from __future__ import annotations
@@ -204,12 +204,11 @@ class BatchGenerator:
     """Answers requests in whatever order they finish.
 
     Memory: weights, and 2·layers·batch·K·D numbers for each position of the longest sequence.
-    Padded ids from ``vocab_size`` on are never chosen. A sampled token is a
-    function of the seed, the prompt and its place in the answer; ``noise``, where given, takes the
-    place of the seed. Rows that leave the layers ``keep`` come with the answers, for 2·C bytes a
-    token and layer. No prompt is begun after ``deadline`` (of time.monotonic). ``stepped`` is
-    called after every token of the batch and whenever prompts were read; ``written`` counts the
-    tokens of answers, ``read`` those of prompts.
+    Padded ids from ``vocab_size`` on are never chosen. A sampled token is a function of seed,
+    prompt and its place in the answer; ``noise``, where given, takes the place of the seed. Rows
+    that leave the layers ``keep`` come with the answers, for 2·C bytes a token and layer. No prompt
+    is begun after ``deadline`` (of time.monotonic). ``stepped`` is called after every token of the
+    batch and whenever prompts were read; ``written`` and ``read`` count tokens of both.
     """
 
     def __init__(
@@ -258,12 +257,12 @@ class BatchGenerator:
             yield from self._finished()
             if self._rows:
                 self._step()
-                self._stepped()
                 yield from self._finished()
+                self._stepped()
 
     def under_way(self) -> dict[str, list[int]]:
-        """Return the answers so far of the requests at work, by key."""
-        return {row.request.key: row.output for row in self._rows}
+        """Return the answers so far of the requests at work, by key, but for complete ones."""
+        return {row.request.key: row.output for row in self._rows if not self._is_done(row)}
 
     @property
     def under_way_share(self) -> float:
@@ -386,15 +385,16 @@ class BatchGenerator:
         wanted = numbers.to(scores.device)[:, None] * sums[:, -1:]
         return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp_(max=scores.shape[1] - 1)
 
+    def _is_done(self, row: _Row) -> bool:
+        return row.output[-1] in self._eos_ids or len(row.output) >= row.limit
+
     def _finished(self) -> Iterator[Answer]:
         """Take out rows that are done; the last row in use moves into each gap."""
         for i in range(len(self._rows) - 1, -1, -1):
-            row = self._rows[i]
-            if row.output[-1] not in self._eos_ids and len(row.output) < row.limit:
-                continue
-            rows = self._cache.taken(i, row.length)
-            last = self._rows.pop()
-            if last is not row:
-                self._cache.move(len(self._rows), i, last.length - 1)  # the newest is not read
-                self._rows[i] = last
-            yield Answer(row.request, row.output, rows)
+            if self._is_done(row := self._rows[i]):
+                rows = self._cache.taken(i, row.length)
+                last = self._rows.pop()
+                if last is not row:
+                    self._cache.move(len(self._rows), i, last.length - 1)  # the newest is not read
+                    self._rows[i] = last
+                yield Answer(row.request, row.output, rows)

@@ -1,6 +1,6 @@
 """Settings of a training run: all that decides the weights, checked before work begins.
 
-Within train/ and cli/. Does not import PyTorch.
+Does not import PyTorch.
 """
 
 from __future__ import annotations

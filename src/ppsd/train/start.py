@@ -1,8 +1,8 @@
 """Begin a head as another ended, or as the best linear guess, found without any descent.
 
-Within train/ only. For the guess, the last layer's rows are fitted by least squares with a small
-ridge to the rows that a head reads. Fits weigh rows by the length of what is to be fitted, as the
-norm that follows takes it out again.
+For the guess, the last layer's rows are fitted by least squares with a small ridge to the rows that
+a head reads. Fits weigh rows by the length of what is to be fitted, as the norm that follows takes
+it out again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An exit head in training: float32 parameters in inference's fused form. Within train/ only."""
+"""An exit head in training: float32 parameters in inference's fused form."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Write self-generated targets to a file as answers finish, and continue it after a stop.
-
-Imported by cli/ and measure/.
-"""
+"""Write self-generated targets to a file as answers finish, and continue it after a stop."""
 
 from __future__ import annotations
 

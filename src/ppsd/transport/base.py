@@ -1,7 +1,7 @@
 """What every transport offers: frames of bytes between ranks, and an epoch word for each slot.
 
-Imported by worker/ and engine/; knows nothing of models, tokens or policies. The links are those
-of the pipeline and no others: rank k → k+1 (work) and every rank k ≥ 1 → 0 (verdicts, status).
+Knows nothing of models, tokens or policies. The links are those of the pipeline and no others: rank
+k → k+1 (work) and every rank k ≥ 1 → 0 (verdicts, status).
 """
 
 from __future__ import annotations

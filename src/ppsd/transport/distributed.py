@@ -1,8 +1,8 @@
 """Transport over torch.distributed (gloo) for stages on several hosts.
 
-Imported by engine/ and worker/. Frames are CPU bytes and travel over gloo. When every rank has a
-GPU of its own, the rows of a frame travel apart, GPU to GPU over NCCL; the frame announces them,
-so a receive is only ever posted for rows that are on their way.
+Frames are CPU bytes and travel over gloo. When every rank has a GPU of its own, the rows of a frame
+travel apart, GPU to GPU over NCCL; the frame announces them, so a receive is only ever posted for
+rows that are on their way.
 
 What gloo (torch 2.13) is like, and what follows from it:
 

@@ -1,4 +1,4 @@
-"""Buffers and headers of the frames that travel over gloo. Used by distributed.py."""
+"""Buffers and headers of the frames that travel over gloo."""
 
 from __future__ import annotations
 

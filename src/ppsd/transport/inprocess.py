@@ -1,6 +1,6 @@
 """The in-process twin of the real transports: deques in one thread, workers stepped when idle.
 
-For tests and for runs of the whole pipeline in one process; imported by engine/ and tests.
+For tests and for runs of the whole pipeline in one process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """How ranks on several hosts find each other and open groups of their own for messages.
 
-Imported by engine/ and worker/ before they make a DistributedEndpoint. Every rank announces
-itself in a store kept by rank 0; rank 0 alone decides who is missing, and tells the others.
-torch.distributed's default group is left alone: a process may have one, for something else, and
-may be a rank of several pipelines.
+Comes before a DistributedEndpoint is made. Every rank announces itself in a store kept by rank 0;
+rank 0 alone decides who is missing, and tells the others. torch.distributed's default group is left
+alone: a process may have one, for something else, and may be a rank of several pipelines.
 """
 
 from __future__ import annotations
@@ -146,12 +145,15 @@ def open_group(kind: str, name: str, meeting: Meeting, timeout: float) -> Group:
 
 def send_text(meeting: Meeting, to: int, text: str) -> None:
     """Leave a text for a rank."""
-    meeting.store.set(f"text {to}", text)
+    meeting.store.set(f"text {meeting.rank} {to}", text)
 
 
-def receive_text(meeting: Meeting, timeout: float) -> str:
-    """Return the text left for this rank."""
-    return _get(meeting.store, f"text {meeting.rank}", timeout)
+def receive_text(meeting: Meeting, source: int, timeout: float) -> str:
+    """Return the text that a rank left for this one; PipelineTimeoutError when none came."""
+    try:
+        return _get(meeting.store, f"text {source} {meeting.rank}", timeout)
+    except dist.DistError as error:
+        raise PipelineTimeoutError(f"rank {source} said nothing within {timeout:g} s") from error
 
 
 def _variable(name: str, low: int, high: int) -> int:
@@ -217,7 +219,7 @@ def _meet(store: Store, rank: int, size: int, timeout: float, check: Callable[[]
     """Return when all ranks are known to be here; raise the same error on all when they are not."""
     if rank == 0:
         store.set("size", str(size))
-    elif (expected := int(_get(store, "size", timeout))) != size:
+    elif (expected := int(_get(store, "size", 2 * timeout))) != size:
         raise PipelineError(
             f"rank {rank} was started as one of {size}, rank 0 as one of {expected}"
         )
@@ -225,7 +227,8 @@ def _meet(store: Store, rank: int, size: int, timeout: float, check: Callable[[]
         raise PipelineError(f"rank {rank} was started twice")
     if rank == 0:
         store.set("missing", _missing_ranks(store, size, timeout, check))
-    if missing := _get(store, "missing", timeout):
+    # Rank 0 may have started later than this rank, and its own deadline with it.
+    if missing := _get(store, "missing", 2 * timeout):
         raise PipelineTimeoutError(f"did not join within {timeout} s: rank {missing}")
 
 
@@ -240,8 +243,7 @@ def _missing_ranks(store: Store, size: int, timeout: float, check: Callable[[], 
 
 
 def _get(store: Store, key: str, timeout: float) -> str:
-    # Rank 0 may have started later than this rank, and its own deadline with it.
-    store.set_timeout(timedelta(seconds=2 * timeout))
+    store.set_timeout(timedelta(seconds=timeout))
     value: bytes = store.get(key)
     return value.decode()
 

@@ -1,6 +1,6 @@
 """Transport between the processes of one host: rings in one nameless shared memory segment.
 
-Imported by engine/ (creates the segment) and worker/ (attaches to the inherited descriptor).
+The engine creates the segment; workers attach to the inherited descriptor.
 
 Layout, in 64-byte lines (a line is never shared by two writers); all words are native int64:
 

@@ -1,6 +1,6 @@
 """The last stage's voice: its output rows in, the target's own tokens out.
 
-Used by the last worker, or by rank 0 when there is one stage only.
+Belongs to the last worker, or to rank 0 when there is one stage only.
 """
 
 from __future__ import annotations

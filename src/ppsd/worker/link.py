@@ -1,4 +1,4 @@
-"""What a stage behind the first hears and says: messages over a transport. Used by loop.py."""
+"""What a stage behind the first hears and says: messages over a transport."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The whole protocol: every message that travels between ranks, and how it is laid out.
 
-A frame is a 64-byte little-endian header followed by a body. No pickle: bodies are token ids,
-rows of numbers whose dtype and shape the header states, or JSON. docs/protocol.md walks through
-it. Used by worker/ and engine/.
+A frame is a 64-byte little-endian header followed by a body. No pickle: bodies are token ids, rows
+of numbers whose dtype and shape the header states, or JSON. docs/protocol.md walks through it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Paced stages: real work, then a wait until the time of an emulated device is over.
 
 With the pace well above the real work per core, P stages on fewer cores behave like P slower
-devices, while tokens, messages and acceptance stay real. Used by worker/ and engine/ alike.
+devices, while tokens, messages and acceptance stay real.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ from ppsd.errors import (
 )
 from ppsd.model import kernels
 from ppsd.model.exit_head import load_head
+from ppsd.model.head_files import read_head_config
+from ppsd.model.head_library import head_directory
 from ppsd.model.identity import Identity
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Progress, Stage, StagePlan
@@ -141,14 +143,26 @@ def serve_rank(model: str | None, timeout: float) -> None:
     """Serve as a rank above 0 that torchrun started: rank 0 sends the configuration.
 
     ``model`` is where this host keeps the model. Raises ModelError when it is another model than
-    rank 0's, ProtocolError when rank 0 speaks another protocol version.
+    rank 0's, ProtocolError when rank 0 speaks another protocol version; rank 0 is told why.
     """
-    from ppsd.model.source import describe, resolve_model
-    from ppsd.model.weights import fingerprint
-    from ppsd.transport.rendezvous import meet_from_environment, receive_text
+    from ppsd.transport.rendezvous import meet_from_environment, receive_text, send_text
 
     meeting = meet_from_environment(timeout)
-    config = WorkerConfig.from_json(receive_text(meeting, timeout))
+    try:
+        config = _accepted(receive_text(meeting, 0, 2 * timeout), model)
+    except PpsdError as error:
+        send_text(meeting, 0, str(error))
+        raise
+    send_text(meeting, 0, "")
+    serve(config, lambda: endpoint_over(config, meeting))
+
+
+def _accepted(text: str, model: str | None) -> WorkerConfig:
+    """Return the configuration that rank 0 sent, for this host's files of the model and head."""
+    from ppsd.model.source import describe, resolve_model
+    from ppsd.model.weights import fingerprint
+
+    config = WorkerConfig.from_json(text)
     files = resolve_model(model)
     mark = fingerprint(describe(files), open_source(files.path))
     if mark != config.fingerprint:
@@ -156,7 +170,10 @@ def serve_rank(model: str | None, timeout: float) -> None:
             f"rank {config.rank} has {files.name} ({mark[:12]}), rank 0 has "
             f"{config.spec['name']} ({config.fingerprint[:12]}); all ranks need the same model"
         )
-    serve(replace(config, model_path=str(files.path)), lambda: endpoint_over(config, meeting))
+    if config.head:
+        read_head_config(head_directory(config.head))
+        config = replace(config, head=str(head_directory(config.head)))
+    return replace(config, model_path=str(files.path))
 
 
 Extend = Callable[[Worker, Stage, Endpoint, WorkerConfig], Any]

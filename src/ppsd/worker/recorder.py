@@ -1,10 +1,11 @@
-"""What a stage did and when: busy time always, slices for the trace when asked. Used by all ranks.
+"""What a stage did and when: busy time always, slices for the trace when asked.
 
 Times are nanoseconds of the monotonic clock, which all processes of one host share.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppsd.speculation.waves import Row
+
+LOG = logging.getLogger(__name__)
 
 MAX_SLICES = 200_000  # bounds a trace's memory; the oldest slices are dropped first
 OVERRUN = "overrun"  # counts blocks of a paced stage that took longer than its pace
@@ -23,7 +26,7 @@ class Recorder:
     """Adds up busy time by kind: ``prefill``, ``forward``, ``draft``, ``verify``, ``cancelled``.
 
     ``now`` is the clock of the rank, which the simulator replaces by a virtual one. ``observer``,
-    if there is one, is called with each slice as it ends; on rank 0 the engine tells it more.
+    if there is one, is told of each slice as it ends; on rank 0 the engine tells it more.
     ``slices`` end with the (slot, node) of each of a wave's rows; ``verified`` are those that the
     target confirmed. ``total_ns``, and the decoding passes and their rows, never start anew.
     """
@@ -61,7 +64,17 @@ class Recorder:
             nodes = [(row.slot, row.node) for row in wave]
             self.slices.append((start, end, kind, epoch, position, rows, nodes))
         if self.observer is not None:
-            self.observer((start, end, kind, epoch, position, rows))
+            self.tell((start, end, kind, epoch, position, rows))
+
+    def tell(self, event: object) -> None:
+        """Let the observer, if there is one, see an event; one that raises sees nothing more."""
+        if (observer := self.observer) is None:  # another thread may have taken it away just now
+            return
+        try:
+            observer(event)
+        except Exception:  # its own fault, which no request is to suffer for
+            LOG.exception("an observer failed and sees nothing more")
+            self.observer = None
 
     def verify(self, slot: int, nodes: Sequence[int]) -> None:
         """Note rows that the target confirmed, for the trace."""

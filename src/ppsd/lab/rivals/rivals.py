@@ -1,4 +1,4 @@
-"""Rivals by name, on a running pipeline or in one process. Used by tasks.py and outsider.py."""
+"""Rivals by name, on a running pipeline or in one process."""
 
 from __future__ import annotations
 

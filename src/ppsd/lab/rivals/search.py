@@ -2,8 +2,8 @@
 
 Bayesian optimisation by optuna over 2N numbers in [0, 1], of which those above 0.5 skip their
 sub-layer; k-means by scikit-learn over the prompts' mean rows. What is maximised are tokens per
-layer time where rows are free, by greedy self-speculation in one process: counted, not timed, so
-a search on a busy machine finds the same. Used by ``ppsd-lab knn-ssd-search``.
+layer time where rows are free, by greedy self-speculation in one process: counted, not timed, so a
+search on a busy machine finds the same.
 """
 
 from __future__ import annotations

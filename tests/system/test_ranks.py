@@ -1,0 +1,81 @@
+"""Ranks that are started one by one, as on several hosts: each with files of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from ppsd.transport.rendezvous import free_port
+from tests.support.tiny_models import save_perfect_head
+from tests.system.test_cli import ENVIRONMENT, PATIENCE_S, PPSD
+
+FIXED = "--dtype float64 --threads-per-stage 1 --transport distributed -n 12 --ignore-eos --json"
+
+
+@pytest.fixture
+def ranks():
+    """Start a rank for each of some flags and variables; return what each said, by rank."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*each: tuple[str, dict[str, str]]) -> list[tuple[int, str, str]]:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        for rank, (flags, variables) in enumerate(each):
+            own = meeting | variables | {"WORLD_SIZE": str(len(each)), "RANK": str(rank)}
+            process = subprocess.Popen(
+                [*PPSD, "generate", "the quick brown fox", *FIXED.split(), *flags.split()],
+                env=ENVIRONMENT | own,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            started.append(process)
+        said = [process.communicate(timeout=PATIENCE_S) for process in started]
+        return [(p.returncode, *words) for p, words in zip(started, said, strict=True)]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_rank_0_hears_at_once_why_another_does_not_take_part(ranks, tiny_model) -> None:
+    flags = "--stages 2 --head none --init-timeout 100 --model"
+    begun = time.monotonic()
+    said = ranks((f"{flags} {tiny_model()}", {}), (f"{flags} {tiny_model('qwen2')}", {}))
+    assert time.monotonic() - begun < 100
+    assert [code for code, _, _ in said] == [1, 1], said
+    reason = "all ranks need the same model"
+    assert said[0][2].startswith("ppsd: rank 1 does not take part: rank 1 has ")
+    for _, _, words in said:
+        assert reason in words
+        assert words.count("\n") == 1
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_each_rank_finds_heads_by_name_where_it_keeps_them(
+    ranks, tiny_model, tmp_path, there
+) -> None:
+    """Rank 1 needs one for the boundary behind it; rank 0 has both, at another place."""
+    each = []
+    for rank in range(3):
+        place: Path = tmp_path / str(rank)
+        place.mkdir()
+        if rank == 0 or there:
+            save_perfect_head(place / "exit-2", tiny_model(), 2, 0.3)
+            save_perfect_head(place / "exit-4", tiny_model(), 4)
+        flags = f"--model {tiny_model()} --split 2,4 --head exit-2 --heads auto --rows 4 --no-gate"
+        each.append((f"{flags} --init-timeout 100", {"PPSD_HEAD_DIR": str(place)}))
+    (code, out, words), *others = ranks(*each)
+    if there:
+        assert [code, *(other[0] for other in others)] == [0, 0, 0], (words, others)
+        assert json.loads(out)["counts"]["opinions"] > 0
+    else:
+        assert code == 1
+        assert words.splitlines()[-1].startswith("ppsd: rank 1 does not take part: ")
+        assert "exit-4" in words
+        assert "exit-4" in others[0][2]
