@@ -12,6 +12,7 @@ from ppsd.errors import ConfigError
 from ppsd.settings import setting
 
 MAX_LOGIT_BIAS = 1024
+MAX_CHOICES = 1024
 MAX_STOP_IDS = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
@@ -111,7 +112,7 @@ _INTEGERS = (
     ("top_k", 0, 2**31 - 1),
     ("seed", 0, 2**63 - 1),
     ("max_tokens", 1, MOST_TOKENS),
-    ("n", 1, 1024),
+    ("n", 1, MAX_CHOICES),
 )
 _NUMBERS = (
     ("temperature", 0.0, 100.0),

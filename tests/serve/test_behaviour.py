@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -322,7 +323,7 @@ def test_the_tokenizer_is_described(server, llm) -> None:
 
 def test_it_is_not_ready_while_its_queue_is_full(server) -> None:
     assert server.client.get("/ready").status_code == 200
-    with server.service.room(server.service.capacity):
+    with server.service.room(SimpleNamespace(choices=server.service.capacity)):
         assert server.client.get("/ready").status_code == 503
         assert server.client.get("/health").status_code == 200
 
@@ -339,6 +340,7 @@ def test_a_request_ends_when_its_time_is_over(server, ends, stream) -> None:
     assert (error["param"], error["code"]) == ("timeout", "timeout")
     assert error["message"] == "timeout: no complete answer within 0.05 seconds"
     assert ends.arrived.acquire(timeout=60)
+    assert ends.lines[0].endswith("finish=refused")
     assert server.service.active == 0
     body = {"prompt": [5], "max_tokens": 1, "timeout": 60, "stream": stream}
     assert server.post(TEXT, body).status_code == 200

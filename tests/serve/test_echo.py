@@ -97,6 +97,8 @@ def test_an_echo_without_logprobs_is_text_alone(server) -> None:
     alone = server.post(TEXT, body).json()["choices"][0]["text"]
     [choice] = server.post(TEXT, body | {"echo": True}).json()["choices"]
     assert (choice["text"], choice["logprobs"]) == ("pack my box" + alone, None)
+    answer = server.post(TEXT, body | {"echo": True, "max_tokens": 0}).json()
+    assert (answer["timings"]["predicted_n"], answer["timings"]["predicted_per_second"]) == (0, 0)
     body = {"prompt": "pack my box", "max_tokens": 2, "echo": True, "n": 2, "temperature": 1}
     choices = server.post(TEXT, body).json()["choices"]
     assert all(choice["text"].startswith("pack my box") for choice in choices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     (chat(top_logprobs=2), "top_logprobs", "unless logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "less than or equal to 20"),
     (chat(max_tokens=3, max_completion_tokens=4), "max_tokens", "left out beside"),
-    (chat(max_completion_tokens=0), "max_completion_tokens", "in [1, "),
+    (chat(max_completion_tokens=0), "max_completion_tokens", "max_completion_tokens must be an"),
     (chat(stream_options={"include_usage": True}), "stream_options", "unless stream"),
     (chat(stream=True, stream_options={"x": 1}), "stream_options.x", "no field"),
     (
@@ -79,7 +80,8 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     (chat(n=1.5, temperature=1), "n", "integer"),
     (chat(n=2), "n", "temperature 0"),
     (chat(n=129, temperature=1), "n", "less than or equal to 128"),
-    (chat(n=65, temperature=1), "n", "at most 64 choices"),
+    (chat(n=65, temperature=1), "n", "n must ask for at most 64 choices"),
+    ((TEXT, {"prompt": ["a"] * 65}), "prompt", "prompt must ask for at most 64 choices"),
     (chat(seed=-1), "seed", "in [0, "),
     (chat(stop=""), "stop", "non-empty"),
     (chat(stop=["a"] * 17), "stop", "at most 16"),
@@ -222,7 +224,7 @@ def test_a_model_without_a_chat_template_refuses_messages(server, monkeypatch) -
 
 def test_a_full_queue_is_refused_and_told_when_to_come_again(server) -> None:
     body = {"prompt": "hi", "n": 5, "temperature": 1, "max_tokens": 2}
-    with server.service.room(60):
+    with server.service.room(SimpleNamespace(choices=60)):
         response = server.post(TEXT, body)
         assert response.status_code == 429
         assert response.headers["retry-after"] == "1"

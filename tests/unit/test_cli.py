@@ -56,6 +56,7 @@ def test_usage_errors_exit_with_2_and_a_hint(ppsd, arguments, hint) -> None:
         (["generate", "x", "--split", "a"], "split must be integers separated by commas, got 'a'"),
         (["generate", "x", "--logit-bias", "5"], "logit_bias must be id:bias pairs separated by"),
         (["generate", "x", "--samples", "2", "-t", "0"], "samples must be 1 at temperature 0"),
+        (["generate", "x", "--samples", "0"], "samples must be an integer in [1, 1024], got 0"),
         (["generate", "x", "--raw", "--system", "y"], "system must be left out with --raw"),
         (["generate", "x", "--raw", "--chat-template", "{{"], "chat_template must be left out wi"),
         (["generate", "x", "--trace", "/no/where/t"], "trace must be a file in a directory that"),

@@ -57,7 +57,7 @@ def test_plan_takes_odd_workers_and_links() -> None:
         (["--worker-speed", "1,fast"], "worker_speed must be numbers separated by commas"),
         (["--worker-speed", "1"], "worker_speed must be 2 numbers above 0"),
         (["--link-ms", "1,2,3"], "link_ms must be one hop, or 2"),
-        (["--link-ms", "-1"], "latency must be a finite number, at least 0"),
+        (["--link-ms", "-1"], "link_ms must be a number of at least 0, got -1"),
         (["--workers", "33"], r"workers must be an integer in \[1, 32\]"),
         (["--split", "9,5", "--workers", "3"], "split must be ascending layers"),
         (["--mode", "fast"], "mode must be one of autoregressive"),

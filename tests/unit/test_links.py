@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ppsd.engine import links as linked
+from ppsd.engine.blame import raise_if_lost
 from ppsd.engine.links import CHECK_S, OwnLinks, Patience, StageLinks
 from ppsd.errors import PipelineTimeoutError, ProtocolError, StageFailedError, StageLostError
 from ppsd.types import SamplingParams
@@ -228,6 +229,8 @@ def test_rows_may_travel_apart() -> None:
     found = ours.poll()
     assert isinstance(found, Verdict)
     assert torch.equal(found.feedback, verdict.feedback)
+    with pytest.raises(StageLostError, match="stage 2 was killed"):  # what waits may have rows, too
+        raise_if_lost(far, lost(0))  # type: ignore[arg-type]
 
 
 def test_what_answers_nothing_is_refused() -> None:

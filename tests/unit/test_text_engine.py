@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import pytest
@@ -123,8 +124,25 @@ def test_a_stop_string_ends_a_request(least) -> None:
     end = len(letters) if end < 0 else end
     assert isinstance(completion, Completion)
     assert completion.text == "".join(chunk.text for chunk in chunks) == letters[:end]
-    assert completion.finish_reason == ("stop" if end < len(letters) - 1 else "length")
+    assert completion.finish_reason == ("stop" if end < len(letters) else "length")
     assert not engine.rig.engine.busy
+
+
+def test_a_stop_string_may_come_up_with_the_last_characters() -> None:
+    """They are held back until nothing more can come, here at ``max_tokens``."""
+    engine = Clocked()
+    letters = engine.letters
+    length = letters.index(letters[-1]) + 1
+    ticket = engine.begin(stop=(letters[-1],), max_tokens=length)
+    _, _, (_, completion) = engine.run(ticket)
+    assert (completion.text, completion.finish_reason) == (letters[: length - 1], "stop")
+
+
+def test_without_a_trace_none_grows(monkeypatch) -> None:
+    engine = Clocked(gate=Gate(Schedule(1, STAGES)))
+    monkeypatch.setattr(engine.text.trace, "add", lambda *each: pytest.fail("nobody asked"))
+    engine.rig.stage.recorder.slices = None
+    assert engine.run(engine.begin())[2][0] == "result"
 
 
 def test_a_ticket_that_nobody_waits_for_ends() -> None:
@@ -217,6 +235,7 @@ def test_totals_are_those_of_the_moment_at_which_all_were_asked() -> None:
 def test_a_gates_pauses_are_told(monkeypatch) -> None:
     schedule = Schedule(1, STAGES)
     engine = Clocked(gate=Gate(schedule))
+    engine.rig.stage.recorder.slices = deque()
     traced: list[Any] = []
     monkeypatch.setattr(engine.text.trace, "add", lambda *each: traced.append(each))
     _, _, (_, completion) = engine.run(engine.begin())

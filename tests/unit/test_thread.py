@@ -159,6 +159,23 @@ def test_an_error_of_the_work_ends_what_is_under_way_alone(thread, work) -> None
     assert thread.ended is None
 
 
+def test_who_leaves_takes_no_memory_behind_one_that_waits(thread, work) -> None:
+    first = Told()
+    first.ready = False
+    work.left = 10**6
+    thread.submit(first)
+    for _ in range(50):
+        job = Told()
+        job.cancelled = True
+        thread.submit(job)
+    end = time.monotonic() + 10
+    while len(thread._waiting) != 1 or not thread._inbox.empty():
+        assert time.monotonic() < end
+    first.ready = True
+    assert thread.result(Told()) == "done"
+    work.left = 0
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(
     thread, work, left, monkeypatch

@@ -18,6 +18,7 @@ from ppsd.cli.session import advise, open_llm
 from ppsd.cli.settings import Sampling
 from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError, PpsdError
+from ppsd.types import MAX_CHOICES
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM, Completion, Prompt
@@ -95,6 +96,7 @@ def _params(
     sampling: Sampling, samples: int, defaults: Mapping[str, Any] | None = None
 ) -> SamplingParams:
     """Return the parameters of all samples; ``defaults`` are known once a model is loaded."""
+    checks.integer("samples", samples, 1, MAX_CHOICES)
     params = replace(sampling.params(defaults), n=samples)
     known = defaults is not None or "temperature" in sampling.given
     if known and samples > 1 and params.greedy:

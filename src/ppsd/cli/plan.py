@@ -243,6 +243,8 @@ def _links(workers: WorkerOptions, profile: Profile) -> tuple[Any, ...]:
     from ppsd.plan.model import Link
 
     hops = numbers("link_ms", workers.link_ms or "")
+    for ms in hops:
+        checks.number("link_ms", ms, 0)
     hops = hops * workers.workers if len(hops) == 1 else hops
     return tuple(Link(ms / 1e3, profile.bandwidth) for ms in hops)
 

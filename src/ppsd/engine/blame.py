@@ -47,7 +47,7 @@ def raise_if_lost(endpoint: Endpoint, check: Callable[[], None]) -> None:
         for _ in range(LAST_FRAMES):
             with contextlib.suppress(StageLostError):  # which may be but a consequence
                 if (received := endpoint.receive(0.0)) is not None:
-                    raise_failure(decode(received[1]))
+                    raise_failure(decode(received[1], endpoint.rows))
         raise
 
 

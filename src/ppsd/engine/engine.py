@@ -174,7 +174,8 @@ class Engine:
         self._held[sequence.slot].keep(sequence)
         self._free.append(sequence.slot)
         self.links.publish(sequence.slot, sequence.policy.epoch)
-        self.stage.recorder.tell(Left(sequence.slot))
+        if self.stage.recorder.observer is not None:
+            self.stage.recorder.tell(Left(sequence.slot))
 
     def _feed(self, sequence: Sequence, feed: Feed) -> None:
         """Run rows through stage 0, ship a complete block, then draft if asked to."""

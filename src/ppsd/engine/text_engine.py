@@ -123,7 +123,7 @@ class TextEngine:
                 text=answer.transcript.text,
                 token_ids=tuple(answer.token_ids),
                 accepted=tuple(answer.accepted),
-                finish_reason=sequence.finish_reason,
+                finish_reason="stop" if answer.transcript.stopped else sequence.finish_reason,
                 stats=stats,
             )
         )
@@ -142,7 +142,8 @@ class TextEngine:
         del self._tickets[sequence]
         end = end or self.now()
         switches = sequence.switches
-        self.trace.add(reports, switches.pauses_until(end) if switches else [])
+        if self.engine.stage.recorder.slices is not None:
+            self.trace.add(reports, switches.pauses_until(end) if switches else [])
         first = answer.first or end
         return RequestStats(
             prompt_tokens=len(sequence.request.prompt),

@@ -254,10 +254,12 @@ class EngineThread:
             if job is None:
                 return
             self._waiting.append(job)
+        # Not the first alone: who leaves and asks again would fill the memory behind it.
+        self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        if not self._waiting:
+            return
         job = self._waiting[0]
-        if job.cancelled:
-            self._waiting.popleft()
-        elif job.can_begin():
+        if job.can_begin():
             self._begin(job)
             self._waiting.popleft()  # not before: if that broke the pipeline, it is to be answered
         else:

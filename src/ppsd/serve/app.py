@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -37,11 +38,13 @@ from ppsd.serve.schema import (
 from ppsd.serve.service import Service
 from ppsd.serve.site import site
 
+LOG = logging.getLogger(__name__)
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 OPEN = ("/health", "/ready", "/", "/docs", "/openapi.json")  # also without a key
 SMALL_BODY = 1 << 16  # bytes that are read in less than a millisecond
 RETRY_SECONDS = "1"
+LAST_S = 5.0  # patience with a reader for an error in its stream
 END: Message = {"type": "http.response.body", "body": b""}  # of a stream
 FOREIGN = (
     "the Host header names another machine: without a key the server answers this one alone; "
@@ -183,17 +186,23 @@ class Completions:
         body = await _read(request, self._body, self._service)
         reply = self._service.reply(self._reply, body)
         reply.request_id = scope["state"]["request_id"]
-        rest = None
-        with self._service.logged(reply), self._service.room(reply.choices):
+        rest, started = None, False
+
+        async def begin(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        with self._service.logged(reply), self._service.room(reply):
             try:
-                rest = await _while_there(receive, self._answer(reply, send))
+                rest = await _while_there(receive, self._answer(reply, begin))
             except asyncio.CancelledError:  # by uvicorn, which waits for nobody any more
-                if not reply.body.stream:
+                if not started:
                     raise _ending() from None
         if rest is not None:  # now there is room for what its client asks next
             await rest(scope, receive, send)
 
-    async def _answer(self, reply: Reply, send: Send) -> ASGIApp:
+    async def _answer(self, reply: Reply, send: Send) -> ASGIApp | None:
         """Return what is still to be sent: all of an answer, or the end of a stream."""
         service = self._service
         limit = _Limit(reply.body.timeout)
@@ -204,8 +213,7 @@ class Completions:
             reply.grammar = await service.grammar(reply.body.schema_wanted)
         with service.parts(reply) as parts:
             if reply.body.stream:
-                await _stream(reply, parts, limit, send)
-                return _end_stream
+                return _end_stream if await _stream(reply, parts, limit, send) else None
             async with limit.held():
                 return JSONResponse(await reply.whole(parts))
 
@@ -228,8 +236,11 @@ class _Limit:
             raise RefusedError(408, message, "timeout", "timeout") from None
 
 
-async def _stream(reply: Reply, parts: Parts, limit: _Limit, send: Send) -> None:
-    """Send server-sent events; an error that comes now can only be one of them."""
+async def _stream(reply: Reply, parts: Parts, limit: _Limit, send: Send) -> bool:
+    """Send server-sent events; an error that comes now can only be one of them.
+
+    Return False if the last one could not be sent, as its reader does not read.
+    """
     headers = [
         (b"content-type", b"text/event-stream; charset=utf-8"),
         (b"cache-control", b"no-cache"),
@@ -241,11 +252,21 @@ async def _stream(reply: Reply, parts: Parts, limit: _Limit, send: Send) -> None
             async for chunk in reply.chunks(parts):
                 await send(_event(json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))))
         await send(_event("[DONE]"))
-    except RefusedError as error:
-        await send(_event(json.dumps(error.to_json())))
+        return True
     except asyncio.CancelledError:  # the client has gone, and this goes nowhere; or the server ends
         await send(_event(json.dumps(_ending().to_json())))
         await send(END)
+        return True
+    except RefusedError as error:
+        reply.refused, refusal = True, error
+    except Exception as error:
+        LOG.exception("a stream failed")
+        refusal = _own_error(error)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LAST_S):
+            await send(_event(json.dumps(refusal.to_json())))
+            return True
+    return False
 
 
 async def _end_stream(scope: Scope, receive: Receive, send: Send) -> None:
@@ -313,8 +334,11 @@ async def _nobody(request: Request, error: Exception) -> Response:
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    told = f"an error of the server's own: {type(error).__name__}"
-    return JSONResponse(RefusedError(500, told).to_json(), 500)
+    return JSONResponse(_own_error(error).to_json(), 500)
+
+
+def _own_error(error: Exception) -> RefusedError:
+    return RefusedError(500, f"an error of the server's own: {type(error).__name__}")
 
 
 class Doors:

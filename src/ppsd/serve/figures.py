@@ -88,7 +88,7 @@ def timings(completion: Completion) -> Json:
         "prompt_per_second": _rate(computed, stats.prefill_seconds),
         "predicted_n": stats.new_tokens,
         "predicted_ms": 1e3 * stats.decode_seconds,
-        "predicted_per_second": _rate(stats.new_tokens - 1, stats.decode_seconds),
+        "predicted_per_second": _rate(max(0, stats.new_tokens - 1), stats.decode_seconds),
         "draft_n": stats.counts.drafted,
         "draft_n_accepted": stats.counts.accepted,
     }

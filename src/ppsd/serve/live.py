@@ -52,6 +52,8 @@ class Live:
 
     async def events(self, request: Request) -> Response:
         """Stream what the pipeline does, at most ten updates a second."""
+        if request.method == "HEAD":  # a stream without end, unseen, would hold its connection
+            return Response(media_type="text/event-stream", headers=HEADERS)
         return _Stream(self._watch(), media_type="text/event-stream", headers=HEADERS)
 
     async def _watch(self) -> AsyncGenerator[str, None]:
@@ -89,8 +91,9 @@ class Live:
             told = [self._scene.take(self._events.popleft()) for _ in range(len(self._events))]
             quiet = 0 if told else quiet + 1
             if quiet % IDLE_UPDATES == 0:
+                viewers = list(self._viewers)  # who joins meanwhile begins with the state of then
                 update = _line(await self._update(told))
-                for viewer in list(self._viewers):
+                for viewer in viewers:
                     await self._send(viewer, update)
 
     async def _send(self, viewer: asyncio.Queue[str], update: str) -> None:

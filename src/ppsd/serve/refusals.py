@@ -63,7 +63,11 @@ def refusal_of_body(error: ValidationError, known: Iterable[str]) -> RefusedErro
 
 def refusal_of(error: ConfigError, names: Callable[[str], str] = str) -> RefusedError:
     """Return the refusal of what the engine's own checks found."""
-    param = names(error.field.split()[0])
-    long = "(the context holds" in str(error) and "got '0 tokens'" not in str(error)
+    field = error.field.split()[0]
+    param = names(field)
+    text = str(error)
+    if text.startswith(f"{field} must"):  # the sentence begins with the name that they know
+        text = param + text.removeprefix(field)
+    long = "(the context holds" in text and "got '0 tokens'" not in text
     code = "context_length_exceeded" if long else None
-    return RefusedError(400, str(error), param, code)
+    return RefusedError(400, text, param, code)

@@ -11,11 +11,13 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import TypeVar
 
+from ppsd.engine.answer import Completion
 from ppsd.engine.async_llm import begun
 from ppsd.engine.grammar import Grammar
 from ppsd.engine.llm import LLM
 from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError, ModelError, PipelineError, PpsdError, RequestError
+from ppsd.serve.ahead import taken_at_once
 from ppsd.serve.config import ServerConfig
 from ppsd.serve.figures import speculation
 from ppsd.serve.logs import log_request
@@ -117,18 +119,21 @@ class Service:
         return self.active - self.running()
 
     @contextmanager
-    def room(self, choices: int) -> Iterator[None]:
-        """Hold room for the choices of a request; raises RefusedError when there is none."""
+    def room(self, reply: Reply) -> Iterator[None]:
+        """Hold room for a reply's choices until each is complete; RefusedError if there is none."""
+        choices = reply.choices
         if choices > self.capacity:
+            name = "n" if reply.params.n > 1 else reply.prompt_field
             most = f"at most {self.capacity} choices of all prompts"
-            raise RefusedError(400, f"n must ask for {most}, got {choices}", "n")
+            raise RefusedError(400, f"{name} must ask for {most}, got {choices}", name)
         if self.active + choices > self.capacity:
             raise RefusedError(429, f"{self.active} choices are under way or wait; try again later")
         self.active += choices
+        reply.held = choices
         try:
             yield
         finally:
-            self.active -= choices
+            self.active -= reply.held
 
     async def apart(self, function: Callable[[], T]) -> T:
         """Call a function that turns text into tokens, or back, off the event loop."""
@@ -191,7 +196,7 @@ class Service:
         with self.metrics.watch(reply.choices) as watch, ExitStack() as stack:
             with self._refusing():
                 arriving = stack.enter_context(begun(requests))
-            yield self._seen(reply, watch, arriving)
+            yield stack.enter_context(taken_at_once(self._seen(reply, watch, arriving)))
 
     async def _seen(self, reply: Reply, watch: Watch, arriving: Parts) -> Parts:
         """Yield parts once those who count have seen them."""
@@ -200,6 +205,9 @@ class Service:
                 part = silenced(given) if reply.body.only_echoes else given
                 watch.see(index, part, first=index % reply.params.n == 0)
                 self.pulse.see(part)
+                if isinstance(part, Completion):
+                    reply.held -= 1
+                    self.active -= 1
                 yield index, part
 
     @contextmanager
@@ -217,13 +225,13 @@ class Service:
     def logged(self, reply: Reply) -> Iterator[None]:
         """Write a line about a request when it is over, however it ends."""
         begun = time.monotonic()
-        end = "abort"
         try:
             yield
         except RefusedError:
-            end = "refused"
+            reply.refused = True
             raise
         finally:
+            end = "refused" if reply.refused else "abort"
             ends = [completion.finish_reason for completion in reply.done.values()]
             drafts = speculation(reply.done.values())
             log_request(
