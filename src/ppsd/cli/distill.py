@@ -191,12 +191,16 @@ def _train(
 
 def _forecast_line(trainer: Trainer, forecast: Forecast) -> str:
     """Tell how long training will take, and what held-out α to expect of it."""
+    from ppsd.train.gain import TOKENS
+
     starts = {layer: kept.start for layer, kept in trainer.best.kept.items()}
     begins = "/".join(f"{alpha:.2f}" for alpha in starts.values())
     ends = "/".join(f"{alpha:.2f}" for alpha in forecast.alpha.values())
     expected = f"may come to {ends}, as far as the default model's heads rose with so many tokens"
     if forecast.alpha == starts:
         expected = "can hardly rise with so few tokens"
+        if any(begun.tokens >= TOKENS[-1] for begun in trainer.starts.values()):
+            expected = "may rise: the default model's heads have read no more"
     minutes = forecast.seconds / 60
     return (
         f"training takes about {minutes:.0f} min ({forecast.tokens:,} tokens); held-out α begins "
