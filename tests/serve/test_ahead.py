@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
+from ppsd.errors import RequestError
+from ppsd.serve import service as serving
+from ppsd.serve import stream
 from ppsd.serve.ahead import taken_at_once
 from ppsd.serve.app import Completions
 from ppsd.serve.config import ServerConfig
+from ppsd.serve.metrics import Watch
+from ppsd.serve.protocol import ABORT
 from ppsd.serve.refusals import RefusedError
 from ppsd.serve.replies import TextReply
 from ppsd.serve.schema import TextBody
 from ppsd.serve.service import Service
+from ppsd.serve.stream import StreamEnd
 
 PATIENCE_S = 30.0
 
@@ -29,8 +36,9 @@ def test_parts_are_taken_before_they_are_read() -> None:
     async def run() -> None:
         seen: list[int] = []
         with taken_at_once(counted(5, seen)) as parts:
-            while len(seen) < 5:
-                await asyncio.sleep(0)
+            async with asyncio.timeout(PATIENCE_S):
+                while len(seen) < 5:
+                    await asyncio.sleep(0)
             assert [await anext(parts) for _ in range(5)] == seen == [0, 1, 2, 3, 4]
             with pytest.raises(KeyError, match="over"):
                 await anext(parts)
@@ -61,31 +69,51 @@ def service(llm):
 
 
 def body_of(**fields: object) -> TextBody:
-    body = {"prompt": [5, 6], "max_tokens": 20, "ignore_eos": True}
+    body = {"prompt": [5, 6], "max_tokens": 20, "ignore_eos": True, "temperature": 0}
     return TextBody.model_validate(body | fields)
 
 
-def test_a_client_that_does_not_read_holds_no_room(service) -> None:
-    """Its answer is complete once the engine has made it; others find room, and times are true."""
+async def stalls(message: object) -> None:
+    """Send to a client that does not read."""
+    await asyncio.sleep(PATIENCE_S)
 
-    async def stalls(message: object) -> None:
-        await asyncio.sleep(PATIENCE_S)
 
-    async def run() -> float:
-        route = Completions(service, TextBody, TextReply)
-        reply = service.reply(TextReply, body_of(stream=True))
-        with service.room(reply):
-            task = asyncio.ensure_future(route._answer(reply, stalls))
-            end = asyncio.get_running_loop().time() + PATIENCE_S / 2
-            while reply.held:
-                assert asyncio.get_running_loop().time() < end
+async def served_while_stalled(service: Service, asked: TextBody, until) -> TextReply:
+    """Stream an answer to a client that does not read, until something is so; then it leaves."""
+    reply = service.reply(TextReply, asked)
+    with service.logged(reply), service.room(reply):
+        answer = Completions(service, TextBody, TextReply)._answer(reply, stalls)
+        task = asyncio.ensure_future(answer)
+        async with asyncio.timeout(PATIENCE_S / 2):
+            while not until(reply):
                 await asyncio.sleep(0.01)
-            assert service.active == 0
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        return service.active
+        assert service.active == 0, "others find room"
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert service.active == 0
+    return reply
 
-    assert asyncio.run(run()) == 0
+
+def test_a_client_that_does_not_read_holds_no_room(service, monkeypatch) -> None:
+    """Its answer is complete once the engine has made it, and is counted and logged as such."""
+    lines: list[dict[str, object]] = []
+    monkeypatch.setattr(serving, "log_request", lines.append)
+    asked = body_of(stream=True)
+    reply = asyncio.run(served_while_stalled(service, asked, lambda reply: reply.held == 0))
+    assert reply.done == {}, "nothing was read"
+    assert (lines[0]["finish"], lines[0]["completion_tokens"]) == ("length", 20)
+    told = service.metrics.text().decode()
+    assert 'request_success_total{finished_reason="length"} 1.0' in told
+    assert 'finished_reason="abort"' not in told
+
+
+def test_an_error_that_nobody_reads_ends_all_choices(service, monkeypatch) -> None:
+    def fails(self, index: int, part: object, *, first: bool) -> None:
+        raise RequestError("no")
+
+    monkeypatch.setattr(Watch, "see", fails)
+    asked = body_of(stream=True, n=3, temperature=1.0)
+    asyncio.run(served_while_stalled(service, asked, lambda reply: service.active == 0))
 
 
 def test_an_error_of_our_own_is_a_streams_last_event(server, monkeypatch, caplog) -> None:
@@ -129,3 +157,19 @@ def test_a_stream_that_the_end_of_the_server_cuts_off_before_it_began_is_told(
     with pytest.raises(RefusedError, match="the server is ending"):
         asyncio.run(Completions(service, TextBody, TextReply)(scope, receive, send))
     assert service.active == 0
+
+
+def test_who_does_not_read_the_error_that_ended_a_stream_is_cut_off(monkeypatch) -> None:
+    monkeypatch.setattr(stream, "LAST_S", 0.05)
+    aborted: list[None] = []
+    scope = {ABORT: lambda: aborted.append(None)}
+    asyncio.run(StreamEnd(RefusedError(408, "late"))(scope, stalls, stalls))
+    assert aborted == [None]
+    sent: list[Any] = []
+
+    async def send(message: object) -> None:
+        await asyncio.sleep(0.1)  # a slow reader of a whole answer has all the time it wants
+        sent.append(message)
+
+    asyncio.run(StreamEnd(None)(scope, stalls, send))
+    assert (sent, aborted) == ([stream.END], [None])

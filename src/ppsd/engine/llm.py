@@ -145,7 +145,7 @@ class LLM:
         return self._engine.totals()
 
     def observe(self, observer: Callable[[Event], object] | None) -> None:
-        """Let ``observer`` see what the engine does, on its thread; raising, or None, ends it."""
+        """Let ``observer`` see what the engine does, on its thread; None, or an error, ends it."""
         self._running.stage.recorder.observer = observer
 
     def draft_with(self, drafter: Drafter | None) -> None:

@@ -62,6 +62,7 @@ class TextEngine:
             if ticket.cancelled:
                 self.engine.abort(sequence)
                 self._settle(sequence)
+                del self._tickets[sequence]
                 return
         for sequence, output in self.engine.step():
             ticket = self._tickets[sequence]
@@ -98,6 +99,7 @@ class TextEngine:
             else:
                 self.engine.abort(sequence)
                 self._settle(sequence)
+                del self._tickets[sequence]
                 ticket.fail(error)
 
     def _take(self, sequence: Sequence, ticket: Ticket, emit: Emit) -> None:
@@ -113,25 +115,25 @@ class TextEngine:
         answer, end = ticket.answer, self.now()
         if sequence.error is not None:
             self._settle(sequence)
+            del self._tickets[sequence]
             ticket.fail(sequence.error)
             return
         if (rest := answer.transcript.finish()) and not ticket.silent:
             ticket.put(Chunk(tuple(rest), time=end))
-        stats = self._settle(sequence, end)
-        ticket.finish(
-            Completion(
-                text=answer.transcript.text,
-                token_ids=tuple(answer.token_ids),
-                accepted=tuple(answer.accepted),
-                finish_reason="stop" if answer.transcript.stopped else sequence.finish_reason,
-                stats=stats,
-            )
+        completion = Completion(
+            text=answer.transcript.text,
+            token_ids=tuple(answer.token_ids),
+            accepted=tuple(answer.accepted),
+            finish_reason="stop" if answer.transcript.stopped else sequence.finish_reason,
+            stats=self._settle(sequence, end),
         )
+        del self._tickets[sequence]
+        ticket.finish(completion)
 
     def _settle(self, sequence: Sequence, end: float | None = None) -> RequestStats:
-        """Let a sequence go, also one left early; collect what the stages did for it.
+        """Collect what the stages did for a sequence that is over, also one left early.
 
-        If a stage is lost meanwhile, its ticket is still there to be told (``cancel``).
+        Its ticket goes only after this: if a stage is lost meanwhile, ``cancel`` tells it.
         """
         answer = self._tickets[sequence].answer
         # Asking makes the stages wait, so what they do for several requests at once stays untold.
@@ -139,7 +141,6 @@ class TextEngine:
         if len(self._tickets) == 1:
             self._ask()
             reports = self._report()
-        del self._tickets[sequence]
         end = end or self.now()
         switches = sequence.switches
         if self.engine.stage.recorder.slices is not None:

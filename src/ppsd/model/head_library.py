@@ -113,6 +113,16 @@ def find_heads() -> list[FoundHead]:
     return found
 
 
+def find_head(name: str) -> tuple[Path, HeadConfig]:
+    """Return the head of ``find_heads`` with this name; raises HeadError if it cannot be used."""
+    found = next((head for head in find_heads() if head.name == name), None)
+    if found is None:
+        raise HeadError(f"head {name} is not on this host; `ppsd heads list` shows those that are")
+    if found.config is None:
+        raise HeadError(found.problem)
+    return found.path, found.config
+
+
 def _below(root: Path, *, shipped: bool) -> list[FoundHead]:
     """Yield heads anywhere below ``root``, without those that a run is just writing."""
     places = sorted(file.parent for file in root.rglob(CONFIG_FILE))

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
-import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -25,7 +22,7 @@ from ppsd.serve.config import ServerConfig, is_loopback
 from ppsd.serve.live import Live, TintedReply
 from ppsd.serve.metrics import TEXT_FORMAT
 from ppsd.serve.refusals import RefusedError
-from ppsd.serve.replies import ChatReply, Parts, Reply, TextReply
+from ppsd.serve.replies import ChatReply, Reply, TextReply
 from ppsd.serve.schema import (
     MAX_BODY,
     Body,
@@ -37,15 +34,13 @@ from ppsd.serve.schema import (
 )
 from ppsd.serve.service import Service
 from ppsd.serve.site import site
+from ppsd.serve.stream import Limit, StreamEnd, ending, own_error, stream
 
-LOG = logging.getLogger(__name__)
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 OPEN = ("/health", "/ready", "/", "/docs", "/openapi.json")  # also without a key
 SMALL_BODY = 1 << 16  # bytes that are read in less than a millisecond
 RETRY_SECONDS = "1"
-LAST_S = 5.0  # patience with a reader for an error in its stream
-END: Message = {"type": "http.response.body", "body": b""}  # of a stream
 FOREIGN = (
     "the Host header names another machine: without a key the server answers this one alone; "
     "other names need --api-key or --insecure"
@@ -198,14 +193,14 @@ class Completions:
                 rest = await _while_there(receive, self._answer(reply, begin))
             except asyncio.CancelledError:  # by uvicorn, which waits for nobody any more
                 if not started:
-                    raise _ending() from None
+                    raise ending() from None
         if rest is not None:  # now there is room for what its client asks next
             await rest(scope, receive, send)
 
-    async def _answer(self, reply: Reply, send: Send) -> ASGIApp | None:
+    async def _answer(self, reply: Reply, send: Send) -> ASGIApp:
         """Return what is still to be sent: all of an answer, or the end of a stream."""
         service = self._service
-        limit = _Limit(reply.body.timeout)
+        limit = Limit(reply.body.timeout)
         async with limit.held():
             reply.prompts = await service.encode(
                 reply.asked, reply.prompt_field, reply.template_kwargs
@@ -213,72 +208,9 @@ class Completions:
             reply.grammar = await service.grammar(reply.body.schema_wanted)
         with service.parts(reply) as parts:
             if reply.body.stream:
-                return _end_stream if await _stream(reply, parts, limit, send) else None
+                return StreamEnd(await stream(reply, parts, limit, send))
             async with limit.held():
                 return JSONResponse(await reply.whole(parts))
-
-
-class _Limit:
-    """The time that a request gave itself, from when this was made; None is no limit."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._seconds = seconds
-        self._end = None if seconds is None else asyncio.get_running_loop().time() + seconds
-
-    @asynccontextmanager
-    async def held(self) -> AsyncIterator[None]:
-        """Refuse what is not done in time."""
-        try:
-            async with asyncio.timeout_at(self._end):
-                yield
-        except TimeoutError:
-            message = f"timeout: no complete answer within {self._seconds:g} seconds"
-            raise RefusedError(408, message, "timeout", "timeout") from None
-
-
-async def _stream(reply: Reply, parts: Parts, limit: _Limit, send: Send) -> bool:
-    """Send server-sent events; an error that comes now can only be one of them.
-
-    Return False if the last one could not be sent, as its reader does not read.
-    """
-    headers = [
-        (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"cache-control", b"no-cache"),
-        (b"x-accel-buffering", b"no"),
-    ]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    try:
-        async with limit.held():
-            async for chunk in reply.chunks(parts):
-                await send(_event(json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))))
-        await send(_event("[DONE]"))
-        return True
-    except asyncio.CancelledError:  # the client has gone, and this goes nowhere; or the server ends
-        await send(_event(json.dumps(_ending().to_json())))
-        await send(END)
-        return True
-    except RefusedError as error:
-        reply.refused, refusal = True, error
-    except Exception as error:
-        LOG.exception("a stream failed")
-        refusal = _own_error(error)
-    with suppress(TimeoutError):
-        async with asyncio.timeout(LAST_S):
-            await send(_event(json.dumps(refusal.to_json())))
-            return True
-    return False
-
-
-async def _end_stream(scope: Scope, receive: Receive, send: Send) -> None:
-    await send(END)
-
-
-def _ending() -> RefusedError:
-    return RefusedError(503, "the server is ending")
-
-
-def _event(data: str) -> Message:
-    return {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
 
 
 async def _while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
@@ -334,11 +266,7 @@ async def _nobody(request: Request, error: Exception) -> Response:
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    return JSONResponse(_own_error(error).to_json(), 500)
-
-
-def _own_error(error: Exception) -> RefusedError:
-    return RefusedError(500, f"an error of the server's own: {type(error).__name__}")
+    return JSONResponse(own_error(error).to_json(), 500)
 
 
 class Doors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+ABORT = "ppsd.abort"  # in a request's scope: drops its connection and what nobody has read
 MAX_HEAD = 1 << 16  # bytes of a request's line and headers, all but the newest piece received
 
 try:
@@ -30,6 +31,7 @@ else:
             """Begin with the request."""
             self._head = 0
             super().on_headers_complete()
+            self.scope[ABORT] = self.transport.abort  # type: ignore[literal-required]  # our own
 
         def on_body(self, body: bytes) -> None:
             """Take a part of the body, which routes bound."""

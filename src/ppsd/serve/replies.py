@@ -76,7 +76,8 @@ def conversation(messages: Iterable[Message]) -> list[dict[str, str]]:
 class Reply:
     """The answer to one request, in one of OpenAI's two shapes; subclasses are the shapes.
 
-    Choice i is of prompt i // n. ``prompts`` are token ids. ``held``: choices that hold room.
+    Choice i is of prompt i // n. ``prompts`` are token ids. ``completed`` are the choices that the
+    engine is through with, ``done`` those of them that were read; ``held`` is how many hold room.
     """
 
     model: str
@@ -88,6 +89,7 @@ class Reply:
     request_id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     done: dict[int, Completion] = field(default_factory=dict)
+    completed: dict[int, Completion] = field(default_factory=dict)
     held: int = 0
     refused: bool = False
 

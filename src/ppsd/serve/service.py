@@ -133,7 +133,7 @@ class Service:
         try:
             yield
         finally:
-            self.active -= reply.held
+            self._free(reply, reply.held)
 
     async def apart(self, function: Callable[[], T]) -> T:
         """Call a function that turns text into tokens, or back, off the event loop."""
@@ -194,21 +194,33 @@ class Service:
             for i in range(reply.params.n)
         ]
         with self.metrics.watch(reply.choices) as watch, ExitStack() as stack:
+            work = stack.enter_context(ExitStack())
             with self._refusing():
-                arriving = stack.enter_context(begun(requests))
-            yield stack.enter_context(taken_at_once(self._seen(reply, watch, arriving)))
+                arriving = work.enter_context(begun(requests))
+            seen = self._seen(reply, watch, arriving, work.close)
+            yield stack.enter_context(taken_at_once(seen))
 
-    async def _seen(self, reply: Reply, watch: Watch, arriving: Parts) -> Parts:
-        """Yield parts once those who count have seen them."""
-        with self._refusing():
-            async for index, given in arriving:
-                part = silenced(given) if reply.body.only_echoes else given
-                watch.see(index, part, first=index % reply.params.n == 0)
-                self.pulse.see(part)
-                if isinstance(part, Completion):
-                    reply.held -= 1
-                    self.active -= 1
-                yield index, part
+    async def _seen(
+        self, reply: Reply, watch: Watch, arriving: Parts, leave: Callable[[], None]
+    ) -> Parts:
+        """Yield parts once those who count have seen them; an error ends what is left at once."""
+        try:
+            with self._refusing():
+                async for index, given in arriving:
+                    part = silenced(given) if reply.body.only_echoes else given
+                    watch.see(index, part, first=index % reply.params.n == 0)
+                    self.pulse.see(part)
+                    if isinstance(part, Completion):
+                        reply.completed[index] = part
+                        self._free(reply, 1)
+                    yield index, part
+        finally:
+            leave()
+            self._free(reply, reply.held)
+
+    def _free(self, reply: Reply, choices: int) -> None:
+        reply.held -= choices
+        self.active -= choices
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -232,18 +244,21 @@ class Service:
             raise
         finally:
             end = "refused" if reply.refused else "abort"
-            ends = [completion.finish_reason for completion in reply.done.values()]
-            drafts = speculation(reply.done.values())
+            complete = list(reply.completed.values())
+            ends = [completion.finish_reason for completion in complete]
+            drafts = speculation(complete)
             log_request(
                 {
                     "id": reply.id,
                     "request_id": reply.request_id,
                     "prompt_tokens": sum(map(len, reply.prompts)),
-                    "completion_tokens": sum(c.stats.new_tokens for c in reply.done.values()),
+                    "completion_tokens": sum(c.stats.new_tokens for c in complete),
                     "accepted_tokens": drafts.accepted,
                     "rejected_tokens": drafts.judged - drafts.accepted,
-                    "prefill_seconds": sum(c.stats.prefill_seconds for c in reply.done.values()),
-                    "decode_seconds": sum(c.stats.decode_seconds for c in reply.done.values()),
+                    "prefill_seconds": sum(
+                        c.stats.prefill_seconds for c in reply.completed.values()
+                    ),
+                    "decode_seconds": sum(c.stats.decode_seconds for c in complete),
                     "seconds": time.monotonic() - begun,
                     "finish": ",".join(ends) if len(ends) == reply.choices else end,
                 }

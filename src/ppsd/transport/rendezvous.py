@@ -144,14 +144,19 @@ def open_group(kind: str, name: str, meeting: Meeting, timeout: float) -> Group:
 
 
 def send_text(meeting: Meeting, to: int, text: str) -> None:
-    """Leave a text for a rank."""
+    """Leave a text for a rank, one at most."""
     meeting.store.set(f"text {meeting.rank} {to}", text)
 
 
 def receive_text(meeting: Meeting, source: int, timeout: float) -> str:
-    """Return the text that a rank left for this one; PipelineTimeoutError when none came."""
+    """Return the text that a rank left for this one.
+
+    Raises StageLostError when rank 0 is gone, PipelineTimeoutError when none came.
+    """
     try:
         return _get(meeting.store, f"text {source} {meeting.rank}", timeout)
+    except dist.DistNetworkError as error:
+        raise StageLostError("rank 0 went away during start-up") from error
     except dist.DistError as error:
         raise PipelineTimeoutError(f"rank {source} said nothing within {timeout:g} s") from error
 

@@ -34,8 +34,8 @@ from ppsd.errors import (
 )
 from ppsd.model import kernels
 from ppsd.model.exit_head import load_head
-from ppsd.model.head_files import read_head_config
-from ppsd.model.head_library import head_directory
+from ppsd.model.head_files import check_head
+from ppsd.model.head_library import find_head
 from ppsd.model.identity import Identity
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import Progress, Stage, StagePlan
@@ -150,8 +150,9 @@ def serve_rank(model: str | None, timeout: float) -> None:
     meeting = meet_from_environment(timeout)
     try:
         config = _accepted(receive_text(meeting, 0, 2 * timeout), model)
-    except PpsdError as error:
-        send_text(meeting, 0, str(error))
+    except Exception as error:  # whatever it is, rank 0 should hear of it
+        own = isinstance(error, PpsdError)
+        send_text(meeting, 0, str(error) if own else f"{type(error).__name__}: {error}")
         raise
     send_text(meeting, 0, "")
     serve(config, lambda: endpoint_over(config, meeting))
@@ -171,8 +172,10 @@ def _accepted(text: str, model: str | None) -> WorkerConfig:
             f"{config.spec['name']} ({config.fingerprint[:12]}); all ranks need the same model"
         )
     if config.head:
-        read_head_config(head_directory(config.head))
-        config = replace(config, head=str(head_directory(config.head)))
+        spec, (place, head) = ModelSpec.from_json(config.spec), find_head(config.head)
+        identity = Identity.of(spec, open_source(files.path))
+        check_head(head, spec, identity, config.last, config.head)
+        config = replace(config, head=str(place))
     return replace(config, model_path=str(files.path))
 
 
@@ -245,7 +248,7 @@ def stage_worker(
     )
     loaded = Stage(spec, plan, source, progress)
     head = None
-    if config.head:  # rank 0 has checked it
+    if config.head:  # which was checked before any stage began to load
         found = load_head(Path(config.head), spec, plan, source, Identity.of(spec, source))
         head = InnerHead(found, config.head_seconds)
     recorder = Recorder(config.trace)

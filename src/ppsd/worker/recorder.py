@@ -74,7 +74,8 @@ class Recorder:
             observer(event)
         except Exception:  # its own fault, which no request is to suffer for
             LOG.exception("an observer failed and sees nothing more")
-            self.observer = None
+            if self.observer is observer:
+                self.observer = None
 
     def verify(self, slot: int, nodes: Sequence[int]) -> None:
         """Note rows that the target confirmed, for the trace."""
