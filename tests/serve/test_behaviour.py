@@ -18,7 +18,7 @@ import pytest
 
 from ppsd import LLM, SamplingParams
 from ppsd.engine.text_engine import TextEngine
-from ppsd.serve import app
+from ppsd.serve import stream
 from tests.support.http_server import Served
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -101,7 +101,7 @@ def test_a_client_that_goes_away_ends_its_request(server, llm, ends, monkeypatch
 def test_the_engine_is_at_work_before_a_stream_begins(server, monkeypatch) -> None:
     """Writing and reading events takes time, which the prompt need not wait for."""
     order: list[str] = []
-    submit, event = LLM.submit, app._event
+    submit, event = LLM.submit, stream._event
 
     def submitted(*arguments: Any, **more: Any) -> Any:
         order.append("submitted")
@@ -112,7 +112,7 @@ def test_the_engine_is_at_work_before_a_stream_begins(server, monkeypatch) -> No
         return event(data)
 
     monkeypatch.setattr(LLM, "submit", submitted)
-    monkeypatch.setattr(app, "_event", written)
+    monkeypatch.setattr(stream, "_event", written)
     messages = [{"role": "user", "content": "hi"}]
     body = {"messages": messages, "max_tokens": 2, "n": 2, "temperature": 1}
     server.events(CHAT, body)
