@@ -11,13 +11,12 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import TypeVar
 
-from ppsd.engine.answer import Completion
+from ppsd.engine.answer import Chunk, Completion
 from ppsd.engine.async_llm import begun
 from ppsd.engine.grammar import Grammar
 from ppsd.engine.llm import LLM
 from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError, ModelError, PipelineError, PpsdError, RequestError
-from ppsd.serve.ahead import taken_at_once
 from ppsd.serve.config import ServerConfig
 from ppsd.serve.figures import speculation
 from ppsd.serve.logs import log_request
@@ -133,7 +132,7 @@ class Service:
         try:
             yield
         finally:
-            self._free(reply, reply.held)
+            self._free(reply)
 
     async def apart(self, function: Callable[[], T]) -> T:
         """Call a function that turns text into tokens, or back, off the event loop."""
@@ -194,31 +193,32 @@ class Service:
             for i in range(reply.params.n)
         ]
         with self.metrics.watch(reply.choices) as watch, ExitStack() as stack:
-            work = stack.enter_context(ExitStack())
             with self._refusing():
-                arriving = work.enter_context(begun(requests))
-            seen = self._seen(reply, watch, arriving, work.close)
-            yield stack.enter_context(taken_at_once(seen))
+                see = partial(self._see, reply, watch)
+                over = partial(self._free, reply)
+                arriving = stack.enter_context(begun(requests, see, over))
+            yield self._read(arriving)
 
-    async def _seen(
-        self, reply: Reply, watch: Watch, arriving: Parts, leave: Callable[[], None]
-    ) -> Parts:
-        """Yield parts once those who count have seen them; an error ends what is left at once."""
-        try:
-            with self._refusing():
-                async for index, given in arriving:
-                    part = silenced(given) if reply.body.only_echoes else given
-                    watch.see(index, part, first=index % reply.params.n == 0)
-                    self.pulse.see(part)
-                    if isinstance(part, Completion):
-                        reply.completed[index] = part
-                        self._free(reply, 1)
-                    yield index, part
-        finally:
-            leave()
-            self._free(reply, reply.held)
+    def _see(
+        self, reply: Reply, watch: Watch, index: int, given: Chunk | Completion
+    ) -> Chunk | Completion:
+        """Count a part as it comes, and return what the client is to have of it."""
+        part = silenced(given) if reply.body.only_echoes else given
+        watch.see(index, part, first=index % reply.params.n == 0)
+        self.pulse.see(part)
+        if isinstance(part, Completion):
+            reply.completed[index] = part
+            self._free(reply, 1)
+        return part
 
-    def _free(self, reply: Reply, choices: int) -> None:
+    async def _read(self, arriving: Parts) -> Parts:
+        with self._refusing():
+            async for numbered in arriving:
+                yield numbered
+
+    def _free(self, reply: Reply, choices: int | None = None) -> None:
+        """Give back the room of so many choices, by default of all that hold any."""
+        choices = reply.held if choices is None else choices
         reply.held -= choices
         self.active -= choices
 

@@ -10,7 +10,6 @@ import pytest
 from ppsd.errors import RequestError
 from ppsd.serve import service as serving
 from ppsd.serve import stream
-from ppsd.serve.ahead import taken_at_once
 from ppsd.serve.app import Completions
 from ppsd.serve.config import ServerConfig
 from ppsd.serve.metrics import Watch
@@ -22,43 +21,6 @@ from ppsd.serve.service import Service
 from ppsd.serve.stream import StreamEnd
 
 PATIENCE_S = 30.0
-
-
-async def counted(most: int, seen: list[int]):
-    for number in range(most):
-        seen.append(number)
-        yield number
-        await asyncio.sleep(0)
-    raise KeyError("over")
-
-
-def test_parts_are_taken_before_they_are_read() -> None:
-    async def run() -> None:
-        seen: list[int] = []
-        with taken_at_once(counted(5, seen)) as parts:
-            async with asyncio.timeout(PATIENCE_S):
-                while len(seen) < 5:
-                    await asyncio.sleep(0)
-            assert [await anext(parts) for _ in range(5)] == seen == [0, 1, 2, 3, 4]
-            with pytest.raises(KeyError, match="over"):
-                await anext(parts)
-
-    asyncio.run(run())
-
-
-def test_leaving_ends_what_runs_ahead() -> None:
-    async def run() -> None:
-        seen: list[int] = []
-        with taken_at_once(counted(10**9, seen)) as parts:
-            assert await anext(parts) == 0
-        for _ in range(3):
-            await asyncio.sleep(0)
-        count = len(seen)
-        for _ in range(10):
-            await asyncio.sleep(0)
-        assert len(seen) == count
-
-    asyncio.run(run())
 
 
 @pytest.fixture
