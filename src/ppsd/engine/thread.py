@@ -249,13 +249,15 @@ class EngineThread:
 
     def _attend(self) -> None:
         """Take the jobs that have come, and begin the next one if that is possible."""
+        waited = len(self._waiting)
         while not self._inbox.empty() or not (self._waiting or self._work.busy):
             job = self._inbox.get()
             if job is None:
                 return
             self._waiting.append(job)
-        # Not the first alone: who leaves and asks again would fill the memory behind it.
-        self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        if len(self._waiting) > waited or self._waiting[0].cancelled:
+            # Not the first alone: who leaves and asks again would fill the memory behind it.
+            self._waiting = deque(job for job in self._waiting if not job.cancelled)
         if not self._waiting:
             return
         job = self._waiting[0]

@@ -255,9 +255,7 @@ class Service:
                     "completion_tokens": sum(c.stats.new_tokens for c in complete),
                     "accepted_tokens": drafts.accepted,
                     "rejected_tokens": drafts.judged - drafts.accepted,
-                    "prefill_seconds": sum(
-                        c.stats.prefill_seconds for c in reply.completed.values()
-                    ),
+                    "prefill_seconds": sum(c.stats.prefill_seconds for c in complete),
                     "decode_seconds": sum(c.stats.decode_seconds for c in complete),
                     "seconds": time.monotonic() - begun,
                     "finish": ",".join(ends) if len(ends) == reply.choices else end,
