@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,13 +177,75 @@ def test_self_generation_and_training_in_one_command(
     assert (out / "generated.jsonl").read_text().count("\n") == 80
 
 
+def test_a_finished_run_writes_no_more_targets(
+    tiny_model: Models, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = arguments(tiny_model("llama"), data, out, "--self-generate", "--minutes", "1")
+    run(*command, "--max-new", "4")
+    (out / "generated.jsonl").write_text(
+        "".join((out / "generated.jsonl").read_text().splitlines(keepends=True)[:70])
+    )  # as if the time for writing had been over after 70
+    shutil.rmtree(out / "transformer-2")
+    (out / "finished.json").unlink()
+    monkeypatch.setattr("ppsd.train.distill.Trainer.run", interrupted)
+    assert CliRunner().invoke(app, [*command, "--max-new", "4"]).exit_code == 130
+    assert (out / "generated.jsonl").read_text().count("\n") == 80, "nothing was trained on"
+    monkeypatch.undo()
+    run(*command, "--max-new", "4")
+    monkeypatch.setattr("ppsd.cli.distill._generate", None)
+    again = invoke(*command, "--max-new", "4")
+    assert "this run is finished" in " ".join(again.stderr.split())
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_self_generation_trains_on_what_was_given(
+    tiny_model: Models, data: Path, tmp_path: Path
+) -> None:
+    """Running text is kept, and answers to prompts of an earlier call are not."""
+    out, half, book = tmp_path / "out", tmp_path / "half.jsonl", tmp_path / "book.txt"
+    half.write_text("".join(data.read_text().splitlines(keepends=True)[:30]))
+    book.write_text("the lazy dog jumps over the quick fox " * 40)
+    run(*arguments(tiny_model("llama"), data, out, "--generate-only", "--max-new", "4"))
+    more = ("--data", str(book), "--self-generate", "--max-new", "4")
+    told = invoke(*arguments(tiny_model("llama"), half, out, *more)).stderr
+    found = re.search(r"(\d+) examples.* (\d+) more held out", " ".join(told.split()))
+    assert found
+    windows = sum(map(int, found.groups())) - 30
+    assert 1 < windows < 30, "of the book, not of 50 other prompts"
+
+
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
+        (("--draft-vocab", "-3"), "draft_vocab must be an integer of at least 0"),
+        (("--draft-vocab", "9999"), "draft_vocab must be in"),
+        (("--start", "nowhere"), "no exit head at nowhere"),
+        (("--vocab-data", "missing.txt"), "cannot read training data from missing.txt"),
+        (("--head", "norm", "--head-mlp", "40"), "head_mlp must be left out with norm heads"),
+        (("--threads", "-5"), "threads must be an integer of at least 0"),
+        (("--seed", str(2**40)), "seed must be an integer in"),
+        (("--generate-batch", "100000000"), "generate_batch must be an integer in"),
+    ],
+)
+def test_what_will_not_do_is_refused_before_anything_is_written(
+    tiny_model: Models, data: Path, tmp_path: Path, more: tuple[str, ...], complaint: str
+) -> None:
+    with pytest.raises(PpsdError, match=complaint):
+        run(*arguments(tiny_model("llama"), data, tmp_path / "out", "--self-generate", *more))
+    assert not (tmp_path / "out" / "generated.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (("--temperature", "0.7"), "temperature must be left out without --self-generate"),
         (("--exit-layer", "9"), "exit_layer must be in"),
         (("--exit-layer", "a"), "exit_layer must be integers"),
         (("--max-length", "4096"), "max_length must be at most 512"),
-        (("--draft-vocab", "9999"), "draft_vocab must be in"),
         (("--device", "tpu"), "device must be cpu or a GPU"),
     ],
 )

@@ -200,7 +200,7 @@ def test_held_out_examples_are_not_trained_on() -> None:
 
 def test_answers_to_one_prompt_are_held_out_together() -> None:
     examples = [
-        Example(torch.tensor([prompt, 7, answer], dtype=torch.int32), 2, 2)
+        Example(torch.tensor([prompt, 7, answer], dtype=torch.int32), 2, 2, str(prompt))
         for prompt in range(20)
         for answer in range(3)
     ]
@@ -209,3 +209,31 @@ def test_answers_to_one_prompt_are_held_out_together() -> None:
     assert not {int(e.tokens[0]) for e in train} & {int(e.tokens[0]) for e in held}
     with pytest.raises(PpsdError, match="at least 2 prompts"):
         hold_out(examples[:3], 1, 0)
+
+
+def test_turns_of_one_conversation_are_held_out_together(encoding: Encoding) -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    chats = [[{"role": role, "content": f"{text} {i}"} for role, text in turns] for i in range(12)]
+    records = [r for chat in chats for r in parse_row({"messages": chat}, "here")]
+    train, held = hold_out(encode_all(records, encoding).examples, 4, 0)
+    assert len(held) == 2
+    assert not {e.opening for e in train} & {e.opening for e in held}
+
+
+def test_files_are_told_from_hub_datasets_and_may_begin_with_a_mark(tmp_path: Path) -> None:
+    with pytest.raises(
+        PpsdError, match=r"cannot read training data from data/none\.jsonl: No such"
+    ):
+        read_data(["data/none.jsonl"])
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a", "target": "b"}\n')
+    assert read_data([str(marked)])[0][0].target == "b"
+
+
+@pytest.mark.parametrize("ids", ['["abc"]', "[Infinity]", "[null]"])
+def test_ids_that_are_none_are_named_with_their_line(tmp_path: Path, ids: str) -> None:
+    path = tmp_path / "odd.jsonl"
+    turn = '{"role": "user", "content": "a"}'
+    path.write_text(f'{{"messages": [{turn}], "target": "b", "target_ids": {ids}}}\n')
+    with pytest.raises(PpsdError, match="line 1: needs an object with prompt"):
+        read_data([str(path)])

@@ -330,6 +330,7 @@ def test_divergence_stops_the_run(tiny_model: Models, tmp_path: Path) -> None:
         ({"kl_weight": float("nan")}, "kl_weight"),
         ({"kl_weight": 0.0, "ce_weight": 0.0}, "kl_weight"),
         ({"epochs": 0}, "epochs"),
+        ({"kind": "norm", "head_mlp": 40}, "head_mlp must be left out with norm heads"),
     ],
 )
 def test_bad_settings_are_named(changes: dict[str, object], complaint: str) -> None:

@@ -91,3 +91,21 @@ def test_rows_of_another_model_or_without_a_layer_are_refused(
     (tmp_path / INDEX).write_text("[1]\n")
     with pytest.raises(PpsdError, match="cannot use"):
         open_store(tmp_path, teacher)
+
+
+def test_runs_that_share_a_directory_take_note_of_each_other(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    first, second = open_store(tmp_path, teacher), open_store(tmp_path, teacher)
+    fill(first, 6)
+    fill(second, COUNT)
+    fill(first)
+    for store in (first, second, open_store(tmp_path, teacher)):
+        check(store, teacher)
+
+
+def test_a_file_that_lost_rows_is_named(teacher: Teacher, tmp_path: Path) -> None:
+    fill(open_store(tmp_path, teacher))
+    (tmp_path / "layer-1.bf16").write_bytes(b"")
+    with pytest.raises(PpsdError, match=r"layer-1\.bf16 lacks rows that index\.jsonl names"):
+        open_store(tmp_path, teacher)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,12 @@ def test_compiled_kernels_write_what_a_forward_reads() -> None:
 def test_files_of_other_settings_are_refused(teacher: Teacher, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     write(teacher, path, records(2))
+    other = replace(teacher, encoding=replace(teacher.encoding, max_length=20))
+    with pytest.raises(PpsdError, match=r"was written with max_length \d+, not 20"):
+        write(other, path, records(4))
+    other = replace(teacher, encoding=replace(teacher.encoding, raw=True))
+    with pytest.raises(PpsdError, match=r"was written with raw False, not True"):
+        write(other, path, records(4))
     with pytest.raises(PpsdError, match=r"was written with temperature 0\.0, not 0\.5"):
         write(teacher, path, records(2), temperature=0.5)
     path.write_text("{}\n")
@@ -217,3 +224,8 @@ def test_files_of_other_settings_are_refused(teacher: Teacher, tmp_path: Path) -
         write(teacher, path, records(2))
     with pytest.raises(PpsdError, match="needs prompts"):
         write(teacher, path, [Record("here", text="plain")])
+
+
+def test_the_lowest_temperature_is_nearly_greedy(teacher: Teacher) -> None:
+    greedy, cold = (answers(teacher, GenerateConfig(4, NEW, t)) for t in (0.0, 1e-30))
+    assert cold == greedy

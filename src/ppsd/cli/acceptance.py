@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ppsd import checks
 from ppsd.cli import progress
-from ppsd.cli.display import log_console
+from ppsd.cli.display import draw, log_console
 from ppsd.cli.flags import flag
 from ppsd.config import DEFAULT_CONTEXT
 from ppsd.errors import ConfigError
@@ -124,6 +124,7 @@ def acceptance(
     checks.one_of("lookup", subject.lookup, LOOKUPS)
     paths, params, tasks = subject.paths(), subject.params(), subject.tasks()
     from ppsd.measure.acceptance import load_candidates
+    from ppsd.measure.acceptance_plot import plot_acceptance
     from ppsd.measure.acceptance_summary import expected_speed
     from ppsd.train.checkpoint import RunDirectory
 
@@ -147,6 +148,7 @@ def acceptance(
         print(json.dumps(result))
     else:
         _show(result, by)
+    draw(functools.partial(plot_acceptance, result["heads"], result["first_right"], out / PLOT))
 
 
 def _settings(subject: SubjectOptions, work: WorkOptions, paths: Sequence[Path]) -> DistillConfig:
@@ -292,18 +294,12 @@ def _decode(
 
 
 def _write(out: Path, result: dict[str, Any], outcomes: Mapping[str, Sequence[Outcome]]) -> None:
-    from ppsd.measure.acceptance_plot import plot_acceptance
-    from ppsd.plots import can_plot
     from ppsd.train.checkpoint import write_whole
 
     write_whole(out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
     for label, found in outcomes.items():
         trace = [hit for outcome in found for hit in outcome.hits]
         write_whole(out / f"trace-{label}.json", json.dumps(trace).encode())
-    if can_plot():
-        plot_acceptance(result["heads"], result["first_right"], out / PLOT)
-    else:
-        log_console().print("no plot without matplotlib: pip install 'ppsd-llm[plot]'")
 
 
 def _record(result: dict[str, Any], candidates: Sequence[Candidate]) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppsd.cli.streams import visible
+from ppsd.errors import cause_of
 
 if TYPE_CHECKING:
     from ppsd.config import EngineConfig
@@ -28,6 +29,19 @@ def log_console() -> Console:
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     console.soft_wrap = not console.is_terminal  # a terminal would break words
     return console
+
+
+def draw(plot: Callable[[], None]) -> None:
+    """Draw a picture of what is measured and kept already, or print why there is none."""
+    from ppsd.plots import can_plot
+
+    if not can_plot():
+        log_console().print("no plot without matplotlib: pip install 'ppsd-llm[plot]'")
+        return
+    try:
+        plot()
+    except Exception as error:  # of matplotlib's own kinds: a prompt's category may be anything
+        log_console().print(f"no plot: {cause_of(error)}")
 
 
 def painter(highlight: bool) -> Callable[[Piece], str]:

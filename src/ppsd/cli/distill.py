@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ppsd import checks
 from ppsd.cli import progress
-from ppsd.cli.display import log_console
+from ppsd.cli.display import draw, log_console
 from ppsd.cli.flags import flag
+from ppsd.errors import ConfigError
 from ppsd.train.settings import DistillConfig
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from ppsd.train.evaluate import Agreement
     from ppsd.train.records import DataFile, Record
     from ppsd.train.run import DataSummary, Teacher
+    from ppsd.train.selfgen import GenerateConfig
 
 GENERATED = "generated.jsonl"
 WRITING_SHARE = 0.4  # of a time budget, where the model writes its own targets first
@@ -32,7 +36,7 @@ GENERATION = "Self-generation"
 
 @dataclass
 class GenerationOptions:
-    """The fields of GenerateConfig as text, and whether to generate at all."""
+    """The fields of GenerateConfig but for its seed, and whether to generate at all."""
 
     self_generate: Annotated[
         bool, flag(f"The model writes the targets, into {GENERATED} beside the heads.",
@@ -44,6 +48,21 @@ class GenerationOptions:
     generate_batch: Annotated[int, flag("Sequences at once.", panel=GENERATION)] = 64
     max_new: Annotated[int, flag("Tokens of a target.", panel=GENERATION)] = 256
     temperature: Annotated[float, flag("0 is greedy.", panel=GENERATION)] = 0.0
+
+    @property
+    def wanted(self) -> bool:
+        """Return True if the model is to write the targets."""
+        return self.self_generate or self.generate_only
+
+    def config(self, seed: int) -> GenerateConfig:
+        """Return how to write; raises ConfigError for what is out of range or has no use."""
+        from ppsd.train.selfgen import GenerateConfig
+
+        for name in ("generate_batch", "max_new", "temperature"):
+            value = getattr(self, name)
+            if not self.wanted and value != getattr(GenerationOptions, name):
+                raise ConfigError(name, value, "left out without --self-generate")
+        return GenerateConfig(self.generate_batch, self.max_new, self.temperature, seed)
 
 
 def distill(
@@ -76,42 +95,55 @@ def distill(
 ) -> None:  # fmt: skip
     """Train exit heads by self-distillation; the same command continues a stopped run."""
     from ppsd.model.source import describe, resolve_model
+    from ppsd.train.checkpoint import RunDirectory
     from ppsd.train.records import read_data
+    from ppsd.train.run import read_starts
 
+    writing = generation.config(config.seed)
     records, files = read_data(data)
+    counted = read_data(vocab_data)
     config = config.suited(describe(resolve_model(model)).num_layers)
     progress.set_threads(threads)
     teacher = progress.load(model, config, device)
-    if generation.self_generate or generation.generate_only:
-        writing = config.minutes * (1.0 if generation.generate_only else WRITING_SHARE)
-        written = _generate(teacher, config, records, generation, out, features, writing)
+    if generation.wanted:
+        # What training would refuse is refused now, not after hours of writing.
+        read_starts(teacher, config)
+        size = teacher.stage.spec.vocab_size
+        allowed = f"in [1, {size}], or 0 for all tokens"
+        checks.integer("draft_vocab", config.draft_vocab, 0, size, allowed)
+        minutes = config.minutes * (1.0 if generation.generate_only else WRITING_SHARE)
+        directory = RunDirectory(out, {})
+        path = directory.path / GENERATED
+        if generation.generate_only or not directory.begun:
+            _generate(teacher, config, records, writing, path, features, minutes)
         if generation.generate_only:
             return
-        config = dataclasses.replace(config, minutes=config.minutes - writing)
-        records, more = read_data([str(written)])
-        files = [*files, *more]
+        config = dataclasses.replace(config, minutes=config.minutes - minutes)
+        written, more = read_data([str(path)])
+        records, files = _answered(records, written), [*files, *more]
     every = (validate_every, checkpoint_every)
-    _train(teacher, config, records, files, out, features, every, vocab_data)
+    _train(teacher, config, records, files, out, features, every, counted)
+
+
+def _answered(records: Sequence[Record], written: Sequence[Record]) -> list[Record]:
+    """Return running texts as they are, and of what was written the answers to these prompts."""
+    asked = {record.key for record in records}
+    texts = [record for record in records if record.text is not None]
+    return [*texts, *(record for record in written if record.key in asked)]
 
 
 def _generate(
     teacher: Teacher,
     training: DistillConfig,
     records: Sequence[Record],
-    options: GenerationOptions,
-    out: Path,
+    config: GenerateConfig,
+    path: Path,
     features: Path | None,
     minutes: float,
-) -> Path:
-    from ppsd.train.checkpoint import RunDirectory
+) -> None:
     from ppsd.train.run import open_features
-    from ppsd.train.selfgen import GenerateConfig
     from ppsd.train.targets import write_targets
 
-    config = GenerateConfig(
-        options.generate_batch, options.max_new, options.temperature, training.seed
-    )
-    path = RunDirectory(out, {}).path / GENERATED
     store = None if features is None else open_features(teacher, training, features)
     deadline = time.monotonic() + 60 * minutes if minutes else math.inf
     with progress.writing() as report:
@@ -128,7 +160,6 @@ def _generate(
     if skipped:
         text = f"{skipped} prompts leave no room for an answer within max_length and were skipped"
         log_console().print(text, highlight=False)
-    return path
 
 
 def _train(
@@ -139,15 +170,16 @@ def _train(
     out: Path,
     features: Path | None,
     every: tuple[int, int],
-    counted: Sequence[str],
+    counted: tuple[Sequence[Record], Sequence[DataFile]],
 ) -> None:
     from ppsd.train.distill import Cadence
-    from ppsd.train.records import prompt_digests, read_data
+    from ppsd.train.plot import FILE, plot_run
+    from ppsd.train.records import prompt_digests
     from ppsd.train.result import Origin, save_heads
     from ppsd.train.run import prepare_run
 
     console = log_console()
-    vocabulary, more = read_data(counted)
+    vocabulary, more = counted
     files = [*files, *(dataclasses.replace(file, use="draft vocabulary") for file in more)]
     with progress.bar("running the frozen model", 1, "{task.fields[note]}") as (bar, task):
         bar.update(task, visible=features is not None)
@@ -180,13 +212,13 @@ def _train(
     origin = Origin(name, teacher.identity, files, prompts, summary.lost_mass)
     places = save_heads(trainer, origin, agreement)
     trainer.directory.finish()
-    _plot(trainer)
     console.print(_result_table(places, agreement, trainer.best.kept))
     for layer, kept in trainer.best.kept.items():
         if kept.step == 0:
             console.print(_no_help(layer, kept.start, trainer.last[layer].alpha))
     console.print(_worth_line(trainer.lookup, agreement), highlight=False)
     console.print(_throughput_line(trainer.directory.metrics(), features), highlight=False)
+    draw(functools.partial(plot_run, trainer.directory.metrics(), trainer.directory.path / FILE))
 
 
 def _forecast_line(trainer: Trainer, forecast: Forecast) -> str:
@@ -243,16 +275,6 @@ def _data_line(summary: DataSummary, config: DistillConfig) -> str:
         f"targets; {summary.cut} cut and {summary.dropped} dropped at max_length "
         f"{config.max_length}; {summary.held_out} more held out; draft vocabulary: {scored}"
     )
-
-
-def _plot(trainer: Trainer) -> None:
-    from ppsd.plots import can_plot
-    from ppsd.train.plot import FILE, plot_run
-
-    if can_plot():
-        plot_run(trainer.directory.metrics(), trainer.directory.path / FILE)
-    else:
-        log_console().print("no plot without matplotlib: pip install 'ppsd-llm[plot]'")
 
 
 def _no_help(layer: int, start: float, last: float) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ppsd.cli.display import size
+from ppsd.errors import cause_of
 
 NAMES, WIDTH = 17, 80  # columns
 LISTED = 12  # models and profiles, at most
@@ -84,24 +85,36 @@ def _accelerators() -> list[str]:
 def _places() -> dict[str, Any]:
     """Return the directories in use, and what is in them."""
     from ppsd.model.catalog import find_models, hub_cache
-    from ppsd.model.head_library import find_heads, local_root
-    from ppsd.model.sidecar import cache_root
-    from ppsd.plan.profile import profile_root
+    from ppsd.model.head_library import find_heads
 
     heads = find_heads()
     models = list(islice(find_models(Path()), LISTED + 1))
-    profiles = sorted(file.name for file in profile_root().glob("*.json"))
-    return {
-        "cache": str(cache_root()),
-        "cache_bytes": _bytes_below(cache_root()),
-        "profiles": _cut(profiles, len(profiles)),
-        "heads": str(local_root()),
+    return _caches() | {
         "heads_shipped": sum(head.shipped for head in heads),
         "heads_local": sum(not head.shipped for head in heads),
         "hub_cache": str(hub_cache()),
         "models": _cut([model.title for model in models if not model.problem], len(models)),
         "default_model": next((model.title for model in models if model.name is None), None),
     }
+
+
+def _caches() -> dict[str, Any]:
+    """Return ppsd's own directories, or why there are none, as where nobody has a home."""
+    from ppsd.model.head_library import local_root
+    from ppsd.model.sidecar import cache_root
+    from ppsd.plan.profile import profile_root
+
+    try:
+        profiles = sorted(file.name for file in profile_root().glob("*.json"))
+        return {
+            "cache": str(cache_root()),
+            "cache_bytes": _bytes_below(cache_root()),
+            "profiles": _cut(profiles, len(profiles)),
+            "heads": str(local_root()),
+        }
+    except OSError as error:
+        none = f"none ({cause_of(error)})"
+        return {"cache": none, "cache_bytes": 0, "profiles": [], "heads": none}
 
 
 def _cut(names: list[str], count: int) -> list[str]:

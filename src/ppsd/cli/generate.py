@@ -59,7 +59,8 @@ def generate(
         params = _params(sampling, samples, llm.defaults.values)
         message = text if raw else _messages(text, system)
         if as_json:
-            results = [_record(llm, params, c) for c in llm.generate(message, params)]
+            found = enumerate(llm.generate(message, params))
+            results = [_record(llm, params.sample(i), c) for i, c in found]
             print(json.dumps(results[0] if samples == 1 else results))
         else:
             for i in range(samples):

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ppsd import checks
 from ppsd.cli.display import log_console
 from ppsd.train.settings import DistillConfig
 
@@ -83,7 +84,8 @@ def set_threads(threads: int) -> None:
     """CPU threads of this process; 0 leaves PyTorch's choice."""
     import torch
 
-    if threads > 0:
+    checks.integer("threads", threads, 0)
+    if threads:
         torch.set_num_threads(threads)
 
 

@@ -95,6 +95,10 @@ class Command:
                 _say(note)
         except OSError as error:  # such as a full disk
             _say(f"{self.name}: {error}")
+        except (MemoryError, RuntimeError) as error:
+            if "allocate" not in str(error) and not isinstance(error, MemoryError):
+                raise
+            _say(f"{self.name}: not enough memory ({str(error).splitlines()[0]})")
         return EXIT_FAILURE
 
 

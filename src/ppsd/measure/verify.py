@@ -124,7 +124,7 @@ def _compare(
     shared = len(plain.token_ids) if divergence is None else divergence + 1
     positions = range(prompt, prompt + min(shared, len(plain.token_ids), len(fast.token_ids)))
     pairs = [(plain_logits[p], fast_logits[p]) for p in positions]
-    differences = [float((a.double() - b.double()).abs().max()) for a, b in pairs]
+    differences = [_distance(a.double(), b.double()) for a, b in pairs]
     same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs]
     tops = [a.double().topk(2).values for a, _ in pairs]
     counts = fast.stats.counts
@@ -139,6 +139,11 @@ def _compare(
         accepted=counts.accepted,
         judged=counts.judged,
     )
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the largest difference; equal infinities, of ids without a token, have none."""
+    return float((a - b).abs().masked_fill(a == b, 0.0).max())
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

@@ -6,7 +6,7 @@ Loads no weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +92,10 @@ def local_root() -> Path:
     return Path(own) if own else cache_root() / "heads"
 
 
-def _roots() -> tuple[Path, Path]:
-    return SHIPPED, local_root()
+def _roots() -> Iterator[Path]:
+    yield SHIPPED
+    with suppress(OSError):  # there is no home
+        yield local_root()
 
 
 def head_directory(name: str) -> Path:

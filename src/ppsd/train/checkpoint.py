@@ -99,6 +99,11 @@ class RunDirectory:
                 f"{self._settings.get(name)!r}; give another --out, or the same settings to resume"
             )
 
+    @property
+    def begun(self) -> bool:
+        """Return True if training has been saved here, or is finished."""
+        return any((self.path / name).exists() for name in (CHECKPOINT, FINISHED))
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""
         append_line(self.path / METRICS, record)
@@ -176,4 +181,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    number = 0
+    try:
+        return [json.loads(line) for number, line in enumerate(lines[:-1], 1) if line]
+    except ValueError as error:
+        raise PpsdError(f"{path}, line {number}: not JSON ({error})") from error

@@ -6,8 +6,10 @@ batches.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -24,11 +26,13 @@ class Example:
     """Token ids [L] (int32); the tokens from index ``start`` on are what the head must guess.
 
     Those from ``prompt`` on are decoded one by one at run time, the others known beforehand.
+    ``opening`` names the conversation (see Record), "" for running text.
     """
 
     tokens: torch.Tensor
     start: int
     prompt: int = 1
+    opening: str = ""
 
     @property
     def targets(self) -> torch.Tensor:
@@ -55,6 +59,17 @@ class Encoding:
     eos: int | None
     raw: bool = False
     all_positions: bool = False
+
+    @property
+    def stamp(self) -> dict[str, Any]:
+        """Return what decides which tokens a prompt has, and how many an answer may."""
+        template = "" if self.raw else self.tokenizer.about["chat_template"] or ""
+        return {
+            "model": self.model,
+            "raw": self.raw,
+            "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16],
+            "max_length": self.max_length,
+        }
 
     def prompt(self, record: Record) -> list[int]:
         """Return prompt ids as inference makes them: by chat template, or of the plain text."""
@@ -118,7 +133,7 @@ def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
             dropped += 1
             continue
         cut += len(prompt) + len(target) > encoding.max_length
-        examples.append(joined(prompt, target, encoding))
+        examples.append(replace(joined(prompt, target, encoding), opening=record.opening))
     if not examples:
         raise PpsdError(
             f"no training example fits in max_length {encoding.max_length} ({dropped} prompts are "
@@ -132,12 +147,12 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Split into training and validation; about a tenth at most, at least one, is held out.
 
-    Answers to one prompt stay together, so that no held-out prompt was trained on.
+    Answers to one prompt stay together, and so do all turns that open alike, so that no held-out
+    text was trained on as a prompt of another example.
     """
-    groups: dict[bytes, list[int]] = {}
+    groups: dict[str | bytes, list[int]] = {}
     for i, example in enumerate(examples):
-        shared = example.tokens[: example.prompt] if example.prompt > 1 else example.tokens
-        groups.setdefault(shared.numpy().tobytes(), []).append(i)
+        groups.setdefault(example.opening or example.tokens.numpy().tobytes(), []).append(i)
     if len(groups) < 2:
         raise PpsdError("training needs at least 2 prompts, one of them held out for validation")
     count = max(1, min(wanted, len(examples) // 10))

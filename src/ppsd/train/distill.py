@@ -57,7 +57,7 @@ Report = Callable[[StepReport], None]
 
 @dataclass(frozen=True)
 class Cadence:
-    """Most steps between validations and between checkpoints; neither touches the weights."""
+    """Most steps between validations, the best of which is kept, and between checkpoints."""
 
     validate: int = 100
     checkpoint: int = 50

@@ -2,14 +2,17 @@
 
 A directory holds one file of bfloat16 rows for each kept layer, and an index: a header line, then a
 line for each example that is whole in all files. Files only grow; what a kill left behind the last
-indexed row is written over.
+indexed row is written over. Several runs may share a directory: who writes holds its lock, and
+first takes note of what others wrote.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from ppsd.train.data import Batch, Example, make_batch, plan_epoch
 
 INDEX = "index.jsonl"
 STORED = torch.bfloat16
+LOCK = "lock"
 FILL_TOKENS = 4096  # padded tokens that run at once
 
 FeatureSource = Callable[[Batch], Features]
@@ -49,12 +53,33 @@ class FeatureStore:
         self._header = {"width": model.spec.hidden_size, "compute": compute}
         self._places: dict[str, int] = {}  # first row of an example
         self._rows = 0
+        self._size = -1  # bytes of the index that are known
         self._maps: dict[int, torch.Tensor] = {}
-        self._open()
+        with self._locked():
+            pass
 
-    def _open(self) -> None:
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other runs from writing, and know what they have written until now."""
         try:
             self._path.mkdir(parents=True, exist_ok=True)
+            with open(self._path / LOCK, "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not (self._path / INDEX).exists() or self._known != self._size:
+                    self._open()
+                yield
+                self._size = self._known
+        except OSError as error:
+            raise PpsdError(f"cannot use {self._path} for --features: {cause_of(error)}") from error
+
+    @property
+    def _known(self) -> int:
+        return (self._path / INDEX).stat().st_size
+
+    def _open(self) -> None:
+        self._places.clear()
+        self._rows = 0
+        try:
             header, *lines = continue_lines(self._path / INDEX) or [self._create()]
             kept = tuple(header.pop("layers"))
             if header != self._header or not set(self._layers) <= set(kept):
@@ -64,9 +89,16 @@ class FeatureStore:
                 )
             for line in lines:
                 self._note(line["example"], line["rows"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PpsdError(f"cannot use {self._path} for --features: {cause_of(error)}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise PpsdError(f"cannot use {self._path} for --features: {error}") from error
         self._layers = kept
+        self._size = self._known
+        needed = self._rows * self._model.spec.hidden_size * STORED.itemsize
+        for layer in self.layers:
+            if needed and (
+                not self._file(layer).exists() or self._file(layer).stat().st_size < needed
+            ):
+                raise PpsdError(f"{self._file(layer)} lacks rows that {INDEX} names; remove both")
 
     def _create(self) -> dict[str, Any]:
         header = {"layers": list(self._layers), **self._header}
@@ -103,12 +135,13 @@ class FeatureStore:
     def add(self, example: Example, rows: Mapping[int, torch.Tensor]) -> None:
         """Keep an example's rows [T, C] of each of ``layers``; what is kept already stays."""
         name, count = _name(example), len(example.tokens)
-        if name in self._places:
-            return
-        for layer in self.layers:
-            self._write(layer, rows[layer].to("cpu", STORED))
-        append_line(self._path / INDEX, {"example": name, "rows": count})
-        self._note(name, count)
+        with self._locked():
+            if name in self._places:
+                return
+            for layer in self.layers:
+                self._write(layer, rows[layer].to("cpu", STORED))
+            append_line(self._path / INDEX, {"example": name, "rows": count})
+            self._note(name, count)
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from ppsd.errors import ConfigError, PpsdError, cause_of
 from ppsd.model.source import HUB_ID
 
 FIELDS = "prompt (and target), messages, or text"
+TEXTS = (".jsonl", ".json", ".txt", ".md")  # names that end so are files, not hub datasets
 KEPT = ("id", "source", "task", "category")  # what else of a row is worth keeping
 
 Message = dict[str, str]
@@ -43,8 +44,18 @@ class Record:
     @cached_property
     def key(self) -> str:
         """Return a digest of the conversation, the same in whatever file it stands."""
-        content = json.dumps(self.messages, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return _digest(self.messages)
+
+    @cached_property
+    def opening(self) -> str:
+        """Return a digest of the conversation up to the first message of its user."""
+        users = (i for i, m in enumerate(self.messages) if m["role"] == "user")
+        return _digest(self.messages[: next(users, len(self.messages)) + 1])
+
+
+def _digest(messages: Sequence[Message]) -> str:
+    content = json.dumps(messages, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def prompt_digest(text: str) -> str:
@@ -87,11 +98,11 @@ def read_data(names: Sequence[str]) -> tuple[list[Record], list[DataFile]]:
 
 def _read_one(name: str) -> tuple[list[Record], str]:
     path = Path(name)
-    if not path.exists() and HUB_ID.fullmatch(name):
+    if not path.exists() and path.suffix not in TEXTS and HUB_ID.fullmatch(name):
         return _read_hub(name)
     try:
         content = path.read_bytes()
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")  # some editors mark a text's beginning
     except (OSError, UnicodeDecodeError) as error:
         raise PpsdError(f"cannot read training data from {name}: {cause_of(error)}") from error
     digest = hashlib.sha256(content).hexdigest()
@@ -124,7 +135,7 @@ def parse_row(row: Any, where: str) -> Iterator[Record]:
             yield Record(where, (user,), target, about=about)
         else:
             yield Record(where, text=_text(row["text"]), about=about)
-    except (TypeError, KeyError, IndexError, AttributeError, ConfigError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
         raise PpsdError(f"{where}: needs an object with {FIELDS} ({error!r})") from error
 
 

@@ -172,7 +172,8 @@ def prepare_run(
     starts = read_starts(teacher, config)
     settings = config.to_json() | {
         "model": teacher.fingerprint,
-        "data": [file.sha256 for file in files],
+        "data": [f"{file.sha256} for {file.use}" for file in files],
+        "validate_every": cadence.validate,  # which decides among what states the best is chosen
         "compute": teacher.compute,
         "features": store is not None,
         "starts": [start.digest for start in starts.values()],

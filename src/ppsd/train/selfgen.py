@@ -28,16 +28,14 @@ from ppsd.train.batched import by_sequence, causal_attention
 Keep = Callable[[int, torch.Tensor], None]  # layer, rows [n, C] that left it
 Noise = Callable[[int, int], torch.Tensor]  # position, count: standard Gumbel noise [count]
 
+MOST_AT_ONCE = 4096  # sequences: far more than any device is the faster for
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 32768}  # padded prompt tokens that run at once
 REFILL_SHARE = 8  # a refill waits until one row in 8 is free: prompts cost less together
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Settings of generation: ``temperature`` 0 is greedy; ``batch`` rows at once.
-
-    The batch a prompt shares never matters.
-    """
+    """Settings of generation; the ``batch`` that a prompt shares never matters."""
 
     batch: int = 64
     max_new: int = 256
@@ -45,8 +43,8 @@ class GenerateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("generate_batch", self.batch), ("max_new", self.max_new)):
-            checks.integer(name, value, 1)
+        checks.integer("generate_batch", self.batch, 1, MOST_AT_ONCE)
+        checks.integer("max_new", self.max_new, 1)
         checks.number("temperature", self.temperature, 0, 100)
 
 
@@ -375,6 +373,7 @@ class BatchGenerator:
         """Draw each row's next token [rows] from ``scores`` [rows, V]."""
         if self._config.temperature == 0:
             return scores.argmax(-1)
+        scores -= scores.amax(-1, keepdim=True)  # or a very low temperature would overflow
         scores /= self._config.temperature
         if self._noise is not None:
             noise = [self._noise(r.request)(r.length, scores.shape[1]) for r in rows]

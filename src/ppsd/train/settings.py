@@ -20,6 +20,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float64")
 DEFAULT_RATE = 1e-3
 LEADING, FULL_RATE_STEPS = 0.5, 1000  # held-out α at the start, and steps; see peak_rate
 WARMUP_STEPS = 50  # at least, if that leaves half of the run
+MAX_SEED = 2**32 - 1  # so that seeds of epochs and steps, which are multiples, have 63 bits
 BETAS = (0.9, 0.95)  # a run has hundreds of steps, too few for AdamW's usual 0.999
 
 
@@ -96,8 +97,9 @@ class DistillConfig:
         for name in ("head_layers", "epochs", "batch_tokens", "validation"):
             checks.integer(name, getattr(self, name), 1)
         checks.integer("max_length", self.max_length, 2)
-        for name in ("seed", "head_mlp"):
+        for name in ("head_mlp", "draft_vocab"):
             checks.integer(name, getattr(self, name), 0)
+        checks.integer("seed", self.seed, 0, MAX_SEED)
         for name in ("kl_weight", "ce_weight", "weight_decay", "warmup", "minutes"):
             checks.number(name, getattr(self, name), 0)
         checks.number("clip", self.clip, 0, low_open=True)
@@ -108,6 +110,8 @@ class DistillConfig:
         if self.raw and self.chat_template is not None:
             raise ConfigError("chat_template", self.chat_template, "left out with raw texts")
         if self.kind == "norm":
+            if self.head_mlp:
+                raise ConfigError("head_mlp", self.head_mlp, "left out with norm heads")
             object.__setattr__(self, "feedback", False)
             object.__setattr__(self, "copy_gate", False)
         if self.kl_weight + self.ce_weight == 0:

@@ -60,7 +60,7 @@ def write_targets(
     prompts = {r.key: r for r in records if r.messages}
     if not prompts:
         raise PpsdError("self-generation needs prompts, and the data has none (only plain text)")
-    stamp = {"model": encoding.model, **_stamp(config)}
+    stamp = {**encoding.stamp, **_stamp(config), "dtype": str(model.plan.dtype)}
     waiting = sorted(prompts.keys() - _answered(path, stamp))
     draft = _Draft(path, stamp, encoding)
     skipped: list[str] = []
@@ -154,7 +154,7 @@ class _Draft:
 
 
 def _stamp(config: GenerateConfig) -> dict[str, Any]:
-    """Return what decides an answer; the batch does not."""
+    """Return the settings that decide an answer; the batch does not."""
     return {name: value for name, value in asdict(config).items() if name != "batch"}
 
 
@@ -162,13 +162,14 @@ def _answered(path: Path, stamp: dict[str, Any]) -> set[str]:
     """Return the keys in ``path``."""
     try:
         rows = continue_lines(path)
+        keys = {str(row["key"]) for row in rows}
         for name, value in stamp.items():
-            if other := [row[name] for row in rows if row[name] != value]:
+            if other := [row.get(name) for row in rows if row.get(name) != value]:
                 raise PpsdError(
                     f"{path} was written with {name} {other[0]!r}, not {value!r}; give another "
                     "--out, or the same settings to continue it"
                 )
-        return {str(row["key"]) for row in rows}
+        return keys
     except (ValueError, KeyError, TypeError) as error:
         raise PpsdError(f"{path} does not hold self-generated targets: {error!r}") from error
 
