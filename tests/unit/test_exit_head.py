@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -132,6 +133,14 @@ def test_verified_rows_are_for_heads_with_feedback_only(tiny, tmp_path) -> None:
     tiny.save(tmp_path, tiny.config(kind="norm", layers=0, feedback=True))
     with pytest.raises(HeadError, match="feedback must be true or false, and false for a norm"):
         tiny.load(tmp_path)
+
+
+def test_verified_rows_are_taken_to_the_heads_device(tiny, tmp_path) -> None:
+    """Verdicts come to the CPU, wherever stages are; "meta" stands for a GPU."""
+    tiny.save(tmp_path, tiny.config(feedback=True, copy_gate=True))
+    head = tiny.load(tmp_path, replace(PLAN, device=torch.device("meta")))
+    finished = head.finish(hidden(3).to("meta"), hidden(3))
+    assert (finished.device.type, head.copy_odds(finished).shape) == ("meta", (3, len(ODDS)))
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -271,6 +280,14 @@ def test_a_tensor_of_another_shape_is_named(tiny, tmp_path) -> None:
     weights = tiny.save(tmp_path, tiny.config())
     save_head(tmp_path, tiny.config(), weights | {"norm.weight": torch.ones(31)})
     with pytest.raises(HeadError, match=r"norm\.weight is \(31,\), not \(32,\)"):
+        tiny.load(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_named(tiny, tmp_path, bad: float) -> None:
+    weights = tiny.save(tmp_path, tiny.config(copy_gate=True))
+    save_head(tmp_path, tiny.config(copy_gate=True), weights | {"copy.bias": ODDS.double() * bad})
+    with pytest.raises(HeadError, match=r"copy\.bias holds numbers that are not finite"):
         tiny.load(tmp_path)
 
 

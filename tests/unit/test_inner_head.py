@@ -11,6 +11,7 @@ import torch
 
 from ppsd.model.exit_head import most_probable
 from ppsd.model.passes import Place
+from ppsd.speculation.masks import permits
 from ppsd.speculation.sampling import gumbel
 from ppsd.speculation.waves import Row
 from ppsd.types import SamplingParams
@@ -207,3 +208,20 @@ def test_an_opinion_takes_its_time_on_an_emulated_device(monkeypatch, seconds) -
     InnerHead(Certain(), seconds).opinion(0, [certain(10)], torch.zeros(1, 2))  # type: ignore[arg-type]
     assert slept == [pytest.approx(seconds, abs=1.0)]
     assert (slept == [0.0]) == (seconds == 0.0)
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 5e-324])
+def test_the_lowest_temperatures_are_nearly_greedy(temperature: float) -> None:
+    head = InnerHead(Certain())  # type: ignore[arg-type]
+    head.begin(Begin(0, SamplingParams(temperature=temperature, seed=5), 4, (), 11))
+    said = head.opinion(0, [certain(10)], torch.zeros(1, 2))
+    assert said.tokens[0][0] == 10
+    assert said.numbers[0, :2].tolist() == [1.0, 0.0]
+
+
+def test_a_head_may_score_padded_rows_that_no_mask_covers(monkeypatch) -> None:
+    monkeypatch.setattr(Certain, "ids", np.array([1, 3, 4, 9, 40]))
+    head = InnerHead(Certain())  # type: ignore[arg-type]
+    said = head.opinion(0, [certain(10)], torch.zeros(1, 2), masks=(allowed(3, 9),))
+    assert said.tokens == ((9, 3),)
+    assert not permits(allowed(3, 9), 40)

@@ -260,3 +260,4 @@ def test_a_failure_keeps_the_end_of_its_traceback() -> None:
     assert long.fields["traceback"].endswith("yend\n")
     kept = len(json.dumps(long.fields))
     assert CONTROL_BYTES // 8 < kept <= CONTROL_BYTES // 2
+    assert failure_status(1, ValueError("😀" * CONTROL_BYTES)).fields["message"].startswith("😀")

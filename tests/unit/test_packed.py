@@ -20,7 +20,7 @@ from ppsd.model import kernel_build, kernels
 from ppsd.model.gguf_codes import KINDS, codes_of
 from ppsd.model.kernels import Kind, PackedWeight
 from ppsd.model.layers import LayerWeights, Product
-from ppsd.model.names import EMBEDDING, expected_shapes
+from ppsd.model.names import EMBEDDING, expected_shapes, tensor_names
 from ppsd.model.packed import Codes, can_pack, first_rows, pack, packed_bytes, whole
 from ppsd.model.runners import CompiledRunner
 from ppsd.model.source import describe, resolve_model
@@ -211,6 +211,25 @@ def test_parts_are_packed_together_or_not_at_all(
     assert not packable(source, plan, {"a": (3, 128), "b": (2, 128)}, ["a", "b"])
     if kinds[0] is not None:
         assert packable(source, plan, {"a": (4, 128)}, ["a"]) is (not changed)
+
+
+def test_parts_of_odd_sizes_are_counted_as_the_whole_that_they_become(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after pruning: 130 rows of the gate and 130 of the up projection are 65 tiles of four."""
+    monkeypatch.setattr(kernels, "packs", lambda: True)
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    plan = StagePlan(1, 2, 8, BF16, CPU, packed=True)
+
+    def total(neurons: int) -> int:
+        config = LlamaConfig(**sizes, intermediate_size=neurons, num_hidden_layers=3)
+        spec = spec_from_config(config, "odd")
+        kinds = dict.fromkeys(tensor_names(spec, 1, 2), Kind.CODES_8)
+        kinds |= {name: None for name in kinds if "down" in name or "norm" in name}
+        return weight_bytes(spec, plan, cast("TensorSource", Described(**kinds)))
+
+    more = packed_bytes(4, 128, Kind.CODES_8) + 2 * 128 * BF16.itemsize
+    assert more <= total(130) - total(128) < more + 128  # aligned
 
 
 def held(stage: Stage) -> int:

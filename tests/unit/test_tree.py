@@ -77,6 +77,8 @@ def test_the_mixture_is_that_of_lookup(drawn: list[int], token: int, length: int
     found = mixture(range(VOCAB), numbers, Copy(0, token, length))
     assert [found[t] for t in range(VOCAB)] == pytest.approx(expected.tolist())
     assert mixture([4, 2], [0.5, 0.25, *ODDS.tolist()], None) == {4: 0.5, 2: 0.25}
+    sure = mixture([4, 2], [0.5, 0.25, *[1e4] * len(ODDS)], Copy(0, 4, length))
+    assert (sure[4], sure[2]) == (pytest.approx(1.0), pytest.approx(0.0))
 
 
 class Life:

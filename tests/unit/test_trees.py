@@ -260,3 +260,8 @@ def test_commits_that_cannot_be_are_refused(
     assert cache.lengths == [3]
     with pytest.raises(ProtocolError, match="slot 1 is not"):
         cache.commit(1, 0, [])
+
+
+def test_a_block_beyond_the_cache_is_refused(trees) -> None:
+    with pytest.raises(ProtocolError, match="2 rows at position 64 do not fit a cache"):
+        trees.runner.start(trees.make_rows(2), CONTEXT)

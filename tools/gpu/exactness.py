@@ -120,10 +120,12 @@ def check_decoding(device: str, model: str | None, tiny: bool) -> list[dict[str,
     tasks = [Task(str(i), "", [{"role": "user", "content": s}]) for i, s in enumerate(SENTENCES)]
     tasks = tasks[: 1 if tiny else None]
     found = []
-    for dtype in ("float32",) if tiny else ("bfloat16", "float32"):
+    # Lookup is right often enough and always there; trained heads read verified rows and copy.
+    heads = ("untrained",) if tiny else ("lookup", "auto")
+    dtypes = ("float32",) if tiny else ("bfloat16", "float32")
+    for head, dtype in product(heads, dtypes):
         for stages in (2,) if tiny else (2, 4):
             started = time.monotonic()
-            head = "untrained" if tiny else "lookup"  # right often enough, and always there
             with LLM(model, stages=stages, dtype=dtype, devices=(device,), head=head,
                      plan="off", mode="ppsd", gate=False, rows=ROWS[-1],
                      timeout=120.0) as llm:  # fmt: skip
@@ -134,7 +136,7 @@ def check_decoding(device: str, model: str | None, tiny: bool) -> list[dict[str,
                     )
                     result = verify(llm, tasks, params)
                     found.append({
-                        "dtype": dtype, "stages": stages, "rows": rows,
+                        "head": head, "dtype": dtype, "stages": stages, "rows": rows,
                         "temperature": temperature, "prompts": len(tasks),
                         "exact": result.exact, "bitwise": result.bitwise,
                         "accepted": sum(c.accepted for c in result.comparisons),

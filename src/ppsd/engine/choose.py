@@ -24,7 +24,7 @@ from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan
-from ppsd.model.weights import TensorSource, open_source
+from ppsd.model.weights import TensorSource, check_shapes, open_source
 from ppsd.plan.planner import (
     ASSUMED_ALPHA,
     LEAST_GAIN,
@@ -201,6 +201,7 @@ def planned(config: EngineConfig) -> EngineConfig:
 def _model(config: EngineConfig) -> tuple[Path, ModelSpec, Identity, TensorSource]:
     files = resolve_model(config.model)
     spec, source = describe(files), open_source(files.path)
+    check_shapes(source, spec)
     return files.path, spec, Identity.of(spec, source), source
 
 

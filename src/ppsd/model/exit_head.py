@@ -146,7 +146,7 @@ class ExitHead:
         ``verified`` [n, C]: the last layer's row of each row's newest verified position, or None.
         """
         if self._recall is not None and verified is not None:
-            features = features + self._recall(verified)
+            features = features + self._recall(verified.to(features.device))
         return self._normed(features)
 
     def copy_odds(self, finished: torch.Tensor) -> torch.Tensor:
@@ -292,6 +292,8 @@ def _check_tensors(
     for name, shape in expected.items():
         if tuple(weights[name].shape) != shape:
             raise HeadError(f"{path}: {name} is {tuple(weights[name].shape)}, not {shape}")
+        if not bool(weights[name].isfinite().all()):
+            raise HeadError(f"{path}: {name} holds numbers that are not finite")
     ids = weights.get("draft_ids")
     if ids is not None and not (
         ids.dtype == torch.int64

@@ -171,8 +171,8 @@ class CompiledRunner:
         if count > MAX_ROWS and NATIVE[torch.bfloat16]:
             return self._blocks.start(rows, position, slot)
         assert rows.dtype == torch.bfloat16  # others would be misread
-        assert position + count <= self._end
         self.cache.reserve(position, count, slot)
+        assert position + count <= self._end
         starts = range(0, count, MAX_ROWS)
         parts = [(rows[i : i + MAX_ROWS].contiguous(), position + i) for i in starts]
         return together([CompiledPass(self, part, at, slot) for part, at in parts])

@@ -106,27 +106,27 @@ def packable(
     return len(kinds) == 1 and None not in kinds and can_pack(rows, shapes[names[0]][1])
 
 
-def packed_names(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> frozenset[str]:
-    """Return the names of a stage's weights that stay in the codes of their file."""
+def packed_groups(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> list[Names]:
+    """Return the names of a stage's weights that stay in the codes of their file, by product."""
     shapes = expected_shapes(spec)
-    groups = [
+    groups: list[Names] = [
         [f"{layer_prefix(i)}{name}.weight" for name in names]
         for i in range(plan.first, plan.last)
         for names in FUSED.values()
     ]
     groups += [[lm_head_name(spec)]] if plan.last == spec.num_layers else []
-    kept = (names for names in groups if packable(source, plan, shapes, names))
-    return frozenset(name for names in kept for name in names)
+    return [names for names in groups if packable(source, plan, shapes, names)]
 
 
 def weight_bytes(spec: ModelSpec, plan: StagePlan, source: TensorSource) -> int:
     """Return the bytes of a stage's weights, without reading any of them."""
-    shapes, packed = expected_shapes(spec), packed_names(spec, plan, source)
+    shapes, groups = expected_shapes(spec), packed_groups(spec, plan, source)
+    packed = {name for names in groups for name in names}
     size = 0
+    for names in groups:
+        rows, inputs = sum(shapes[name][0] for name in names), shapes[names[0]][1]
+        size += _aligned(packed_bytes(rows, inputs, source.kind(names[0]) or Kind.NUMBERS))
     for name in tensor_names(spec, plan.first, plan.last):
-        if name in packed:
-            rows, inputs = shapes[name]
-            size += _aligned(packed_bytes(rows, inputs, source.kind(name) or Kind.NUMBERS))
         if name not in packed or (name == EMBEDDING and plan.first == 0):
             size += _aligned(prod(shapes[name]) * plan.dtype.itemsize)
     return size
@@ -199,7 +199,8 @@ class Stage:
         self._loaded: set[str] = set()
         self._progress = progress
         self._source = source
-        self._packed = packed_names(spec, plan, source)
+        groups = packed_groups(spec, plan, source)
+        self._packed = {name for names in groups for name in names}
         self._memory = _Memory(weight_bytes(spec, plan, source), plan.device)
         table = self._load_embedding()
         self.embedding = table if plan.first == 0 else None  # [V, C]

@@ -14,8 +14,8 @@ def mask_bytes(vocab_size: int) -> int:
 
 
 def permits(mask: Mask, token: int) -> bool:
-    """Return True if a token may come next."""
-    return bool(mask[token >> 3] >> (token & 7) & 1)
+    """Return True if a token may come next; one beyond the vocabulary may not."""
+    return token >> 3 < len(mask) and bool(mask[token >> 3] >> (token & 7) & 1)
 
 
 def lowest(mask: Mask) -> int | None:

@@ -20,6 +20,7 @@ CANDIDATES = 8  # of a head for each row: more are hardly ever fed
 UNFED = 0
 MAX_DEPTH = 64  # levels below the root
 KEPT = 0.3  # what earlier heads weigh against a deeper one: together they are right more often
+SUREST = 50.0  # log odds at which a copy has all but 1e-21 of the probability
 FLOOR = 0.002  # a row worth less is not worth its message
 UNHEARD = -1  # no head has spoken of a node's children yet
 
@@ -310,7 +311,7 @@ def mixture(
     share = 1.0 - KEPT if before else 1.0
     mixed = {token: p * KEPT for token, p in before.items()}
     if copy is not None:
-        weight = exp(numbers[len(tokens) + copy.slot])
+        weight = exp(min(numbers[len(tokens) + copy.slot], SUREST))
         share /= 1.0 + weight
         mixed[copy.token] = mixed.get(copy.token, 0.0) + weight * share
     for token, p in zip(tokens, numbers, strict=False):

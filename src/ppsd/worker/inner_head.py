@@ -161,7 +161,7 @@ class InnerHead:
             return _permitted(self._perturbed(scores, ids, following), ids, masks)
 
         tokens, probabilities = self.head.opinions(finished, CANDIDATES, told)
-        odds = self.head.copy_odds(finished).float()
+        odds = self.head.copy_odds(finished).float().cpu()
         numbers = torch.cat([probabilities, odds.expand(len(nodes), -1)], 1)
         return Opinion(rank, nodes, tuple(map(tuple, tokens.tolist())), numbers)
 
@@ -179,7 +179,8 @@ class InnerHead:
         scores = scores.to("cpu", torch.float32, copy=True)
         for row, (request, (_, position)) in enumerate(zip(requests, following, strict=True)):
             if request is not None and not request.params.greedy:
-                own = scores[row].log_softmax(0) / request.params.temperature
+                own = scores[row].double()  # shifted: a very low temperature must not overflow
+                own = (own - own.amax()) / request.params.temperature
                 scores[row] = own + self._noise_of(request, position)[ids]
         return scores
 
@@ -201,6 +202,8 @@ def _permitted(scores: torch.Tensor, ids: Array, masks: Sequence[Mask]) -> torch
     if not masks:
         return scores
     told = np.stack([np.frombuffer(mask, np.uint8) for mask in masks])
+    beyond = max(0, (int(ids[-1]) >> 3) + 1 - told.shape[1])  # of padded rows, without tokens
+    told = np.pad(told, ((0, 0), (0, beyond)))
     banned = told[:, ids >> 3] >> (ids & 7).astype(np.uint8) & 1 == 0
     banned[banned.all(1)] = False
     return scores.masked_fill(torch.from_numpy(banned).to(scores.device), -math.inf)

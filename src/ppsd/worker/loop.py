@@ -250,5 +250,6 @@ def failure_status(rank: int, error: BaseException) -> Status:
         "traceback": text,
     }
     while len(json.dumps(fields)) > CONTROL_BYTES // 2:
-        fields["traceback"] = fields["traceback"][len(fields["traceback"]) // 2 :]
+        longest = "traceback" if fields["traceback"] else "message"
+        fields[longest] = fields[longest][(len(fields[longest]) + 1) // 2 :]
     return Status(rank, "failed", fields)
