@@ -82,10 +82,13 @@ def test_exits_are_compared_where_nothing_else_differs(results, tmp_path: Path) 
 
 def test_results_are_named_when_they_are_none(results, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.json"
-    for content in ("[]", "{", '{"settings": {"verb": "dance"}}'):
+    for content in ("[]", "{", '{"settings": {}}'):
         wrong.write_text(content)
         result = lab("report", wrong, "--out", tmp_path / "out")
         assert "wrong.json is not the --json output of a benchmark" in str(result.exception)
+    wrong.write_text('{"settings": {"verb": "tasks --virtual"}}')
+    result = lab("report", wrong, "--out", tmp_path / "out")
+    assert "wrong.json is of tasks --virtual, and a report shows only" in str(result.exception)
     trace = tmp_path / "trace.json"
     trace.write_text("{}")
     result = lab("report", results["tasks"], "--out", tmp_path / "out", "--trace", trace)

@@ -86,6 +86,16 @@ def test_a_file_of_other_settings_is_left_alone(tmp_path) -> None:
     assert path.read_text() == before
 
 
+@pytest.mark.parametrize("length", [0, 5, 30])
+def test_a_file_that_was_cut_off_in_its_first_line_is_begun_anew(tmp_path, length: int) -> None:
+    path = tmp_path / "m.jsonl"
+    open_results(path)
+    whole = path.read_text()
+    path.write_text(whole[:length])
+    open_results(path)
+    assert path.read_text() == whole
+
+
 HEAD = json.dumps({"settings": {**SETTINGS, "bounds": [0, 2]}, "provenance": {}}) + "\n"
 
 

@@ -89,6 +89,11 @@ def test_gantt_charts_are_traces_of_the_same_tokens(tmp_path: Path) -> None:
         (["--model", "vicuna-7b", "--hardware", "abacus"], "hardware must be one of h100-nvlink"),
         (["--layer-ms", "0"], "layer must be finite and at least"),
         (["--plot", "x.png"], "together with --sweep"),
+        (["--hop-ms", "1e12"], "simulated time must be shorter"),
+        (["--layer-ms", "1e13"], "simulated time must be shorter"),
+        (["--stages", "1", "--rows", "4"], "rows must be left out with one stage"),
+        (["--stages", "1", "--exit-layer", "3"], "exit_layer must be left out with one stage"),
+        (["--stages", "1", "--sweep", "exit"], "sweep must be alpha, hop or stages with one stage"),
     ],
 )
 def test_bad_options_are_refused_by_name(arguments: list[str], message: str) -> None:

@@ -110,6 +110,7 @@ def test_at_the_break_even_alpha_nothing_is_won_or_lost() -> None:
         0.25
     )  # 40 layers for 1 + α tokens
     assert np.isnan(closed_forms.break_even_alpha(2, 32, 24, head=20))
+    assert closed_forms.break_even_alpha(1, 32, 8) == 0, "a row alone is plain decoding"
 
 
 def test_arrays_give_what_scalars_give() -> None:

@@ -65,14 +65,15 @@ def break_even_alpha(
 
 
 def _alpha_for_tokens(tokens: ArrayLike, block: ArrayLike) -> Array:
-    """Return the α at which ``expected_tokens`` is ``tokens``; NaN unless 1 ≤ tokens ≤ m."""
+    """Return the lowest α at which ``expected_tokens`` is ``tokens``; NaN above m."""
     wanted, m = np.broadcast_arrays(*floats(tokens, block))
     low, high = np.zeros_like(wanted), np.ones_like(wanted)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         above = expected_tokens(middle, m) > wanted
         low, high = np.where(above, low, middle), np.where(above, middle, high)
-    return array(np.where((wanted >= 1) & (wanted <= m), (low + high) / 2, np.nan))
+    found = np.where(wanted <= 1, 0.0, (low + high) / 2)  # one token is always right
+    return array(np.where(wanted <= m, found, np.nan))
 
 
 def _round_time(

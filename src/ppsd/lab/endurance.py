@@ -85,12 +85,17 @@ class Memory:
         return [b - a for a, b in zip(self.resident[SETTLED - 1], self.resident[-1], strict=True)]
 
 
+def check(requests: int) -> None:
+    """Raise ConfigError for too few requests to tell growth from what is new at the beginning."""
+    if requests <= SETTLED:
+        raise ConfigError("requests", requests, f"above {SETTLED}")
+
+
 def memory(
     llm: LLM, prompt: Sequence[int], requests: int, done: Callable[[int], None] = lambda n: None
 ) -> Memory:
     """Run ``requests`` requests of growing length; raises ConfigError for too few of them."""
-    if requests <= SETTLED:
-        raise ConfigError("requests", requests, f"above {SETTLED}")
+    check(requests)
     found = psutil.Process()
     processes = [found, *(c for c in found.children() if "ppsd.worker" in c.cmdline())]
     resident = []

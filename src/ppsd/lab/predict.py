@@ -127,7 +127,7 @@ def _mean(stage: dict[str, Any], rows: int) -> float:
 
 
 class Account(NamedTuple):
-    """What a request is thought to cost; ``jitter``: see Simulator."""
+    """What a request is thought to cost; ``jitter``: σ of log-normal noise."""
 
     cost: CostModel
     jitter: float = 0.0

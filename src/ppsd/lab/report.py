@@ -24,19 +24,19 @@ def read_result(path: Path) -> Record:
     """Read a result file; raises PpsdError when it is none of those a report can show."""
     try:
         record: Record = json.loads(path.read_text(encoding="utf-8"))
-        kind(record)
+        found = kind(record)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise PpsdError(f"{path} is not the --json output of a benchmark ({error!r})") from error
+    if found not in SECTIONS:
+        shown = ", ".join(SECTIONS)
+        raise PpsdError(f"{path} is of {found}, and a report shows only {shown}")
     return record | {"name": path.stem}
 
 
 def kind(record: Record) -> str:
-    """Return what a record holds: a bench verb, or ``acceptance``; KeyError for anything else."""
+    """Return what a record holds: a verb, or ``acceptance``; KeyError where nothing tells."""
     verb = "acceptance" if "first_right" in record else str(record["settings"]["verb"])
-    found = verb.removesuffix(PROFILED)
-    if found not in SECTIONS:
-        raise KeyError(found)
-    return found
+    return verb.removesuffix(PROFILED)
 
 
 def write_report(records: Sequence[Record], traces: Sequence[Path], out: Path) -> Path:
@@ -193,7 +193,7 @@ BY_TASK_HEADS = [
 
 
 def task_cells(row: Record) -> list[str]:
-    """Return a row of ``bench tasks`` under TASK_HEADS."""
+    """Return a row of ``tasks`` under TASK_HEADS."""
     paired = row["paired"]
     return [
         row["group"],

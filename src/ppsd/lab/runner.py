@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ppsd.errors import ConfigError, PpsdError, cause_of
 
+BEGINNING = b'{"settings": '  # of a file of measurements
 PLAIN = "plain"  # the variant that all are compared with: plain decoding on the pipeline
 
 
@@ -87,6 +88,11 @@ def interleaved(variants: Sequence[str], tasks: Sequence[str], repeats: int) -> 
     ]
 
 
+def _begins_only(text: bytes) -> bool:
+    """Return True for nothing, or what a kill left of our first line."""
+    return b"\n" not in text and BEGINNING[: len(text)] == text[: len(BEGINNING)]
+
+
 class Results:
     """Measurements in a file of JSON lines, or in memory without a ``path``.
 
@@ -105,7 +111,7 @@ class Results:
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as they will be read
         self._continuing: dict[str, Any] | None = None  # provenance, while nothing new is measured
         text = self._read()
-        if not text:
+        if _begins_only(text):
             self.provenance.append(provenance)
             self._write({"settings": self.settings, "provenance": provenance}, "w")
             return

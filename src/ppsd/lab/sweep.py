@@ -32,7 +32,8 @@ class Scenario:
 
     ``alphas`` holds (exit layer, α) points between which α is interpolated; one point is a
     constant; ``recorded`` acceptances take their place. ``block`` and ``in_flight`` override the
-    modes' own; ``jitter`` as in Simulator. Waves of each number of ``rows`` are simulated, too.
+    modes' own; ``jitter`` is σ of log-normal noise. Waves of each number of ``rows`` are simulated,
+    too.
     """
 
     build: BuildCost

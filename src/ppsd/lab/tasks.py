@@ -192,12 +192,12 @@ def _summary(
     results: Results, variant: str, group: str, tasks: set[str], stages: int
 ) -> Summary | None:
     both = [
-        (m, results.get(cell._replace(variant=PLAIN)))
+        (m, p)
         for cell, m in results.measurements.items()
         if cell.variant == variant
         and cell.task in tasks
-        and cell._replace(variant=PLAIN) in results
-        and m.tokens > 0
+        and (p := results.measurements.get(cell._replace(variant=PLAIN))) is not None
+        and min(m.tokens, p.tokens) > 0
     ]
     if not both:
         return None

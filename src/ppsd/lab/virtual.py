@@ -20,6 +20,7 @@ import torch
 
 from ppsd.engine.drafter import DraftState, Given
 from ppsd.engine.links import Answer
+from ppsd.errors import ConfigError
 from ppsd.lab.clocks import Clock, Published, nanoseconds, noise
 from ppsd.model.passes import Pass, Piece, Place, Watch
 from ppsd.plan.model import CostModel
@@ -150,10 +151,15 @@ class VirtualPipeline:
         end = max(arrival, self.clocks[rank].now)
         if isinstance(message, Block) and message.joins:
             return end
-        if rows := rows_in(message) + rows_in(self.workers[rank - 1].joining):
-            end += self.layer(rank, rows) * self.cost.stages[rank].layers
+        joining = self.workers[rank - 1].joining
+        first = joining or message
+        rows = rows_in(message) + rows_in(joining)
+        if rows and isinstance(first, Block | Wave):
+            position = first.rows[0].position if isinstance(first, Wave) else first.position
+            layer = self.jittered(self.layer(rank, rows), rank, position)
+            end += layer * self.cost.stages[rank].layers
             if rank == self.cost.size - 1:
-                end += self.lm_head(1)
+                end += self.jittered(self.lm_head(1), rank, position)
         return end
 
 
@@ -337,6 +343,10 @@ class VirtualLinks:
         """Need nothing."""
 
     def _take(self) -> Answer:
+        if not self._pipeline.answers:
+            raise ConfigError(
+                "simulated time", "over 146 years", "shorter: fewer tokens, or faster"
+            )
         return self._pipeline.answers.pop(0)[2]
 
 

@@ -22,10 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-FORMAT = 2
 DIGEST = "sha256"
 DRAFT = "draft-"
-ENTRY = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}-(.+)|[0-9a-f]{64}-.+|draft-.+")  # or of format 1
+ENTRY = re.compile(
+    r"([0-9a-f]{16})-[0-9a-f]{16}-(.+)|[0-9a-f]{64}-.+|draft-.+"
+)  # or as named before
 KEPT_DAYS = 30  # without use
 DAY_S = 86400.0
 
@@ -145,10 +146,19 @@ def _entry(place: Path) -> dict[str, bytes]:
 def _place(path: Path, kind: str) -> Path:
     """Return where an entry lies: named by the file, then by its state, then by the kind."""
     status = path.stat()
-    file = [FORMAT, version("transformers"), str(path.resolve())]
+    file = [_maker(), version("transformers"), version("tokenizers"), str(path.resolve())]
     state = [status.st_size, status.st_mtime_ns]
     keys = (hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for part in (file, state))
     return cache_root() / "-".join((*keys, kind))
+
+
+@cache
+def _maker() -> str:
+    """Return a digest of the code that derives entries, so that none outlives a change of it."""
+    digest = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()
 
 
 def _digest(place: Path, files: Mapping[str, bytes]) -> str:

@@ -89,14 +89,14 @@ class Tokenizer:
         """
         self._rows = spec.vocab_size
         unused = self._unused_ids(spec.vocab_size)
-        count = spec.vocab_size
-        while count and unused and unused[-1] == count - 1:
-            unused, count = unused[:-1], count - 1
+        count, inner = spec.vocab_size, len(unused)
+        while inner and unused[inner - 1] == count - 1:
+            inner, count = inner - 1, count - 1
         eos_ids, dropped = speakable((*spec.eos_ids, *self.eos_ids), count)
         return replace(
             spec,
             num_tokens=count,
-            unused_ids=tuple(unused),
+            unused_ids=tuple(unused[:inner]),
             eos_ids=eos_ids,
             notices=spec.notices + dropped,
         )
@@ -110,8 +110,9 @@ class Tokenizer:
         while count and self._is_padding(count - 1):
             count -= 1
         # Asking for every id takes a third of a second with large vocabularies. Ids that number
-        # as many as the highest one says have no gaps.
-        if count and all(self._is_padding(i) for i in range(count, rows)):
+        # as many as the highest one says have no gaps; added tokens may lie beyond all rows.
+        beyond = max(self._inner.added_tokens_decoder, default=0) + 1
+        if count and all(self._is_padding(i) for i in range(count, max(rows, beyond))):
             return range(count, rows)
         return [i for i in range(rows) if self._is_padding(i)]
 

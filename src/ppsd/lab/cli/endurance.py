@@ -40,11 +40,13 @@ def endurance(
     check_stages(config)
     from ppsd.lab import endurance as study
 
+    study.check(requests)
+    profile = _profile(config)
     with measured("endurance", config, options, study.VARIANTS, block=1) as (llm, results):
         prompts = [llm.encode(task.messages) for task in options.tasks()]
         length = sum(map(len, prompts)) // len(prompts)
         ratios = study.explained(
-            _profile(config), llm.layout.bounds, study.schedules(llm), length,
+            profile, llm.layout.bounds, study.schedules(llm), length,
             options.tokens,
         )  # fmt: skip
         rows = study.drifts(results, ratios)

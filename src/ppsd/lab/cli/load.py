@@ -16,7 +16,7 @@ from ppsd.cli.flags import integers
 from ppsd.cli.session import open_llm
 from ppsd.config import MAX_CONCURRENT
 from ppsd.errors import ConfigError
-from ppsd.lab.cli.oracle import benchmark
+from ppsd.lab.cli.oracle import benchmark, check_out
 from ppsd.lab.cli.prompts import Pipeline, Virtual, clocks
 
 
@@ -36,6 +36,7 @@ def load(
     counts = integers("concurrent", concurrent)
     if not counts or not all(1 <= count <= MAX_CONCURRENT for count in counts):
         raise ConfigError("concurrent", concurrent, f"counts in [1, {MAX_CONCURRENT}]")
+    check_out(out)
     from ppsd.measure.workload import load_tasks
 
     tasks = [task for path in prompts for task in load_tasks(path, limit)]

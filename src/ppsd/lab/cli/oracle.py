@@ -79,7 +79,8 @@ def check_stages(config: EngineConfig) -> None:
         raise ConfigError("stages", 1, "at least 2")
 
 
-def _check_out(out: Path | None) -> None:
+def check_out(out: Path | None) -> None:
+    """Raise ConfigError where no file can be written, before anything is measured."""
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise ConfigError("out", str(out), "a file in a directory that exists")
 
@@ -106,7 +107,7 @@ def measured(
     around: Callable[[Measure], Measure] = unchanged,
 ) -> Iterator[tuple[LLM, Results]]:
     """Open the pipeline, run what is not measured yet, and give all measurements."""
-    _check_out(options.out)
+    check_out(options.out)
     tasks = options.tasks()
     from ppsd.lab import oracle, runner
     from ppsd.lab.memory import noted

@@ -10,7 +10,10 @@ import typer
 
 def report(
     results: Annotated[
-        list[Path], typer.Argument(help="--json outputs of ppsd-lab and acceptance.")
+        list[Path],
+        typer.Argument(
+            help="--json outputs of efficiency, predict, tasks and other verbs, and of acceptance."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the page and its plots.")],
     trace: Annotated[

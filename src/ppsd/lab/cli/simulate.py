@@ -61,7 +61,7 @@ class ScenarioOptions:
     tokens: Annotated[int, _request("Tokens to decode.", min=2)] = 10_000
     prompt_tokens: Annotated[int, _request("Tokens of the prompt.", min=1)] = 1
     seed: Annotated[int, _request("Decides acceptance and jitter.", min=0)] = 0
-    jitter: Annotated[float, _request("σ of log-normal noise on times.", min=0.0)] = 0.0
+    jitter: Annotated[float, _request("σ of log-normal noise on times.", min=0.0, max=3.0)] = 0.0
 
 
 @dataclass
@@ -121,6 +121,8 @@ def simulate(scenario: ScenarioOptions, times: TimeOptions, output: OutputOption
     """Predict plain, draft-then-verify and PPSD decoding for given times, or for a preset."""
     from ppsd.lab import plot, sweep
 
+    if output.sweep == "exit" and scenario.stages == 1:
+        raise ConfigError("sweep", output.sweep, "alpha, hop or stages with one stage")
     if output.plot and not output.sweep:
         raise ConfigError("plot", str(output.plot), "used together with --sweep")
     chosen = _scenario(scenario, times)
@@ -142,6 +144,10 @@ def _scenario(options: ScenarioOptions, times: TimeOptions) -> Scenario:
     from ppsd.lab.sweep import Scenario
 
     build, layers = times.costs(options.layers)
+    if options.stages == 1:
+        for name in ("exit_layer", "rows"):
+            if (value := getattr(options, name)) is not None:
+                raise ConfigError(name, value, "left out with one stage, which drafts nothing")
     return Scenario(
         build=build,
         layers=layers,
@@ -179,7 +185,9 @@ def _alphas(text: str) -> tuple[tuple[int, float], ...]:
 
 def _recorded(path: Path) -> tuple[float, ...]:
     try:
-        return tuple(float(hit) for hit in json.loads(path.read_text()))
+        if hits := tuple(float(hit) for hit in json.loads(path.read_text())):
+            return hits
+        raise ValueError("it is empty")
     except (OSError, ValueError, TypeError, RecursionError):
         raise ConfigError("trace", str(path), "a file with a JSON list of 0 and 1") from None
 

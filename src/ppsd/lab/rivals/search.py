@@ -60,14 +60,14 @@ class Trials:
             if whole != text:  # a kill has cut the last line off
                 path.write_text(whole)
             head, *rest = [json.loads(line) for line in whole.splitlines()] or [None]
-        except (OSError, ValueError) as error:
-            raise PpsdError(f"{path} holds no evaluations ({error})") from error
+            for record in rest:
+                self.found[record["task"]].append((tuple(record["skip"]), record["score"]))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise PpsdError(f"{path} holds no evaluations ({error!r})") from error
         if head is None:
             self._write(settings, "w")
         elif head != json.loads(json.dumps(settings)):
             raise PpsdError(f"{path} holds evaluations of other settings")
-        for record in rest:
-            self.found[record["task"]].append((tuple(record["skip"]), record["score"]))
 
     def add(self, task: str, skip: tuple[int, ...], score: float) -> None:
         """Keep an evaluation, on disk before this returns."""

@@ -155,12 +155,16 @@ class RivalStage:
             tokens = self._tokens(self._stage.row_logits(rows))
             self.timer.spend(self._price.lm_head)
             count = 1 + agreed(job.tokens[1:], tokens)
-        self._observe(job.position)
-        shadows = self._shadows(job, slice(0, count)) if job.shadows else {}
+        shadows: dict[int, list[Shadow]] = {}
+        if job.shadows:
+            self._observe(job.position)
+            shadows = self._shadows(job, slice(0, count))
         if self._stage.is_last:
             yield Reply(self.rank, tokens, shadows=shadows, rows=rows[count - 1 : count])
         elif shadows:
             yield Reply(self.rank, shadows=shadows)
+        if not job.shadows:  # nobody waits for what only later drafts need
+            self._observe(job.position)
         self._forget()
 
     def _verified(self, job: Job) -> torch.Tensor:
