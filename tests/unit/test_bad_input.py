@@ -11,10 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ppsd import LLM, SamplingParams
 from ppsd.cli import app
+from ppsd.config import EngineConfig
 from ppsd.engine import build, memory
+from ppsd.engine.choose import planned
 from ppsd.errors import (
     ConfigError,
     HeadError,
@@ -208,6 +211,16 @@ def test_models_that_are_missing_damaged_or_foreign(tiny_model: TinyModel, tmp_p
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     with pytest.raises(UnsupportedModelError, match="architecture 'mamba' is not supported; supp"):
         open_llm(copy)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_model_without_a_matrix_is_not_planned(tiny_model: TinyModel, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_model("llama"), tmp_path / "copy"))
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        planned(EngineConfig(model=str(copy)))
 
 
 @pytest.mark.usefixtures("nothing_runs")

@@ -44,6 +44,19 @@ def test_summaries_are_what_they_say() -> None:
     assert (ppsd.paired.low, ppsd.paired.high) == pytest.approx((1.4375, 1.8125))
 
 
+def test_what_plain_decoding_ended_with_its_first_token_is_left_out() -> None:
+    results = Results(None, {}, {})
+    for m in (
+        made(PLAIN, "a", 0, 0.0), made(PPSD, "a", 5, 1.0),
+        made(PLAIN, "b", 10, 10.0), made(PPSD, "b", 10, 5.0),
+    ):  # fmt: skip
+        results.add(m)
+    assert [(s.tasks, s.ratio) for s in summarize(results, {"both": ["a", "b"]}, stages=2)] == [
+        (1, 1.0),
+        (1, 2.0),
+    ]
+
+
 def test_reliability_sums_what_requests_counted() -> None:
     results = Results(None, {}, {})
     for task, right in (("a", [0, 3]), ("b", [1, 2])):

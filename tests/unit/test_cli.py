@@ -75,6 +75,16 @@ def test_errors_exit_with_1_and_one_line(ppsd, monkeypatch, arguments, cause) ->
     assert result.err.count("\n") == 1
 
 
+def test_too_little_memory_is_said_in_a_line(ppsd, tiny, monkeypatch) -> None:
+    def load(*_: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes\nat")
+
+    monkeypatch.setattr("ppsd.engine.llm.LLM.stream", load)
+    result = ppsd("generate", "x", *tiny())
+    assert (result.code, result.out) == (1, "")
+    assert "\nppsd: not enough memory ([enforce fail] DefaultCPUAllocator" in result.err
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_generate_prints_the_answer_alone_on_stdout(ppsd, tiny, expected, sign) -> None:
     result = ppsd("generate", "the quick", "-n", 24, "--stats", *tiny(sign))
@@ -144,6 +154,7 @@ def test_json_of_samples_is_a_list(ppsd, tiny) -> None:
     both = json.loads(ppsd(*flags, "--samples", 2, "--seed", 4).out)
     single = [json.loads(ppsd(*flags, "--seed", seed).out) for seed in (4, 5)]
     assert [one["token_ids"] for one in both] == [one["token_ids"] for one in single]
+    assert [one["sampling"]["seed"] for one in both] == [4, 5]
 
 
 def test_a_stop_string_ends_the_text_and_is_not_printed(ppsd, tiny, expected) -> None:

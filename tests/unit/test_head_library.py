@@ -255,3 +255,18 @@ def test_the_list_marks_what_was_held_out(tmp_path: Path) -> None:
     [listed] = json.loads(ppsd("heads", "list", "--json").stdout)
     assert (listed["alpha"], listed["alpha_origin"]) == (0.5, "held out")
     assert "0.500 held out" in " ".join(ppsd("heads", "list").stdout.split())
+
+
+def test_without_a_home_there_are_the_shipped_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "shipped" / "a", 2, 0.5)
+    for name in ("PPSD_HEAD_DIR", "PPSD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "")
+    assert head_library.head_directory("a") == tmp_path / "shipped" / "a"
+    assert head_library.head_directory("nowhere") == Path("nowhere")
+    assert [h.name for h in find_heads()] == ["a"]
+    told = ppsd("env", "--json")
+    assert json.loads(told.stdout)["cache"].startswith("none (no home directory for a cache")
+    assert ppsd("env").exit_code == 0

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from ppsd import LLM, SamplingParams
 from ppsd.cli.app import main
 from ppsd.errors import ConfigError, ModelError
+from ppsd.measure.verify import verify
+from ppsd.measure.workload import Task
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.tokenizer import Tokenizer
 from tests.support.tiny_models import VOCAB
@@ -186,3 +188,17 @@ def test_masked_logits_are_those_of_the_gaps(sparse: Path) -> None:
         llm.run(PROMPT, SamplingParams(max_tokens=2, ignore_eos=True), logits=rows.__setitem__)
     for row in rows.values():
         assert row.isneginf().nonzero().flatten().tolist() == [KNOWN, KNOWN + 1]
+
+
+def test_logits_of_gaps_do_not_differ(sparse: Path) -> None:
+    task = Task("a", "", ({"role": "user", "content": "the quick"},))
+    with open_llm(sparse) as llm:
+        result = verify(llm, [task], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert [(c.bitwise, c.max_logit_difference) for c in result.comparisons] == [(True, 0.0)]
+
+
+def test_a_gap_is_found_where_tokens_beyond_all_rows_make_up_for_it(model: Path) -> None:
+    for number in range(KNOWN + 1, VOCAB + 1):
+        add_token(model, f"<|{number}|>", number)
+    fitted = Tokenizer.load(model).fit(describe(resolve_model(str(model))))
+    assert (fitted.num_tokens, fitted.unused_ids) == (VOCAB, (KNOWN,))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ppsd.cli import progress
+from ppsd.cli.display import draw
+from ppsd.errors import PpsdError
 
 
 def test_a_log_gets_a_line_when_it_is_time(
@@ -20,3 +22,11 @@ def test_a_log_gets_a_line_when_it_is_time(
             "training: 30% · 60 tokens",
             "training: 60% · 120 tokens",
         ]
+
+
+def test_a_picture_that_fails_is_told_and_nothing_else_is_lost(capsys) -> None:
+    def fail() -> None:
+        raise PpsdError("cannot write x.png: No space left on device")
+
+    draw(fail)
+    assert capsys.readouterr().err == "no plot: cannot write x.png: No space left on device\n"
