@@ -10,6 +10,7 @@ from ppsd.errors import ConfigError
 from ppsd.lab.pipelines import uniform
 from ppsd.lab.simulator import simulate
 from ppsd.lab.virtual_waves import ranks, simulate_waves
+from ppsd.plan.model import Link
 from ppsd.plan.waves import shares, wave_token_time
 from ppsd.speculation.policy import PLAIN
 from tests.support.command import ppsd
@@ -38,6 +39,16 @@ def test_ticks_agree_with_clocks(stages: int, alpha: float, rows: int) -> None:
     cost = uniform([4] * stages, 1e-3)
     clocks = simulate_waves(cost, rows, ranks(alpha, TOKENS)).token_time
     assert wave_token_time(cost, free, rows, {0: alpha}) == pytest.approx(clocks, rel=0.06)
+
+
+@pytest.mark.parametrize("hop", [1e-4, 1e-3, 2e-2])
+def test_hops_delay_trees_and_plain_decoding_as_clocks_say(hop: float) -> None:
+    cost = uniform([4] * 4, 1e-3, Link(hop, 1e9), row_bytes=8192)
+    plain = simulate(cost, PLAIN, bytes(TOKENS)).token_time
+    assert wave_token_time(cost, free, 0, {}) == pytest.approx(plain)
+    for rows in (1, 4, 16):
+        clocks = simulate_waves(cost, rows, ranks(0.67, TOKENS)).token_time
+        assert wave_token_time(cost, free, rows, {0: 0.67}) == pytest.approx(clocks, rel=0.06)
 
 
 def test_rows_that_cost_bring_less_and_heads_on_the_way_bring_more() -> None:
@@ -79,6 +90,16 @@ def test_plan_names_rows_and_answers_for_a_load() -> None:
     assert many[-1]["speedup"] < one[-1]["speedup"]  # plain decoding fills the pipeline, too
     text = ppsd("plan", *options, "--load", 4).stdout
     assert "Candidate trees for 4 requests at once (--concurrent 4): --split " in text
+
+
+def test_plan_counts_hops_of_trees() -> None:
+    options = ["--model", "vicuna-7b", "--hardware", "wan", "--workers", "4", "--alpha", "8:0.8"]
+    near, far = (
+        json.loads(ppsd("plan", *options, "--link-ms", ms, "--json").stdout)["waves"]
+        for ms in ("0", "1000")
+    )
+    for quick, slow in zip(near, far, strict=True):
+        assert quick["tokens_per_second"] > 10 > slow["tokens_per_second"]
 
 
 def test_plan_without_heads_says_nothing_of_trees() -> None:

@@ -1,7 +1,8 @@
 """What candidate trees bring: the real wave policy, tick by tick, with heads of given rates.
 
 Waves move on together, whenever the slowest stage at work is done; with clocks of their own stages
-are simulated in the laboratory (lab/virtual_waves.py).
+are simulated in the laboratory (lab/virtual_waves.py). As many waves as stages are under way, so
+where hops are slow the next one waits until the verdict of the oldest is back.
 """
 
 from __future__ import annotations
@@ -153,13 +154,21 @@ class Ticks:
     def run(self) -> float:
         """Decode as many tokens as are wanted; return the mean seconds that one takes."""
         stages: list[Fed] = [[] for _ in range(self._cost.size)]
+        arrivals = [0.0] * self._cost.size  # of each stage's wave at the next, or back at rank 0
         seconds, wave, made = 0.0, 1, 0
         while made < self._wanted:
             wave += 1
             costs = self._growth if self._rows else ()
             stages = [choose(self._policies, self._rows, wave, costs), *stages[:-1]]
             alive = [[(p, node) for p, node in fed if _lives(p, node)] for fed in stages]
-            seconds += max(self._time(k, len(fed)) for k, fed in enumerate(alive) if fed)
+            start, begun = seconds, [seconds, *arrivals[:-1]]
+            arrivals = [0.0] * self._cost.size
+            for k, fed in enumerate(alive):
+                if fed:
+                    time = self._time(k, len(fed))
+                    seconds = max(seconds, start + time)
+                    arrivals[k] = begun[k] + time + self._delay(k, len(fed))
+            seconds = max(seconds, arrivals[-1])
             for rank in self._heads:
                 for policy, node in alive[rank]:
                     self._say(policy, node, rank)
@@ -176,6 +185,13 @@ class Ticks:
         lm_head = cost.lm_head if rank == cost.size - 1 else 0.0
         head = cost.head * grown if rank in self._heads else 0.0
         return stage.layers * stage.layer * grown + lm_head + head + cost.overhead
+
+    def _delay(self, rank: int, rows: int) -> float:
+        """Return how long the next stage waits for ``rows`` rows, or rank 0 for their verdicts."""
+        if rank == self._cost.size - 1:
+            rows = 0
+        links = self._cost.links
+        return links[rank].delay(rows * self._cost.row_bytes) if links else 0.0
 
     def _say(self, policy: WavePolicy, node: Node, rank: int) -> None:
         """Let the head behind a stage name candidates, the right one where it has it."""
