@@ -71,6 +71,26 @@ def test_decoding_says_more_of_a_head_than_training() -> None:
     assert known_rate(decoded, lookup=False) is None  # both were measured with it
 
 
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"alpha": 1.5},
+        {"alpha": -0.1},
+        {"alpha": float("nan")},
+        {"alpha": 10**400},
+        {"alpha": 0.5, "interval": [-1, 0.7]},
+        [0.5],
+    ],
+)
+def test_what_is_no_rate_counts_as_not_measured(
+    tmp_path: Path, spec: ModelSpec, figures: object
+) -> None:
+    config = HeadConfig("norm", 2, 0, None, "tiny", "mark", metrics={"acceptance": figures})
+    assert known_rate(config) is None
+    put(tmp_path / "local" / "odd", 2, None, metrics=dict(config.metrics))
+    assert Path(chosen(spec, mode="ppsd").head).name == "odd"
+
+
 def test_plans_trust_the_low_end_of_what_was_held_out() -> None:
     few = {"alpha": 0.56, "interval": [0.4, 0.7], "examples": 5}
     config = HeadConfig("norm", 2, 0, None, "tiny", "mark", metrics={"validation": few})

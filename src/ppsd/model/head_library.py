@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ppsd.errors import HeadError
 from ppsd.model.head_files import CONFIG_FILE, WEIGHTS_FILE, HeadConfig, read_head_config
@@ -74,16 +75,25 @@ class FoundHead:
 def known_rate(config: HeadConfig, *, lookup: bool = True) -> Rate | None:
     """Return what ``ppsd acceptance`` recorded, else agreement in training; None for neither.
 
-    Without prompt ``lookup`` training says nothing.
+    What is no rate counts as not measured. Without prompt ``lookup`` training says nothing.
     """
     for name in ("acceptance", "validation") if lookup else ("acceptance_alone",):
-        with suppress(KeyError, TypeError, ValueError):  # not measured, or not by us
+        # not measured, or not by us
+        with suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
             figures = config.metrics[name]
             between = figures.get("interval")
-            low, high = (None, None) if between is None else map(float, between)
+            low, high = (None, None) if between is None else map(_rate, between)
             interval = None if low is None or high is None else (low, high)
-            return Rate(float(figures["alpha"]), name != "validation", interval)
+            return Rate(_rate(figures["alpha"]), name != "validation", interval)
     return None
+
+
+def _rate(value: Any) -> float:
+    """Return a rate as a number; raises ValueError for one out of [0, 1]."""
+    rate = float(value)
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{rate} is no rate")
+    return rate
 
 
 def local_root() -> Path:
