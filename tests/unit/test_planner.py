@@ -21,10 +21,11 @@ from ppsd.plan.planner import (
     check_split,
     choose,
     cost_model,
+    plain_cost,
 )
 from ppsd.plan.profile import LayerTime, RowsTime, Timing, estimate
 from ppsd.plan.sizes import Sizes
-from ppsd.speculation.policy import Schedule
+from ppsd.speculation.policy import PLAIN, Schedule
 
 SIZES = Sizes(layers=9, hidden=64, inner=96, vocabulary=1000, layer=50_000, cached=64,
               lm_head=150_000, tied=True)  # fmt: skip
@@ -201,6 +202,16 @@ def test_fast_workers_get_more_layers_and_a_slow_link_costs_what_it_costs() -> N
     assert fast.bounds[2] < even.bounds[2]
     hop = choose(Problem(PROFILE, 2, links=(Link(0.0), Link(1e-3))))
     assert hop.token_time == pytest.approx(choose(Problem(PROFILE, 2)).token_time + 1e-3)
+
+
+def test_plain_decoding_is_cut_as_suits_it_whatever_the_exit() -> None:
+    """On a slow first worker a late exit costs plain decoding, too, if it keeps that cut."""
+    free = Problem(PROFILE, 2, exits((7, 0.5)), speeds=(0.2, 1.0), mode="ppsd")
+    bound = replace(free, exit_layer=7)
+    assert choose(bound).speedup == choose(free).speedup < 1
+    assert plain_cost(bound, PLAIN) == plain_cost(free, PLAIN)
+    [kept] = alternatives(replace(bound, exits=(), mode=None))
+    assert (kept.bounds, kept.plain_time) == ((0, 7, 9), choose(free).plain_time)
 
 
 def test_workers_that_share_cores_or_hinder_each_other_are_slower() -> None:

@@ -103,7 +103,7 @@ class Plan:
     """One way to run the pipeline, and what it is predicted to cost; times in seconds.
 
     ``plain_time`` is the token time of plain decoding on the same workers, cut in the way that
-    suits it best. ``exit`` is None in plain decoding.
+    suits it best unless the split is decided. ``exit`` is None in plain decoding.
     """
 
     mode: str
@@ -209,10 +209,11 @@ def alternatives(problem: Problem, *, every_split: bool = False) -> list[Plan]:
     """
     find = _all_splits if every_split else _front
     plain = Schedule(1, 1)
-    found = [_plan(problem, bounds, None, plain) for bounds in find(problem, None)]
-    plain_time = min(p.token_time for p in found)
-    if not _plain_allowed(problem):
-        found = []
+    free = replace(problem, exit_layer=None)  # plain decoding has no exit that could bind its cut
+    plain_time = min(_plan(free, bounds, None, plain).token_time for bounds in _front(free, None))
+    found = []
+    if _plain_allowed(problem):
+        found = [_plan(problem, bounds, None, plain) for bounds in find(problem, None)]
     for exit_ in problem.exits if problem.workers > 1 else ():
         for bounds in find(problem, exit_):
             found += [_plan(problem, bounds, exit_, s) for s in _schedules(problem, bounds, exit_)]
@@ -224,6 +225,7 @@ def alternatives(problem: Problem, *, every_split: bool = False) -> list[Plan]:
 
 def plain_cost(problem: Problem, schedule: Schedule) -> CostModel:
     """Return what the cut that suits plain decoding costs where ``schedule`` says what overlaps."""
+    problem = replace(problem, exit_layer=None)
     found = [cost_model(problem, bounds, None, schedule) for bounds in _front(problem, None)]
     return min(found, key=CostModel.latency if schedule.in_flight == 1 else CostModel.tick)
 
