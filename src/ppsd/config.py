@@ -20,6 +20,7 @@ AUTO_ROWS = 16  # at most, where times decide
 INNER_HEADS = ("none", "auto")
 HEADS = ("auto", "lookup", "untrained", "none")  # what ``head`` may be beside a directory
 DEFAULT_CONTEXT = 8192
+DEFAULT_STAGES = 2
 MAX_STAGES = 64
 MAX_LAYERS = 1024
 MAX_CONCURRENT = 256
@@ -61,7 +62,7 @@ class Placement(_Checked):
         "Directory, .gguf file or hub id; the embedded SmolLM2-135M if left out.", None, short="-m"
     )
     chat_template: str | None = setting(TEMPLATE_HELP, None, metavar="FILE|TEXT")
-    stages: int = setting("Number of stages.", 2)
+    stages: int = setting("Number of stages.", DEFAULT_STAGES)
     split: tuple[int, ...] | None = setting(
         "Layers at which later stages begin, such as 8,16.", None, metavar="L,…"
     )
@@ -100,11 +101,14 @@ class Placement(_Checked):
                 self._set_texts(name)
         checks.one_of("transport", self.transport, TRANSPORTS)
         checks.one_of("dtype", self.dtype, DTYPES)
+        self._set_integer("stages", 1, MAX_STAGES)
         if self.split is not None:
             layers = checks.items("split", self.split, "the layers at which later stages begin")
             self._set("split", tuple(checks.integer("split", n, 1, MAX_LAYERS) for n in layers))
+            if self.stages != DEFAULT_STAGES:  # which follows the split
+                self.check_stages(self.stages)
             self._set("stages", len(layers) + 1)
-        self._set_integer("stages", 1, MAX_STAGES)
+            self._set_integer("stages", 1, MAX_STAGES)
         self._set_integer("threads_per_stage", 0, 1024)
         self._set_integer("concurrent", 1, MAX_CONCURRENT)
         self._set_integer("prefill_chunk", 1, 8192)
@@ -113,6 +117,11 @@ class Placement(_Checked):
             self._set(name, _seconds(name, getattr(self, name), 1e6, SECONDS))
         self._check_devices()
         self._check_pace()
+
+    def check_stages(self, given: int) -> None:
+        """Raise ConfigError if a given number of stages is not that of the given split."""
+        if self.split is not None and given != len(self.split) + 1:
+            raise ConfigError("stages", given, f"{len(self.split) + 1} with split {self.split}")
 
     def _check_devices(self) -> None:
         one = self.devices  # a text alone is one device, not one for each of its letters

@@ -27,6 +27,7 @@ BAD = [
     ("mode", {"stages": 1, "mode": "draft-then-verify"}),
     ("mode", {"mode": "autoregressive", "in_flight": 2}),
     ("exit_layer", {"split": (4, 8), "exit_layer": 5}),
+    ("stages", {"split": (4, 8), "stages": 4}),
     ("concurrent", {"concurrent": 8, "mode": "draft-then-verify"}),
     ("concurrent", {"concurrent": 2, "mode": "ppsd", "block": 2}),
 ]

@@ -258,6 +258,25 @@ def test_a_refused_setting_says_who_set_it(asked, file, monkeypatch) -> None:
     assert not hasattr(caught.value, "__notes__")
 
 
+def test_stages_that_contradict_the_split_are_refused_and_a_default_follows_it(
+    asked, monkeypatch
+) -> None:
+    for given in (2, 4):
+        with pytest.raises(ConfigError, match=r"^stages must be 3 with split \(2, 4\), got"):
+            asked("--stages", given, "--split", "2,4")
+    assert asked("--stages", 3, "--split", "2,4")[0].stages == 3
+    assert asked("--split", "2,4")[0].stages == 3
+    monkeypatch.setenv("PPSD_STAGES", "2")
+    with pytest.raises(ConfigError) as caught:
+        asked("--split", "2,4")
+    assert caught.value.__notes__ == ["stages is set by PPSD_STAGES"]
+
+
+def test_a_key_that_is_given_twice_is_refused(asked) -> None:
+    with pytest.raises(ConfigError, match=r"^logit_bias must be id:bias pairs with each id once"):
+        asked("--logit-bias", "3:1,3:2")
+
+
 def test_a_variable_that_is_none_is_refused(asked, monkeypatch) -> None:
     monkeypatch.setenv("PPSD_STAGSE", "3")
     with pytest.raises(PpsdError, match="PPSD_STAGSE is no variable of ppsd; did you mean PPSD_S"):

@@ -34,6 +34,10 @@ def pairs(name: str, text: str, what: str) -> dict[int, float]:
     """Read ``8:0.5,15:0.6``; raises ConfigError naming the option, and ``what`` a pair is."""
     try:
         parts = [part.split(":") for part in text.split(",") if part]
-        return {int(key): float(value) for key, value in parts}
+        read = [(int(key), float(value)) for key, value in parts]
     except ValueError:
         raise ConfigError(name, text, f"{what} pairs separated by commas") from None
+    found = dict(read)
+    if len(found) < len(read):
+        raise ConfigError(name, text, f"{what} pairs with each {what.split(':')[0]} once")
+    return found

@@ -144,7 +144,10 @@ class Group:
         if self._made is Sampling:
             return Sampling(origins)
         with _named(origins):
-            return self._made(**{name: origin.value for name, origin in origins.items()})
+            made = self._made(**{name: origin.value for name, origin in origins.items()})
+            if {"stages", "split"} <= origins.keys():
+                made.check_stages(origins["stages"].value)
+            return made
 
 
 def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
