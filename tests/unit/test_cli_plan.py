@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from ppsd.config import DEFAULT_CONTEXT
 from ppsd.errors import ConfigError
+from ppsd.model.head_files import record_metrics
+from ppsd.model.source import describe, resolve_model
 from ppsd.plan.model import Link
+from ppsd.plan.presets import Hardware, find_shape
 from ppsd.plan.profile import estimate
 from ppsd.plan.sizes import Sizes
 from tests.support.command import ppsd
+from tests.support.tiny_models import save_perfect_head
+
+CONFIG = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
+          "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}  # fmt: skip
 
 
 def test_plan_lists_alternatives_for_named_shapes() -> None:
@@ -36,6 +44,60 @@ def test_plan_says_when_speculation_does_not_pay() -> None:
     options = ("plan", "--model", "vicuna-7b", "--hardware", "h100-nvlink")
     assert "Speculation will not pay" in ppsd(*options, "--alpha", "16:0.0").stdout
     assert "No head, no speculation" in ppsd(*options).stdout
+
+
+def test_a_split_gives_the_number_of_workers() -> None:
+    options = ("plan", "--model", "vicuna-7b", "--hardware", "h100-nvlink", "--json")
+    [plan] = json.loads(ppsd(*options, "--split", "8,17,26").stdout)["plans"]
+    assert plan["split"] == [8, 17, 26]
+    assert len(plan["stage_ms"]) == 4
+
+
+def test_predictions_count_the_bytes_of_the_dtype_and_the_positions_of_the_model() -> None:
+    options = ("plan", "--model", "vicuna-7b", "--hardware", "h100-nvlink", "--json")
+    half, single = (
+        json.loads(ppsd(*options, *more).stdout)["plans"][0]
+        for more in ((), ("--dtype", "float32"))
+    )
+    assert single["ms_per_token"] == pytest.approx(2 * half["ms_per_token"], rel=0.01)
+    sizes = find_shape("vicuna-7b").sizes
+    bounds = (0, *half["split"], 32)
+    assert half["memory_bytes"] == [sizes.stage_bytes(bounds, k, 2, 4096) for k in (0, 1)]
+
+
+def test_a_model_that_is_here_is_predicted_with_its_heads(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PPSD_HEAD_DIR", str(tmp_path / "heads"))
+    model = tiny_model("llama")
+    head = save_perfect_head(tmp_path / "heads" / "own", model, 2)
+    record_metrics(head, "acceptance", {"alpha": 0.9})
+    slow = Hardware("slow", 1e8, Link(), "assumed")
+    monkeypatch.setattr("ppsd.plan.presets.HARDWARE", (slow,))
+    shown = ppsd("plan", "--model", model, "--hardware", "slow", "--json")
+    record = json.loads(shown.stdout)
+    assert {plan["alpha"] for plan in record["plans"] if plan["head"] == str(head)} == {0.9}
+    spec = describe(resolve_model(str(model)))
+    plain = next(plan for plan in record["plans"] if plan["exit_layer"] is None)
+    bounds = (0, *plain["split"], spec.num_layers)
+    assert spec.max_context < DEFAULT_CONTEXT
+    assert plain["memory_bytes"] == [
+        Sizes.of(spec).stage_bytes(bounds, k, 2, spec.max_context) for k in (0, 1)
+    ]
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    (shape / "config.json").write_text((model / "config.json").read_text())
+    alone = json.loads(ppsd("plan", "-m", shape, "--hardware", "slow", "--json").stdout)
+    assert {plan["head"] for plan in alone["plans"]} == {None}
+
+
+def test_brackets_in_a_path_are_shown_as_they_are(tmp_path: Path) -> None:
+    place = tmp_path / "llama[v2]" / "a[" / "b]"
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(json.dumps(CONFIG))
+    result = ppsd("plan", "--model", place, "--hardware", "wan")
+    assert result.exit_code == 0, result.output
+    assert str(place) in result.stdout
 
 
 def test_plan_takes_odd_workers_and_links() -> None:
@@ -63,6 +125,11 @@ def test_plan_takes_odd_workers_and_links() -> None:
         (["--mode", "fast"], "mode must be one of autoregressive"),
         (["--mode", "ppsd"], "mode must be one that the heads and the split allow"),
         (["--profile", "x.json"], "profile must be left out with --hardware"),
+        (["--threads-per-stage", "2"], "threads_per_stage must be left out with --hardware, got 2"),
+        (["--dtype", "float8"], "dtype must be one of auto, float64"),
+        (["--alpha", "8:0.8,8:0.1"], "alpha must be exit:rate pairs with each exit once"),
+        (["--split", "8", "--workers", "4"], r"split must be 3 layers, .*, got \(8,\)"),
+        (["--split", "10", "--exit-layer", "8"], "exit_layer must be the end of stage 0, 10 in"),
         (["--context", "-1"], "context must be at least 0"),
     ],
 )

@@ -16,7 +16,7 @@ from rich.table import Table
 from ppsd import checks
 from ppsd.cli.flags import flag, integers, numbers, pairs
 from ppsd.cli.streams import visible
-from ppsd.config import MAX_CONCURRENT
+from ppsd.config import DEFAULT_CONTEXT, DEFAULT_STAGES, MAX_CONCURRENT, EngineConfig
 from ppsd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ class WorkerOptions:
         _model("Directory, .gguf file or hub id, or a named shape with --hardware.", "-m",
                "--model", envvar="PPSD_MODEL", show_envvar=False),
     ] = None  # fmt: skip
-    workers: Annotated[int, _model("Number of workers; each is a stage.")] = 2
+    workers: Annotated[
+        int | None, _model("Number of workers; each is a stage. 2, or as --split says.")
+    ] = None
     profile: Annotated[
         Path | None, _model("A file of `ppsd profile`; this machine's if left out.")
     ] = None
@@ -97,9 +99,12 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
     from ppsd.plan.planner import alternatives
     from ppsd.plan.waves import price
 
+    split = None if decided.split is None else integers("split", decided.split)
+    stages = DEFAULT_STAGES if split is None else len(split) + 1
+    stages = stages if workers.workers is None else workers.workers
     try:
-        subject = _outlook(workers, decided)
-        problem = _problem(workers, decided, subject)
+        subject = _outlook(workers, decided, stages)
+        problem = _problem(workers, decided, subject, stages, split)
     except ConfigError as error:
         if error.field != "stages":
             raise
@@ -118,40 +123,28 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
         _show(found[: output.top], problem, subject.memory, text)
 
 
-def _outlook(workers: WorkerOptions, decided: DecidedOptions) -> Outlook:
+def _outlook(workers: WorkerOptions, decided: DecidedOptions, stages: int) -> Outlook:
     """Return what to plan with: heads are those of --alpha, or those found for the model.
 
     On this machine as many workers compute at once as it has cores for, elsewhere all of them. A
     profile without a model may be of any model, such as one measured on another machine.
     """
-    from ppsd.engine.choose import Outlook
-    from ppsd.plan.profile import load_profile
-
-    if workers.hardware is not None:
-        if workers.profile is not None:
-            raise ConfigError("profile", str(workers.profile), "left out with --hardware")
-        profile = _predicted(workers, workers.hardware)
-    elif workers.profile is not None and workers.model is None and decided.alpha is not None:
-        profile = load_profile(workers.profile)  # of whatever model it says, here or not
-    else:
-        return _here(workers, decided)
-    exits = _imagined(decided.alpha or "", profile)
-    return Outlook(profile, exits, None, functools.partial(_memory, profile))
-
-
-def _here(workers: WorkerOptions, decided: DecidedOptions) -> Outlook:
-    """Return what to plan with for a model that is here."""
-    from ppsd.config import EngineConfig
     from ppsd.engine.choose import outlook
+    from ppsd.plan.profile import load_profile
 
     config = EngineConfig(
         workers.model,
-        stages=workers.workers,
+        stages=stages,
         dtype=workers.dtype,
         threads_per_stage=workers.threads_per_stage,
         plan="auto" if workers.profile is None else str(workers.profile),
     )
-    found = outlook(config)
+    if workers.hardware is not None:
+        found = _predicted(workers, config, workers.hardware)
+    elif workers.profile is not None and workers.model is None and decided.alpha is not None:
+        found = _of_shape(load_profile(workers.profile))  # of whatever model it says, here or not
+    else:
+        found = outlook(config)
     if decided.alpha is not None:
         found = replace(found, exits=_imagined(decided.alpha, found.profile))
     if workers.worker_speed is not None or workers.link_ms is not None:
@@ -159,44 +152,40 @@ def _here(workers: WorkerOptions, decided: DecidedOptions) -> Outlook:
     return found
 
 
-def _memory(profile: Profile, plan: Plan) -> list[int]:
-    """Bytes each worker needs for a model of which only the shape is known."""
-    from ppsd.config import DEFAULT_CONTEXT
+def _of_shape(profile: Profile, context: int = DEFAULT_CONTEXT) -> Outlook:
+    """Return what to plan with where only the model's shape is known."""
+    from ppsd.engine.choose import Outlook
+    from ppsd.engine.memory import shape_bytes
 
-    weights = plan.exit.weights if plan.exit else 0
-    return [
-        profile.sizes.stage_bytes(plan.bounds, k, profile.itemsize, DEFAULT_CONTEXT, weights)
-        for k in range(plan.cost.size)
-    ]
+    memory = functools.partial(shape_bytes, profile, min(context, DEFAULT_CONTEXT))
+    return Outlook(profile, (), None, memory)
 
 
-def _predicted(workers: WorkerOptions, name: str) -> Profile:
-    from ppsd.plan.presets import find_hardware
+def _predicted(workers: WorkerOptions, config: EngineConfig, name: str) -> Outlook:
+    """Return what to plan with on named hardware; a model that is here brings its heads."""
+    import torch
+
+    from ppsd.engine.choose import dtype_name, outlook_elsewhere
+    from ppsd.plan.presets import find_hardware, known_shape
     from ppsd.plan.profile import estimate
-
-    hardware = find_hardware(name)
-    model, sizes = _sizes(workers.model)
-    source = f"prediction: {model} on {hardware.name}"
-    return estimate(sizes, 2, hardware.memory_bandwidth, hardware.link, model=model, source=source)
-
-
-def _sizes(model: str | None) -> tuple[str, Sizes]:
-    """Return sizes of a named shape, a config.json, or a model on disk or in the hub."""
-    from ppsd.plan.presets import find_shape
     from ppsd.plan.sizes import Sizes
 
-    if model is not None:
-        try:
-            shape = find_shape(model)
-        except ConfigError:
-            if Path(model).suffix == ".json":
-                raise
-        else:
-            return shape.name, shape.sizes
-    from ppsd.model.source import describe, resolve_model
+    if workers.profile is not None:
+        raise ConfigError("profile", str(workers.profile), "left out with --hardware")
+    if workers.threads_per_stage:
+        allowed = "left out with --hardware"
+        raise ConfigError("threads_per_stage", workers.threads_per_stage, allowed)
+    hardware, dtype = find_hardware(name), dtype_name(config)
 
-    files = resolve_model(model)
-    return files.name, Sizes.of(describe(files))
+    def predict(model: str, sizes: Sizes) -> Profile:
+        itemsize = getattr(torch, dtype).itemsize
+        source = f"prediction: {model} on {hardware.name}"
+        speed, link = hardware.memory_bandwidth, hardware.link
+        return estimate(sizes, itemsize, speed, link, model=model, dtype=dtype, source=source)
+
+    if shape := known_shape(config.model):
+        return _of_shape(predict(shape.name, shape.sizes), shape.context or DEFAULT_CONTEXT)
+    return outlook_elsewhere(config, lambda spec: predict(spec.name, Sizes.of(spec)))
 
 
 def _imagined(text: str, profile: Profile) -> tuple[Exit, ...]:
@@ -214,23 +203,29 @@ def _imagined(text: str, profile: Profile) -> tuple[Exit, ...]:
     return tuple(Exit(layer, alpha, draft, weights) for layer, alpha in rates.items())
 
 
-def _problem(workers: WorkerOptions, decided: DecidedOptions, subject: Outlook) -> Problem:
+def _problem(
+    workers: WorkerOptions,
+    decided: DecidedOptions,
+    subject: Outlook,
+    stages: int,
+    split: tuple[int, ...] | None,
+) -> Problem:
     from ppsd.plan.planner import Problem
     from ppsd.speculation.policy import MODES, schedule_for
 
     if decided.mode is not None:
         checks.one_of("mode", decided.mode, MODES)
-    schedule_for(decided.mode or "ppsd", workers.workers, decided.block, decided.in_flight)
+    schedule_for(decided.mode or "ppsd", stages, decided.block, decided.in_flight)
     if workers.context < 0:
         raise ConfigError("context", workers.context, "at least 0")
     return Problem(
         profile=subject.profile,
-        workers=workers.workers,
+        workers=stages,
         exits=subject.exits,
         speeds=numbers("worker_speed", workers.worker_speed or ""),
-        links=_links(workers, subject.profile),
+        links=_links(workers.link_ms, stages, subject.profile),
         context=workers.context,
-        split=None if decided.split is None else integers("split", decided.split),
+        split=split,
         exit_layer=decided.exit_layer,
         mode=decided.mode,
         block=decided.block,
@@ -239,13 +234,13 @@ def _problem(workers: WorkerOptions, decided: DecidedOptions, subject: Outlook) 
     )
 
 
-def _links(workers: WorkerOptions, profile: Profile) -> tuple[Any, ...]:
+def _links(given: str | None, stages: int, profile: Profile) -> tuple[Any, ...]:
     from ppsd.plan.model import Link
 
-    hops = numbers("link_ms", workers.link_ms or "")
+    hops = numbers("link_ms", given or "")
     for ms in hops:
         checks.number("link_ms", ms, 0)
-    hops = hops * workers.workers if len(hops) == 1 else hops
+    hops = hops * stages if len(hops) == 1 else hops
     return tuple(Link(ms / 1e3, profile.bandwidth) for ms in hops)
 
 
@@ -343,7 +338,7 @@ def _show(
             "bit for bit" if plan.bitwise else "up to rounding",
         )
     width = None if sys.stdout.isatty() else PIPE_WIDTH
-    console = Console(highlight=False, soft_wrap=True, width=width)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
     console.print(table)
     console.print(verdict, style="bold")
     source = visible(profile.source)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from ppsd.config import AUTO, EngineConfig, available_cores, core_shares
-from ppsd.engine.memory import default_context, stage_bytes
+from ppsd.engine.memory import default_context, shape_bytes, stage_bytes
 from ppsd.engine.peer import Subject
 from ppsd.engine.profiles import profile_for
 from ppsd.errors import ConfigError
@@ -189,6 +190,14 @@ def outlook(config: EngineConfig) -> Outlook:
         return stage_bytes(spec, source, held, head, apart=config.transport != "inprocess")
 
     return Outlook(profile, _exits(config, spec, identity, profile), _at_once(config), memory)
+
+
+def outlook_elsewhere(config: EngineConfig, predict: Callable[[ModelSpec], Profile]) -> Outlook:
+    """Return what a model that is here would be planned with on machines that are not."""
+    _, spec, identity, _ = _model(config)
+    profile = predict(spec)
+    memory = partial(shape_bytes, profile, default_context(spec))
+    return Outlook(profile, _exits(config, spec, identity, profile), None, memory)
 
 
 def planned(config: EngineConfig) -> EngineConfig:

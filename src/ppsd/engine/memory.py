@@ -15,6 +15,8 @@ from ppsd.errors import InsufficientMemoryError
 from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan, weight_bytes
 from ppsd.model.weights import TensorSource
+from ppsd.plan.planner import Plan
+from ppsd.plan.profile import Profile
 from ppsd.plan.sizes import WORKER_BYTES, Sizes
 
 
@@ -56,6 +58,15 @@ def stage_bytes(
     for rank, numbers in enumerate(inner):
         each[rank] += numbers * plans[rank].dtype.itemsize
     return each if apart else [sum(each) - (len(each) - 1) * WORKER_BYTES]
+
+
+def shape_bytes(profile: Profile, context: int, plan: Plan) -> list[int]:
+    """Bytes each worker needs for a model of which the shape is known, all weights being whole."""
+    weights = plan.exit.weights if plan.exit else 0
+    return [
+        profile.sizes.stage_bytes(plan.bounds, rank, profile.itemsize, context, weights)
+        for rank in range(plan.cost.size)
+    ]
 
 
 def check_free(needed: Sequence[int], what: str, max_context: int, concurrent: int) -> None:

@@ -87,10 +87,19 @@ class Problem:
         if len(self.links) not in (0, workers):
             raise ConfigError("link_ms", len(self.links), f"one hop, or {workers}, one a worker")
         if self.split is not None:
-            check_split(self.split, layers)
+            self._check_split(self.split)
         exits = (None, *range(1, layers - workers + 2))
         if isinstance(self.exit_layer, bool) or self.exit_layer not in exits:
             allowed = f"an integer in [1, {layers - workers + 1}]"
+            raise ConfigError("exit_layer", self.exit_layer, allowed)
+
+    def _check_split(self, split: tuple[int, ...]) -> None:
+        if len(split) != self.workers - 1:
+            allowed = f"{self.workers - 1} layers, one for each stage but the first"
+            raise ConfigError("split", split, allowed)
+        check_split(split, self.profile.sizes.layers)
+        if split and self.exit_layer not in (None, split[0]):
+            allowed = f"the end of stage 0, {split[0]} in this split"
             raise ConfigError("exit_layer", self.exit_layer, allowed)
 
     def speed(self, rank: int) -> float:
