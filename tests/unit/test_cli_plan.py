@@ -46,6 +46,32 @@ def test_plan_says_when_speculation_does_not_pay() -> None:
     assert "No head, no speculation" in ppsd(*options).stdout
 
 
+def test_plan_names_the_best_once_where_none_is_bitwise() -> None:
+    options = ("plan", "--model", "vicuna-7b", "--hardware", "h100-nvlink", "--workers", 4)
+    for more in (("--mode", "draft-then-verify"), ("--block", 4)):
+        verdict = json.loads(ppsd(*options, "--alpha", "8:0.9", *more, "--json").stdout)["verdict"]
+        assert verdict.endswith(" times plain decoding, equal up to rounding.")
+        assert verdict.count("--split") == 1
+        assert "bit for bit" not in verdict
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("", "No head, no speculation: train one"),
+        ("--workers 1 --alpha 8:0.8", "One worker, no speculation"),
+        ("--mode autoregressive --alpha 8:0.8", "No speculation: plain decoding was asked for"),
+        ("--block 1 --in-flight 1 --alpha 8:0.8", "No speculation: plain decoding was asked for"),
+        ("--exit-layer 9 --alpha 8:0.8", "stage 0 ends at layer 9, and heads are for exits in [8]"),
+        ("--split 9 --alpha 8:0.8", "stage 0 ends at layer 9, and heads are for exits in [8]"),
+        ("--workers 4 --alpha 31:0.8", "stage 0 ends at a layer in [1, 29], and heads are for"),
+    ],
+)
+def test_plan_says_why_nothing_is_drafted(flags: str, reason: str) -> None:
+    options = ("plan", "--model", "vicuna-7b", "--hardware", "h100-nvlink", "--json")
+    assert reason in json.loads(ppsd(*options, *flags.split()).stdout)["verdict"]
+
+
 def test_a_split_gives_the_number_of_workers() -> None:
     options = ("plan", "--model", "vicuna-7b", "--hardware", "h100-nvlink", "--json")
     [plan] = json.loads(ppsd(*options, "--split", "8,17,26").stdout)["plans"]

@@ -112,7 +112,7 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
     found = alternatives(problem, every_split=output.every_split)
     if not found:
         raise ConfigError("mode", decided.mode, "one that the heads and the split allow")
-    verdict, waves = _verdict(found), price(problem, found, workers.load)
+    verdict, waves = _verdict(found, problem), price(problem, found, workers.load)
     if output.as_json:
         rows = [_record(plan, subject.memory(plan)) for plan in found]
         about = {"source": problem.profile.source, "assumed": _assumed(problem)}
@@ -244,23 +244,39 @@ def _links(given: str | None, stages: int, profile: Profile) -> tuple[Any, ...]:
     return tuple(Link(ms / 1e3, profile.bandwidth) for ms in hops)
 
 
-def _verdict(plans: Sequence[Plan]) -> str:
+def _verdict(plans: Sequence[Plan], problem: Problem) -> str:
     """Return a sentence that says if speculation pays."""
     drafting = next((plan for plan in plans if plan.exit), None)
-    exact = next((plan for plan in plans if plan.exit and plan.bitwise), drafting)
-    if drafting is None or exact is None:
+    if drafting is None:
+        return _undrafted(problem)
+    if not drafting.pays:
+        return f"Speculation will not pay: the best is {drafting.speedup:.2f} times plain decoding."
+    exact = next((plan for plan in plans if plan.exit and plan.bitwise), None)
+    fastest = f"{_words(drafting)}, {drafting.speedup:.2f} times"
+    if exact is None:
+        return f"Best: {fastest} plain decoding, equal up to rounding."
+    text = f"Best: {_words(exact)}, {exact.speedup:.2f} times plain decoding, bit for bit the same."
+    if not exact.pays:
+        text = f"Speculation with bitwise equal output will not pay ({exact.speedup:.2f} times)."
+    return text if drafting.bitwise else f"{text} Faster, equal up to rounding: {fastest}."
+
+
+def _undrafted(problem: Problem) -> str:
+    """Return a sentence that says why no plan drafts."""
+    if problem.workers == 1:
+        return "One worker, no speculation: drafting needs an exit inside the model."
+    if problem.mode == "autoregressive" or (problem.block, problem.in_flight) == (1, 1):
+        return "No speculation: plain decoding was asked for."
+    if not problem.exits:
         return (
             "No head, no speculation: train one with ppsd distill, or give --alpha EXIT:α,… to "
             "see what one would bring."
         )
-    if not drafting.pays:
-        return f"Speculation will not pay: the best is {drafting.speedup:.2f} times plain decoding."
-    text = f"Best: {_words(exact)}, {exact.speedup:.2f} times plain decoding, bit for bit the same."
-    if not exact.pays:
-        text = f"Speculation with bitwise equal output will not pay ({exact.speedup:.2f} times)."
-    if not drafting.bitwise:
-        text += f" Faster, equal up to rounding: {_words(drafting)}, {drafting.speedup:.2f} times."
-    return text
+    exits = sorted({exit_.layer for exit_ in problem.exits})
+    decided = problem.split[0] if problem.split else problem.exit_layer
+    latest = problem.profile.sizes.layers - problem.workers + 1
+    end = f"at layer {decided}" if decided else f"at a layer in [1, {latest}]"
+    return f"No head suits, no speculation: stage 0 ends {end}, and heads are for exits in {exits}."
 
 
 def _waves_text(plans: Sequence[WavePlan], load: int) -> str:
