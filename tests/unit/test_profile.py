@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +32,7 @@ from ppsd.model.weights import fingerprint, open_source
 from ppsd.plan.profile import Profile, Timing, estimate, load_profile, profile_path
 from ppsd.plan.sizes import Sizes
 from ppsd.provenance import provenance
+from tests.support.command import ppsd
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +97,37 @@ def test_a_profile_survives_its_file(made: Profile, tmp_path: Path) -> None:
     assert [p.name for p in place.parent.iterdir()] == ["profile.json"]
     with pytest.raises(ConfigError, match="out must be a file that can be written"):
         made.save(place / "below-a-file.json")
+
+
+def test_a_failed_save_leaves_nothing_behind(
+    made: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "directory").mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="out must be a file, not a directory or a device"):
+        made.save(tmp_path / "directory")
+    monkeypatch.setattr("ppsd.plan.profile.json.dump", full_disk)
+    with pytest.raises(ConfigError, match=r"out must be a file that can be written \(No space"):
+        made.save(tmp_path / "full.json")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_place_is_tried_before_anything_is_measured(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("ppsd.cli.profile._measure")
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path, "out must be a file, not a directory or a device"),
+        (tmp_path / "file" / "below.json", "out must be a file that can be written"),
+    ):
+        result = ppsd("profile", "--model", tiny_model("llama"), "--out", out)
+        assert isinstance(result.exception, ConfigError)
+        assert message in str(result.exception)
 
 
 def torn(text: str) -> str:

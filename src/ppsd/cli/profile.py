@@ -35,14 +35,17 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
 ) -> None:
     """Time layers, heads and messages; plans made later on this machine use the result."""
+    from ppsd.plan.profile import check_writable
+
     subject = subject_of(config)
+    place = out or subject.place
+    check_writable(place)
     load = os.getloadavg()[0]
     if load > BUSY_LOAD:
         text = (
             f"the machine is busy (load {load:.1f}): times will be too long, contention above all"
         )
         log_console().print(text, style="yellow")
-    place = out or subject.place
     measured = _measure(subject)
     if as_json:
         print(json.dumps(measured.to_json()))
@@ -70,7 +73,7 @@ def _measure(subject: Subject) -> Profile:
     from ppsd.provenance import provenance
 
     console = log_console()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeColumn())
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(f"profiling {subject.spec.name}", total=None)
@@ -83,7 +86,7 @@ def _measure(subject: Subject) -> Profile:
 
 
 def _show(profile: Profile) -> None:
-    """Return a table of medians with their quartiles, in milliseconds."""
+    """Print a table of medians with their quartiles, in milliseconds."""
     table = Table("part", "median", "quartiles", box=None)
     for part, time in _parts(profile):
         spread = f"{time.low * 1e3:.3f} – {time.high * 1e3:.3f}"

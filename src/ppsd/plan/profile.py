@@ -1,7 +1,7 @@
 """A profile: what a model's parts and a transport cost, with spread and provenance, as floats.
 
-``ppsd profile`` measures one (measure.py); ``estimate`` makes one of sizes and a memory bandwidth
-where nothing was measured. The planner reads either. No torch.
+``ppsd profile`` measures one (engine/profiler.py); ``estimate`` makes one of sizes and a memory
+bandwidth where nothing was measured. The planner reads either. No torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -207,16 +208,38 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write the profile; no reader ever sees half of it. Raises ConfigError where it cannot."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "w") as file:
+        with _draft_of(path) as draft:
+            with draft.open("w") as file:
                 json.dump(self.to_json(), file, indent=1, allow_nan=False)
                 file.write("\n")
-            os.replace(draft, path)
-        except OSError as error:
-            allowed = f"a file that can be written ({error.strerror})"
-            raise ConfigError("out", str(path), allowed) from error
+            draft.replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ConfigError unless a profile can be saved at ``path``, which measuring it may follow.
+
+    Makes the directory.
+    """
+    with _draft_of(path):
+        pass
+
+
+@contextmanager
+def _draft_of(path: Path) -> Iterator[Path]:
+    """Give a new file beside ``path``, gone at the end; ConfigError where none can be written."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError("out", str(path), "a file, not a directory or a device")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            yield Path(name)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        allowed = f"a file that can be written ({error.strerror})"
+        raise ConfigError("out", str(path), allowed) from error
 
 
 def _timed(kind: type[Measured], records: Sequence[Mapping[str, Any]]) -> tuple[Measured, ...]:
