@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -30,6 +31,15 @@ def test_plain_decoding_is_as_simulated_and_requests_fill_the_pipeline(stages: i
     assert wave_token_time(cost, free, 0, {}, load=stages) == pytest.approx(plain / stages, rel=0.1)
     many = wave_token_time(cost, free, 0, {}, load=3 * stages)
     assert many == pytest.approx(plain / stages / 3, rel=0.1)
+
+
+def test_waves_take_turns_where_workers_share_cores() -> None:
+    own = uniform([4] * 4, 1e-3)
+    shared = replace(own, at_once=1)
+    waves, turns = (wave_token_time(cost, free, 4, {0: 0.7}) for cost in (own, shared))
+    assert turns > 2 * waves
+    plain, alone = (wave_token_time(cost, free, 0, {}) for cost in (own, shared))
+    assert plain == alone, "no two stages work at once"
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])

@@ -130,6 +130,18 @@ def test_a_given_split_is_taken_as_it_is_or_refused(layers: int, cuts: list[int]
             check_split(cuts, layers)
 
 
+@given(st.integers(2, 5), st.integers(1, 5), st.floats(0, 1), st.integers(1, 5), st.integers(1, 4))
+def test_no_split_is_better_where_workers_share_cores(
+    workers: int, at_once: int, alpha: float, layer: int, block: int
+) -> None:
+    exit_ = Exit(min(layer, 10 - workers), alpha, 1e-4)
+    problem = Problem(PROFILE, workers, (exit_,), at_once=at_once, mode="ppsd", block=block)
+    best = choose(problem).token_time
+    least = min(plan.token_time for plan in alternatives(problem, every_split=True))
+    assert best == pytest.approx(least)
+    assert best >= choose(replace(problem, at_once=None)).token_time
+
+
 def test_every_split_of_every_exit_is_listed() -> None:
     problem = Problem(PROFILE, 3, exits((2, 0.5), (4, 0.6)), mode="ppsd")
     found = alternatives(problem, every_split=True)

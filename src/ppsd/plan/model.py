@@ -56,7 +56,8 @@ class CostModel:
     ``links[k]`` leads from stage k to the next one, the last back to rank 0 (no links for P = 1).
     ``head`` is one draft by the exit head, ``lm_head`` the last stage's for one row, ``row_cost``
     what each further row of a block costs as a share of the first, ``overhead`` what a stage spends
-    between two blocks, ``cancel`` how long a new epoch takes to be seen (infinite: never).
+    between two blocks, ``cancel`` how long a new epoch takes to be seen (infinite: never). Where
+    workers share cores, ``at_once`` stages compute at the same time, and others take turns.
     """
 
     stages: tuple[StageCost, ...]
@@ -67,6 +68,7 @@ class CostModel:
     row_bytes: int = 0
     overhead: float = 0.0
     cancel: float = 0.0
+    at_once: float = math.inf
     source: str = "assumed"
 
     def __post_init__(self) -> None:
@@ -76,6 +78,8 @@ class CostModel:
         _check_times(
             head=self.head, lm_head=self.lm_head, row_cost=self.row_cost, overhead=self.overhead
         )
+        if not self.at_once >= 1:
+            raise ConfigError("at_once", self.at_once, "at least 1 stage")
         if not self.cancel >= 0:
             raise ConfigError("cancel", self.cancel, "at least 0 seconds")
 
@@ -128,8 +132,9 @@ class CostModel:
 
     def tick(self, rows: int = 1) -> float:
         """τ: time from one block to the next when the pipeline is full."""
-        first = self.stage_time(0, rows) + rows * self.head
-        return max(first, *(self.stage_time(k, rows) for k in range(self.size)))
+        times = [self.stage_time(k, rows) for k in range(self.size)]
+        times[0] += rows * self.head
+        return max(*times, sum(times) / self.at_once)
 
     def reaction(self, schedule: Schedule) -> float:
         """Return how long a resync waits for stage 0 to notice it: until a layer or a draft ends.
@@ -137,14 +142,14 @@ class CostModel:
         Exact for the first verdict after a resync; later ones may meet stage 0 in another phase.
         """
         layer = self.stages[0].layer
-        forward = layer * self.exit_layer
         cycle = self.stage_time(0) + self.head
         fed, phase = divmod(self.latency(schedule.block), cycle or math.inf)
         if fed >= schedule.block * schedule.in_flight:
             return 0.0
-        if phase > forward:
+        begun = round(phase / layer, 6)  # or a sum's last digit would decide
+        if begun > self.exit_layer:
             return cycle - phase
-        return math.ceil(round(phase / layer, 6)) * layer - phase
+        return math.ceil(begun) * layer - phase
 
     def token_time(self, alpha: ArrayLike, schedule: Schedule) -> Array:
         """Mean seconds per token at acceptance ``alpha`` (see theory.token_time)."""

@@ -172,12 +172,7 @@ def cost_model(
         return _price(problem, bounds, exit_, schedule, 1.0)
     contended = max(1.0, problem.profile.contention.median)
     cost = _price(problem, bounds, exit_, schedule, contended)
-    if problem.at_once is None or problem.at_once >= problem.workers:
-        return cost
-    rows = schedule.block
-    work = sum(cost.stage_time(k, rows) for k in range(cost.size)) + rows * cost.head
-    crowded = work / problem.at_once / cost.tick(rows)  # workers that share cores take turns
-    return _price(problem, bounds, exit_, schedule, contended * max(1.0, crowded))
+    return cost if problem.at_once is None else replace(cost, at_once=problem.at_once)
 
 
 def _price(

@@ -161,14 +161,13 @@ class Ticks:
             costs = self._growth if self._rows else ()
             stages = [choose(self._policies, self._rows, wave, costs), *stages[:-1]]
             alive = [[(p, node) for p, node in fed if _lives(p, node)] for fed in stages]
-            start, begun = seconds, [seconds, *arrivals[:-1]]
+            begun = [seconds, *arrivals[:-1]]
             arrivals = [0.0] * self._cost.size
+            times = [self._time(k, len(fed)) if fed else 0.0 for k, fed in enumerate(alive)]
             for k, fed in enumerate(alive):
                 if fed:
-                    time = self._time(k, len(fed))
-                    seconds = max(seconds, start + time)
-                    arrivals[k] = begun[k] + time + self._delay(k, len(fed))
-            seconds = max(seconds, arrivals[-1])
+                    arrivals[k] = begun[k] + times[k] + self._delay(k, len(fed))
+            seconds = max(seconds + max(*times, sum(times) / self._cost.at_once), arrivals[-1])
             for rank in self._heads:
                 for policy, node in alive[rank]:
                     self._say(policy, node, rank)
