@@ -21,7 +21,10 @@ class Copies:
 
 
 def copies_of(batch: Batch) -> Copies:
-    """Look up every row's copy in the text up to it, as ``lookup.find`` does for one row."""
+    """Look up every row's copy in the text up to it, as ``lookup.find`` does for one row.
+
+    Memory: some 32 bytes for each pair of positions of a text.
+    """
     tokens = batch.tokens
     agree = _agreement(tokens)
     # Rank the places by length, then by how new they are; place 0 of length 0 is no match.

@@ -68,7 +68,9 @@ class DistillConfig:
         panel=TRAINING,
     )
     epochs: int = setting("Passes over the data.", 1, panel=TRAINING)
-    minutes: float = setting("End after so long, however far; 0 is no limit.", 0.0, panel=TRAINING)
+    minutes: float = setting(
+        "To write and train in, however far that comes; 0 is no limit.", 0.0, panel=TRAINING
+    )
     batch_tokens: int = setting("Padded tokens of a step.", 2048, panel=TRAINING)
     seed: int = setting("Of data order, held-out choice and noise.", 0, panel=TRAINING)
     dtype: str = setting(
