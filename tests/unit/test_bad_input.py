@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from ppsd import LLM, SamplingParams
 from ppsd.cli import app
 from ppsd.config import EngineConfig
 from ppsd.engine import build, memory
+from ppsd.engine.answer import Completion
 from ppsd.engine.choose import planned
 from ppsd.errors import (
     ConfigError,
@@ -310,3 +312,50 @@ def test_the_command_line_says_it_in_one_line(
 def test_sampling_fields_of_another_type_are_named(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
         SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_sink_that_raises_ends_its_own_request(tiny_model: TinyModel, rows: int) -> None:
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    with open_llm(tiny_model("llama"), concurrent=2, rows=rows) as llm:
+        [expected] = llm.generate([5, 6, 7], params)
+        failed: list[BaseException] = []
+
+        def sink(position: int, row: torch.Tensor) -> None:
+            if position > 6:
+                raise ValueError("mine")
+
+        def run() -> None:
+            try:
+                llm.run([5, 6], params, logits=sink)
+            except ValueError as error:
+                failed.append(error)
+
+        for _ in range(2):
+            other = threading.Thread(target=run)
+            other.start()
+            [found] = llm.generate([5, 6, 7], params)
+            other.join(60.0)
+            assert found.token_ids == expected.token_ids
+        assert list(map(str, failed)) == ["mine"] * 2
+
+
+def test_what_stages_did_for_others_is_not_told_as_a_requests_own(tiny_model: TinyModel) -> None:
+    with open_llm(tiny_model("llama"), concurrent=2) as llm:
+        lengths = (SamplingParams(max_tokens=n, ignore_eos=True) for n in (40, 8))
+        streams = [llm.stream([5, 6, 7], params) for params in lengths]
+        for stream in streams:
+            next(stream)
+        assert [finish(stream).stats.stages for stream in streams] == [(), ()]
+        [alone] = llm.generate([5, 6, 7], SamplingParams(max_tokens=8))
+        assert len(alone.stats.stages) == 2
+        assert all(stage.busy_share <= 1 for stage in alone.stats.stages)
+
+
+def finish(stream: Generator[object, None, Completion]) -> Completion:
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            completion: Completion = end.value
+            return completion

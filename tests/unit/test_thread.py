@@ -280,3 +280,20 @@ def test_a_call_forgets_its_function(work) -> None:
     assert call.can_begin()
     work.left = 1
     assert not call.can_begin()
+
+
+def test_a_notify_that_raises_harms_nobody(thread: EngineThread) -> None:
+    """It is the caller's own: all jobs have their outcome, and those after it, too."""
+    calls: list[int] = []
+
+    def notify() -> None:
+        calls.append(1)
+        raise ValueError("mine")
+
+    rude = Told()
+    rude.notify = notify
+    thread.submit(rude)
+    assert thread.result(Told()) == "done"
+    assert [rude.take() for _ in range(3)] == [("chunk", "a"), ("chunk", "b"), ("result", "done")]
+    assert len(calls) == 1
+    thread.check()

@@ -6,7 +6,7 @@ It knows token ids only, no text.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 
@@ -76,7 +76,7 @@ class Engine:
     @property
     def cache_used(self) -> float:
         """The share of all positions that hold sequences at work; asked on any thread."""
-        held = sum(sequence.policy.committed for sequence in list(self._slots.values()))
+        held = sum(sequence.length for sequence in list(self._slots.values()))
         return held / (len(self._held) * self._max_context)
 
     def add(self, request: Request) -> Sequence:
@@ -251,16 +251,28 @@ class Engine:
         if sequence is None or sequence.policy.epoch != answer.epoch:
             return
         if isinstance(answer, Refusal):
-            self._fail(sequence, answer)
+            self._fail(sequence, RequestError(answer.message))
         elif isinstance(answer, Scores):
             if sequence.request.scores is not None:
-                sequence.request.scores(answer)
+                self._hand(sequence, sequence.request.scores, answer)
         else:
             self._judge(sequence, answer)
 
-    def _fail(self, sequence: Sequence, refusal: Refusal) -> None:
-        """Let the next step end a sequence that a stage refuses to go on with."""
-        sequence.error = RequestError(refusal.message)
+    def _hand(self, sequence: Sequence, sink: Callable[..., object], *told: object) -> bool:
+        """Give a sink of the request's own what it asked for; False if it raised.
+
+        Then its request ends with what it raised, and others go on.
+        """
+        try:
+            sink(*told)
+        except Exception as error:
+            self._fail(sequence, error)
+            return False
+        return True
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """Let the next step end a sequence that cannot go on."""
+        sequence.error = error
         sequence.commands.clear()
         sequence.commands.extend(sequence.policy.stop("error"))
         self.links.publish(sequence.slot, sequence.policy.epoch)
@@ -271,7 +283,8 @@ class Engine:
         if sink is not None and verdict.logits is not None:
             first = verdict.position + verdict.rows - verdict.logits.shape[0] + 1
             for i, row in enumerate(verdict.logits):
-                sink(first + i, row)
+                if not self._hand(sequence, sink, first + i, row):
+                    return
         first = verdict.position + verdict.rows - len(verdict.tokens) + 1
         tokens = redraw(sequence, verdict) if self._rejection and verdict.tokens else verdict.tokens
         said = verdict.epoch, verdict.position, first, tokens, verdict.source

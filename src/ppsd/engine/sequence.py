@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ppsd.engine.drafter import DraftState
-from ppsd.errors import RequestError
 from ppsd.speculation.gate import Switches
 from ppsd.speculation.masks import Mask, Masks
 from ppsd.speculation.policy import Command, Policy
@@ -66,7 +65,7 @@ class Sequence:
     feedback: dict[int, torch.Tensor] = field(default_factory=dict)  # the last layer's rows
     newest: torch.Tensor | None = None  # of them, [1, C]
     finish_reason: str = ""
-    error: RequestError | None = None
+    error: Exception | None = None
     switches: Switches | None = None
 
     @property

@@ -13,7 +13,7 @@ from ppsd.engine.stats import RequestStats, Totals, stage_stats
 from ppsd.engine.text import Decoder, Transcript
 from ppsd.engine.thread import Job
 from ppsd.engine.trace import TraceLog
-from ppsd.errors import PipelineError
+from ppsd.errors import PipelineError, RequestError
 from ppsd.speculation.policy import Emit
 
 
@@ -53,6 +53,9 @@ class TextEngine:
         if not self._tickets:
             self._since = ticket.answer.start
         self._tickets[self.engine.add(ticket.request)] = ticket
+        if len(self._tickets) > 1:
+            for other in self._tickets.values():
+                other.alone = False
 
     def step(self) -> None:
         """Do a step of the engine, and hand on what it made final."""
@@ -91,7 +94,11 @@ class TextEngine:
         self._noted = self._seconds, self.engine.stage.recorder.total_ns
 
     def cancel(self, error: BaseException) -> None:
-        """End all that is under way with ``error``; of a working pipeline note what was done."""
+        """End all that is under way with ``error``; of a working pipeline note what was done.
+
+        Where several are, nothing tells whose fault it was, and each has an error of its own.
+        """
+        several = len(self._tickets) > 1
         for sequence, ticket in list(self._tickets.items()):
             if isinstance(error, PipelineError):
                 del self._tickets[sequence]
@@ -100,7 +107,8 @@ class TextEngine:
                 self.engine.abort(sequence)
                 self._settle(sequence)
                 del self._tickets[sequence]
-                ticket.fail(error)
+                told = f"a request that was under way at the same time failed: {error!r}"
+                ticket.fail(RequestError(told) if several else error)
 
     def _take(self, sequence: Sequence, ticket: Ticket, emit: Emit) -> None:
         chunk = ticket.answer.take(emit, self.now())
@@ -135,7 +143,8 @@ class TextEngine:
 
         Its ticket goes only after this: if a stage is lost meanwhile, ``cancel`` tells it.
         """
-        answer = self._tickets[sequence].answer
+        ticket = self._tickets[sequence]
+        answer = ticket.answer
         # Asking makes the stages wait, so what they do for several requests at once stays untold.
         reports = []
         if len(self._tickets) == 1:
@@ -153,7 +162,8 @@ class TextEngine:
             counts=sequence.policy.counts,
             prefill_seconds=first - answer.start,
             decode_seconds=end - first,
-            stages=stage_stats(reports, self._bounds, end - answer.start),
+            # what is told since the last time may be of others' work, too
+            stages=stage_stats(reports if ticket.alone else [], self._bounds, end - answer.start),
             gate=switches,
         )
 
@@ -164,7 +174,8 @@ class TextEngine:
 class Ticket(Job[Completion]):
     """A request on its way through the engine, and its answer as it grows.
 
-    A ``silent`` one puts no chunks: only the completion counts.
+    A ``silent`` one puts no chunks: only the completion counts. It is ``alone`` until another is
+    under way at the same time.
     """
 
     def __init__(
@@ -180,6 +191,7 @@ class Ticket(Job[Completion]):
         self.request = request
         self.answer = Answer(Transcript(decoder, params.stop, params.min_tokens))
         self.silent = silent
+        self.alone = True
         self._engine = engine
 
     def can_begin(self) -> bool:

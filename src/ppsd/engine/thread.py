@@ -8,6 +8,7 @@ PyTorch's thread count belong to this thread too, so the caller's stay as they a
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import deque
@@ -18,6 +19,8 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
 from ppsd.errors import PipelineError, PpsdError
+
+LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -91,8 +94,13 @@ class Job(Generic[T]):
 
     def _put(self, kind: str, value: object) -> None:
         self._outbox.put((kind, value))
-        with suppress(RuntimeError):  # the reader's event loop is closed
+        try:
             self.notify()
+        except RuntimeError:
+            pass  # the reader's event loop is closed
+        except Exception:  # its own fault, which no other job is to suffer for
+            LOG.exception("a job's notify failed and is not called again")
+            self.notify = lambda: None
 
     def take(self) -> tuple[str, Any]:
         """Wait for what comes next: ``chunk``, ``result`` or ``error``, with its value."""

@@ -16,7 +16,7 @@ from ppsd.engine.engine import Engine, Output
 from ppsd.engine.events import FedBlock, FedRows
 from ppsd.engine.links import Answer
 from ppsd.engine.sequence import Request, Sequence
-from ppsd.errors import NonFiniteError
+from ppsd.errors import NonFiniteError, RequestError
 from ppsd.speculation.masks import Mask
 from ppsd.speculation.policy import Feed
 from ppsd.speculation.tree import Cells, Node
@@ -214,7 +214,7 @@ class WaveEngine(Engine):
             sequence = self._slots.get(answer.slot)
             # an epoch here is the node that cannot be judged
             if sequence is not None and answer.epoch == sequence.waves.tree.root.id:
-                self._fail(sequence, answer)
+                self._fail(sequence, RequestError(answer.message))
 
     def _hear(self, said: Opinion) -> None:
         for (slot, node), tokens, numbers in zip(
@@ -233,9 +233,11 @@ class WaveEngine(Engine):
                 continue  # of a request that is over
             nodes = tuple(verdicts.nodes[i][1] for i in own)
             first = sequence.waves.committed
-            if (sink := sequence.request.logits) is not None and verdicts.logits is not None:
-                for i in own:
-                    sink(first + i - own[0], verdicts.logits[i])
+            sink, logits = sequence.request.logits, verdicts.logits
+            if sink is not None and logits is not None:
+                places = ((first + i - own[0], logits[i]) for i in own)
+                if not all(self._hand(sequence, sink, *place) for place in places):
+                    continue
             if verdicts.feedback is not None:
                 sequence.newest = verdicts.feedback[own[-1] : own[-1] + 1]
             self.stage.recorder.verify(slot, nodes)
