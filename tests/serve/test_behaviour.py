@@ -101,18 +101,18 @@ def test_a_client_that_goes_away_ends_its_request(server, llm, ends, monkeypatch
 def test_the_engine_is_at_work_before_a_stream_begins(server, monkeypatch) -> None:
     """Writing and reading events takes time, which the prompt need not wait for."""
     order: list[str] = []
-    submit, event = LLM.submit, stream._event
+    submit, part = LLM.submit, stream._part
 
     def submitted(*arguments: Any, **more: Any) -> Any:
         order.append("submitted")
         return submit(*arguments, **more)
 
-    def written(data: str) -> Any:
+    def written(text: str) -> Any:
         order.append("written")
-        return event(data)
+        return part(text)
 
     monkeypatch.setattr(LLM, "submit", submitted)
-    monkeypatch.setattr(stream, "_event", written)
+    monkeypatch.setattr(stream, "_part", written)
     messages = [{"role": "user", "content": "hi"}]
     body = {"messages": messages, "max_tokens": 2, "n": 2, "temperature": 1}
     server.events(CHAT, body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -132,3 +133,13 @@ def test_one_stage_and_three_score_alike(tiny_model, reference, settings) -> Non
         answer = served.post(TEXT, {"prompt": PROMPT, "max_tokens": 0, **SCORE}).json()
         check(answer["choices"][0]["logprobs"], PROMPT, reference(PROMPT))
         assert all(map(math.isfinite, answer["choices"][0]["logprobs"]["token_logprobs"][1:]))
+
+
+def test_a_reader_that_ends_lines_where_python_does_gets_whole_events(server: Served) -> None:
+    text = "a\u2028b\u2029c\x85d\x0b\x0c\x1ce"
+    body = {"prompt": text, "echo": True, "max_tokens": 1, "stream": True}
+    with server.client.stream("POST", TEXT, json=body) as response:
+        lines = [line for line in response.iter_lines() if line]  # by str.splitlines
+    assert lines.pop() == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert "".join(event["choices"][0]["text"] for event in events).startswith(text)

@@ -6,7 +6,6 @@ The engine is observed only while somebody looks.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -24,6 +23,7 @@ from ppsd.engine.events import Event
 from ppsd.serve.replies import ChatReply, Parts
 from ppsd.serve.scene import Json, Scene
 from ppsd.serve.service import Service
+from ppsd.serve.stream import as_event
 
 UPDATE_S = 0.1
 IDLE_UPDATES = 10  # after so many without news, one is sent all the same
@@ -62,7 +62,7 @@ class Live:
             self._look()
         self._viewers.add(updates)
         try:
-            yield _line(self._facts | await self._update([], whole=True))
+            yield as_event(self._facts | await self._update([], whole=True))
             while not (self._service.ending or self._ticking is None or self._ticking.done()):
                 with suppress(TimeoutError):
                     yield await asyncio.wait_for(updates.get(), 1.0)
@@ -92,7 +92,7 @@ class Live:
             quiet = 0 if told else quiet + 1
             if quiet % IDLE_UPDATES == 0:
                 viewers = list(self._viewers)  # who joins meanwhile begins with the state of then
-                update = _line(await self._update(told))
+                update = as_event(await self._update(told))
                 for viewer in viewers:
                     await self._send(viewer, update)
 
@@ -101,7 +101,7 @@ class Live:
         if viewer.full():
             while not viewer.empty():
                 viewer.get_nowait()
-            update = _line(await self._update([], whole=True))
+            update = as_event(await self._update([], whole=True))
         viewer.put_nowait(update)
 
     async def _update(self, told: list[Json], *, whole: bool = False) -> Json:
@@ -221,7 +221,3 @@ class TintedReply(ChatReply):
     def _piece(self, text: str) -> Json:
         pieces = [[piece.text, piece.accepted] for piece in self._newest.pieces if piece.text]
         return super()._piece(text) | {"pieces": pieces}
-
-
-def _line(update: Json) -> str:
-    return f"data: {json.dumps(update, ensure_ascii=False, separators=(',', ':'))}\n\n"

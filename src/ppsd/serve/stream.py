@@ -16,6 +16,7 @@ from ppsd.serve.replies import Parts, Reply
 
 LOG = logging.getLogger(__name__)
 LAST_S = 5.0  # patience with a reader for the error that ends its stream
+LINE_ENDS = "\x85\u2028\u2029"  # to httpx and str.splitlines; JSON itself escapes the others
 END: Message = {"type": "http.response.body", "body": b""}
 
 
@@ -48,10 +49,10 @@ async def stream(reply: Reply, parts: Parts, limit: Limit, send: Send) -> Refuse
     try:
         async with limit.held():
             async for chunk in reply.chunks(parts):
-                await send(_event(json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))))
-        await send(_event("[DONE]"))
+                await send(_part(as_event(chunk)))
+        await send(_part("data: [DONE]\n\n"))
     except asyncio.CancelledError:  # the client has gone, and this goes nowhere; or the server ends
-        await send(_event(json.dumps(ending().to_json())))
+        await send(_part(as_event(ending().to_json())))
         await send(END)
     except RefusedError as error:
         reply.refused = True
@@ -73,7 +74,7 @@ class StreamEnd:
         try:
             async with asyncio.timeout(None if self._error is None else LAST_S):
                 if self._error is not None:
-                    await send(_event(json.dumps(self._error.to_json())))
+                    await send(_part(as_event(self._error.to_json())))
                 await send(END)
         except TimeoutError:
             if (abort := scope.get(ABORT)) is not None:
@@ -86,8 +87,16 @@ def ending() -> RefusedError:
     return RefusedError(503, "the server is ending")
 
 
-def _event(data: str) -> Message:
-    return {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
+def as_event(content: object) -> str:
+    """Return a server-sent event of JSON that is one line to all readers."""
+    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    for mark in LINE_ENDS:
+        data = data.replace(mark, f"\\u{ord(mark):04x}")
+    return f"data: {data}\n\n"
+
+
+def _part(text: str) -> Message:
+    return {"type": "http.response.body", "body": text.encode(), "more_body": True}
 
 
 def own_error(error: Exception) -> RefusedError:
