@@ -12,8 +12,9 @@ import pytest
 import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ppsd.errors import ModelError
+from ppsd.errors import ConfigError, ModelError
 from ppsd.model.tokenizer import Tokenizer
+from ppsd.serve.config import ServerConfig
 from ppsd.serve.schema import MAX_BODY
 from tests.support.http_server import Served, serving
 
@@ -287,3 +288,17 @@ def test_a_page_from_elsewhere_is_refused_without_a_key(server: Served) -> None:
     ]:
         body = {"prompt": "hi", "max_tokens": 1}
         assert server.post(TEXT, body, headers={"origin": origin}).status_code == status, origin
+
+
+@pytest.mark.parametrize("key", ["", " \n", "a\nb", "a\x00b", "clé"])
+def test_a_key_that_no_header_can_hold_is_refused(key, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"^api_key must be printable ASCII text in one line"):
+        ServerConfig(api_key=key)
+    file = tmp_path / "key"
+    file.write_text(key, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"^api_key_file must be "):
+        ServerConfig(api_key_file=str(file)).with_key()
+
+
+def test_a_key_has_no_space_around_it_as_headers_have_none() -> None:
+    assert ServerConfig(api_key=" a b\r\n").api_key == "a b"

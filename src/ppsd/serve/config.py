@@ -12,6 +12,7 @@ from ppsd import checks
 from ppsd.errors import ConfigError
 from ppsd.settings import setting
 
+KEY = re.compile("[\x20-\x7e]+")  # what a header's value can hold
 PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
 LOOPBACK = "a loopback address such as 127.0.0.1, or used with --api-key or --insecure"
 
@@ -60,8 +61,10 @@ class ServerConfig:
         checks.number("drain_timeout", self.drain_timeout, 0.0, 86400.0)
         if self.api_key is not None and self.api_key_file is not None:
             raise ConfigError("api_key_file", self.api_key_file, "left out beside --api-key")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
-            raise ConfigError("api_key", "…", "non-empty ASCII text")
+        if self.api_key is not None:
+            object.__setattr__(self, "api_key", self.api_key.strip())  # as headers arrive
+            if not KEY.fullmatch(self.api_key):
+                raise ConfigError("api_key", "…", "printable ASCII text in one line, not empty")
         if not PREFIX.fullmatch(self.metrics_prefix):
             raise ConfigError("metrics_prefix", self.metrics_prefix, "letters, digits, _ and :")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
@@ -97,8 +100,9 @@ class ServerConfig:
             raise ConfigError(
                 "api_key_file", self.api_key_file, f"a readable file ({reason})"
             ) from error
-        if not key:
-            raise ConfigError("api_key_file", self.api_key_file, "a file with a key in it")
+        if not KEY.fullmatch(key):
+            allowed = "a file with a key in it, printable ASCII text in one line"
+            raise ConfigError("api_key_file", self.api_key_file, allowed)
         return replace(self, api_key=key, api_key_file=None)
 
 
