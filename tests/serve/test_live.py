@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -310,3 +312,17 @@ def test_a_tinted_chat_is_the_chat(server) -> None:
     assert "".join(piece for piece, _ in pieces) == text(events) == text(plain)
     accepted = events[-1]["usage"]["completion_tokens_details"]["accepted_prediction_tokens"]
     assert 0 < sum(hit for _, hit in pieces) <= accepted
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EMFILE])
+def test_the_server_starts_where_no_process_can_be_watched(llm, monkeypatch, number) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    async def start() -> None:
+        async with Service(llm, ServerConfig()).watching():
+            pass
+
+    monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
+    monkeypatch.setattr(LLM, "pids", [os.getpid()])
+    asyncio.run(start())

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -70,15 +70,16 @@ class Service:
     async def watching(self, app: object = None) -> AsyncIterator[None]:
         """Notice the end of a worker process at once, also while there is no request.
 
-        Where the system has no such descriptors, the next request finds out.
+        Where the system has no such descriptors, or none left, the next request finds out.
         """
         loop = asyncio.get_running_loop()
         with ExitStack() as stack:
             for pid in self.llm.pids if hasattr(os, "pidfd_open") else ():
-                ended = os.pidfd_open(pid)
-                stack.callback(os.close, ended)
-                stack.callback(loop.remove_reader, ended)
-                loop.add_reader(ended, self._look, loop, ended)
+                with suppress(OSError):
+                    ended = os.pidfd_open(pid)
+                    stack.callback(os.close, ended)
+                    stack.callback(loop.remove_reader, ended)
+                    loop.add_reader(ended, self._look, loop, ended)
             yield
 
     def _look(self, loop: asyncio.AbstractEventLoop, ended: int) -> None:
