@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +38,9 @@ from ppsd.worker.frame import (
 from ppsd.worker.messages import (
     Begin,
     Block,
+    Control,
     Message,
+    Status,
     Verdict,
     decode,
     encode,
@@ -295,3 +299,14 @@ def test_the_longest_request_fits_into_a_control_frame() -> None:
 def test_other_json_is_refused(kind, body) -> None:
     with pytest.raises(ProtocolError, match="cannot be read"):
         decode(headed(body, kind=kind))
+
+
+def test_the_page_of_the_protocol_is_of_this_version() -> None:
+    """Of the first bytes of a frame, and of what a stage is asked for and tells."""
+    page = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    first = bytes(frame(Control("stop")))[:4].decode()
+    assert f"| the number {MAGIC:#x} (`PPSD`), so the bytes are `{first}` |" in page
+    assert f"| 4 | version | {VERSION}; any other is refused |" in page
+    for kind in (Control, Status):
+        [told] = re.findall(rf"\| {kind.__name__.lower()} \| JSON: (.*?) \|", page)
+        assert set(re.findall("`[a-z]+`", told)) == set(re.findall("`[a-z]+`", kind.__doc__ or ""))

@@ -108,7 +108,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class Control:
-    """``report`` (every stage answers with a Status of that kind) or ``stop``; forwarded."""
+    """Ask every stage for a Status: ``report`` or ``busy``; or end them: ``stop``. Forwarded."""
 
     verb: str
 
@@ -124,7 +124,7 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class Status:
-    """A stage speaks of itself: ``progress``, ``ready``, ``report`` or ``failed``."""
+    """Tell of a stage: ``progress``, ``ready``, ``report``, ``busy`` or ``failed``."""
 
     source: int
     kind: str
