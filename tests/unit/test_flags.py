@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ppsd.cli import app as product
-from ppsd.cli.settings import ALL, EXPERTS, Sampling, settings_of
+from ppsd.cli.settings import ALL, EXPERTS, Sampling, check_environment, settings_of
 from ppsd.config import Decoding, EngineConfig, Placement
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.lab.cli import app as laboratory
@@ -281,6 +281,28 @@ def test_a_variable_that_is_none_is_refused(asked, monkeypatch) -> None:
     monkeypatch.setenv("PPSD_STAGSE", "3")
     with pytest.raises(PpsdError, match="PPSD_STAGSE is no variable of ppsd; did you mean PPSD_S"):
         asked()
+
+
+def test_variables_that_kubernetes_sets_beside_a_service_of_this_name_are_no_settings(
+    monkeypatch,
+) -> None:
+    for name, text in {
+        "PPSD_SERVICE_HOST": "10.0.0.1",
+        "PPSD_SERVICE_PORT_HTTP": "8000",
+        "PPSD_PORT": "tcp://10.0.0.1:8000",
+        "PPSD_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "PPSD_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "PPSD_METRICS_SERVICE_HOST": "10.0.0.2",
+        "PPSD_METRICS_PORT": "tcp://10.0.0.2:9090",
+        "PPSD_MAX_QUEUE": "7",
+    }.items():
+        monkeypatch.setenv(name, text)
+    lines = run("serve", "--print-config").stdout.splitlines()
+    assert "port = 8000" in lines
+    assert "max_queue = 7  # PPSD_MAX_QUEUE" in lines
+    monkeypatch.setenv("PPSD_SERVICE", "1")
+    with pytest.raises(PpsdError, match="PPSD_SERVICE is no variable"):
+        check_environment()
 
 
 def test_a_file_that_is_not_there_is_named(asked) -> None:

@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,6 +32,9 @@ GIVEN = "ppsd.given"  # the origins of a verb's settings, in its context
 SECRET = "api_key"
 CONFIG_FILE, FILE_VARIABLE = "config_file", f"{PREFIX}CONFIG"
 EXPERTS = "For experts"
+# What Kubernetes tells every pod of a Service whose name is ppsd, or begins with ppsd-.
+SERVICE = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+ADDRESS = re.compile("(tcp|udp|sctp)://.*")  # in PPSD_PORT, which is a setting, too
 TRUTHS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
     ("0", "false", "no", "off"), False
 )
@@ -222,7 +226,7 @@ def _given(
         return Origin("", tuple(value) if repeated else _from_text(told, hint, value))
     if file is None:
         return None
-    if text := os.environ.get(_variable(name)):
+    if text := _variables().get(_variable(name)):
         return Origin(_variable(name), (text,) if repeated else _from_text(name, hint, text))
     if name in file:
         return Origin(str(ctx.params[CONFIG_FILE]), _from_toml(name, file[name]))
@@ -298,9 +302,20 @@ def check_environment() -> None:
     from ppsd.cli.env import VARIABLES
 
     known = [*map(_variable, ALL), *VARIABLES]
-    for name in os.environ:
-        if name.startswith(PREFIX) and name not in known:
+    for name in _variables():
+        if name not in known:
             raise PpsdError(f"{name} is no variable of ppsd{_near(name, known)}")
+
+
+def _variables() -> dict[str, str]:
+    """Return the variables ``PPSD_*`` without those that Kubernetes sets."""
+    return {
+        name: text
+        for name, text in os.environ.items()
+        if name.startswith(PREFIX)
+        and not SERVICE.fullmatch(name)
+        and not (name.endswith("PORT") and ADDRESS.fullmatch(text))
+    }
 
 
 def _near(name: str, known: Iterable[str]) -> str:
