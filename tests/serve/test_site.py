@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -68,3 +71,33 @@ def test_pages_are_open_and_what_they_show_is_not(llm) -> None:
         for path in ("/v1/pipeline", "/v1/pipeline/events", "/metrics", "/v1/models"):
             assert served.client.get(path).status_code == 401
         assert served.post("/v1/pipeline/chat", {}).status_code == 401
+
+
+FIGURES = """
+let now = 0;
+const shown = {}, $ = (id) => shown[id] ??= { textContent: "" }, performance = { now: () => now };
+let outcomes = [], state;
+%s
+const told = [];
+for (const [time, running, speed] of %s) {
+  now = time;
+  state = {
+    tokens: { per_second: speed, plain_per_second: 10 }, drafts: { acceptance_rate: null },
+    requests: { running, concurrent: 8 }, memory: { used_bytes: [], needed_bytes: [] },
+  };
+  figures();
+  told.push(shown.against.textContent.split(" ")[0]);
+}
+console.log(JSON.stringify(told));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_page_compares_with_plain_decoding_what_one_request_alone_does() -> None:
+    """Of eight requests the speed is that of all, and plain decoding's is one request's."""
+    text = (HERE / "live.html").read_text()
+    [code] = re.findall("(?s)// ---- figures -+\n(.*?)// ---- pictures", text)
+    updates = [[3000, 1, 15.0], [4000, 8, 80.0], [5000, 1, 40.0], [6500, 1, 15.0], [7000, 0, None]]
+    program = FIGURES % (code, json.dumps(updates))
+    done = subprocess.run(["node", "-e", program], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == ["1.50×", "", "", "1.50×", "1.50×"]
