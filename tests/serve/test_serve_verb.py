@@ -112,6 +112,24 @@ def test_it_says_that_it_loads_and_a_closed_terminal_lets_requests_end(tiny_mode
         assert process.wait(30) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_model_is_loaded_ends_it_without_an_error(tiny_model, number) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with launched(tiny_model(), "--port", str(port)) as process:
+        told = None
+        while told is None:
+            with suppress(httpx.TransportError):  # nobody listens yet
+                told = httpx.get(f"http://127.0.0.1:{port}/health")
+        assert told.json()["error"]["code"] == "loading"
+        workers = psutil.Process(process.pid).children()
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert psutil.wait_procs(workers, 10)[1] == []
+
+
 def test_a_lost_worker_ends_the_server_though_nobody_asks(tiny_model) -> None:
     with started(tiny_model()) as (process, _):
         [worker] = psutil.Process(process.pid).children()

@@ -15,6 +15,7 @@ from ppsd.cli.streams import visible
 from ppsd.config import EngineConfig
 from ppsd.errors import PpsdError
 from ppsd.serve.config import ServerConfig
+from ppsd.serve.signals import leaving
 
 NEEDED = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
@@ -32,6 +33,11 @@ def serve(
     if print_config:
         print(as_toml([config, server], origins))
         return
+    with leaving():  # also while PyTorch is imported and the model is loaded
+        _serve(config, server)
+
+
+def _serve(config: EngineConfig, server: ServerConfig) -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise PpsdError(f"ppsd serve needs {', '.join(missing)}: pip install 'ppsd-llm[serve]'")
     from ppsd.serve.logs import set_up

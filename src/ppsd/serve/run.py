@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import ssl
 import threading
@@ -19,6 +18,7 @@ from ppsd.serve.app import create_app, still_loading
 from ppsd.serve.config import ServerConfig
 from ppsd.serve.protocol import HTTP
 from ppsd.serve.service import Service
+from ppsd.serve.signals import handled
 
 KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection, so that they end it
 
@@ -30,16 +30,8 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        hang_up = getattr(signal, "SIGHUP", None)  # the terminal is closed; not on Windows
-        if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:  # by nohup
-            numbers.append(hang_up)
-        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
-        try:
+        with handled(self.handle_exit):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.on_shutdown()
