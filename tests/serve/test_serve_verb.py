@@ -230,6 +230,30 @@ def test_a_certificate_that_is_none_is_told_before_the_model_is_loaded(tmp_path)
     assert error.startswith("ssl_certfile must be a certificate in PEM")
 
 
+def test_a_rank_above_0_serves_its_stage_alone(tiny_model, monkeypatch) -> None:
+    """It listens to no client, so it needs neither a free port nor key and certificate."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = str(free.getsockname()[1])
+    for name, text in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setenv("MASTER_PORT", meeting)
+    seen = []
+    monkeypatch.setattr("ppsd.worker.process.serve_rank", lambda model, _: seen.append(model))
+    flags = "--host 0.0.0.0 --ssl-certfile /no/such --transport distributed --stages 2"
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = ppsd("serve", *flags.split(), "--port", port, "--model", tiny_model())
+        key = ppsd("serve", *flags.split(), "--api-key-file", "/no/such", "--model", tiny_model())
+    assert (done.exception, done.exit_code, key.exit_code) == (None, 0, 0)
+    assert seen == [str(tiny_model())] * 2
+
+
+def test_a_setting_that_this_machine_cannot_have_says_who_set_it(monkeypatch) -> None:
+    monkeypatch.setenv("PPSD_HOST", "0.0.0.0")
+    refused = ppsd("serve", "--model", "/no/such").exception
+    assert getattr(refused, "__notes__", None) == ["host is set by PPSD_HOST"]
+
+
 def test_an_address_in_use_is_told_before_the_model_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

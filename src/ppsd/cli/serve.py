@@ -10,7 +10,7 @@ import typer
 
 from ppsd.cli.display import log_console
 from ppsd.cli.session import advise, open_llm
-from ppsd.cli.settings import Origins, as_toml
+from ppsd.cli.settings import Origins, as_toml, named
 from ppsd.cli.streams import visible
 from ppsd.config import EngineConfig
 from ppsd.errors import PpsdError
@@ -34,18 +34,25 @@ def serve(
         print(as_toml([config, server], origins))
         return
     with leaving():  # also while PyTorch is imported and the model is loaded
-        _serve(config, server)
+        from ppsd.engine.choose import serves_as
+
+        if serves_as(config) == 0:
+            _serve(config, server, origins)
+            return
+    with open_llm(config):  # which serves this rank's stage to the end: clients ask rank 0
+        pass
 
 
-def _serve(config: EngineConfig, server: ServerConfig) -> None:
+def _serve(config: EngineConfig, server: ServerConfig, origins: Origins) -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise PpsdError(f"ppsd serve needs {', '.join(missing)}: pip install 'ppsd-llm[serve]'")
     from ppsd.serve.logs import set_up
     from ppsd.serve.run import bind, check_tls, excused, serve
 
-    server = server.with_key()
-    check_tls(server)
-    bound = bind(server)  # before the model is loaded: an address in use is told at once
+    with named(origins):
+        server = server.with_key()
+        check_tls(server)
+        bound = bind(server)  # before the model is loaded: an address in use is told at once
     with bound, ExitStack() as stack:
         with excused(bound, server):
             llm = stack.enter_context(open_llm(config))

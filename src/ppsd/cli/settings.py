@@ -86,7 +86,7 @@ class Sampling:
 
     def params(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
         """Return the checked SamplingParams; ``defaults`` are for settings that nobody gave."""
-        with _named(self.origins):
+        with named(self.origins):
             return SamplingParams(**{**(defaults or {}), **self.given})
 
 
@@ -147,7 +147,7 @@ class Group:
         ctx.meta.setdefault(GIVEN, {}).update(origins)
         if self._made is Sampling:
             return Sampling(origins)
-        with _named(origins):
+        with named(origins):
             made = self._made(**{name: origin.value for name, origin in origins.items()})
             if {"stages", "split"} <= origins.keys():
                 made.check_stages(origins["stages"].value)
@@ -287,7 +287,7 @@ def _toml(value: Any) -> str:
 
 
 @contextmanager
-def _named(origins: Mapping[str, Origin]) -> Iterator[None]:
+def named(origins: Mapping[str, Origin]) -> Iterator[None]:
     """Note with a refused setting where it was given, unless that was the command line."""
     try:
         yield

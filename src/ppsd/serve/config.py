@@ -14,12 +14,14 @@ from ppsd.settings import setting
 
 KEY = re.compile("[\x20-\x7e]+")  # what a header's value can hold
 PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
-LOOPBACK = "a loopback address such as 127.0.0.1, or used with --api-key or --insecure"
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Say where to listen, who may ask, and how many may wait."""
+    """Say where to listen, who may ask, and how many may wait.
+
+    What the machine has to have for it is checked where it is used: other ranks need none of it.
+    """
 
     host: str = setting("Address to listen on.", "127.0.0.1", metavar="ADDRESS")
     port: int = setting("Port to listen on; 0 takes a free one.", 8000)
@@ -69,12 +71,6 @@ class ServerConfig:
             raise ConfigError("metrics_prefix", self.metrics_prefix, "letters, digits, _ and :")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError("ssl_keyfile", self.ssl_keyfile, "used with --ssl-certfile")
-        for name in ("ssl_certfile", "ssl_keyfile"):
-            path = getattr(self, name)
-            if path is not None and not Path(path).is_file():
-                raise ConfigError(name, path, "a file that exists")
-        if self.only_local and not is_loopback(self.host):
-            raise ConfigError("host", self.host, LOOPBACK)
 
     def _check_names(self) -> None:
         names = self.served_model_name

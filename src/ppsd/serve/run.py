@@ -7,6 +7,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -15,11 +16,12 @@ from starlette.types import ASGIApp
 from ppsd.engine.llm import LLM
 from ppsd.errors import ConfigError, PpsdError, cause_of
 from ppsd.serve.app import create_app, still_loading
-from ppsd.serve.config import ServerConfig
+from ppsd.serve.config import ServerConfig, is_loopback
 from ppsd.serve.protocol import HTTP
 from ppsd.serve.service import Service
 from ppsd.serve.signals import handled
 
+LOOPBACK = "a loopback address such as 127.0.0.1, or used with --api-key or --insecure"
 KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection, so that they end it
 
 
@@ -41,7 +43,12 @@ class _Server(uvicorn.Server):
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """Return a socket at the address, which does not listen yet; raises PpsdError."""
+    """Return a socket at the address, which does not listen yet; raises PpsdError.
+
+    Others may reach it only if they need a key, or if that is asked for.
+    """
+    if config.only_local and not is_loopback(config.host):
+        raise ConfigError("host", config.host, LOOPBACK)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -57,6 +64,10 @@ def bind(config: ServerConfig) -> socket.socket:
 
 def check_tls(config: ServerConfig) -> None:
     """Raise ConfigError unless certificate and key can be used."""
+    for name in ("ssl_certfile", "ssl_keyfile"):
+        path = getattr(config, name)
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(name, path, "a file that exists")
     if config.ssl_certfile is None:
         return
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
