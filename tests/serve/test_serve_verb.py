@@ -223,6 +223,22 @@ def test_a_line_of_the_log_may_be_json() -> None:
     assert (line["id"], line["prompt_tokens"], "message" in line) == ("chatcmpl-1", 3, False)
 
 
+def test_every_line_of_the_log_is_json_if_asked(tiny_model) -> None:
+    """Notices and uvicorn's own lines, too."""
+    flags = ("--transport", "inprocess", "--log-format", "json")
+    with started(tiny_model(), *flags) as (process, url):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 60) as connection:
+            connection.sendall(b"nonsense\r\n\r\n")
+            assert b"400" in connection.recv(1 << 16)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        lines = [json.loads(line) for line in process.stderr.read().splitlines()]
+    told = {line["message"]: line["level"] for line in lines}
+    assert told["Invalid HTTP request received."] == "WARNING"
+    assert any(text.startswith("no trained exit head") for text in told)
+
+
 def test_a_certificate_that_is_none_is_told_before_the_model_is_loaded(tmp_path) -> None:
     file = tmp_path / "cert.pem"
     file.write_text("no certificate")

@@ -31,6 +31,11 @@ def log_console() -> Console:
     return console
 
 
+def notice(text: str, style: str | None = None) -> None:
+    """Print a notice, which may quote a stranger's file."""
+    log_console().print(visible(text), style=style)
+
+
 def draw(plot: Callable[[], None]) -> None:
     """Draw a picture of what is measured and kept already, or print why there is none."""
     from ppsd.plots import can_plot

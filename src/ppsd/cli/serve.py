@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from ppsd.cli.display import log_console
+from ppsd.cli.display import notice
 from ppsd.cli.session import advise, open_llm
 from ppsd.cli.settings import Origins, as_toml, named
-from ppsd.cli.streams import visible
 from ppsd.config import EngineConfig
 from ppsd.errors import PpsdError
 from ppsd.serve.config import ServerConfig
@@ -46,17 +45,18 @@ def serve(
 def _serve(config: EngineConfig, server: ServerConfig, origins: Origins) -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise PpsdError(f"ppsd serve needs {', '.join(missing)}: pip install 'ppsd-llm[serve]'")
-    from ppsd.serve.logs import set_up
+    from ppsd.serve.logs import log_notice, set_up
     from ppsd.serve.run import bind, check_tls, excused, serve
 
     with named(origins):
         server = server.with_key()
         check_tls(server)
         bound = bind(server)  # before the model is loaded: an address in use is told at once
+    set_up(server.log_format)
+    tell = log_notice if server.log_format == "json" else notice
     with bound, ExitStack() as stack:
         with excused(bound, server):
-            llm = stack.enter_context(open_llm(config))
-        set_up(server.log_format)
+            llm = stack.enter_context(open_llm(config, tell))
 
         def ready() -> None:
             scheme = "http" if server.ssl_certfile is None else "https"
@@ -65,7 +65,7 @@ def _serve(config: EngineConfig, server: ServerConfig, origins: Origins) -> None
             address = f"{scheme}://{host}:{bound.getsockname()[1]}/v1"
             at_once = config.concurrent
             many = "1 request" if at_once == 1 else f"{at_once} requests"
-            log_console().print(visible(f"serving {names} at {address}, {many} at once"))
-            advise(config, llm)
+            tell(f"serving {names} at {address}, {many} at once", None)
+            advise(config, llm, tell)
 
         serve(llm, server, bound, ready)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ppsd.cli.display import log_console
-from ppsd.cli.streams import visible
+from ppsd.cli.display import log_console, notice
 from ppsd.config import EngineConfig
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
     from ppsd.model.head_files import HeadConfig
 
+Tell = Callable[[str, str | None], object]  # a notice, and its style on a terminal
 UNTRAINED_NOTICE = "untrained exit head: few drafts will be accepted; exact, but no faster"
 HELD_OUT_NOTICE = (
     "this head's α is only held out from text like its training's, and other text may fare worse; "
@@ -38,7 +38,7 @@ def with_head(config: EngineConfig) -> EngineConfig:
 
 
 @contextmanager
-def open_llm(config: EngineConfig, **more: Any) -> Iterator[LLM]:
+def open_llm(config: EngineConfig, tell: Tell = notice, **more: Any) -> Iterator[LLM]:
     """Load the model with a progress bar; closed at the end, whatever happens."""
     console = log_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -56,18 +56,18 @@ def open_llm(config: EngineConfig, **more: Any) -> Iterator[LLM]:
         llm = LLM(progress=progress, **settings | more)
     with llm:
         if llm.layout.reason:
-            console.print(visible(llm.layout.reason), style="dim")
+            tell(llm.layout.reason, "dim")
         if asked := str(llm.defaults):
-            console.print(visible(f"sampling as {llm.defaults.origin} asks: {asked}"), style="dim")
-        for notice in _notices(llm):
-            console.print(visible(notice), style="yellow")
+            tell(f"sampling as {llm.defaults.origin} asks: {asked}", "dim")
+        for text in _notices(llm):
+            tell(text, "yellow")
         yield llm
 
 
-def advise(config: EngineConfig, llm: LLM) -> None:
+def advise(config: EngineConfig, llm: LLM, tell: Tell = notice) -> None:
     """Say how to get a head if one is missed: once something went well, as it explains no error."""
     if config.head == "auto" and config.stages > 1 and llm.layout.head is None:
-        log_console().print(visible(_no_head_notice(config, llm)), style="yellow")
+        tell(_no_head_notice(config, llm), "yellow")
 
 
 def _notices(llm: LLM) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the server logs: one line for each request, without its text."""
+"""Log one line for each request, without its text, and what others have to say."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ LOG = logging.getLogger("ppsd.serve")
 def log_request(about: Mapping[str, Any]) -> None:
     """Log a request that is over; its ``id`` comes first."""
     LOG.info(" ".join(_told(*each) for each in about.items()), extra={"request": dict(about)})
+
+
+def log_notice(text: str, style: str | None = None) -> None:
+    """Log what would be printed in this style where nobody reads the log by program."""
+    LOG.log(logging.WARNING if style == "yellow" else logging.INFO, "%s", text)
 
 
 def _told(name: str, value: object) -> str:

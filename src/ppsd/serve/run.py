@@ -99,6 +99,7 @@ def _settings(app: ASGIApp, config: ServerConfig, **more: Any) -> uvicorn.Config
         app,
         http=HTTP,
         ws="none",
+        log_config=None,  # uvicorn's lines go where set_up sends all
         log_level="warning",
         access_log=False,
         server_header=False,
