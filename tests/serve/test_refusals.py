@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import transformers
+from pydantic import ValidationError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ppsd.errors import ConfigError, ModelError
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.serve.config import ServerConfig
-from ppsd.serve.schema import MAX_BODY
+from ppsd.serve.refusals import RefusedError
+from ppsd.serve.schema import MAX_BODY, ChatBody, DetokenizeBody, TextBody
 from tests.support.http_server import Served, serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -36,9 +38,9 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     ((CHAT, b'{"messages": "\xff"}'), None, "not valid JSON"),
     ((CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}'), None, "not valid JSON"),
     ((CHAT, b"[" * 100_000), None, "not valid JSON"),
-    ((CHAT, b'{"messages": [], "metadata": {"a": NaN}}'), "messages", "at least 1"),
+    ((CHAT, b'{"messages": [], "metadata": {"a": NaN}}'), None, "NaN is no number"),
     ((TEXT, b'{"prompt": "hi", "metadata": {"a": NaN}}'), None, "NaN is no number"),
-    ((TEXT, b'{"prompt": "hi", "temperature": -Infinity}'), "temperature", "finite"),
+    ((TEXT, b'{"prompt": "hi", "temperature": -Infinity}'), None, "-Infinity is no number"),
     ((TEXT, b'{"prompt": "hi", "temperature": 1e999}'), "temperature", "finite"),
     ((CHAT, []), None, "the body"),
     ((CHAT, "hi"), None, "the body"),
@@ -87,6 +89,8 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     (chat(stop=""), "stop", "non-empty"),
     (chat(stop=["a"] * 17), "stop", "at most 16"),
     (chat(stop=[1]), "stop[0]", "string"),
+    (text(**{f"x{i}": 1 for i in range(5000)}), None, "at most 4096 names, got 5001"),
+    (text(metadata={str(i): 1 for i in range(5000)}), None, "at most 4096 names, got 5000"),
     (chat(logit_bias={"x": 1}), "logit_bias", "integers as names, got 'x'"),
     (chat(logit_bias={"5": 1, "05": 2}), "logit_bias", "integers as names, got '05'"),
     (chat(logit_bias={"1" * 5000: 1}), "logit_bias", "integers as names, got '1"),
@@ -129,6 +133,28 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     (("/tokenize", {"prompt": "a", "content": "a"}), "prompt", "only one"),
     (("/detokenize", {"tokens": [-1]}), "tokens", "in [0, 295]"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatBody, {"messages": HI, "stop": [1] * 5000}),
+        (TextBody, {"prompt": "hi", "stop_token_ids": ["a"] * 5000}),
+        (DetokenizeBody, {"tokens": ["a"] * 5000}),
+    ],
+)
+def test_of_many_values_that_are_wrong_one_is_told(kind, body, monkeypatch) -> None:
+    """To collect an error of each takes half a minute where a body is full of them."""
+    seen: list[int] = []
+
+    def counted(error: ValidationError, known: object) -> RefusedError:
+        seen.append(error.error_count())
+        return RefusedError(400, "no")
+
+    monkeypatch.setattr("ppsd.serve.schema.refusal_of_body", counted)
+    with pytest.raises(RefusedError):
+        kind.read(json.dumps(body).encode())
+    assert seen == [1]
 
 
 def error_of(response: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -25,6 +26,7 @@ MAX_BODY = 8 << 20  # bytes
 MAX_CHOICES = 128  # of one prompt
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
+MAX_NAMES = 4096  # of one object
 MAX_LOGPROBS = 20
 MAX_TIMEOUT = 86400.0  # seconds
 RESERVED = {  # names that chat templates know already, or that transformers has a meaning for
@@ -37,6 +39,9 @@ RESERVED = {  # names that chat templates know already, or that transformers has
 }
 PLAIN = re.compile("0|-?[1-9][0-9]{,18}")
 Json = dict[str, Any]
+# Of a list with millions of wrong values pydantic would make an error of each.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 def _wrong(message: str) -> PydanticCustomError:
@@ -114,20 +119,25 @@ class Body(BaseModel):
     @classmethod
     def read(cls, data: bytes) -> Self:
         """Parse a body; raises RefusedError naming the first field that is wrong."""
+        # Of two fields with one name pydantic takes the last, and NaN in objects of any kind. It
+        # makes an error of each unknown name, which of a million names takes seconds.
+        with suppress(ValueError, RecursionError):  # no JSON: pydantic says where it ends
+            json.loads(data, object_pairs_hook=_few, parse_constant=_refuse_constant)
         try:
-            body = cls.model_validate_json(data)
+            return cls.model_validate_json(data)
         except ValidationError as error:
             raise refusal_of_body(error, cls.model_fields) from error
-        # Of two fields with one name pydantic takes the last, and NaN in objects of any kind.
-        json.loads(data, object_pairs_hook=_once, parse_constant=_refuse_constant)
-        return body
 
 
-def _once(pairs: list[tuple[str, Any]]) -> None:
-    """Refuse an object that has two fields with one name: one of them would be ignored."""
-    names = Counter(name for name, _ in pairs)
-    if wrong := [name for name, count in names.items() if count > 1]:
-        raise RefusedError(400, f"{shortened(wrong[0])} must be given once", wrong[0])
+def _few(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse an object with too many names, or with one twice: one of the two would be ignored."""
+    if len(pairs) > MAX_NAMES:
+        told = f"the body: an object must have at most {MAX_NAMES} names, got {len(pairs)}"
+        raise RefusedError(400, told)
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        [(twice, _)] = Counter(names).most_common(1)
+        raise RefusedError(400, f"{shortened(twice)} must be given once", twice)
 
 
 def _refuse_constant(name: str) -> None:
@@ -200,8 +210,8 @@ class Sampled(Body):
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_by_token)] = None
     seed: int | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_listed)] = None
-    stop_token_ids: list[int] | None = None
+    stop: Annotated[Texts | None, BeforeValidator(_listed)] = None
+    stop_token_ids: Ids | None = None
     ignore_eos: bool | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -348,4 +358,4 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """The body of /detokenize."""
 
-    tokens: list[int]
+    tokens: Ids
