@@ -11,6 +11,8 @@ import pytest
 
 from ppsd.engine.events import FedBlock, Made
 from ppsd.engine.text_engine import TextEngine
+from ppsd.model.tokenizer import Tokenizer
+from ppsd.serve.schema import SMALL_BODY
 from tests.serve.test_behaviour import LONG
 from tests.support.http_server import Served
 
@@ -107,3 +109,26 @@ def test_a_long_prompt_lets_streams_go_on(server: Served, llm) -> None:
     assert len(pieces) == 31
     made = [e for e in events[pieces[0] : pieces[-1]] if isinstance(e, Made)]
     assert len(made) >= 16
+
+
+def test_short_texts_do_not_wait_for_long_ones(server: Served, monkeypatch) -> None:
+    """Of another client, whose text takes its time."""
+    long, free, encode = threading.Event(), threading.Event(), Tokenizer.encode
+
+    def held(tokenizer: Tokenizer, text: str, **more: Any) -> list[int]:
+        if len(text) > SMALL_BODY:
+            long.set()
+            free.wait(60)
+        return encode(tokenizer, text, **more)
+
+    monkeypatch.setattr(Tokenizer, "encode", held)
+    with ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(server.post, "/tokenize", {"prompt": "a" * (SMALL_BODY + 1)})
+        try:
+            assert long.wait(60)
+            assert server.post("/tokenize", {"prompt": "a"}, timeout=10).status_code == 200
+            assert server.post(PATH, {"prompt": "hi"}, timeout=10).status_code == 200
+            assert not answer.done()
+        finally:
+            free.set()
+        assert answer.result().status_code == 200

@@ -7,6 +7,7 @@ import hmac
 import re
 import uuid
 from collections.abc import Awaitable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -25,6 +26,7 @@ from ppsd.serve.refusals import RefusedError
 from ppsd.serve.replies import ChatReply, Reply, TextReply
 from ppsd.serve.schema import (
     MAX_BODY,
+    SMALL_BODY,
     Body,
     ChatBody,
     DetokenizeBody,
@@ -39,7 +41,6 @@ from ppsd.serve.stream import Limit, StreamEnd, ending, own_error, stream
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 OPEN = ("/health", "/ready", "/", "/docs", "/openapi.json")  # also without a key
-SMALL_BODY = 1 << 16  # bytes that are read in less than a millisecond
 RETRY_SECONDS = "1"
 FOREIGN = (
     "the Host header names another machine: without a key the server answers this one alone; "
@@ -157,7 +158,8 @@ class Routes:
         if wrong := [token for token in body.tokens if not 0 <= token <= most]:
             message = f"tokens must be in [0, {most}], the model's vocabulary, got {wrong[0]}"
             raise RefusedError(400, message, "tokens")
-        text = await self._service.apart(lambda: llm.tokenizer.decode(body.tokens))
+        decode = partial(llm.tokenizer.decode, body.tokens)
+        text = await self._service.apart(decode, large=body.large)
         return JSONResponse({"prompt": text, "content": text})
 
     async def tokenizer_info(self, request: Request) -> Response:
@@ -202,10 +204,8 @@ class Completions:
         service = self._service
         limit = Limit(reply.body.timeout)
         async with limit.held():
-            reply.prompts = await service.encode(
-                reply.asked, reply.prompt_field, reply.template_kwargs
-            )
-            reply.grammar = await service.grammar(reply.body.schema_wanted)
+            reply.prompts = await service.encode(reply)
+            reply.grammar = await service.grammar(reply.body)
         with service.parts(reply) as parts:
             if reply.body.stream:
                 return StreamEnd(await stream(reply, parts, limit, send))
@@ -243,7 +243,7 @@ async def _read(request: Request, kind: type[B], service: Service) -> B:
         if len(data) > MAX_BODY:
             raise RefusedError(413, f"the body must have at most {MAX_BODY} bytes")
     if len(data) > SMALL_BODY:
-        return await service.apart(lambda: kind.read(bytes(data)))
+        return await service.apart(lambda: kind.read(bytes(data)), large=True)
     return kind.read(bytes(data))
 
 

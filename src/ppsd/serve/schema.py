@@ -23,6 +23,7 @@ from ppsd.errors import shortened
 from ppsd.serve.refusals import RefusedError, refusal_of_body
 
 MAX_BODY = 8 << 20  # bytes
+SMALL_BODY = 1 << 16  # bytes that are read in less than a millisecond
 MAX_CHOICES = 128  # of one prompt
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
@@ -115,6 +116,12 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str | None = None
+    _size: int = 0  # bytes it was read from
+
+    @property
+    def large(self) -> bool:
+        """Return True if work on the texts of the body can take long."""
+        return self._size > SMALL_BODY
 
     @classmethod
     def read(cls, data: bytes) -> Self:
@@ -124,9 +131,11 @@ class Body(BaseModel):
         with suppress(ValueError, RecursionError):  # no JSON: pydantic says where it ends
             json.loads(data, object_pairs_hook=_few, parse_constant=_refuse_constant)
         try:
-            return cls.model_validate_json(data)
+            body = cls.model_validate_json(data)
         except ValidationError as error:
             raise refusal_of_body(error, cls.model_fields) from error
+        body._size = len(data)
+        return body
 
 
 def _few(pairs: list[tuple[str, Any]]) -> None:

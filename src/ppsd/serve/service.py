@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -15,7 +15,6 @@ from ppsd.engine.answer import Chunk, Completion
 from ppsd.engine.async_llm import begun
 from ppsd.engine.grammar import Grammar
 from ppsd.engine.llm import LLM
-from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError, ModelError, PipelineError, PpsdError, RequestError
 from ppsd.serve.config import ServerConfig
 from ppsd.serve.figures import speculation
@@ -24,7 +23,7 @@ from ppsd.serve.metrics import Metrics, Watch
 from ppsd.serve.pulse import Pulse
 from ppsd.serve.refusals import RefusedError, refusal_of
 from ppsd.serve.replies import Parts, Reply, conversation, sampling, silenced
-from ppsd.serve.schema import Json, Sampled, TokenizeBody
+from ppsd.serve.schema import Sampled, TokenizeBody
 
 NO_TEMPLATE = (
     "messages need a chat template, and this model has none: the server can be given one by "
@@ -50,16 +49,19 @@ class Service:
         self.pulse = Pulse()
         self.ending = False
         self.on_broken: Callable[[], object] = lambda: None
-        # One thread: a long text takes no more than one core from the engine.
-        self._text = ThreadPoolExecutor(1, "ppsd-text")
+        # One thread each: long texts take no more than one core from the engine, and short ones
+        # do not wait for them.
+        self._short_text = ThreadPoolExecutor(1, "ppsd-text")
+        self._long_text = ThreadPoolExecutor(1, "ppsd-long-text")
 
     def end(self) -> None:
         """Let streams end that have no end of their own: the server is about to wait for them."""
         self.ending = True
 
     def close(self) -> None:
-        """End the thread that turns text into tokens."""
-        self._text.shutdown(wait=False, cancel_futures=True)
+        """End the threads that turn text into tokens."""
+        for texts in (self._short_text, self._long_text):
+            texts.shutdown(wait=False, cancel_futures=True)
 
     @property
     def broken(self) -> PipelineError | None:
@@ -135,42 +137,46 @@ class Service:
         finally:
             self._free(reply)
 
-    async def apart(self, function: Callable[[], T]) -> T:
+    async def apart(self, function: Callable[[], T], *, large: bool = False) -> T:
         """Call a function that turns text into tokens, or back, off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._text, function)
+        texts = self._long_text if large else self._short_text
+        return await asyncio.get_running_loop().run_in_executor(texts, function)
 
-    async def encode(
-        self, prompts: Sequence[Prompt], name: str, template_kwargs: Json | None = None
-    ) -> list[list[int]]:
-        """Return the token ids of prompts; raises RefusedError naming the field ``name``."""
-        encode = self.llm.encode
-        return await self._told(lambda: [encode(each, template_kwargs) for each in prompts], name)
+    async def encode(self, reply: Reply) -> list[list[int]]:
+        """Return the token ids of a reply's prompts; raises RefusedError naming their field."""
+        encode, more = self.llm.encode, reply.template_kwargs
+        prompts, large = reply.asked, reply.body.large
+        return await self._told(
+            lambda: [encode(prompt, more) for prompt in prompts], reply.prompt_field, large=large
+        )
 
     async def tokens(self, body: TokenizeBody) -> list[int]:
         """Return the token ids of a text or a conversation of any length."""
         tokenizer = self.llm.tokenizer
         if body.messages is not None:
             messages, more = conversation(body.messages), body.chat_template_kwargs or {}
-            return await self._told(lambda: tokenizer.encode_chat(messages, more), "messages")
+            encode = partial(tokenizer.encode_chat, messages, more)
+            return await self._told(encode, "messages", large=body.large)
         name = "content" if body.prompt is None else "prompt"
-        text, special = getattr(body, name), body.add_special_tokens is not False
-        return await self._told(lambda: tokenizer.encode(text, special=special), name)
+        special = body.add_special_tokens is not False
+        encode = partial(tokenizer.encode, getattr(body, name), special=special)
+        return await self._told(encode, name, large=body.large)
 
-    async def _told(self, encode: Callable[[], T], name: str) -> T:
+    async def _told(self, encode: Callable[[], T], name: str, *, large: bool) -> T:
         """Call what encodes the field ``name``; raises RefusedError."""
         try:
-            return await self.apart(encode)
+            return await self.apart(encode, large=large)
         except ConfigError as error:
             raise refusal_of(error, lambda _: name) from error
         except ModelError as error:
             raise RefusedError(400, NO_TEMPLATE, name) from error
 
-    async def grammar(self, schema: Json | None) -> Grammar | None:
-        """Return the grammar of a schema; raises RefusedError."""
-        if schema is None:
+    async def grammar(self, body: Sampled) -> Grammar | None:
+        """Return the grammar of the schema that a body asks for; raises RefusedError."""
+        if (schema := body.schema_wanted) is None:
             return None
         try:
-            return await self.apart(lambda: self.llm.json_grammar(schema))
+            return await self.apart(lambda: self.llm.json_grammar(schema), large=body.large)
         except ConfigError as error:
             raise refusal_of(error) from error
 
