@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from starlette.responses import JSONResponse
 
 from ppsd.engine.events import FedBlock, Made
 from ppsd.engine.text_engine import TextEngine
 from ppsd.model.tokenizer import Tokenizer
+from ppsd.serve.replies import ChatReply, TextReply
 from ppsd.serve.schema import SMALL_BODY
 from tests.serve.test_behaviour import LONG
 from tests.support.http_server import Served
@@ -132,3 +135,52 @@ def test_short_texts_do_not_wait_for_long_ones(server: Served, monkeypatch) -> N
         finally:
             free.set()
         assert answer.result().status_code == 200
+
+
+def test_long_answers_are_written_off_the_event_loop(server: Served, monkeypatch) -> None:
+    """Also the scores of an echoed prompt, which a stream begins with."""
+    threads: list[str] = []
+
+    def noting(kind: type, name: str) -> None:
+        method = getattr(kind, name)
+
+        def noted(*arguments: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return method(*arguments)
+
+        monkeypatch.setattr(kind, name, noted)
+
+    noting(TextReply, "_logprobs")
+    noting(ChatReply, "_logprobs")
+    noting(JSONResponse, "render")
+    noting(Tokenizer, "spelling")
+    scored = {"prompt": [5] * 100, "echo": True, "max_tokens": 0, "logprobs": 5}
+    messages = [{"role": "user", "content": "hi"}]
+    many = {"logprobs": True, "top_logprobs": 20, "max_tokens": 60, "ignore_eos": True}
+    for path, body in [
+        ("/tokenize", {"prompt": "pack", "return_token_strs": True}),
+        ("/detokenize", {"tokens": [5, 6]}),
+        (PATH, scored),
+        (PATH, {**scored, "stream": True}),
+        ("/v1/chat/completions", {"messages": messages, **many}),
+    ]:
+        threads.clear()
+        assert server.post(path, body).status_code == 200
+        assert threads
+        assert all(name.startswith("ppsd-") for name in threads), path
+
+
+def test_a_token_is_decoded_once_for_all_that_tells_it(server: Served, monkeypatch) -> None:
+    alone: Counter[int] = Counter()
+    decode = Tokenizer.decode
+
+    def counted(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+        if threading.current_thread().name.startswith("ppsd-long-text"):
+            alone.update(ids)
+        return decode(tokenizer, ids)
+
+    monkeypatch.setattr(Tokenizer, "decode", counted)
+    messages = [{"role": "user", "content": "hi"}]
+    many = {"logprobs": True, "top_logprobs": 20, "max_tokens": 60, "ignore_eos": True}
+    server.post("/v1/chat/completions", {"messages": messages, **many})
+    assert set(alone.values()) == {1}

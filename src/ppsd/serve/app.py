@@ -7,7 +7,6 @@ import hmac
 import re
 import uuid
 from collections.abc import Awaitable, Coroutine
-from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -144,10 +143,14 @@ class Routes:
         self._service.check_model(body.model)
         llm = self._service.llm
         ids = await self._service.tokens(body)
-        told = {"count": len(ids), "max_model_len": llm.layout.max_context, "tokens": ids}
-        if body.return_token_strs:
-            told["token_strs"] = [llm.tokenizer.spelling(token) for token in ids]
-        return JSONResponse(told)
+
+        def tell() -> Response:
+            told = {"count": len(ids), "max_model_len": llm.layout.max_context, "tokens": ids}
+            if body.return_token_strs:
+                told["token_strs"] = [llm.tokenizer.spelling(token) for token in ids]
+            return JSONResponse(told)
+
+        return await self._service.apart(tell, large=body.large)
 
     async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids."""
@@ -155,12 +158,15 @@ class Routes:
         llm = self._service.llm
         self._service.check_model(body.model)
         most = llm.layout.spec.num_tokens - 1
-        if wrong := [token for token in body.tokens if not 0 <= token <= most]:
-            message = f"tokens must be in [0, {most}], the model's vocabulary, got {wrong[0]}"
-            raise RefusedError(400, message, "tokens")
-        decode = partial(llm.tokenizer.decode, body.tokens)
-        text = await self._service.apart(decode, large=body.large)
-        return JSONResponse({"prompt": text, "content": text})
+
+        def tell() -> Response:
+            if wrong := [token for token in body.tokens if not 0 <= token <= most]:
+                message = f"tokens must be in [0, {most}], the model's vocabulary, got {wrong[0]}"
+                raise RefusedError(400, message, "tokens")
+            text = llm.tokenizer.decode(body.tokens)
+            return JSONResponse({"prompt": text, "content": text})
+
+        return await self._service.apart(tell, large=body.large)
 
     async def tokenizer_info(self, request: Request) -> Response:
         """Describe the tokenizer, as clients that count tokens themselves ask."""
@@ -210,7 +216,7 @@ class Completions:
             if reply.body.stream:
                 return StreamEnd(await stream(reply, parts, limit, send))
             async with limit.held():
-                return JSONResponse(await reply.whole(parts))
+                return await reply.whole(parts, JSONResponse)
 
 
 async def _while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:

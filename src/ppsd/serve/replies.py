@@ -7,10 +7,19 @@ import secrets
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from ppsd.engine.answer import Chunk, Completion
 from ppsd.engine.grammar import Grammar
@@ -26,12 +35,14 @@ from ppsd.types import SamplingParams
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; in a chat the context is the limit
 SEED_BITS = 53  # so many are exact where all numbers are floats, as in JavaScript
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
+FEW_TOKENS = 256  # are spelled in a millisecond or two
 COMMON = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos"),
     *("max_tokens", "min_tokens", "n"),
 )
 Json = dict[str, Any]
+T = TypeVar("T")
 Parts = AsyncGenerator[tuple[int, Chunk | Completion], None]
 
 
@@ -78,12 +89,14 @@ class Reply:
 
     Choice i is of prompt i // n. ``prompts`` are token ids. ``completed`` are the choices that the
     engine is through with, ``done`` those of them that were read; ``held`` is how many hold room.
+    ``apart`` calls a function that takes long off the event loop.
     """
 
     model: str
     tokenizer: Tokenizer
     body: Any
     params: SamplingParams
+    apart: Callable[[Callable[[], Any]], Awaitable[Any]]
     prompts: Sequence[Sequence[int]] = ()
     grammar: Grammar | None = None
     request_id: str = ""
@@ -100,6 +113,7 @@ class Reply:
 
     def __post_init__(self) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self._spelt: dict[int, tuple[str, bool]] = {}  # the likeliest tokens come again and again
 
     @property
     def asked(self) -> list[Prompt]:
@@ -116,8 +130,8 @@ class Reply:
         """Return how many completions the request asks for."""
         return len(self.asked) * self.params.n
 
-    async def whole(self, parts: Parts) -> Json:
-        """Return the answer once all of it is there."""
+    async def whole(self, parts: Parts, render: Callable[[Json], T]) -> T:
+        """Return the answer, rendered, once all of it is there."""
         logprobs: dict[int, list[TokenLogprob]] = {i: [] for i in range(self.choices)}
         async for index, part in parts:
             if isinstance(part, Chunk):
@@ -125,6 +139,10 @@ class Reply:
                 logprobs[index] += part.logprobs
             else:
                 self.done[index] = part
+        count = sum(map(len, logprobs.values()))
+        return await self._made(count, lambda: render(self._whole(logprobs)))
+
+    def _whole(self, logprobs: Mapping[int, Sequence[TokenLogprob]]) -> Json:
         choices = [
             self._choice(
                 index, self._message(self._echo(index) + self.done[index].text), logprobs[index]
@@ -135,24 +153,31 @@ class Reply:
         ]
         return self._head(self.kind) | {"choices": choices, "usage": self._usage()} | self._about()
 
+    async def _made(self, entries: int, make: Callable[[], T]) -> T:
+        """Call what spells tokens for so many log-probabilities, many of them off the loop."""
+        many = self.body.tops is not None and entries * (1 + self.body.tops) > FEW_TOKENS
+        made: T = await self.apart(make) if many else make()
+        return made
+
     async def chunks(self, parts: Parts) -> AsyncIterator[Json]:
         """Yield the objects of a stream."""
         head = self._head(self.chunk_kind)
         first, new = self._first(), 0
         for index in range(self.choices) if first else ():
             yield head | {"choices": [self._choice(index, first)]} | self._so_far(new)
-        told: set[int] = set()
+        seen: set[int] = set()
         async for index, part in parts:
             if isinstance(part, Chunk):
                 new += len(part.token_ids)
-                first_part = index not in told
-                told.add(index)
+                first_part = index not in seen
+                seen.add(index)
                 ids = self._ids(index, part.token_ids, first=first_part)
                 text = (self._echo(index) if first_part else "") + part.text
                 logprobs = (*self._before(index, part), *part.logprobs)
                 if text or logprobs or ids:
-                    choice = self._choice(index, self._piece(text), logprobs) | ids
-                    yield head | {"choices": [choice]} | self._so_far(new)
+                    choice = partial(self._choice, index, self._piece(text), logprobs)
+                    told = await self._made(len(logprobs), choice)
+                    yield head | {"choices": [told | ids]} | self._so_far(new)
                 continue
             self.done[index] = part
             choice = self._choice(index, self._end()) | {"finish_reason": part.finish_reason}
@@ -225,12 +250,20 @@ class Reply:
         raise NotImplementedError
 
     def _spell(self, token: int) -> str:
-        """Return the text of a token by itself, or its name if it has none of its own.
+        """Return the text of a token by itself, or its name if it has none of its own."""
+        return self._spelled(token)[0]
+
+    def _spelled(self, token: int) -> tuple[str, bool]:
+        """Return what tells a token, and False if it is a part of a character.
 
         Parts of characters have the same text, U+FFFD, and different names.
         """
-        text = self.tokenizer.decode([token])
-        return text if text and REPLACEMENT not in text else self.tokenizer.spelling(token) or text
+        if (known := self._spelt.get(token)) is None:
+            text = self.tokenizer.decode([token])
+            whole = REPLACEMENT not in text
+            told = text if text and whole else self.tokenizer.spelling(token) or text
+            known = self._spelt[token] = (told, whole)
+        return known
 
 
 class ChatReply(Reply):
@@ -269,8 +302,7 @@ class ChatReply(Reply):
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> Json:
-        text = self._spell(token)
-        whole = REPLACEMENT not in self.tokenizer.decode([token])
+        text, whole = self._spelled(token)
         known = list(text.encode()) if whole else None  # a part of a character
         return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": known}
 

@@ -107,7 +107,7 @@ class Service:
         """Return the answer to begin with; raises RefusedError for what the engine would refuse."""
         model = self.check_model(body.model)
         params = sampling(body, self.llm.defaults.values, self.llm.layout.spec.num_tokens)
-        return kind(model, self.llm.tokenizer, body, params)
+        return kind(model, self.llm.tokenizer, body, params, partial(self.apart, large=True))
 
     @property
     def full(self) -> bool:
