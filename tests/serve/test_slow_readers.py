@@ -10,7 +10,7 @@ import pytest
 from ppsd.errors import RequestError
 from ppsd.serve import service as serving
 from ppsd.serve import stream
-from ppsd.serve.app import Completions
+from ppsd.serve.app import Completions, create_app
 from ppsd.serve.config import ServerConfig
 from ppsd.serve.metrics import Watch
 from ppsd.serve.protocol import ABORT
@@ -119,6 +119,32 @@ def test_a_stream_that_the_end_of_the_server_cuts_off_before_it_began_is_told(
     with pytest.raises(RefusedError, match="the server is ending"):
         asyncio.run(Completions(service, TextBody, TextReply)(scope, receive, send))
     assert service.active == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/detokenize"])
+def test_a_body_still_coming_when_the_server_ends_is_told(service, path) -> None:
+    """Uvicorn cancels what is not answered by then."""
+    sent: list[Any] = []
+
+    async def send(message: object) -> None:
+        sent.append(message)
+
+    async def ended() -> None:
+        coming = asyncio.Event()
+
+        async def receive() -> object:
+            coming.set()
+            return await asyncio.sleep(PATIENCE_S)
+
+        scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+        task = asyncio.ensure_future(create_app(service)(scope, receive, send))
+        await coming.wait()
+        task.cancel()
+        await task
+
+    asyncio.run(ended())
+    assert sent[0]["status"] == 503
+    assert b"the server is ending" in sent[1]["body"]
 
 
 def test_who_does_not_read_the_error_that_ended_a_stream_is_cut_off(monkeypatch) -> None:

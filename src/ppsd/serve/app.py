@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import re
 import uuid
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -289,36 +289,57 @@ class Doors:
         self._key = None if config.api_key is None else config.api_key.encode()
         self._only_local = config.only_local
 
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Pass a request on, or refuse it."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it; say so to one that the server's end cuts off."""
         if scope["type"] != "http":
-            return self._app(scope, receive, send)
-        headers = dict(scope["headers"])
-        asked = headers.get(b"x-request-id", b"")
-        name = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex.encode()
+            await self._app(scope, receive, send)
+            return
+        started = False
 
-        scope.setdefault("state", {})["request_id"] = name.decode()
-
-        async def named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", name)]
+        async def begin(message: Message) -> None:
+            nonlocal started
+            started = True
             await send(message)
 
+        named = _named(scope, begin)
+        try:
+            await (self._refusal(scope) or self._app)(scope, receive, named)
+        except asyncio.CancelledError:  # by uvicorn, which waits for nobody any more
+            if started:
+                raise
+            await JSONResponse(ending().to_json(), 503)(scope, receive, named)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        """Return what one is told who may not come in."""
+        headers = dict(scope["headers"])
         host = _host(headers.get(b"host", b""))  # browsers, which are to be kept out, name it
         if self._only_local and host and not is_loopback(host):
             refusal = RefusedError(403, FOREIGN, code="foreign_host")
-            return JSONResponse(refusal.to_json(), 403)(scope, receive, named)
+            return JSONResponse(refusal.to_json(), 403)
         origin = headers.get(b"origin", b"")
         if self._only_local and origin and not is_loopback(_host(origin.rpartition(b"/")[2])):
             refusal = RefusedError(403, FOREIGN_PAGE, code="foreign_origin")
-            return JSONResponse(refusal.to_json(), 403)(scope, receive, named)
+            return JSONResponse(refusal.to_json(), 403)
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         known = scheme.lower() == b"bearer" and hmac.compare_digest(given, self._key or b"")
         if self._key and scope["path"] not in OPEN and not known:
             refusal = RefusedError(401, "the API key is missing or wrong", code="invalid_api_key")
-            headers_401 = {"www-authenticate": "Bearer"}
-            return JSONResponse(refusal.to_json(), 401, headers_401)(scope, receive, named)
-        return self._app(scope, receive, named)
+            return JSONResponse(refusal.to_json(), 401, {"www-authenticate": "Bearer"})
+        return None
+
+
+def _named(scope: Scope, send: Send) -> Send:
+    """Choose the id of a request, and return a ``send`` that tells it with the answer."""
+    asked = dict(scope["headers"]).get(b"x-request-id", b"")
+    name = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex.encode()
+    scope.setdefault("state", {})["request_id"] = name.decode()
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"x-request-id", name)]
+        await send(message)
+
+    return named
 
 
 def _host(header: bytes) -> str:
