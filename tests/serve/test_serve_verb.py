@@ -103,6 +103,7 @@ def test_it_says_that_it_loads_and_a_closed_terminal_lets_requests_end(tiny_mode
         assert seen[0].status_code == 503
         assert seen[0].json()["error"]["code"] == "loading"
         assert seen[0].headers["retry-after"] == "1"
+        assert len(seen[0].headers["x-request-id"]) == 32
         path = "/v1/chat/completions"
         with client.stream("POST", path, json={**BODY, "stream": True}, timeout=60) as stream:
             lines = stream.iter_lines()

@@ -93,7 +93,7 @@ async def still_loading(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer, as an ASGI application, that the model is still being loaded."""
     refusal = RefusedError(503, "the model is still being loaded", code="loading")
     headers = {"retry-after": RETRY_SECONDS}
-    await JSONResponse(refusal.to_json(), 503, headers)(scope, receive, send)
+    await JSONResponse(refusal.to_json(), 503, headers)(scope, receive, _named(scope, send))
 
 
 class Routes:
@@ -272,7 +272,9 @@ async def _nobody(request: Request, error: Exception) -> Response:
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    return JSONResponse(own_error(error).to_json(), 500)
+    """Answer, outside of the doors, that the server is at fault."""
+    named = {"x-request-id": request.scope["state"]["request_id"]}
+    return JSONResponse(own_error(error).to_json(), 500, named)
 
 
 class Doors:
