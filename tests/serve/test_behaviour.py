@@ -344,25 +344,3 @@ def test_a_request_ends_when_its_time_is_over(server, ends, stream) -> None:
     assert server.service.active == 0
     body = {"prompt": [5], "max_tokens": 1, "timeout": 60, "stream": stream}
     assert server.post(TEXT, body).status_code == 200
-
-
-def test_a_request_has_an_id_its_own_or_one_that_is_made(server, ends) -> None:
-    """The log tells it as well."""
-    headers = {"x-request-id": "mine-1"}
-    given = server.post(TEXT, {"prompt": [5], "max_tokens": 1}, headers=headers)
-    assert given.headers["x-request-id"] == "mine-1"
-    assert ends.arrived.acquire(timeout=60)
-    assert " request_id=mine-1 " in ends.lines[0]
-    made = [server.client.get("/v1/nothing").headers["x-request-id"] for _ in range(2)]
-    assert made[0] != made[1]
-
-
-def test_an_error_of_our_own_has_the_requests_id(server, monkeypatch) -> None:
-    def fails() -> bytes:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(server.service.metrics, "text", fails)
-    response = server.client.get("/metrics", headers={"x-request-id": "mine-2"})
-    assert response.status_code == 500
-    assert response.headers.get_list("x-request-id") == ["mine-2"]
-    assert "ZeroDivisionError" in response.json()["error"]["message"]

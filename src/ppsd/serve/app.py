@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ppsd.errors import shortened
 from ppsd.serve.config import ServerConfig, is_loopback
 from ppsd.serve.live import Live, TintedReply
+from ppsd.serve.logs import LEFT, log_refusal
 from ppsd.serve.metrics import TEXT_FORMAT
 from ppsd.serve.refusals import RefusedError
 from ppsd.serve.replies import ChatReply, Reply, TextReply
@@ -189,6 +190,7 @@ class Completions:
         body = await _read(request, self._body, self._service)
         reply = self._service.reply(self._reply, body)
         reply.request_id = scope["state"]["request_id"]
+        scope["state"]["logged"] = True
         rest, started = None, False
 
         async def begin(message: Message) -> None:
@@ -268,11 +270,12 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # the client has left; nobody reads this
+    return Response(status_code=LEFT)  # nobody reads this
 
 
 async def _fail(request: Request, error: Exception) -> Response:
     """Answer, outside of the doors, that the server is at fault."""
+    log_refusal(request.scope, 500)
     named = {"x-request-id": request.scope["state"]["request_id"]}
     return JSONResponse(own_error(error).to_json(), 500, named)
 
@@ -300,6 +303,8 @@ class Doors:
 
         async def begin(message: Message) -> None:
             nonlocal started
+            if not started:
+                log_refusal(scope, message["status"])
             started = True
             await send(message)
 

@@ -7,18 +7,37 @@ import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
+from ppsd.errors import shortened
+
+LEFT = 499  # the client did, while its request was read
 LOG = logging.getLogger("ppsd.serve")
 
 
 def log_request(about: Mapping[str, Any]) -> None:
-    """Log a request that is over; its ``id`` comes first."""
+    """Log a request that is over; an ``id`` comes first."""
     LOG.info(" ".join(_told(*each) for each in about.items()), extra={"request": dict(about)})
 
 
 def log_notice(text: str, style: str | None = None) -> None:
     """Log what would be printed in this style where nobody reads the log by program."""
     LOG.log(logging.WARNING if style == "yellow" else logging.INFO, "%s", text)
+
+
+def log_refusal(scope: Mapping[str, Any], status: int) -> None:
+    """Log a request whose answer is an error, unless ``log_request`` does; its path is quoted."""
+    if status < 400 or scope["state"].get("logged"):
+        return
+    log_request(
+        {
+            "request_id": scope["state"]["request_id"],
+            "method": scope["method"],
+            "path": shortened(quote(scope["path"])),
+            "status": status,
+            "finish": "abort" if status == LEFT else "refused",
+        }
+    )
 
 
 def _told(name: str, value: object) -> str:
