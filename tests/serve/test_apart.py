@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from starlette.responses import JSONResponse
 
+from ppsd import LLM
 from ppsd.engine.events import FedBlock, Made
 from ppsd.engine.text_engine import TextEngine
 from ppsd.model.tokenizer import Tokenizer
@@ -112,6 +114,37 @@ def test_a_long_prompt_lets_streams_go_on(server: Served, llm) -> None:
     assert len(pieces) == 31
     made = [e for e in events[pieces[0] : pieces[-1]] if isinstance(e, Made)]
     assert len(made) >= 16
+
+
+def test_what_waits_for_its_tokens_waits(server: Served, monkeypatch) -> None:
+    """It is not under way yet, and the time counts from when it was asked for."""
+    held, free, encode = threading.Event(), threading.Event(), LLM.encode
+    metrics = server.service.metrics
+
+    def encoded(*arguments: Any) -> list[int]:
+        held.set()
+        free.wait(60)
+        return encode(*arguments)
+
+    def first() -> float:
+        return metrics.first._sum.get()
+
+    monkeypatch.setattr(LLM, "encode", encoded)
+    before = first()
+    with ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(server.post, PATH, {"prompt": "hi", "max_tokens": 2})
+        try:
+            assert held.wait(60)
+            begun = time.monotonic()
+            told = server.client.get("/metrics").text
+            assert "num_requests_running 0.0" in told
+            assert "num_requests_waiting 1.0" in told
+            time.sleep(0.2)
+        finally:
+            waited = time.monotonic() - begun
+            free.set()
+        assert answer.result().status_code == 200
+    assert first() - before > waited
 
 
 def test_short_texts_do_not_wait_for_long_ones(server: Served, monkeypatch) -> None:

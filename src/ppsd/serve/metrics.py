@@ -70,9 +70,9 @@ class Metrics:
         return generate_latest(self._registry)
 
     @contextmanager
-    def watch(self, choices: int) -> Iterator[Watch]:
+    def watch(self, choices: int, begun: float) -> Iterator[Watch]:
         """Count what the choices of one request bring; those not complete at the end, too."""
-        watch = Watch(self)
+        watch = Watch(self, begun)
         try:
             yield watch
         finally:
@@ -114,12 +114,12 @@ class Stages:
 
 
 class Watch:
-    """The times of one request, from when this was made."""
+    """The times of one request, from ``begun`` on, when it was asked for."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, begun: float) -> None:
         self.complete = 0
         self._metrics = metrics
-        self._begun = time.monotonic()
+        self._begun = begun
         self._last: dict[int, float] = {}  # when a choice's newest token came
 
     def see(self, index: int, part: Chunk | Completion, *, first: bool) -> None:

@@ -89,6 +89,7 @@ class Reply:
 
     Choice i is of prompt i // n. ``prompts`` are token ids. ``completed`` are the choices that the
     engine is through with, ``done`` those of them that were read; ``held`` is how many hold room.
+    ``begun`` is when it was asked for, ``submitted`` True once the engine has been.
     ``apart`` calls a function that takes long off the event loop.
     """
 
@@ -104,6 +105,8 @@ class Reply:
     done: dict[int, Completion] = field(default_factory=dict)
     completed: dict[int, Completion] = field(default_factory=dict)
     held: int = 0
+    submitted: bool = False
+    begun: float = field(default_factory=time.monotonic)
     refused: bool = False
 
     kind: ClassVar[str]

@@ -44,6 +44,7 @@ class Service:
         self.names = config.served_model_name or (llm.layout.spec.name,)
         self.created = int(time.time())
         self.active = 0  # choices under way or waiting
+        self._submitted = 0  # those of them that the engine has
         self.capacity = llm.config.concurrent + config.max_queue
         self.metrics = Metrics(config.metrics_prefix, self.running, self.waiting, llm.totals)
         self.pulse = Pulse()
@@ -115,7 +116,7 @@ class Service:
         return self.active >= self.capacity
 
     def running(self) -> int:
-        return min(self.active, self.llm.config.concurrent)
+        return min(self._submitted, self.llm.config.concurrent)
 
     def waiting(self) -> int:
         return self.active - self.running()
@@ -131,7 +132,7 @@ class Service:
         if self.active + choices > self.capacity:
             raise RefusedError(429, f"{self.active} choices are under way or wait; try again later")
         self.active += choices
-        reply.held = choices
+        reply.held, reply.submitted = choices, False
         try:
             yield
         finally:
@@ -199,11 +200,13 @@ class Service:
             for ids in reply.prompts
             for i in range(reply.params.n)
         ]
-        with self.metrics.watch(reply.choices) as watch, ExitStack() as stack:
+        with self.metrics.watch(reply.choices, reply.begun) as watch, ExitStack() as stack:
             with self._refusing():
                 see = partial(self._see, reply, watch)
                 over = partial(self._free, reply)
                 arriving = stack.enter_context(begun(requests, see, over))
+            reply.submitted = True
+            self._submitted += reply.held
             yield self._read(arriving)
 
     def _see(
@@ -228,6 +231,7 @@ class Service:
         choices = reply.held if choices is None else choices
         reply.held -= choices
         self.active -= choices
+        self._submitted -= choices if reply.submitted else 0
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -243,7 +247,6 @@ class Service:
     @contextmanager
     def logged(self, reply: Reply) -> Iterator[None]:
         """Write a line about a request when it is over, however it ends."""
-        begun = time.monotonic()
         try:
             yield
         except RefusedError:
@@ -264,7 +267,7 @@ class Service:
                     "rejected_tokens": drafts.judged - drafts.accepted,
                     "prefill_seconds": sum(c.stats.prefill_seconds for c in complete),
                     "decode_seconds": sum(c.stats.decode_seconds for c in complete),
-                    "seconds": time.monotonic() - begun,
+                    "seconds": time.monotonic() - reply.begun,
                     "finish": ",".join(ends) if len(ends) == reply.choices else end,
                 }
             )
