@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ppsd.serve import app, protocol
 from ppsd.serve.protocol import HTTP, MAX_HEAD
 from tests.serve.test_behaviour import LONG, Ends, ends
 from tests.support.http_server import Served
@@ -102,6 +103,23 @@ def test_a_body_that_does_not_come_holds_nothing(server, ends: Ends) -> None:
             connection.sendall(request(LONG)[:-cut])
     assert server.post(PATH, SHORT).status_code == 200
     assert server.service.active == 0
+
+
+def test_a_connection_that_sends_nothing_or_half_is_ended(server, monkeypatch) -> None:
+    """A head has its time as a whole, a body for each of its pieces."""
+    monkeypatch.setattr(protocol, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(app, "PATIENCE_S", 0.3)
+    whole = request(SHORT)
+    for pieces in ([], [whole[:30]], [whole[i : i + 1] for i in range(10)]):
+        assert answer(server, *pieces) == b""
+    received = answer(server, whole, whole[:30])  # and later ones, from their first byte on
+    assert len(texts(received)) == 1
+    received = answer(server, request(SHORT, "connection: close")[:-9])
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert b"the body must come without a pause of 0.3 seconds" in received
+    head, data = request(SHORT, "connection: close").split(b"\r\n\r\n")
+    slow = [data[i : i + 2] for i in range(0, len(data), 2)]  # takes longer than a pause may
+    assert len(texts(answer(server, head + b"\r\n\r\n", *slow))) == 1
 
 
 def test_one_who_closes_the_sending_half_counts_as_gone(server, ends: Ends) -> None:

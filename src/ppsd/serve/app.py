@@ -22,6 +22,7 @@ from ppsd.serve.config import ServerConfig, is_loopback
 from ppsd.serve.live import Live, TintedReply
 from ppsd.serve.logs import LEFT, log_refusal
 from ppsd.serve.metrics import TEXT_FORMAT
+from ppsd.serve.protocol import PATIENCE_S
 from ppsd.serve.refusals import RefusedError
 from ppsd.serve.replies import ChatReply, Reply, TextReply
 from ppsd.serve.schema import (
@@ -245,14 +246,27 @@ async def _read(request: Request, kind: type[B], service: Service) -> B:
     if coding.strip().lower() not in ("", "identity"):
         told = f"Content-Encoding must be identity, or left out, got {shortened(repr(coding))}"
         raise RefusedError(415, told)
-    data = bytearray()
-    async for piece in request.stream():
+    data = await _received(request)
+    if len(data) > SMALL_BODY:
+        return await service.apart(lambda: kind.read(data), large=True)
+    return kind.read(data)
+
+
+async def _received(request: Request) -> bytes:
+    """Return the body of a request; raises RefusedError where it is too long or does not come."""
+    data, pieces = bytearray(), request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                piece = await anext(pieces, b"")
+        except TimeoutError:
+            told = f"the body must come without a pause of {PATIENCE_S:g} seconds"
+            raise RefusedError(408, told, code="timeout") from None
+        if not piece:
+            return bytes(data)
         data += piece
         if len(data) > MAX_BODY:
             raise RefusedError(413, f"the body must have at most {MAX_BODY} bytes")
-    if len(data) > SMALL_BODY:
-        return await service.apart(lambda: kind.read(bytes(data)), large=True)
-    return kind.read(bytes(data))
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
