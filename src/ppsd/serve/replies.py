@@ -178,9 +178,9 @@ class Reply:
                 text = (self._echo(index) if first_part else "") + part.text
                 logprobs = (*self._before(index, part), *part.logprobs)
                 if text or logprobs or ids:
-                    choice = partial(self._choice, index, self._piece(text), logprobs)
-                    told = await self._made(len(logprobs), choice)
-                    yield head | {"choices": [told | ids]} | self._so_far(new)
+                    make = partial(self._choice, index, self._piece(text), logprobs)
+                    choice = await self._made(len(logprobs), make) | ids
+                    yield head | {"choices": [choice]} | self._so_far(new)
                 continue
             self.done[index] = part
             choice = self._choice(index, self._end()) | {"finish_reason": part.finish_reason}
