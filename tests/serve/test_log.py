@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.serve.schema import MAX_BODY
 from tests.serve.test_behaviour import CHAT, TEXT, ends
@@ -59,3 +61,10 @@ def test_requests_that_are_refused_have_a_line_each(server, ends, monkeypatch) -
     assert server.client.get("/health").status_code == 200
     [line] = ends.lines
     assert line.startswith("cmpl-")
+
+
+def test_who_asks_for_another_protocol_is_answered_without_a_word(server, caplog) -> None:
+    caplog.set_level(logging.WARNING, "uvicorn.error")
+    asked = {"connection": "Upgrade, HTTP2-Settings, close", "upgrade": "h2c"}
+    assert server.client.get("/health", headers=asked).status_code == 200
+    assert [record.getMessage() for record in caplog.records if record.name[:7] == "uvicorn"] == []

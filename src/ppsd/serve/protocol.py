@@ -67,4 +67,7 @@ else:
             self._head = 0
             super().on_body(body)
 
+        def _unsupported_upgrade_warning(self) -> None:
+            """Say nothing: who asks for HTTP/2 or a WebSocket is answered as if he had not."""
+
     HTTP = BoundedProtocol
