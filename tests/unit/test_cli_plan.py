@@ -195,3 +195,7 @@ def test_a_profile_of_a_model_that_is_not_here_is_planned_with(tmp_path: Path) -
     assert record["source"] == "elsewhere"
     assert record["plans"][0]["split"][0] == 8
     assert len(record["plans"][0]["stage_ms"]) == 4
+    for name, value in (("dtype", "float32"), ("threads-per-stage", "2")):
+        refused = ppsd("plan", *flags, f"--{name}", value)
+        told = f"{name.replace('-', '_')} must be left out with --profile and --alpha"
+        assert str(refused.exception).startswith(told)

@@ -142,6 +142,9 @@ def _outlook(workers: WorkerOptions, decided: DecidedOptions, stages: int) -> Ou
     if workers.hardware is not None:
         found = _predicted(workers, config, workers.hardware)
     elif workers.profile is not None and workers.model is None and decided.alpha is not None:
+        for name in ("dtype", "threads_per_stage"):  # the profile was taken with its own
+            if (value := getattr(workers, name)) != getattr(WorkerOptions, name):
+                raise ConfigError(name, value, "left out with --profile and --alpha but no --model")
         found = _of_shape(load_profile(workers.profile))  # of whatever model it says, here or not
     else:
         found = outlook(config)
