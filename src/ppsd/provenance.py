@@ -72,7 +72,7 @@ def _commit() -> str | None:
         _git("ls-files", "--error-unmatch", Path(__file__).name)  # fails where ppsd is installed
         commit = _git("rev-parse", "--short=12", "HEAD")
         return commit + ("-modified" if _git("status", "--porcelain", ":/src") else "")
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError):  # no checkout, or no git
         return None
 
 
@@ -98,7 +98,7 @@ def _kernels() -> str:
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:
+    except PackageNotFoundError:  # an optional one
         return None
 
 

@@ -60,8 +60,7 @@ def expected(server: Served, **fields: Any) -> str:
 
 def done(command: list[str]) -> str:
     """Run a command, which has to succeed, and return what it says."""
-    told = {"capture_output": True, "text": True, "timeout": 300}
-    ended = subprocess.run(command, check=False, **told)  # type: ignore[call-overload]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     said: str = ended.stdout
     return said

@@ -140,12 +140,17 @@ class Certain(Noted):
         return torch.from_numpy(self.ids)[columns], probabilities
 
 
+def speaking(head: Certain | None = None, seconds: float = 0.0) -> InnerHead:
+    head = head or Certain()
+    return InnerHead(head, seconds)  # type: ignore[arg-type]  # all of a head that it asks for
+
+
 def allowed(*tokens: int) -> bytes:
     return sum(1 << token for token in tokens).to_bytes(4, "little")
 
 
 def test_a_head_names_only_what_the_grammar_permits() -> None:
-    head = InnerHead(Certain())  # type: ignore[arg-type]  # all of a head that it asks for
+    head = speaking()
     masks = (allowed(1, 3, 5), allowed(*range(32)), allowed(5))
     rows = [certain(position) for position in (10, 11, 12)]
     said = head.opinion(0, rows, torch.zeros(3, 2), masks=masks)
@@ -157,7 +162,7 @@ def test_a_head_names_only_what_the_grammar_permits() -> None:
 
 
 def test_a_prompts_last_row_is_asked_for_where_it_is_judged() -> None:
-    head = InnerHead(Certain())  # type: ignore[arg-type]
+    head = speaking()
     hidden = torch.zeros(3, 2)
     masks = (allowed(4, 9), allowed(9, 10), allowed(1, 3))
     block = Block(2, 7, 4, 3, 3, (1, 2, 3), hidden, masks)
@@ -170,7 +175,7 @@ def test_a_prompts_last_row_is_asked_for_where_it_is_judged() -> None:
 def test_feedback_goes_to_the_head() -> None:
     certain_head = Certain()
     verified = torch.ones(1, 2)
-    InnerHead(certain_head).opinion(0, [certain(10)], torch.zeros(1, 2), verified)  # type: ignore[arg-type]
+    speaking(certain_head).opinion(0, [certain(10)], torch.zeros(1, 2), verified)
     assert certain_head.verified is verified
 
 
@@ -179,7 +184,7 @@ def test_candidates_of_a_sampled_request_have_the_targets_noise(monkeypatch, dty
     """Each row that of the position it asks about; a greedy neighbour's scores stay."""
     monkeypatch.setattr(Certain, "scores", torch.arange(5.0, dtype=dtype))
     params = SamplingParams(temperature=9.0, seed=5)
-    head = InnerHead(Certain())  # type: ignore[arg-type]
+    head = speaking()
     head.begin(Begin(0, params, 4, (), 11))
     head.begin(Begin(1, SamplingParams(temperature=0.0), 4, (), 11))
     rows = [*map(certain, range(10, 16)), certain(10)._replace(slot=1)]
@@ -205,14 +210,14 @@ def likeliest(params: SamplingParams, position: int) -> tuple[tuple[int, ...], l
 def test_an_opinion_takes_its_time_on_an_emulated_device(monkeypatch, seconds) -> None:
     slept: list[float] = []
     monkeypatch.setattr("ppsd.worker.inner_head.time.sleep", slept.append)
-    InnerHead(Certain(), seconds).opinion(0, [certain(10)], torch.zeros(1, 2))  # type: ignore[arg-type]
+    speaking(seconds=seconds).opinion(0, [certain(10)], torch.zeros(1, 2))
     assert slept == [pytest.approx(seconds, abs=1.0)]
     assert (slept == [0.0]) == (seconds == 0.0)
 
 
 @pytest.mark.parametrize("temperature", [1e-39, 5e-324])
 def test_the_lowest_temperatures_are_nearly_greedy(temperature: float) -> None:
-    head = InnerHead(Certain())  # type: ignore[arg-type]
+    head = speaking()
     head.begin(Begin(0, SamplingParams(temperature=temperature, seed=5), 4, (), 11))
     said = head.opinion(0, [certain(10)], torch.zeros(1, 2))
     assert said.tokens[0][0] == 10
@@ -221,7 +226,7 @@ def test_the_lowest_temperatures_are_nearly_greedy(temperature: float) -> None:
 
 def test_a_head_may_score_padded_rows_that_no_mask_covers(monkeypatch) -> None:
     monkeypatch.setattr(Certain, "ids", np.array([1, 3, 4, 9, 40]))
-    head = InnerHead(Certain())  # type: ignore[arg-type]
+    head = speaking()
     said = head.opinion(0, [certain(10)], torch.zeros(1, 2), masks=(allowed(3, 9),))
     assert said.tokens == ((9, 3),)
     assert not permits(allowed(3, 9), 40)

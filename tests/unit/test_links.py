@@ -83,7 +83,7 @@ class Far:
 
 def links(*coming: Message | None, **settings: object) -> tuple[StageLinks, Far]:
     far = Far(*coming)
-    return StageLinks(far, timeout=0.2, **settings), far  # type: ignore[arg-type]
+    return StageLinks(far, timeout=0.2, **settings), far  # type: ignore[arg-type]  # as an endpoint
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +174,7 @@ def test_silence_is_blamed_on_the_first_stage_that_does_not_answer(answers, told
         Far.send(far, to, parts, timeout)
         far.coming.extend(reports)
 
-    far.send = send  # type: ignore[method-assign]
+    far.send = send  # type: ignore[method-assign]  # the fault
     start = time.monotonic()
     with pytest.raises(PipelineTimeoutError, match=f"^no stage sent a verdict for 0.2 s; {told}$"):
         ours.wait()
@@ -224,13 +224,13 @@ def test_rows_may_travel_apart() -> None:
     verdict = Verdict(0, 1, 2, 3, 1, (4,), None, torch.ones(1, 2))
     front, rows = encode(verdict)
     ours, far = links()
-    far.receive = lambda timeout: (2, memoryview(front))  # type: ignore[method-assign,arg-type]
-    far.rows = rows.view(torch.uint8).flatten()  # type: ignore[assignment,union-attr]
+    far.receive = lambda timeout: (2, memoryview(front))  # type: ignore[method-assign,arg-type]  # the fault
+    far.rows = rows.view(torch.uint8).flatten()  # type: ignore[assignment,union-attr]  # the fault
     found = ours.poll()
     assert isinstance(found, Verdict)
     assert torch.equal(found.feedback, verdict.feedback)
     with pytest.raises(StageLostError, match="stage 2 was killed"):  # what waits may have rows, too
-        raise_if_lost(far, lost(0))  # type: ignore[arg-type]
+        raise_if_lost(far, lost(0))  # type: ignore[arg-type]  # it too
 
 
 def test_what_answers_nothing_is_refused() -> None:
@@ -255,7 +255,7 @@ def test_a_host_that_stood_still_is_not_held_against_others(monkeypatch) -> None
 
 def test_a_pipeline_of_one_stage_answers_itself() -> None:
     recorder = Recorder(trace=True)
-    ours = OwnLinks(Judge(HashStage(0, 1, 8), 0, CAPACITY), recorder)  # type: ignore[arg-type]
+    ours = OwnLinks(Judge(HashStage(0, 1, 8), 0, CAPACITY), recorder)  # type: ignore[arg-type]  # as a stage
     assert (ours.asked, ours.epoch(0), ours.poll()) == (0, 1, None)
     with pytest.raises(IndexError):
         ours.epoch(1)

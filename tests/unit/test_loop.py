@@ -73,20 +73,20 @@ def middle(*epochs: int) -> tuple[Worker, Line, Head, Recorder]:
     line, head, recorder = Line(*epochs), Head(), Recorder(trace=True)
     stage = HashStage(1, 3, VOCAB, slots=2, loose=8)
     stage.start(pack([5, 9]), 0, 1).advance()
-    return Worker(1, stage, line, None, recorder, head), line, head, recorder  # type: ignore[arg-type]
+    return Worker(1, stage, line, None, recorder, head), line, head, recorder  # type: ignore[arg-type]  # doubles
 
 
 def last(*epochs: int, **params: object) -> tuple[Worker, Line]:
     """Return the last of two stages, with a request in slot 0."""
     line, stage = Line(*epochs), HashStage(1, 2, VOCAB)
-    worker = Worker(1, stage, line, Judge(stage, 1, CAPACITY))  # type: ignore[arg-type]
+    worker = Worker(1, stage, line, Judge(stage, 1, CAPACITY))  # type: ignore[arg-type]  # doubles
     stops = tuple(range(VOCAB))
-    worker.handle(Begin(0, SamplingParams(**params), 2, stops, VOCAB))  # type: ignore[arg-type]
+    worker.handle(Begin(0, SamplingParams(**params), 2, stops, VOCAB))  # type: ignore[arg-type]  # any
     return worker, line
 
 
 def begin(slot: int, **more: object) -> Begin:
-    return Begin(slot, SamplingParams(), 2, (), VOCAB, **more)  # type: ignore[arg-type]
+    return Begin(slot, SamplingParams(), 2, (), VOCAB, **more)  # type: ignore[arg-type]  # any
 
 
 def block(slot: int, judge: int, position: int = 0) -> Block:
@@ -223,7 +223,7 @@ class Apart:
 
 
 def test_rows_may_travel_apart() -> None:
-    link = TransportLink(Apart(), 1.0)  # type: ignore[arg-type]
+    link = TransportLink(Apart(), 1.0)  # type: ignore[arg-type]  # as one
     message = link.receive(1.0)
     assert isinstance(message, Block)
     assert torch.equal(message.hidden, pack([11, 12]))

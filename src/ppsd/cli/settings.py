@@ -247,7 +247,7 @@ def _from_text(name: str, hint: Any, value: Any) -> Any:
         return TRUTHS.get(value.lower(), value)
     for kind in (int, float):
         if kind in kinds:
-            with suppress(ValueError):
+            with suppress(ValueError):  # no number is refused where its setting is checked
                 return kind(value)
     return value
 

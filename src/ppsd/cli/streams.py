@@ -35,12 +35,12 @@ class _Notices(TextIOWrapper):
     """Standard error: a notice that cannot be written is lost, not the answer beside it."""
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
+        with suppress(OSError):  # a full disk, or nobody reads
             return super().write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
+        with suppress(OSError):  # as above
             super().flush()
 
 

@@ -85,7 +85,7 @@ class RunningPipeline:
         self._check = check
         try:
             self._open(progress)
-        except BaseException:
+        except BaseException:  # an interrupt, too: no worker is to be left behind
             self.close()
             raise
 

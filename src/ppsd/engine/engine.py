@@ -265,7 +265,7 @@ class Engine:
         """
         try:
             sink(*told)
-        except Exception as error:
+        except Exception as error:  # the caller's own, which may be anything
             self._fail(sequence, error)
             return False
         return True

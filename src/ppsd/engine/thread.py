@@ -108,7 +108,7 @@ class Job(Generic[T]):
 
     def take_now(self) -> tuple[str, Any] | None:
         """Return what comes next, or None if nothing has come yet."""
-        with suppress(Empty):
+        with suppress(Empty):  # nothing yet
             return self._outbox.get_nowait()
         return None
 
@@ -296,7 +296,7 @@ class EngineThread:
         assert self.ended is not None
         with self._lock:  # whoever came before ``ended`` was set has put a job by now
             self._work.cancel(self.ended)
-            with suppress(Empty):
+            with suppress(Empty):  # that was the last
                 while True:
                     job = self._inbox.get(block=False)
                     if job is not None:

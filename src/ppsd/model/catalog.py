@@ -60,7 +60,7 @@ def _places(directory: Path, depth: int) -> Iterator[Path]:
     if _is_model(entries):
         yield directory
     for entry in entries:
-        with suppress(OSError):
+        with suppress(OSError):  # just gone, or not readable by this user
             if entry.suffix == ".gguf" and entry.is_file() and not LATER_PART.search(entry.name):
                 yield entry
             elif depth and entry.is_dir() and not entry.name.startswith("."):

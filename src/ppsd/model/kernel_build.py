@@ -171,7 +171,7 @@ def _wait_for(lock: int) -> None:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(POLL_S)
-        except OSError:
+        except OSError:  # a file system without locks
             return None
         if waited > NOTICE_S and not told:
             LOG.warning("waiting for another process that compiles kernels.c")
@@ -250,7 +250,7 @@ def _ending(child: subprocess.Popen[bytes], name: str) -> int:
             return child.wait(BUILD_S - NOTICE_S)
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"{BUILD_S:g}") from None
-    except BaseException:
+    except BaseException:  # an interrupt, too: no compiler is to be left behind
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()

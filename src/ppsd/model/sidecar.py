@@ -62,15 +62,15 @@ def cached(
     """Return what ``build`` derives from the file ``path``, from the cache where possible.
 
     ``write`` stores a value in an empty directory and ``read`` restores it from the files that were
-    there, by name. The entry belongs to the file's path, size and modification time and to the
-    transformers version.
+    there, by name. The entry belongs to the file's path, size and modification time, to the code
+    that derives it, and to the versions of transformers and tokenizers.
     """
     place: Path | None = None
     try:
         place = _place(path, kind)
         return read(_entry(place))
     except FileNotFoundError:
-        pass
+        pass  # nothing is kept yet, or there is no home to keep it in
     except Exception as error:  # damaged or not ours: building anew repairs it if anything can
         if isinstance(error, PermissionError):
             _tell(f"not used: {error}")

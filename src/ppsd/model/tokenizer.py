@@ -189,7 +189,7 @@ class Tokenizer:
     def about(self) -> dict[str, Any]:
         """Return what clients ask of a tokenizer, in the names of tokenizer_config.json."""
         template = None
-        with suppress(ModelError):
+        with suppress(ModelError):  # it has none
             template = self._template()
         return {
             "tokenizer_class": type(self._inner).__name__,

@@ -104,6 +104,6 @@ class ServerConfig:
 
 def is_loopback(host: str) -> bool:
     """Return True for a name or address that only this machine reaches itself by."""
-    with suppress(ValueError):
+    with suppress(ValueError):  # it is a name
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"

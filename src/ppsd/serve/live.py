@@ -64,7 +64,7 @@ class Live:
         try:
             yield as_event(self._facts | await self._update([], whole=True))
             while not (self._service.ending or self._ticking is None or self._ticking.done()):
-                with suppress(TimeoutError):
+                with suppress(TimeoutError):  # nothing new: see whether the server ends
                     yield await asyncio.wait_for(updates.get(), 1.0)
         finally:
             self._viewers.discard(updates)

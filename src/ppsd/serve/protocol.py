@@ -25,6 +25,7 @@ else:
         _head = 0  # bytes received of headers that are not complete
         _late: asyncio.TimerHandle | None = None  # ends the connection
 
+        # Uvicorn narrows the type in the same way.
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             """Wait for the first headers."""
             super().connection_made(transport)

@@ -78,7 +78,7 @@ class Service:
         loop = asyncio.get_running_loop()
         with ExitStack() as stack:
             for pid in self.llm.pids if hasattr(os, "pidfd_open") else ():
-                with suppress(OSError):
+                with suppress(OSError):  # then the next request finds out
                     ended = os.pidfd_open(pid)
                     stack.callback(os.close, ended)
                     stack.callback(loop.remove_reader, ended)

@@ -40,7 +40,7 @@ def leaving() -> Iterator[None]:
     with handled(leave):
         try:
             yield
-        except Exception:
+        except Exception:  # perhaps what an extension made of SystemExit
             if not came:
                 raise
             raise SystemExit(0) from None

@@ -57,7 +57,7 @@ async def stream(reply: Reply, parts: Parts, limit: Limit, send: Send) -> Refuse
     except RefusedError as error:
         reply.refused = True
         return error
-    except Exception as error:
+    except Exception as error:  # our own fault, which the stream's last event is to say
         LOG.exception("a stream failed")
         return own_error(error)
     return None

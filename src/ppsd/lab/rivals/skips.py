@@ -99,7 +99,7 @@ def find_skips(fingerprint: str) -> SkipSets | None:
     for path, read in ((place_of(fingerprint), own_bytes), *_shipped()):
         try:
             found = SkipSets.from_json(json.loads(read(path)))
-        except OSError:
+        except OSError:  # there is none here
             continue
         except (ValueError, LookupError, TypeError) as error:
             raise PpsdError(f"{path} is no result of knn-ssd-search ({error!r})") from error
