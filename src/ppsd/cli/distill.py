@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from ppsd import checks
 from ppsd.cli import progress
 from ppsd.cli.display import draw, log_console
 from ppsd.cli.flags import flag
@@ -96,6 +95,7 @@ def distill(
     """Train exit heads by self-distillation; the same command continues a stopped run."""
     from ppsd.model.source import describe, resolve_model
     from ppsd.train.checkpoint import RunDirectory
+    from ppsd.train.data import check_draft_vocab
     from ppsd.train.records import read_data
     from ppsd.train.run import read_starts
 
@@ -108,9 +108,7 @@ def distill(
     if generation.wanted:
         # What training would refuse is refused now, not after hours of writing.
         read_starts(teacher, config)
-        size = teacher.stage.spec.vocab_size
-        allowed = f"in [1, {size}], or 0 for all tokens"
-        checks.integer("draft_vocab", config.draft_vocab, 0, size, allowed)
+        check_draft_vocab(config.draft_vocab, teacher.stage.spec.vocab_size)
         minutes = config.minutes * (1.0 if generation.generate_only else WRITING_SHARE)
         directory = RunDirectory(out, {})
         path = directory.path / GENERATED

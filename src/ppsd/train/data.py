@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ppsd.errors import ConfigError, PpsdError
+from ppsd import checks
+from ppsd.errors import PpsdError
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.train.records import Record
 
@@ -175,6 +176,12 @@ def count_tokens(texts: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor
     return counts
 
 
+def check_draft_vocab(size: int, vocab_size: int) -> None:
+    """Raise ConfigError unless so many of the tokens can be scored; 0 means all."""
+    allowed = f"in [1, {vocab_size}], or 0 for all tokens"
+    checks.integer("draft_vocab", size, 0, vocab_size, allowed)
+
+
 def choose_draft_vocab(
     targets: torch.Tensor, size: int, more: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
@@ -184,8 +191,7 @@ def choose_draft_vocab(
     that also covers what the targets are too few to show. Among equally frequent tokens the lower
     id wins.
     """
-    if not 0 < size <= len(targets):
-        raise ConfigError("draft_vocab", size, f"in [1, {len(targets)}], or 0 for all tokens")
+    check_draft_vocab(size, len(targets))
     chosen = (targets + more).argsort(descending=True, stable=True)[:size].sort().values
     lost = 1.0 - targets[chosen].sum().item() / max(1, int(targets.sum()))
     return chosen, lost
