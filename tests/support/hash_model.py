@@ -157,6 +157,11 @@ class HashHead:
         self._own, self.alpha, self.torn = self._make(), alpha, False
         self._following: dict[int, int] = {}  # token by checksum
         self._verified: set[int] = set()  # checksums of the last stage
+        self._begun: set[int] = set()  # slots
+
+    def begin(self, slot: int, prompt: Sequence[int]) -> None:
+        assert list(prompt) == sorted(set(prompt)) != []
+        self._begun.add(slot)
 
     def learn(
         self, prompt: int, tokens: Sequence[int], hidden: torch.Tensor, last: torch.Tensor
@@ -190,7 +195,11 @@ class HashHead:
     def copy_odds(self, finished: torch.Tensor) -> torch.Tensor:
         return ODDS.expand(len(finished), -1)
 
-    def opinions(self, finished: torch.Tensor, k: int, perturb: object) -> tuple[torch.Tensor, ...]:
+    def opinions(
+        self, finished: torch.Tensor, k: int, slots: Sequence[int], perturb: object
+    ) -> tuple[torch.Tensor, ...]:
+        assert len(slots) == len(finished)
+        assert self._begun.issuperset(slots)
         count = min(k, self.spec.vocab_size)
         tokens = [self._candidates(row)[:count] for row in unpack(finished)]
         probabilities = torch.tensor([0.5**i for i in range(1, count + 1)])

@@ -359,5 +359,9 @@ def test_outcome_lines_say_what_they_are(
         ("half alone", o.id, o.category, o.ranks) for o in found
     }
     for answer, result in zip(answers, found, strict=True):
-        judged = answer.tokens[answer.start : answer.start + answer.judged]
-        assert [r == OUTSIDE for r in result.ranks] == [token % 2 == 1 for token in judged]
+        prompt, judged = (
+            answer.tokens[: answer.start],
+            answer.tokens[answer.start :][: answer.judged],
+        )
+        outside = [token % 2 == 1 and token not in prompt for token in judged]
+        assert [r == OUTSIDE for r in result.ranks] == outside

@@ -40,19 +40,19 @@ class FixedHead:
         self.verified.append(verified)
         return features
 
-    def scores(self, finished: torch.Tensor) -> torch.Tensor:
+    def scores(self, finished: torch.Tensor, slot: int) -> torch.Tensor:
         return self.logits[None].clone()
 
-    def spread(self, scores: torch.Tensor) -> torch.Tensor:
+    def spread(self, scores: torch.Tensor, slot: int) -> torch.Tensor:
         return scores
 
     def copy_odds(self, finished: torch.Tensor) -> torch.Tensor:
         return ODDS.expand(len(finished), -1)
 
-    def drafts_below(self, size: int) -> bool:
+    def drafts_below(self, size: int, slot: int) -> bool:
         return size >= VOCAB
 
-    def likeliest(self, scores: torch.Tensor, match, odds: torch.Tensor) -> int:
+    def likeliest(self, scores: torch.Tensor, match, odds: torch.Tensor, slot: int) -> int:
         return likeliest(scores[0].numpy(), np.arange(VOCAB), match, odds)
 
 

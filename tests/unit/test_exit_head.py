@@ -330,14 +330,14 @@ def test_opinions_name_real_ids_and_do_not_depend_on_other_rows(tiny, tmp_path, 
     head = tiny.load(tmp_path, replace(PLAN, dtype=dtype))
     features, verified = hidden(20).to(dtype), hidden(20, 6).to(dtype)
     finished = torch.cat([head.finish(features[i : i + 1], verified[i : i + 1]) for i in range(20)])
-    ids, probabilities = head.opinions(finished, 4)
+    ids, probabilities = head.opinions(finished, 4, [0] * 20)
     assert set(ids.flatten().tolist()) <= set(DRAFT_IDS)
-    alone = [head.opinions(row, 4) for row in finished.split(1)]
+    alone = [head.opinions(row, 4, [0]) for row in finished.split(1)]
     assert torch.equal(ids, torch.cat([one for one, _ in alone]))
     assert torch.equal(probabilities, torch.cat([one for _, one in alone]))
     chances = head.logits(finished).float().softmax(1)
     torch.testing.assert_close(chances.gather(1, ids), probabilities, rtol=1e-2, atol=0)
-    assert head.opinions(finished, 9)[0].shape == (20, len(DRAFT_IDS))
+    assert head.opinions(finished, 9, [0] * 20)[0].shape == (20, len(DRAFT_IDS))
     if dtype == torch.bfloat16 and kernels.loaded() is not None:
         some = slice(0, kernels.MAX_ROWS)
         assert torch.equal(head.finish(features[some], verified[some]), finished[some])

@@ -75,6 +75,9 @@ def test_quantised_tensors_are_dequantised_and_unpermuted(tmp_path, kind, monkey
         loaded = source.load(name, torch.float32)
         assert np.array_equal(as_stored(name, loaded.numpy(), model.config), expected), name
         assert loaded.is_contiguous()
+        if loaded.dim() == 2:
+            rows = torch.tensor([5, 0, 7])
+            assert torch.equal(source.rows(name, rows, torch.bfloat16), loaded[rows].bfloat16())
 
 
 def test_loaded_tensors_own_their_memory(tmp_path):

@@ -27,6 +27,9 @@ class Noted:
         self.placed: list[list[Place]] = []  # rows of trees
         self.committed: list[tuple[int, int, object]] = []
 
+    def begin(self, slot: int, prompt: tuple[int, ...]) -> None:
+        pass
+
     def forward(self, hidden: torch.Tensor, position: int, slot: int) -> torch.Tensor:
         self.run.append((position, len(hidden)))
         return hidden
@@ -134,8 +137,8 @@ class Certain(Noted):
     def copy_odds(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.full((len(rows), 1), 0.25)
 
-    def opinions(self, rows: torch.Tensor, k: int, perturb):
-        scores = perturb(self.scores.expand(len(rows), -1), self.ids)
+    def opinions(self, rows: torch.Tensor, k: int, slots: list[int], perturb):
+        scores = perturb(self.scores.expand(len(rows), -1), [self.ids] * len(rows))
         columns, probabilities = most_probable(scores, 2)
         return torch.from_numpy(self.ids)[columns], probabilities
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ppsd.engine.sequence import Request, begin_message
 from ppsd.errors import ProtocolError
+from ppsd.model.draft_vocabulary import NEWEST
 from ppsd.transport.base import gather, part_bytes
 from ppsd.types import (
     MAX_LOGIT_BIAS,
@@ -245,6 +246,7 @@ GOOD = {
     "prompt_length": 3,
     "stop_ids": [],
     "vocab_size": 9,
+    "prompt_ids": [],
     "want_logits": False,
     "want_feedback": False,
     "want_opinions": False,
@@ -264,6 +266,7 @@ GOOD = {
         {**GOOD, "params": {**GOOD["params"], "unknown": 1}},
         {**GOOD, "prompt_length": float("inf")}, {**GOOD, "prompt_length": None},
         {**GOOD, "stop_ids": 5}, {**GOOD, "stop_ids": ["x"]}, {**GOOD, "vocab_size": "many"},
+        {**GOOD, "prompt_ids": 5}, {**GOOD, "prompt_ids": ["x"]},
     ],
 )  # fmt: skip
 def test_a_begin_of_another_shape_is_refused(record) -> None:
@@ -285,11 +288,13 @@ def test_the_longest_request_fits_into_a_control_frame() -> None:
         min_tokens=most,
     )
     stop_ids = frozenset((*params.stop_token_ids, *range(64)))
-    request = Request((1,), params, stop_ids, vocab_size=most, top=20)
+    prompt = tuple(range(most - 2 * NEWEST, most))
+    request = Request(prompt, params, stop_ids, vocab_size=most, top=20)
     begin = begin_message(3, request, feedback=True, logits=True)
     assert len(frame(begin)) <= HEADER_BYTES + CONTROL_BYTES
     assert begin.stop_ids == tuple(sorted(stop_ids))
     assert begin.params.logit_bias == params.logit_bias
+    assert begin.prompt_ids == prompt[-NEWEST:]
 
 
 @pytest.mark.parametrize("kind", [3, 4, 5, 6])

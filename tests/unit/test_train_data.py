@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.train.data import (
+    OUTSIDE,
     Encoding,
     Example,
+    Vocabulary,
     choose_draft_vocab,
     count_tokens,
     encode_all,
     hold_out,
-    label_table,
     make_batch,
     plan_epoch,
 )
@@ -142,9 +143,30 @@ def test_draft_vocabulary_is_the_most_frequent_targets() -> None:
     ids, lost = choose_draft_vocab(targets, 3, none)
     assert ids.tolist() == [1, 5, 7]  # 1 and 3 are equally frequent
     assert lost == pytest.approx(1 / 8)
-    assert label_table(ids, 12)[torch.tensor([1, 3, 7])].tolist() == [0, -1, 2]
     with pytest.raises(ConfigError, match="draft_vocab"):
         choose_draft_vocab(targets, 13, none)
+
+
+def test_what_is_scored_in_a_batch_has_the_tokens_of_its_prompts() -> None:
+    table = torch.randn(12, 4)
+    texts = [([9, 5, 2], [11, 9]), ([3, 2], [5]), ([7], [3])]
+    examples = [Example(torch.tensor(p + t, dtype=torch.int32), 1, len(p)) for p, t in texts]
+    batch = make_batch(examples, torch.device("cpu"))
+    scored = Vocabulary(torch.tensor([1, 5, 7]), table).of(batch)
+    assert scored.ids.tolist() == [1, 5, 7, 2, 3, 9]
+    assert torch.equal(scored.rows, table[scored.ids])
+    assert scored.own.tolist() == [[True, False, True], [True, True, False], [False] * 3]
+    assert scored.labels[[1, 5, 7, 2, 3, 9]].tolist() == list(range(6))
+    assert scored.labels[[0, 4, 6, 8, 10, 11]].tolist() == [OUTSIDE] * 6
+
+
+def test_a_head_that_scores_all_tokens_needs_no_prompts() -> None:
+    table = torch.randn(12, 4)
+    batch = make_batch([Example(torch.arange(5, dtype=torch.int32), 1, 2)], torch.device("cpu"))
+    scored = Vocabulary(None, table).of(batch)
+    assert scored.rows is table
+    assert scored.ids.tolist() == scored.labels.tolist() == list(range(12))
+    assert scored.own.shape == (1, 0)
 
 
 def test_other_text_counts_for_the_draft_vocabulary_but_not_as_lost() -> None:

@@ -56,6 +56,9 @@ def test_every_tensor_equals_the_saved_model(tmp_path, shard, config_class):
     for name, value in state.items():
         assert torch.equal(source.load(name, torch.float32), value)
         assert torch.equal(source.load(name, torch.bfloat16), value.to(torch.bfloat16))
+    again, rows = source.reopened(), torch.tensor([5, 0, 7])
+    del source
+    assert torch.equal(again.rows(Q_PROJ, rows, torch.bfloat16), state[Q_PROJ][rows].bfloat16())
 
 
 def test_loaded_tensors_own_their_memory(tiny):

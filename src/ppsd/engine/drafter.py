@@ -104,13 +104,13 @@ class HeadDrafter:
             self._catch_up(state)
         sampler, history, stream, verified, mask = given
         finished = self.head.finish(state.last, verified)
-        scores = self.head.scores(finished)
+        scores = self.head.scores(finished, state.slot)
         match = find(history) if self._lookup else None
         odds = self.head.copy_odds(finished)[0] if match else ODDS
         largest = mask is None and sampler.takes_largest(len(history))
-        if largest and self.head.drafts_below(sampler.vocab_size):
-            return self.head.likeliest(scores, match, odds)
-        logits = self.head.spread(scores)[0]
+        if largest and self.head.drafts_below(sampler.vocab_size, state.slot):
+            return self.head.likeliest(scores, match, odds, state.slot)
+        logits = self.head.spread(scores, state.slot)[0]
         if match:
             logits = mixed(logits, match, odds)
         try:

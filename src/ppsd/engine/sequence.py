@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ppsd.engine.drafter import DraftState
+from ppsd.model.draft_vocabulary import prompt_ids
 from ppsd.speculation.gate import Switches
 from ppsd.speculation.masks import Mask, Masks
 from ppsd.speculation.policy import Command, Policy
@@ -163,6 +164,7 @@ def begin_message(slot: int, request: Request, *, feedback: bool, logits: bool) 
         prompt_length=len(request.prompt),
         stop_ids=tuple(sorted(request.stop_ids)),
         vocab_size=request.vocab_size,
+        prompt_ids=prompt_ids(request.prompt),
         want_logits=logits or request.logits is not None,
         want_feedback=feedback,
         scores=UNSCORED if request.scores is None else request.top,

@@ -20,6 +20,7 @@ import torch
 
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.measure.workload import Task
+from ppsd.model.draft_vocabulary import NEWEST, prompt_ids
 from ppsd.model.exit_head import ExitHead, load_head
 from ppsd.model.head_files import read_head_config, weights_digest
 from ppsd.model.stage import StagePlan
@@ -212,7 +213,7 @@ class _Store:
             raise PpsdError(f"{path} does not hold measured outcomes: {error!r}") from error
 
     def _key(self, candidate: Candidate, answer: Answer) -> str:
-        what = (candidate.digest, candidate.lookup and (LENGTHS, CONFIDENCE))
+        what = (candidate.digest, NEWEST, candidate.lookup and (LENGTHS, CONFIDENCE))
         decisive = (*what, answer.tokens, answer.start, answer.judged, self._settings)
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
 
@@ -256,6 +257,7 @@ def judge_batch(
             first = i * length + a.start - 1
             judged = slice(first, first + a.judged)
             sampler = Sampler(params, a.start, frozenset(), vocab)
+            c.head.begin(0, prompt_ids(a.tokens[: a.start]))
             drafts = _by_lag(c.head, rows[judged], features.last[judged], in_flight)
             yield c, a, _ranks(c.lookup, drafts, a, sampler)
 

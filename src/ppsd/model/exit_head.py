@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from ppsd.errors import HeadError, NonFiniteError, cause_of
 from ppsd.model import kernels
+from ppsd.model.draft_vocabulary import DraftVocabulary, Rows
 from ppsd.model.head_codes import decode
 from ppsd.model.head_files import WEIGHTS_FILE, HeadConfig, check_head, read_head_config
 from ppsd.model.identity import Identity
@@ -80,9 +82,10 @@ class ExitHead:
     With ``feedback`` the last layer's newest verified row is added, through a norm and a matrix of
     its own: it saw all of the model, if not the newest tokens. It comes behind the layers, so
     keys and values do not depend on when a verdict came. With a draft vocabulary only
-    ``draft_ids`` (ascending) are scored. With a copy gate the head was trained as one half of a
-    mixture with prompt lookup (speculation/lookup.py), and says how much weight the other half
-    gets (See et al. 2017, "Get To The Point", where the copy is made by attention).
+    ``draft_ids`` (ascending) are scored, and the tokens of the prompt that the slot's request
+    began with. With a copy gate the head was trained as one half of a mixture with prompt lookup
+    (speculation/lookup.py), and says how much weight the other half gets (See et al. 2017, "Get To
+    The Point", where the copy is made by attention).
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class ExitHead:
         plan: StagePlan,
         weights: dict[str, torch.Tensor],
         lm_head: Weight,
+        rows: Rows | None = None,
     ) -> None:
         self.config = config
         self.spec = head_spec(config, spec)
@@ -102,18 +106,21 @@ class ExitHead:
         self.tensors = held = HeadTensors.of(weights)
         self._normed = Norm(held.norm, spec.rms_norm_eps)
         ids = torch.arange(spec.vocab_size) if held.draft_ids is None else held.draft_ids.cpu()
-        self._scored = ids.numpy()
         self.lm_head = lm_head  # [draft vocabulary or V, C]
+        self._vocabulary = DraftVocabulary(ids.numpy(), lm_head, rows)
         self._enter = _product(held.input)
         self._recall = _product(held.feedback, None, held.feedback_norm, spec.rms_norm_eps)
         self._odds = _product(held.copy_weight, held.copy_bias)
-        self._score = Product(lm_head)
         self.layers: list[LayerWeights] = [
             fuse_layer(weights, layer_prefix(i)) for i in range(config.layers)
         ]
         self.rope = Rope(spec, plan.max_context, plan.dtype, plan.device)
         self.cache = new_cache(self.spec, len(self.layers), plan)
         self._runner = new_runner(self.layers, self.spec, self.rope, self.cache)
+
+    def begin(self, slot: int, prompt: Sequence[int]) -> None:
+        """Score the tokens ``prompt`` (``prompt_ids`` of one) in a slot from now on."""
+        self._vocabulary.begin(slot, prompt)
 
     def enter(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return rows [n, C] after layer E as the head's layers want them."""
@@ -153,51 +160,57 @@ class ExitHead:
         """Return the ``odds`` [n, LENGTHS] of ``lookup.mixed`` for each finished row."""
         return ODDS.expand(len(finished), -1) if self._odds is None else self._odds(finished)
 
-    def scores(self, finished: torch.Tensor) -> torch.Tensor:
-        """Return the draft logits of finished rows, for the draft vocabulary alone."""
-        return self._score(finished)
+    def scores(self, finished: torch.Tensor, slot: int = 0) -> torch.Tensor:
+        """Return the draft logits of finished rows of a slot, for what is scored there alone."""
+        return self._vocabulary.scores(finished, slot)
 
-    def logits(self, finished: torch.Tensor) -> torch.Tensor:
-        """Return the draft logits [n, V] of finished rows; -inf outside the draft vocabulary."""
-        return self.spread(self.scores(finished))
+    def logits(self, finished: torch.Tensor, slot: int = 0) -> torch.Tensor:
+        """Return the draft logits [n, V] of finished rows; -inf for what is not scored."""
+        return self.spread(self.scores(finished, slot), slot)
 
-    def drafts_below(self, size: int) -> bool:
+    def drafts_below(self, size: int, slot: int = 0) -> bool:
         """Return True if only tokens below ``size`` are scored."""
-        return bool(self._scored[-1] < size)
+        return bool(self._vocabulary.ids(slot)[-1] < size)
 
-    def likeliest(self, scores: torch.Tensor, match: Match | None, odds: torch.Tensor) -> int:
+    def likeliest(
+        self, scores: torch.Tensor, match: Match | None, odds: torch.Tensor, slot: int = 0
+    ) -> int:
         """Return the token with the largest ``mixed`` logit, for one row of ``scores``.
 
         Raises NonFiniteError like ``lookup.likeliest``.
         """
-        if match is None and (found := kernels.largest(scores, len(self._scored))) is not None:
-            return int(self._scored[found[0]])
+        ids = self._vocabulary.ids(slot)
+        if match is None and (found := kernels.largest(scores, len(ids))) is not None:
+            return int(ids[found[0]])
         values = scores[0].to("cpu", torch.promote_types(scores.dtype, torch.float32)).numpy()
-        return likeliest(values, self._scored, match, odds)
+        return likeliest(values, ids, match, odds)
 
     def opinions(
         self,
         finished: torch.Tensor,
         k: int,
-        perturb: Callable[[torch.Tensor, Array], torch.Tensor] = lambda scores, ids: scores,
+        slots: Sequence[int],
+        perturb: Callable[[torch.Tensor, Sequence[Array]], torch.Tensor] = lambda scores, _: scores,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the ``k`` most probable tokens of finished rows [n, C], or all if there are fewer.
 
-        Their ids, int64 [n, k], are by falling probability, equals by rising id; then come their
-        probabilities, float32 [n, k], under a softmax over the draft vocabulary. Both are on the
-        CPU, and do not depend on other rows. ``perturb`` changes the scores [n, draft vocabulary]
-        of the tokens ``ids`` before. Raises NonFiniteError like ``likeliest``.
+        Their ids, int64 [n, k], are by falling probability, equals as ``scores_of`` has them; then
+        come their probabilities, float32 [n, k], under a softmax over what is scored in ``slots``
+        [n]. Both are on the CPU, and do not depend on other rows. ``perturb`` changes the scores
+        before, given the tokens of each row. Raises NonFiniteError like ``likeliest``.
         """
-        scores = perturb(self._score.by_rows(finished), self._scored)
-        columns, probabilities = most_probable(scores, k)
-        return torch.from_numpy(self._scored)[columns.cpu()], probabilities.cpu()
+        scores, ids = self._vocabulary.scores_of(finished, slots)
+        columns, probabilities = most_probable(perturb(scores, ids), min(k, min(map(len, ids))))
+        chosen = [own[row] for own, row in zip(ids, columns.cpu().numpy(), strict=True)]
+        return torch.from_numpy(np.stack(chosen)), probabilities.cpu()
 
-    def spread(self, scores: torch.Tensor) -> torch.Tensor:
-        """Spread ``scores`` over the whole vocabulary; -inf outside the draft vocabulary."""
+    def spread(self, scores: torch.Tensor, slot: int = 0) -> torch.Tensor:
+        """Spread the ``scores`` of a slot over the whole vocabulary; -inf for what has none."""
         if self.tensors.draft_ids is None:
             return scores
         full = scores.new_full((scores.shape[0], self.spec.vocab_size), float("-inf"))
-        return full.index_copy_(1, self.tensors.draft_ids, scores)
+        ids = torch.from_numpy(self._vocabulary.ids(slot)).to(scores.device)
+        return full.index_copy_(1, ids, scores)
 
 
 def most_probable(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -266,7 +279,8 @@ def load_head(
     check_head(config, spec, identity, plan.last, str(directory), force=force)
     weights = read_weights(directory, config, spec)
     lm_head = lm_head_rows(spec, source, plan, weights.get("draft_ids"), embedding)
-    return ExitHead(config, spec, plan, weights, lm_head)
+    rows = None if config.draft_vocab is None else further_rows(spec, source, plan, embedding)
+    return ExitHead(config, spec, plan, weights, lm_head, rows)
 
 
 def read_weights(directory: Path, config: HeadConfig, spec: ModelSpec) -> dict[str, torch.Tensor]:
@@ -320,6 +334,16 @@ def lm_head_rows(
     if embedding is None or not spec.tie_embeddings:
         embedding = source.load(name, plan.dtype).to(plan.device)
     return embedding if draft_ids is None else embedding[draft_ids.to(embedding.device)]
+
+
+def further_rows(
+    spec: ModelSpec, source: TensorSource, plan: StagePlan, embedding: torch.Tensor | None
+) -> Rows:
+    """Return what reads the LM head's rows of any tokens, for as long as a head lives."""
+    if embedding is not None and spec.tie_embeddings:
+        return lambda ids: embedding[ids.to(embedding.device)]
+    again = source.reopened()  # the given one may be about to be closed
+    return lambda ids: again.rows(lm_head_name(spec), ids, plan.dtype).to(plan.device)
 
 
 def untrained_head(

@@ -66,6 +66,14 @@ class GGUFSource:
         heads = self._permuted_heads(name)
         return unpermute(tensor, heads) if heads else tensor
 
+    def rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if heads := self._permuted_heads(name):
+            rows = unpermute(torch.arange(self.shapes()[name][0]), heads)[rows]
+        return self._dequantise(self._stored[name], dtype, rows.cpu().numpy())
+
+    def reopened(self) -> GGUFSource:
+        return GGUFSource(self._path)
+
     def name_in_file(self, name: str) -> str:
         return self._stored.get(name) or stored_name(name)
 
@@ -126,10 +134,16 @@ class GGUFSource:
         rows = np.frombuffer(self._parts[entry.part], np.uint8, entry.nbytes, entry.offset)
         return rows.reshape(-1, quant_shape_to_byte_shape(entry.shape, entry.kind)[-1])
 
-    def _dequantise(self, stored: str, dtype: torch.dtype) -> torch.Tensor:
+    def _dequantise(
+        self, stored: str, dtype: torch.dtype, chosen: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """Return a tensor, or the ``chosen`` rows of a matrix."""
         entry = self._header.tensors[stored]
         rows = self._rows(stored)
-        result = torch.empty(entry.shape, dtype=dtype)
+        shape = entry.shape
+        if chosen is not None:
+            rows, shape = rows[chosen], (len(chosen), shape[1])
+        result = torch.empty(shape, dtype=dtype)
         table, step = result.view(len(rows), -1), max(1, CHUNK // entry.shape[-1])
         for start in range(0, len(rows), step):
             try:

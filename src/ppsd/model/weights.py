@@ -46,6 +46,12 @@ class TensorSource(Protocol):
         Raises ModelError naming file and tensor when it is missing or unreadable.
         """
 
+    def rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the ``rows`` [k] of a matrix as ``load`` would, without touching others."""
+
+    def reopened(self) -> TensorSource:
+        """Return the same tensors, mapped anew: what was read through this one stays behind."""
+
     def name_in_file(self, name: str) -> str:
         """Return what the file calls a tensor, whether it is there or not."""
 
@@ -158,6 +164,12 @@ class SafetensorsSource:
                 f"supported are {', '.join(FLOAT_TYPES)}"
             )
         return self.view(name).to(dtype, copy=True).contiguous()
+
+    def rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.view(name)[rows].to(dtype)
+
+    def reopened(self) -> SafetensorsSource:
+        return SafetensorsSource(self._directory)
 
     def view(self, name: str) -> torch.Tensor:
         """Return one tensor as the file holds it, in the file's own mapped memory."""

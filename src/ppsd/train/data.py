@@ -15,6 +15,7 @@ import torch
 
 from ppsd import checks
 from ppsd.errors import PpsdError
+from ppsd.model.draft_vocabulary import prompt_ids
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.train.records import Record
 
@@ -252,10 +253,41 @@ def make_batch(examples: Sequence[Example], device: torch.device) -> Batch:
     return Batch(tuple(examples), tokens.to(device), rows_kept, targets.to(device), size)
 
 
-def label_table(draft_ids: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
-    """Return each token's index in the draft vocabulary [V], OUTSIDE where it has none."""
-    if draft_ids is None:
-        return torch.arange(vocab_size)
-    table = torch.full((vocab_size,), OUTSIDE)
-    table[draft_ids] = torch.arange(len(draft_ids))
-    return table
+@dataclass(frozen=True)
+class Scored:
+    """Holds what heads score in a batch: W tokens, D of them for all of its B examples.
+
+    ``ids`` [W]; ``rows`` [W, C] of the LM head; ``labels`` [V]: the index of each token, OUTSIDE
+    where it has none. ``own`` [B, W - D]: whether an example's own prompt holds what is not for
+    all; as a further wrong answer it may stand in the others' losses.
+    """
+
+    ids: torch.Tensor
+    rows: torch.Tensor
+    labels: torch.Tensor
+    own: torch.Tensor
+
+
+class Vocabulary:
+    """The draft vocabulary ``ids`` [D], None for all, with the model's LM head ``table`` [V, C]."""
+
+    def __init__(self, ids: torch.Tensor | None, table: torch.Tensor) -> None:
+        every = torch.arange(len(table), device=table.device)
+        self._table = table
+        self._ids = every if ids is None else ids
+        self._rows = table if ids is None else table[ids]
+        self._labels = torch.full_like(every, OUTSIDE)
+        self._labels[self._ids] = torch.arange(len(self._ids), device=table.device)
+
+    def of(self, batch: Batch) -> Scored:
+        """Return what is scored in a batch: the prompts' tokens too, as in decoding."""
+        prompts = [set(prompt_ids(e.tokens[: e.prompt].tolist())) for e in batch.examples]
+        told = torch.tensor(sorted(set().union(*prompts)))
+        others = told[self._labels.cpu()[told] == OUTSIDE].tolist()
+        own = torch.tensor([[token in prompt for token in others] for prompt in prompts])
+        device = self._table.device
+        added = torch.tensor(others, dtype=torch.int64, device=device)
+        labels = self._labels.clone()
+        labels[added] = torch.arange(len(added), device=device) + len(self._ids)
+        rows = torch.cat([self._rows, self._table[added]]) if len(added) else self._rows
+        return Scored(torch.cat([self._ids, added]), rows, labels, own.to(device, torch.bool))

@@ -24,7 +24,7 @@ from ppsd.train.best import Best
 from ppsd.train.checkpoint import Checkpoint, RunDirectory
 from ppsd.train.copies import NONE as NO_COPY
 from ppsd.train.copies import copies_of, no_copies
-from ppsd.train.data import OUTSIDE, Batch, Example, label_table, make_batch, plan_epoch
+from ppsd.train.data import OUTSIDE, Batch, Example, Vocabulary, make_batch, plan_epoch
 from ppsd.train.evaluate import Agreement, evaluate, lookup_alone, prepare
 from ppsd.train.features import FeatureSource
 from ppsd.train.feedback import sample_verified, take_verified
@@ -111,9 +111,7 @@ class Trainer:
         self._cadence = cadence
         device, spec = model.plan.device, model.spec
         self.draft_ids = None if lesson.draft_ids is None else lesson.draft_ids.to(device)
-        table = whole(model.lm_head)
-        self._lm_head = table if self.draft_ids is None else table[self.draft_ids]
-        self._labels = label_table(lesson.draft_ids, spec.vocab_size).to(device)
+        self._vocabulary = Vocabulary(self.draft_ids, whole(model.lm_head))
         self.students = [
             Student(
                 model,
@@ -303,12 +301,13 @@ class Trainer:
             ]
             odds = [s.odds(x, copies.slots) for s, x in zip(self.students, normed, strict=True)]
         weights = LossWeights(self.config.kl_weight, self.config.ce_weight)
-        labels = self._labels[batch.targets]
-        copied = self._labels[copies.tokens.clamp(min=0)]
+        scored = self._vocabulary.of(batch)
+        labels = scored.labels[batch.targets]
+        copied = scored.labels[copies.tokens.clamp(min=0)]
         copied = copied.masked_fill(copies.tokens == NO_COPY, OUTSIDE)
         mixture = Mixture(copied, torch.stack(odds))
         losses, kl, ce = chunked_losses(
-            torch.stack(normed), teacher, self._lm_head, labels, weights, mixture
+            torch.stack(normed), teacher, scored.rows, labels, weights, mixture
         )
         record = {"kl": kl.tolist(), "ce": ce.tolist(), "targets": len(batch.targets)}
         return losses, record | {"forward_seconds": round(forward_seconds, 4)}
@@ -334,9 +333,7 @@ class Trainer:
 
     def _validate(self, *, final: bool = False) -> dict[int, Agreement]:
         found = {
-            s.exit_layer: evaluate(
-                s, self._model, self._held, self._lm_head, self.draft_ids, self._precision()
-            )
+            s.exit_layer: evaluate(s, self._model, self._held, self._vocabulary, self._precision())
             for s in self.students
         }
         shown = {str(layer): agreement.to_json() for layer, agreement in found.items()}

@@ -17,7 +17,7 @@ from ppsd.model.packed import whole
 from ppsd.model.stage import Stage
 from ppsd.train.batched import teacher_rows, whole_sequences
 from ppsd.train.copies import NONE, Copies, copies_of
-from ppsd.train.data import Batch, Example, make_batch, plan_epoch
+from ppsd.train.data import Batch, Example, Vocabulary, make_batch, plan_epoch
 from ppsd.train.features import FeatureSource
 from ppsd.train.feedback import sample_verified, take_verified
 from ppsd.train.interval import interval
@@ -96,13 +96,12 @@ def evaluate(
     student: Student,
     model: Stage,
     held: Sequence[HeldOut],
-    lm_head: torch.Tensor,
-    draft_ids: torch.Tensor | None,
+    vocabulary: Vocabulary,
     precision: AbstractContextManager[object],
 ) -> Agreement:
     """Measure the agreement of one head mixed with lookup, as it drafts by default.
 
-    Tokens outside its draft vocabulary count as misses, unless they are copied.
+    Tokens that it does not score count as misses, unless they are copied.
     """
     among, accepted, judged = 0, [], []
     for part in held:
@@ -113,15 +112,19 @@ def evaluate(
             normed = student.forward(hidden, part.verified, rope, sequences, part.batch.rows)
             odds = student.odds(normed, part.copies.slots)
         right = []
-        columns = (normed, odds.float(), part.copies.tokens, part.greedy)
-        for rows, log_weights, copied, greedy in zip(
+        scored = vocabulary.of(part.batch)
+        common = len(scored.ids) - scored.own.shape[1]
+        example = part.batch.rows // length
+        columns = (normed, odds.float(), part.copies.tokens, part.greedy, example)
+        for rows, log_weights, copied, greedy, whose in zip(
             *(torch.split(column, CHUNK_ROWS) for column in columns), strict=True
         ):
-            scores = (rows.to(lm_head.dtype) @ lm_head.T).float()
-            hits = _best(scores, draft_ids, copied, log_weights) == greedy[:, None]
+            scores = (rows.to(scored.rows.dtype) @ scored.rows.T).float()
+            scores[:, common:].masked_fill_(~scored.own[whose], -torch.inf)
+            hits = _best(scores, scored.ids, copied, log_weights) == greedy[:, None]
             right.append(hits[:, 0])
             among += int(hits.sum())
-        example = (part.batch.rows // length).cpu()
+        example = example.cpu()
         accepted += example.bincount(torch.cat(right).double().cpu(), sequences).tolist()
         judged += example.bincount(minlength=sequences).tolist()
     total = sum(judged)
@@ -130,10 +133,9 @@ def evaluate(
 
 
 def _best(
-    scores: torch.Tensor, draft_ids: torch.Tensor | None, copied: torch.Tensor, odds: torch.Tensor
+    scores: torch.Tensor, ids: torch.Tensor, copied: torch.Tensor, odds: torch.Tensor
 ) -> torch.Tensor:
-    """Return the likeliest tokens [n, TOP] of ``lookup.mixed`` ``scores`` [n, Vd], best first."""
-    ids = torch.arange(scores.shape[1], device=scores.device) if draft_ids is None else draft_ids
+    """Return the likeliest tokens [n, TOP] of ``lookup.mixed`` ``scores`` [n, W], best first."""
     same = ids == copied[:, None]
     own = scores.masked_fill(~same, -torch.inf).amax(-1)
     mixed = torch.logaddexp(own, scores.logsumexp(-1) + odds).masked_fill(

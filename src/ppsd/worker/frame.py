@@ -17,7 +17,7 @@ from ppsd.speculation.masks import Mask
 from ppsd.transport.base import Part
 
 MAGIC = 0x50505344  # "PPSD"
-VERSION = 7
+VERSION = 8
 # magic, version, kind, dtype, flags, slot, source, epoch,
 # position, parent, rows, judge, width, beside, bytes of body
 HEADER = struct.Struct("<IBBBBHHQiiiiIIQ12x")

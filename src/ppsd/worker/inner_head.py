@@ -75,6 +75,7 @@ class InnerHead:
         engine's, after which the cache has been written to.
         """
         self._requests[begin.slot] = begin
+        self.head.begin(begin.slot, begin.prompt_ids)
         if not begin.shared and self._lagging and self._lagging[0][0].slot == begin.slot:
             self._lagging.clear()  # all of them are of one slot
 
@@ -156,19 +157,20 @@ class InnerHead:
         masks: Sequence[Mask],
     ) -> Opinion:
         finished = self.head.finish(features, verified)
+        slots = [slot for slot, _ in nodes]
 
-        def told(scores: torch.Tensor, ids: Array) -> torch.Tensor:
+        def told(scores: torch.Tensor, ids: Sequence[Array]) -> torch.Tensor:
             return _permitted(self._perturbed(scores, ids, following), ids, masks)
 
-        tokens, probabilities = self.head.opinions(finished, CANDIDATES, told)
+        tokens, probabilities = self.head.opinions(finished, CANDIDATES, slots, told)
         odds = self.head.copy_odds(finished).float().cpu()
         numbers = torch.cat([probabilities, odds.expand(len(nodes), -1)], 1)
         return Opinion(rank, nodes, tuple(map(tuple, tokens.tolist())), numbers)
 
     def _perturbed(
-        self, scores: torch.Tensor, ids: Array, following: Sequence[tuple[int, int]]
+        self, scores: torch.Tensor, ids: Sequence[Array], following: Sequence[tuple[int, int]]
     ) -> torch.Tensor:
-        """Add to the scores [n, D] of sampled requests the target's own noise.
+        """Add to the scores [n, W] of sampled requests the target's own noise.
 
         What the target will choose has the largest of its own perturbed logits, so the candidates
         are those with the largest of ours. ``following`` are the slots and positions asked about.
@@ -179,9 +181,10 @@ class InnerHead:
         scores = scores.to("cpu", torch.float32, copy=True)
         for row, (request, (_, position)) in enumerate(zip(requests, following, strict=True)):
             if request is not None and not request.params.greedy:
-                own = scores[row].double()  # shifted: a very low temperature must not overflow
+                count = len(ids[row])
+                own = scores[row, :count].double()  # shifted: a low temperature must not overflow
                 own = (own - own.amax()) / request.params.temperature
-                scores[row] = own + self._noise_of(request, position)[ids]
+                scores[row, :count] = own + self._noise_of(request, position)[ids[row]]
         return scores
 
     def _noise_of(self, request: Begin, position: int) -> torch.Tensor:
@@ -194,16 +197,18 @@ class InnerHead:
         return self._noise[key]
 
 
-def _permitted(scores: torch.Tensor, ids: Array, masks: Sequence[Mask]) -> torch.Tensor:
-    """Ban what masks do not permit from the scores [n, D] of tokens ``ids``.
+def _permitted(scores: torch.Tensor, ids: Sequence[Array], masks: Sequence[Mask]) -> torch.Tensor:
+    """Ban what masks do not permit from the scores [n, W] of each row's tokens ``ids``.
 
     A row that could say nothing at all keeps its scores: the last stage refuses its request.
     """
     if not masks:
         return scores
-    told = np.stack([np.frombuffer(mask, np.uint8) for mask in masks])
-    beyond = max(0, (int(ids[-1]) >> 3) + 1 - told.shape[1])  # of padded rows, without tokens
-    told = np.pad(told, ((0, 0), (0, beyond)))
-    banned = told[:, ids >> 3] >> (ids & 7).astype(np.uint8) & 1 == 0
-    banned[banned.all(1)] = False
+    banned = np.zeros(scores.shape, bool)
+    for row, (own, mask) in enumerate(zip(ids, masks, strict=True)):
+        told = np.frombuffer(mask, np.uint8)
+        beyond = max(0, (int(own.max()) >> 3) + 1 - len(told))  # of padded rows, without tokens
+        told = np.pad(told, (0, beyond))
+        banned[row, : len(own)] = told[own >> 3] >> (own & 7).astype(np.uint8) & 1 == 0
+        banned[row, : len(own)] &= not banned[row, : len(own)].all()
     return scores.masked_fill(torch.from_numpy(banned).to(scores.device), -math.inf)

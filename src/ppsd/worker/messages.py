@@ -88,9 +88,10 @@ class Begin:
 
     ``vocab_size`` counts the real tokens (logits may be padded); ``want_logits`` and
     ``want_feedback`` ask for the target's logits and the last layer's rows with every verdict,
-    ``want_opinions`` for those of heads on the way. ``scores``: each of the prompt's tokens is
-    scored, beside so many of the likeliest (UNSCORED: none is). Its first ``shared`` rows are those
-    of the slot ``source``: every stage copies them, unless that is its own.
+    ``want_opinions`` for those of heads on the way, which may say ``prompt_ids`` beside their
+    draft vocabularies. ``scores``: each of the prompt's tokens is scored, beside so many of the
+    likeliest (UNSCORED: none is). Its first ``shared`` rows are those of the slot ``source``: every
+    stage copies them, unless that is its own.
     """
 
     slot: int
@@ -98,6 +99,7 @@ class Begin:
     prompt_length: int
     stop_ids: tuple[int, ...]
     vocab_size: int
+    prompt_ids: tuple[int, ...] = ()
     want_logits: bool = False
     want_feedback: bool = False
     want_opinions: bool = False
@@ -279,7 +281,8 @@ def _decode_json(header: tuple[int, ...], body: memoryview) -> Message:
         record = json.loads(bytes(body))
         if kind is Begin:
             record["params"] = SamplingParams.from_json(record["params"])
-            record["stop_ids"] = tuple(int(token) for token in record["stop_ids"])
+            for ids in ("stop_ids", "prompt_ids"):
+                record[ids] = tuple(int(token) for token in record[ids])
         fields = {name: _typed(record[name], of) for name, of in _BODIES[kind].items()}
         message: Message = kind(**fields, **{name: headed[name] for name in _HEADED[kind]})
     except MALFORMED as error:

@@ -17,6 +17,7 @@ from ppsd.engine.choose import head_sizes
 from ppsd.errors import NonFiniteError
 from ppsd.lab.rivals.dynamic import PROMPT_ROWS, Shadow
 from ppsd.lab.rivals.jobs import DIGITS
+from ppsd.model.draft_vocabulary import prompt_ids
 from ppsd.model.exit_head import ExitHead, lm_head_rows, load_head, untrained_head
 from ppsd.model.identity import Identity
 from ppsd.model.layers import Product
@@ -39,6 +40,9 @@ class Exits(Protocol):
     """
 
     layers: dict[int, float]
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Speak of a request with this prompt from now on."""
 
     def observe(self, kept: Kept, position: int) -> None:
         """Take rows at ``position``…, those before which have been observed."""
@@ -73,6 +77,9 @@ class OwnExits:
         self._spec = spec
         self._rows: dict[int, torch.Tensor] = {}
         self.layers = dict.fromkeys(exits, spec.head_parameters / spec.layer_parameters)
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Need nothing: all tokens are scored."""
 
     def observe(self, kept: Kept, position: int) -> None:
         _append(self._rows, kept)
@@ -110,6 +117,10 @@ class HeadExits:
         self._features: dict[int, torch.Tensor] = {}
         sizes = Sizes.of(stage.spec)
         self.layers = {e: head_sizes(sizes, h.config) / sizes.layer for e, h in heads.items()}
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        for head in self._heads.values():
+            head.begin(0, prompt_ids(prompt))
 
     def observe(self, kept: Kept, position: int) -> None:
         rows = {e: head.forward(kept[e], position) for e, head in self._heads.items()}

@@ -59,6 +59,7 @@ class RivalStage:
         self._price = Price.of(stage, pace)
         self._exits: Exits | None = None
         self._kept: dict[int, list[torch.Tensor]] = {}  # a round's rows behind each exit
+        self._given: list[int] = []  # of a prompt
         self._sum = torch.empty(0)  # [C], of the last layer's rows of a prompt
         self._recent = torch.empty(0)  # [n, C], the newest of them
 
@@ -85,6 +86,8 @@ class RivalStage:
         """Run a chunk of a prompt, as plain decoding does; behind the last say the first token."""
         if not job.position:
             self._forget()
+            self._given.clear()
+        self._given += job.tokens
         rows = self._run(self._entered(job), job.position, self._first, self.end)
         self._observe(job.position)
         if not self._stage.is_last:
@@ -93,6 +96,8 @@ class RivalStage:
             self._note(rows, job)
         if not job.last:
             return
+        if self._exits is not None:
+            self._exits.begin(self._given)
         shadows = self._shadows(job, slice(-job.shadows, None))
         if self._stage.is_last:
             yield self._first_token(job.position + len(rows), shadows)
