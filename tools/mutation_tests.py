@@ -50,6 +50,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         *(GATED, CHAINS, TREES),
     ),
     "engine/drafter": ("unit/test_drafter.py", "unit/test_exit_head.py"),
+    "model/draft_vocabulary": ("unit/test_draft_vocabulary.py",),
     **dict.fromkeys([f"model/{n}" for n in ("cache", "stage")], MEMORY),
     **dict.fromkeys(
         [f"worker/{n}" for n in ("messages", "wave_messages", "frame")], ("unit/test_messages.py",)

@@ -345,7 +345,7 @@ def _overall(heads: Mapping[str, Any]) -> Table:
 
 
 def _worth(heads: Mapping[str, Any]) -> Table:
-    names = ("head", "held-out α", "outside its vocabulary", "layer-times", "expected", "ρ*")
+    names = ("head", "held-out α", "not scored", "layer-times", "expected", "ρ*")
     table = Table(*names, box=None, pad_edge=False)
     for label, h in heads.items():
         held_out, expected = (h["held_out"] or {}).get("alpha"), h["expected"]

@@ -38,7 +38,7 @@ from ppsd.types import SamplingParams
 
 CHUNK_ROWS = 64  # rows whose logits over the whole vocabulary exist at once
 WORST_RANK = 8  # ranks beyond are written as this
-OUTSIDE = -1  # rank of a token that the head cannot draft: not in its draft vocabulary
+OUTSIDE = -1  # rank of a token that the head does not score: not in its vocabulary or the prompt
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Outcome:
     """One head on one answer.
 
     ``ranks[i]``: how many tokens the head prefers to the model's own, counted up to WORST_RANK;
-    0 is an accepted draft, OUTSIDE a token outside the draft vocabulary.
+    0 is an accepted draft, OUTSIDE a token that the head does not score.
     """
 
     id: str

@@ -48,7 +48,7 @@ def rate(prompts: Sequence[Sequence[int]]) -> Figures:
 
     ``alpha``: accepted / judged; ``interval``: see ``interval``; ``top[k]``: share of positions
     where the model's token is among the head's first k; ``outside``: share of tokens that are not
-    in the draft vocabulary.
+    scored.
     """
     ranks = np.concatenate([np.asarray(p) for p in prompts])
     accepted = [sum(rank == 0 for rank in p) for p in prompts]
