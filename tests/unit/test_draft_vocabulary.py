@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from ppsd.model.draft_vocabulary import NEWEST, DraftVocabulary, prompt_ids
+from ppsd.engine.drafter import DraftState, Given, HeadDrafter
+from ppsd.engine.sequence import Request, begin_message
+from ppsd.model.draft_vocabulary import NEWEST, TOGETHER, DraftVocabulary, prompt_ids
 from ppsd.model.exit_head import load_head
+from ppsd.model.names import lm_head_name
 from ppsd.speculation.lookup import ODDS
+from ppsd.speculation.sampling import Sampler
+from ppsd.types import SamplingParams
+from ppsd.worker.inner_head import InnerHead
+from ppsd.worker.messages import Block
 from tests.unit.test_exit_head import DRAFT_IDS, PLAN, WIDE, Tiny, hidden
 
-VOCAB, WIDTH = 300, 64
+VOCAB, WIDTH, CPU = 300, 64, torch.device("cpu")
 DTYPES = [torch.float64, torch.bfloat16]
 PROMPT = (3, 7, 250, 298)  # 3 is in the draft vocabulary
 SCORED = [0, 3, 4, 7, 99, 200, 250, 298, 299]
@@ -27,7 +33,7 @@ def table(request) -> torch.Tensor:
 
 
 def vocabulary(table: torch.Tensor) -> DraftVocabulary:
-    return DraftVocabulary(np.array(DRAFT_IDS), table[DRAFT_IDS], lambda ids: table[ids])
+    return DraftVocabulary(torch.tensor(DRAFT_IDS), table[DRAFT_IDS], lambda ids: table[ids], CPU)
 
 
 def rows(table: torch.Tensor, count: int) -> torch.Tensor:
@@ -68,7 +74,7 @@ def test_rows_of_many_requests_score_what_each_would_alone(table: torch.Tensor) 
     scored.begin(1, (5,))
     scored.begin(2, PROMPT)
     scores, ids = scored.scores_of(finished, slots)
-    assert scores.shape == (len(slots), len(SCORED))
+    assert scores.shape == (len(slots), TOGETHER)
     for row, slot in enumerate(slots):
         alone = scored.scores(finished[row : row + 1], slot)[0]
         order, count = ids[row].argsort(), len(ids[row])
@@ -112,7 +118,7 @@ def test_a_loaded_head_reads_the_models_own_rows(tiny: Tiny, tmp_path: Path, at_
     assert best == expected.argmax() == head.opinions(finished, 1, [1])[0]
     assert head.drafts_below(300, 1)
     assert not head.drafts_below(299, 1)
-    assert torch.equal(head.logits(finished), every.logits(finished)), "slot 0 has no request"
+    assert torch.equal(head.logits(finished, 0), every.logits(finished, 0)), "slot 0 has no request"
 
 
 def test_a_candidate_of_a_prompt_has_its_probability_among_all(tiny: Tiny, tmp_path: Path) -> None:
@@ -120,10 +126,39 @@ def test_a_candidate_of_a_prompt_has_its_probability_among_all(tiny: Tiny, tmp_p
     head = tiny.load(tmp_path, replace(PLAN, dtype=torch.float32))
     finished = head.finish(head.forward(hidden(3).float(), 0))
     head.begin(4, PROMPT)
-    few, _ = head.opinions(finished, len(SCORED) + 1, [4, 0, 4])
-    assert few.shape == (3, len(DRAFT_IDS)), "as many as every row has"
-    ids, probabilities = head.opinions(finished, len(SCORED) + 1, [4] * 3)
-    assert ids.sort().values.tolist() == [SCORED] * 3
-    chances = head.logits(finished, 4).softmax(1)
-    torch.testing.assert_close(chances.gather(1, ids), probabilities)
-    assert (probabilities[:, :-1] >= probabilities[:, 1:]).all()
+    ids, probabilities = head.opinions(finished, len(SCORED) + 1, [4, 0, 4])
+    chances = [head.logits(finished, slot)[i].softmax(0) for i, slot in enumerate((4, 0, 4))]
+    expected = [each.topk(len(DRAFT_IDS)) for each in chances]
+    assert ids.tolist() == [best.indices.tolist() for best in expected]
+    torch.testing.assert_close(probabilities, torch.stack([best.values for best in expected]))
+    assert set(ids.flatten().tolist()) & (set(PROMPT) - set(DRAFT_IDS)), "some come from the prompt"
+
+
+def test_each_slot_drafts_from_its_own_prompt(tiny: Tiny, tmp_path: Path) -> None:
+    """As a chain, greedily and with noise, and as candidates of trees."""
+    tiny.save(tmp_path, tiny.config(draft_vocab=len(DRAFT_IDS)))
+    head = tiny.load(tmp_path, replace(PLAN, slots=2))
+    drafter, speaker, hidden_rows = HeadDrafter(head), InnerHead(head), hidden(40)
+    whole = tiny.source.load(lm_head_name(tiny.spec), WIDE)
+    prompts, drafted = (tuple(range(100, 140)), tuple(range(10, 60))), set()
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature, seed=3)
+        for slot, prompt in enumerate(prompts):
+            request = Request(prompt, params, frozenset(), VOCAB)
+            speaker.begin(begin_message(slot, request, feedback=False, logits=False))
+        for slot, prompt in enumerate(prompts):
+            state, history = DraftState(slot), torch.tensor(prompt)
+            sampler = Sampler(params, len(prompt), frozenset(), VOCAB)
+            for row in hidden_rows.split(1):
+                drafter.observe(state, 0, row)
+                token = drafter.draft(state, Given(sampler, history))
+                logits = torch.full((VOCAB,), -torch.inf, dtype=WIDE)
+                ids = sorted({*DRAFT_IDS, *prompt})
+                logits[ids] = whole[ids] @ head.finish(head.forward(row, 0, slot))[0]
+                assert token == sampler.choose(logits, history)
+                said = speaker.observe(0, Block(slot, 0, 0, -1, 1, (0,), row), row)
+                assert said is not None
+                assert params.temperature or said.tokens[0][0] == token
+                drafted.add(token)
+    assert drafted & {*prompts[0]} - {*DRAFT_IDS}
+    assert drafted & {*prompts[1]} - {*DRAFT_IDS}

@@ -73,7 +73,7 @@ class Tiny:
 
 def said(head: ExitHead, rows: torch.Tensor) -> torch.Tensor:
     """Draft logits for rows after the exit layer."""
-    return head.logits(head.finish(head.forward(rows, 0)))
+    return head.logits(head.finish(head.forward(rows, 0)), 0)
 
 
 @pytest.fixture(scope="module")
@@ -335,13 +335,13 @@ def test_opinions_name_real_ids_and_do_not_depend_on_other_rows(tiny, tmp_path, 
     alone = [head.opinions(row, 4, [0]) for row in finished.split(1)]
     assert torch.equal(ids, torch.cat([one for one, _ in alone]))
     assert torch.equal(probabilities, torch.cat([one for _, one in alone]))
-    chances = head.logits(finished).float().softmax(1)
+    chances = head.logits(finished, 0).float().softmax(1)
     torch.testing.assert_close(chances.gather(1, ids), probabilities, rtol=1e-2, atol=0)
     assert head.opinions(finished, 9, [0] * 20)[0].shape == (20, len(DRAFT_IDS))
     if dtype == torch.bfloat16 and kernels.loaded() is not None:
         some = slice(0, kernels.MAX_ROWS)
         assert torch.equal(head.finish(features[some], verified[some]), finished[some])
-        for method in (head.scores, head.copy_odds):
+        for method in (lambda rows: head.scores(rows, 0), head.copy_odds):
             rows = torch.cat([method(row) for row in finished[some].split(1)])
             assert torch.equal(method(finished[some]), rows)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -75,9 +77,21 @@ def test_quantised_tensors_are_dequantised_and_unpermuted(tmp_path, kind, monkey
         loaded = source.load(name, torch.float32)
         assert np.array_equal(as_stored(name, loaded.numpy(), model.config), expected), name
         assert loaded.is_contiguous()
-        if loaded.dim() == 2:
-            rows = torch.tensor([5, 0, 7])
-            assert torch.equal(source.rows(name, rows, torch.bfloat16), loaded[rows].bfloat16())
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1])
+def test_rows_of_a_table_are_read_as_loaded(tmp_path, kind):
+    path, name = tmp_path / "m.gguf", "model.embed_tokens.weight"
+    write_model(path, random_model(LlamaConfig(**SIZES)), kind)
+    source, rows = GGUFSource(path), torch.tensor([5, 0, 7])
+    expected, reader = source.load(name, torch.bfloat16)[rows], source.rows(name, torch.bfloat16)
+    del source
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    path.rename(tmp_path / "elsewhere.gguf")
+    assert torch.equal(reader(rows), expected)
+    os.truncate(tmp_path / "elsewhere.gguf", 100)
+    with pytest.raises(ModelError, match=r"m\.gguf: was cut short"):
+        reader(rows)
 
 
 def test_loaded_tensors_own_their_memory(tmp_path):

@@ -209,6 +209,45 @@ def likeliest(params: SamplingParams, position: int) -> tuple[tuple[int, ...], l
     return tuple(int(Certain.ids[i]) for i in columns), shares.tolist()
 
 
+class Ragged(Certain):
+    """In slot 1 it scores two more tokens, which its prompt brought: the last is the likeliest."""
+
+    own = np.array([0, 2])
+    more = torch.tensor([-1.0, 6.0, -torch.inf])  # and a column of nobody's
+
+    def opinions(self, rows: torch.Tensor, k: int, slots: list[int], perturb):
+        ids = [np.concatenate([self.ids, self.own]) if slot else self.ids for slot in slots]
+        nothing = torch.full((3,), -torch.inf)
+        told = [torch.cat([self.scores, self.more if slot else nothing]) for slot in slots]
+        columns, probabilities = most_probable(perturb(torch.stack(told), ids), 2)
+        chosen = [own[at] for own, at in zip(ids, columns.numpy(), strict=True)]
+        return torch.from_numpy(np.stack(chosen)), probabilities
+
+
+def test_a_prompts_own_tokens_are_masked_like_others() -> None:
+    rows = [certain(position)._replace(slot=slot) for position, slot in ((5, 1), (6, 0), (7, 1))]
+    head = speaking(Ragged())
+    assert head.opinion(0, rows, torch.zeros(3, 2)).tokens == ((2, 10), (10, 9), (2, 10))
+    masks = (allowed(0, 1), allowed(0, 2, 3, 4), allowed(2))
+    said = head.opinion(0, rows, torch.zeros(3, 2), masks=tuple(mask[:1] for mask in masks))
+    assert said.tokens[:2] == ((1, 0), (4, 3))
+    assert said.tokens[2][0] == 2
+    assert said.numbers[2, 0] == 1.0
+    none = head.opinion(0, rows[1:2], torch.zeros(1, 2), masks=(allowed(0, 2),))
+    assert none.tokens == ((10, 9),), "the prompt of slot 1 is not that of slot 0"
+
+
+def test_a_prompts_own_tokens_have_their_noise(monkeypatch) -> None:
+    noise = torch.zeros(11)
+    noise[0] = 100.0
+    monkeypatch.setattr("ppsd.worker.inner_head.gumbel", lambda *_: noise.double())
+    head = speaking(Ragged())
+    for slot in (0, 1):
+        head.begin(Begin(slot, SamplingParams(temperature=1.0), 4, (), 11))
+    rows = [certain(5), certain(5)._replace(slot=1)]
+    assert head.opinion(0, rows, torch.zeros(2, 2)).tokens == ((10, 9), (0, 2))
+
+
 @pytest.mark.parametrize("seconds", [0.0, 5.0])
 def test_an_opinion_takes_its_time_on_an_emulated_device(monkeypatch, seconds) -> None:
     slept: list[float] = []

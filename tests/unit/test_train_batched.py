@@ -81,7 +81,7 @@ def test_an_exported_head_says_in_inference_what_it_said_in_training(
     plan = StagePlan(0, 3, 32, torch.float64, torch.device("cpu"))
     head = load_head(tmp_path, stage.spec, plan, open_source(path), teacher.identity)
     finished = head.finish(head.forward(hidden, 0), verified)
-    said, odds = head.logits(finished)[:, draft_ids], head.copy_odds(finished)
+    said, odds = head.logits(finished, 0)[:, draft_ids], head.copy_odds(finished)
     slots = torch.arange(11)
     assert stage.lm_head is not None
     with torch.no_grad():

@@ -152,10 +152,12 @@ def test_what_is_scored_in_a_batch_has_the_tokens_of_its_prompts() -> None:
     texts = [([9, 5, 2], [11, 9]), ([3, 2], [5]), ([7], [3])]
     examples = [Example(torch.tensor(p + t, dtype=torch.int32), 1, len(p)) for p, t in texts]
     batch = make_batch(examples, torch.device("cpu"))
-    scored = Vocabulary(torch.tensor([1, 5, 7]), table).of(batch)
+    vocabulary = Vocabulary(torch.tensor([1, 5, 7]), table)
+    scored = vocabulary.of(batch)
     assert scored.ids.tolist() == [1, 5, 7, 2, 3, 9]
     assert torch.equal(scored.rows, table[scored.ids])
-    assert scored.own.tolist() == [[True, False, True], [True, True, False], [False] * 3]
+    sayable = vocabulary.sayable(batch, scored).int().tolist()
+    assert sayable == [[1, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]
     assert scored.labels[[1, 5, 7, 2, 3, 9]].tolist() == list(range(6))
     assert scored.labels[[0, 4, 6, 8, 10, 11]].tolist() == [OUTSIDE] * 6
 
@@ -163,10 +165,11 @@ def test_what_is_scored_in_a_batch_has_the_tokens_of_its_prompts() -> None:
 def test_a_head_that_scores_all_tokens_needs_no_prompts() -> None:
     table = torch.randn(12, 4)
     batch = make_batch([Example(torch.arange(5, dtype=torch.int32), 1, 2)], torch.device("cpu"))
-    scored = Vocabulary(None, table).of(batch)
+    vocabulary = Vocabulary(None, table)
+    scored = vocabulary.of(batch)
     assert scored.rows is table
     assert scored.ids.tolist() == scored.labels.tolist() == list(range(12))
-    assert scored.own.shape == (1, 0)
+    assert vocabulary.sayable(batch, scored).all()
 
 
 def test_other_text_counts_for_the_draft_vocabulary_but_not_as_lost() -> None:

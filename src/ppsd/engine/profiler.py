@@ -135,7 +135,8 @@ def _cases(stage: Stage, subject: Subject) -> dict[Key, Case]:
     def draft(head: ExitHead) -> Case:
         def run() -> None:
             head.cache.advance(0, at)
-            head.likeliest(head.scores(head.finish(head.forward(hidden[:1], at))), None, ODDS)
+            scores = head.scores(head.finish(head.forward(hidden[:1], at)), 0)
+            head.likeliest(scores, None, ODDS, 0)
 
         return run
 

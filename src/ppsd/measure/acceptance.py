@@ -277,7 +277,7 @@ def _by_lag(
         chunk = rows[first : first + CHUNK_ROWS]
         positions = torch.arange(first, first + len(chunk))
         done = [head.finish(chunk, take_verified(last, positions - lag)) for lag in lags]
-        said = [zip(head.logits(f), head.copy_odds(f), strict=True) for f in done]
+        said = [zip(head.logits(f, 0), head.copy_odds(f), strict=True) for f in done]
         yield from (list(lags) for lags in zip(*said, strict=True))
 
 

@@ -105,9 +105,9 @@ class ExitHead:
         }
         self.tensors = held = HeadTensors.of(weights)
         self._normed = Norm(held.norm, spec.rms_norm_eps)
-        ids = torch.arange(spec.vocab_size) if held.draft_ids is None else held.draft_ids.cpu()
+        ids = torch.arange(spec.vocab_size) if held.draft_ids is None else held.draft_ids
         self.lm_head = lm_head  # [draft vocabulary or V, C]
-        self._vocabulary = DraftVocabulary(ids.numpy(), lm_head, rows)
+        self._vocabulary = DraftVocabulary(ids, lm_head, rows, plan.device)
         self._enter = _product(held.input)
         self._recall = _product(held.feedback, None, held.feedback_norm, spec.rms_norm_eps)
         self._odds = _product(held.copy_weight, held.copy_bias)
@@ -160,20 +160,20 @@ class ExitHead:
         """Return the ``odds`` [n, LENGTHS] of ``lookup.mixed`` for each finished row."""
         return ODDS.expand(len(finished), -1) if self._odds is None else self._odds(finished)
 
-    def scores(self, finished: torch.Tensor, slot: int = 0) -> torch.Tensor:
+    def scores(self, finished: torch.Tensor, slot: int) -> torch.Tensor:
         """Return the draft logits of finished rows of a slot, for what is scored there alone."""
         return self._vocabulary.scores(finished, slot)
 
-    def logits(self, finished: torch.Tensor, slot: int = 0) -> torch.Tensor:
+    def logits(self, finished: torch.Tensor, slot: int) -> torch.Tensor:
         """Return the draft logits [n, V] of finished rows; -inf for what is not scored."""
         return self.spread(self.scores(finished, slot), slot)
 
-    def drafts_below(self, size: int, slot: int = 0) -> bool:
+    def drafts_below(self, size: int, slot: int) -> bool:
         """Return True if only tokens below ``size`` are scored."""
         return bool(self._vocabulary.ids(slot)[-1] < size)
 
     def likeliest(
-        self, scores: torch.Tensor, match: Match | None, odds: torch.Tensor, slot: int = 0
+        self, scores: torch.Tensor, match: Match | None, odds: torch.Tensor, slot: int
     ) -> int:
         """Return the token with the largest ``mixed`` logit, for one row of ``scores``.
 
@@ -192,25 +192,25 @@ class ExitHead:
         slots: Sequence[int],
         perturb: Callable[[torch.Tensor, Sequence[Array]], torch.Tensor] = lambda scores, _: scores,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the ``k`` most probable tokens of finished rows [n, C], or all if there are fewer.
+        """Return the ``k`` most probable tokens of finished rows [n, C] of ``slots`` [n].
 
-        Their ids, int64 [n, k], are by falling probability, equals as ``scores_of`` has them; then
-        come their probabilities, float32 [n, k], under a softmax over what is scored in ``slots``
-        [n]. Both are on the CPU, and do not depend on other rows. ``perturb`` changes the scores
+        There are fewer only if the draft vocabulary has fewer. Their ids, int64 [n, k], are by
+        falling probability; of equals those of the draft vocabulary come first, and of these the
+        lower ids. Then come their probabilities, float32 [n, k], under a softmax over all that is
+        scored. Both are on the CPU, and do not depend on other rows. ``perturb`` changes the scores
         before, given the tokens of each row. Raises NonFiniteError like ``likeliest``.
         """
         scores, ids = self._vocabulary.scores_of(finished, slots)
-        columns, probabilities = most_probable(perturb(scores, ids), min(k, min(map(len, ids))))
+        most = self.config.draft_vocab or self.spec.vocab_size
+        columns, probabilities = most_probable(perturb(scores, ids), min(k, most))
         chosen = [own[row] for own, row in zip(ids, columns.cpu().numpy(), strict=True)]
         return torch.from_numpy(np.stack(chosen)), probabilities.cpu()
 
-    def spread(self, scores: torch.Tensor, slot: int = 0) -> torch.Tensor:
+    def spread(self, scores: torch.Tensor, slot: int) -> torch.Tensor:
         """Spread the ``scores`` of a slot over the whole vocabulary; -inf for what has none."""
         if self.tensors.draft_ids is None:
             return scores
-        full = scores.new_full((scores.shape[0], self.spec.vocab_size), float("-inf"))
-        ids = torch.from_numpy(self._vocabulary.ids(slot)).to(scores.device)
-        return full.index_copy_(1, ids, scores)
+        return self._vocabulary.spread(scores, slot, self.spec.vocab_size)
 
 
 def most_probable(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -339,11 +339,11 @@ def lm_head_rows(
 def further_rows(
     spec: ModelSpec, source: TensorSource, plan: StagePlan, embedding: torch.Tensor | None
 ) -> Rows:
-    """Return what reads the LM head's rows of any tokens, for as long as a head lives."""
+    """Return a function that returns the LM head's rows [k, C] of tokens [k] later on."""
     if embedding is not None and spec.tie_embeddings:
         return lambda ids: embedding[ids.to(embedding.device)]
-    again = source.reopened()  # the given one may be about to be closed
-    return lambda ids: again.rows(lm_head_name(spec), ids, plan.dtype).to(plan.device)
+    rows = source.rows(lm_head_name(spec), plan.dtype)
+    return lambda ids: rows(ids).to(plan.device)
 
 
 def untrained_head(

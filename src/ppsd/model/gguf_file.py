@@ -21,6 +21,7 @@ from ppsd.model.gguf_header import read_header, read_parts
 from ppsd.model.kernels import Kind
 from ppsd.model.names import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
 from ppsd.model.packed import Codes
+from ppsd.model.row_file import RowFile
 from ppsd.model.spec import ModelSpec, config_from_dict, spec_from_config
 
 CHUNK = 1 << 20  # elements dequantised at a time: large tensors need no float32 copy
@@ -66,13 +67,15 @@ class GGUFSource:
         heads = self._permuted_heads(name)
         return unpermute(tensor, heads) if heads else tensor
 
-    def rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if heads := self._permuted_heads(name):
-            rows = unpermute(torch.arange(self.shapes()[name][0]), heads)[rows]
-        return self._dequantise(self._stored[name], dtype, rows.cpu().numpy())
+    def rows(self, name: str, dtype: torch.dtype) -> RowFile:
+        stored = self._stored[name]
+        assert not self._permuted_heads(name), "the rows of a table stand in order"
+        entry, data = self._header.tensors[stored], self._rows(stored)
 
-    def reopened(self) -> GGUFSource:
-        return GGUFSource(self._path)
+        def decode(rows: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(dequantize(rows, entry.kind)).to(dtype)
+
+        return RowFile(self._parts[entry.part].path, entry.offset, data.shape[1], decode)
 
     def name_in_file(self, name: str) -> str:
         return self._stored.get(name) or stored_name(name)
@@ -131,19 +134,13 @@ class GGUFSource:
     def _rows(self, stored: str) -> np.ndarray:
         """Return a tensor's bytes, row by row."""
         entry = self._header.tensors[stored]
-        rows = np.frombuffer(self._parts[entry.part], np.uint8, entry.nbytes, entry.offset)
+        rows = np.frombuffer(self._parts[entry.part].data, np.uint8, entry.nbytes, entry.offset)
         return rows.reshape(-1, quant_shape_to_byte_shape(entry.shape, entry.kind)[-1])
 
-    def _dequantise(
-        self, stored: str, dtype: torch.dtype, chosen: np.ndarray | None = None
-    ) -> torch.Tensor:
-        """Return a tensor, or the ``chosen`` rows of a matrix."""
+    def _dequantise(self, stored: str, dtype: torch.dtype) -> torch.Tensor:
         entry = self._header.tensors[stored]
         rows = self._rows(stored)
-        shape = entry.shape
-        if chosen is not None:
-            rows, shape = rows[chosen], (len(chosen), shape[1])
-        result = torch.empty(shape, dtype=dtype)
+        result = torch.empty(entry.shape, dtype=dtype)
         table, step = result.view(len(rows), -1), max(1, CHUNK // entry.shape[-1])
         for start in range(0, len(rows), step):
             try:

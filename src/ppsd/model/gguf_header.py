@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -62,21 +62,28 @@ def read_header(path: Path, arrays: Collection[str] = ()) -> Header:
     return _parse(_map_file(path), path, arrays)
 
 
-def read_parts(path: Path) -> tuple[Header, list[mmap.mmap]]:
+class Part(NamedTuple):
+    """A file of a model, and its bytes, mapped."""
+
+    path: Path
+    data: mmap.mmap
+
+
+def read_parts(path: Path) -> tuple[Header, list[Part]]:
     """Read a file's header and map its bytes; a first part brings all the others of its model.
 
     The metadata is the first part's. Raises ModelError when a part is missing, when ``path`` is a
     later part, and when the parts do not hold the number of tensors that they state.
     """
-    data = [_map_file(path)]
-    header = _parse(data[0], path)
+    parts = [Part(path, _map_file(path))]
+    header = _parse(parts[0].data, path)
     count = header.metadata.get("split.count", 1)
     if count in (0, 1):  # gguf-split writes 0 into a file that it merged
-        return header, data
+        return header, parts
     tensors = dict(header.tensors)
     for part, file in enumerate(_part_files(path, header, count)[1:], start=1):
-        data.append(_map_file(file))
-        for name, entry in _parse(data[part], file).tensors.items():
+        parts.append(Part(file, _map_file(file)))
+        for name, entry in _parse(parts[part].data, file).tensors.items():
             if name in tensors:
                 raise ModelError(f"{file}: tensor {name} is also in an earlier part")
             tensors[name] = replace(entry, part=part)
@@ -85,7 +92,7 @@ def read_parts(path: Path) -> tuple[Header, list[mmap.mmap]]:
         raise ModelError(
             f"{path}: split.tensors.count is {stated}, but the {count} parts hold {len(tensors)}"
         )
-    return replace(header, tensors=tensors), data
+    return replace(header, tensors=tensors), parts
 
 
 def whole_name(path: Path) -> str:

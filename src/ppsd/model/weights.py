@@ -19,6 +19,7 @@ from ppsd.errors import ModelError, cause_of, shortened
 from ppsd.model.kernels import Kind
 from ppsd.model.names import EMBEDDING, LM_HEAD, expected_shapes
 from ppsd.model.packed import Codes
+from ppsd.model.row_file import RowFile
 from ppsd.model.spec import ModelSpec
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
@@ -46,11 +47,8 @@ class TensorSource(Protocol):
         Raises ModelError naming file and tensor when it is missing or unreadable.
         """
 
-    def rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the ``rows`` [k] of a matrix as ``load`` would, without touching others."""
-
-    def reopened(self) -> TensorSource:
-        """Return the same tensors, mapped anew: what was read through this one stays behind."""
+    def rows(self, name: str, dtype: torch.dtype) -> RowFile:
+        """Return a reader of a table's rows as ``load`` returns them, which outlives the source."""
 
     def name_in_file(self, name: str) -> str:
         """Return what the file calls a tensor, whether it is there or not."""
@@ -165,11 +163,17 @@ class SafetensorsSource:
             )
         return self.view(name).to(dtype, copy=True).contiguous()
 
-    def rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self.view(name)[rows].to(dtype)
+    def rows(self, name: str, dtype: torch.dtype) -> RowFile:
+        width, stored = self.view(name).shape[1], self.view(name).dtype
+        path = self._directory / self._index[name]
+        with path.open("rb") as file:  # a length, a header, and the tensors behind it
+            size = int.from_bytes(file.read(8), "little")
+            start = 8 + size + json.loads(file.read(size))[name]["data_offsets"][0]
 
-    def reopened(self) -> SafetensorsSource:
-        return SafetensorsSource(self._directory)
+        def decode(rows: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(rows).view(stored).to(dtype)
+
+        return RowFile(path, start, width * stored.itemsize, decode)
 
     def view(self, name: str) -> torch.Tensor:
         """Return one tensor as the file holds it, in the file's own mapped memory."""

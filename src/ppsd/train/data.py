@@ -20,7 +20,7 @@ from ppsd.model.tokenizer import Tokenizer
 from ppsd.train.records import Record
 
 POOL_BATCHES = 32  # in a shuffled pool, which is sorted by length and cut into batches
-OUTSIDE = -1  # label of a token outside the draft vocabulary
+OUTSIDE = -1  # label of a token that is not scored
 
 
 @dataclass(frozen=True)
@@ -255,39 +255,50 @@ def make_batch(examples: Sequence[Example], device: torch.device) -> Batch:
 
 @dataclass(frozen=True)
 class Scored:
-    """Holds what heads score in a batch: W tokens, D of them for all of its B examples.
+    """W tokens that heads score in a batch: the draft vocabulary, and all else in its prompts.
 
     ``ids`` [W]; ``rows`` [W, C] of the LM head; ``labels`` [V]: the index of each token, OUTSIDE
-    where it has none. ``own`` [B, W - D]: whether an example's own prompt holds what is not for
-    all; as a further wrong answer it may stand in the others' losses.
+    where it has none. An example's loss is over all of them, its prompt's tokens or another's.
     """
 
     ids: torch.Tensor
     rows: torch.Tensor
     labels: torch.Tensor
-    own: torch.Tensor
 
 
 class Vocabulary:
     """The draft vocabulary ``ids`` [D], None for all, with the model's LM head ``table`` [V, C]."""
 
     def __init__(self, ids: torch.Tensor | None, table: torch.Tensor) -> None:
-        every = torch.arange(len(table), device=table.device)
-        self._table = table
-        self._ids = every if ids is None else ids
-        self._rows = table if ids is None else table[ids]
-        self._labels = torch.full_like(every, OUTSIDE)
-        self._labels[self._ids] = torch.arange(len(self._ids), device=table.device)
+        every = torch.arange(len(table))
+        self._table, self._device = table, table.device
+        own = every if ids is None else ids.cpu()
+        self.size = len(own)
+        self._outside = torch.full_like(every, OUTSIDE)
+        self._outside[own] = torch.arange(self.size)
+        self._common = Scored(
+            own.to(self._device),
+            table if ids is None else table[ids],
+            self._outside.to(self._device),
+        )
 
     def of(self, batch: Batch) -> Scored:
-        """Return what is scored in a batch: the prompts' tokens too, as in decoding."""
-        prompts = [set(prompt_ids(e.tokens[: e.prompt].tolist())) for e in batch.examples]
-        told = torch.tensor(sorted(set().union(*prompts)))
-        others = told[self._labels.cpu()[told] == OUTSIDE].tolist()
-        own = torch.tensor([[token in prompt for token in others] for prompt in prompts])
-        device = self._table.device
-        added = torch.tensor(others, dtype=torch.int64, device=device)
-        labels = self._labels.clone()
-        labels[added] = torch.arange(len(added), device=device) + len(self._ids)
-        rows = torch.cat([self._rows, self._table[added]]) if len(added) else self._rows
-        return Scored(torch.cat([self._ids, added]), rows, labels, own.to(device, torch.bool))
+        """Return what is scored in a batch, as in decoding, but for all of its prompts."""
+        told = torch.tensor(sorted({i for e in batch.examples for i in _prompt_ids(e)}))
+        added = told[self._outside[told] == OUTSIDE].to(self._device)
+        if not len(added):
+            return self._common
+        ids, rows, labels = self._common.ids, self._common.rows, self._common.labels.clone()
+        labels[added] = torch.arange(len(added), device=self._device) + self.size
+        return Scored(torch.cat([ids, added]), torch.cat([rows, self._table[added]]), labels)
+
+    def sayable(self, batch: Batch, scored: Scored) -> torch.Tensor:
+        """Return which of the tokens scored each example may say at run time, [B, W]."""
+        others = scored.ids[self.size :].cpu()
+        own = [torch.isin(others, torch.tensor(_prompt_ids(e))) for e in batch.examples]
+        common = torch.ones(len(own), self.size, dtype=torch.bool)
+        return torch.cat([common, torch.stack(own)], 1).to(self._device)
+
+
+def _prompt_ids(example: Example) -> tuple[int, ...]:
+    return prompt_ids(example.tokens[: example.prompt].tolist())

@@ -113,14 +113,14 @@ def evaluate(
             odds = student.odds(normed, part.copies.slots)
         right = []
         scored = vocabulary.of(part.batch)
-        common = len(scored.ids) - scored.own.shape[1]
+        sayable = vocabulary.sayable(part.batch, scored)
         example = part.batch.rows // length
         columns = (normed, odds.float(), part.copies.tokens, part.greedy, example)
         for rows, log_weights, copied, greedy, whose in zip(
             *(torch.split(column, CHUNK_ROWS) for column in columns), strict=True
         ):
             scores = (rows.to(scored.rows.dtype) @ scored.rows.T).float()
-            scores[:, common:].masked_fill_(~scored.own[whose], -torch.inf)
+            scores = scores.masked_fill(~sayable[whose], -torch.inf)
             hits = _best(scores, scored.ids, copied, log_weights) == greedy[:, None]
             right.append(hits[:, 0])
             among += int(hits.sum())

@@ -207,8 +207,8 @@ def _permitted(scores: torch.Tensor, ids: Sequence[Array], masks: Sequence[Mask]
     banned = np.zeros(scores.shape, bool)
     for row, (own, mask) in enumerate(zip(ids, masks, strict=True)):
         told = np.frombuffer(mask, np.uint8)
-        beyond = max(0, (int(own.max()) >> 3) + 1 - len(told))  # of padded rows, without tokens
-        told = np.pad(told, (0, beyond))
+        if (beyond := (int(own.max()) >> 3) + 1 - len(told)) > 0:  # padded rows, without tokens
+            told = np.pad(told, (0, beyond))
         banned[row, : len(own)] = told[own >> 3] >> (own & 7).astype(np.uint8) & 1 == 0
         banned[row, : len(own)] &= not banned[row, : len(own)].all()
     return scores.masked_fill(torch.from_numpy(banned).to(scores.device), -math.inf)

@@ -157,7 +157,7 @@ class HeadExits:
         if verified is not None:
             verified = verified.to(features.device, features.dtype).expand(len(features), -1)
         finished = head.finish(features, verified)
-        logits, odds = head.logits(finished), head.copy_odds(finished)
+        logits, odds = head.logits(finished, 0), head.copy_odds(finished)
         rows = [
             row if match is None else mixed(row, match, odds[i])
             for i, (row, match) in enumerate(zip(logits.float(), matches, strict=False))

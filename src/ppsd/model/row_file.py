@@ -1,0 +1,38 @@
+"""Read single rows of a matrix from its file: for what a stage needs a few rows of, and late."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ppsd.errors import ModelError, cause_of
+
+
+class RowFile:
+    """Rows of a matrix in the file ``path``: ``bytes`` each, the first at ``offset``.
+
+    ``decode`` makes [k, in] of their bytes [k, bytes]. The file stays open, so it may be moved
+    away; it is not mapped, as pages of mapped files count as memory in use.
+    """
+
+    def __init__(
+        self, path: Path, offset: int, width: int, decode: Callable[[np.ndarray], torch.Tensor]
+    ) -> None:
+        self._path, self._offset, self._width, self._decode = path, offset, width, decode
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read ({cause_of(error)})") from error
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return ``rows`` [k]; raises ModelError if the file has been cut short since."""
+        data = np.empty((len(rows), self._width), np.uint8)
+        for place, row in zip(data, rows.tolist(), strict=True):
+            at = self._offset + row * self._width
+            if os.preadv(self._file.fileno(), [place.data], at) != self._width:
+                raise ModelError(f"{self._path}: was cut short after it had been loaded")
+        return self._decode(data)
