@@ -339,7 +339,7 @@ def lm_head_rows(
 def further_rows(
     spec: ModelSpec, source: TensorSource, plan: StagePlan, embedding: torch.Tensor | None
 ) -> Rows:
-    """Return a function that returns the LM head's rows [k, C] of tokens [k] later on."""
+    """Return a function that reads the LM head's rows [k, C] of tokens [k] while the head lives."""
     if embedding is not None and spec.tie_embeddings:
         return lambda ids: embedding[ids.to(embedding.device)]
     rows = source.rows(lm_head_name(spec), plan.dtype)

@@ -1,12 +1,12 @@
 """Losses of heads: KL(model ‖ head) and cross-entropy, in bounded memory.
 
-Both distributions live on the draft vocabulary: the model's is renormalised over it. Labels are
-indices into it, -1 for tokens outside, which have no cross-entropy. The head's is the mixture that
+Both distributions live on the tokens that are scored: the model's is renormalised over them. Labels
+are indices into these, -1 for others, which have no cross-entropy. The head's is the mixture that
 it drafts from (lookup.mixed): a copied token c adds its weight w = exp(odds) to the head's q, so
 
     log mix = log q + [c]·softplus(odds - log q(c)) - softplus(odds).
 
-Copies outside the draft vocabulary (2 % of positions, as often right as others) teach nothing.
+Copies of tokens that are not scored teach nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Mixture:
-    """``copied`` [n]: index in the draft vocabulary of what lookup offers, -1 for nothing.
+    """``copied`` [n]: index among those scored of what lookup offers, -1 for nothing.
 
     ``odds`` [E, n]: the log weight that each head gives it.
     """
@@ -120,7 +120,7 @@ def _log_softmax(rows: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
 
 
 def _known(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows whose label is in the draft vocabulary, and those labels."""
+    """Return the rows whose label is scored, and those labels."""
     known = (labels >= 0).nonzero()[:, 0]
     return known, labels[known]
 
