@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from ppsd.config import EngineConfig
-from ppsd.model.head_files import PROMPTS_FILE
+from ppsd.model.head_files import PROMPT_DIGITS, PROMPTS_FILE, read_prompts
 from ppsd.model.head_library import SHIPPED, FoundHead, find_heads
 from ppsd.provenance import provenance
 from ppsd.train.records import prompt_digest
 
 EVALUATION = Path(__file__).parents[1] / "data" / "evaluation_prompts.txt"
 EXPECTED = {("transformer", n) for n in (4, 8, 15, 18)} | {("norm", 8)}
-ALL_BYTES = 32 << 20
+ALL_BYTES = 16_000_000
 
 HEADS = [head for head in find_heads() if head.shipped]
 
@@ -44,11 +45,17 @@ def test_they_say_where_they_come_from(head: FoundHead) -> None:
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.path.name)
 def test_no_evaluation_prompt_trained_them(head: FoundHead) -> None:
-    trained = set((head.path / PROMPTS_FILE).read_text().split())
+    trained = set(read_prompts(head.path))
     evaluation = set(EVALUATION.read_text().split())
     assert len(trained) > 500
     assert len(evaluation) > 2000
     assert trained.isdisjoint(evaluation)
+
+
+def test_longer_digests_of_earlier_heads_are_compared_alike(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"who are you?").hexdigest()
+    (tmp_path / PROMPTS_FILE).write_text(f"{digest[:16]}\n{digest[:PROMPT_DIGITS]}\n")
+    assert read_prompts(tmp_path) == [prompt_digest("Who are you?")] * 2
 
 
 def test_digests_do_not_mind_case_and_white_space() -> None:

@@ -26,6 +26,7 @@ KINDS = ("norm", "transformer")
 CONFIG_FILE = "head.json"
 WEIGHTS_FILE = "head.safetensors"
 PROMPTS_FILE = "prompts.txt"
+PROMPT_DIGITS = 12  # hexadecimal, of a prompt's digest; heads of before have sixteen
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,10 @@ def read_prompts(directory: Path) -> list[str]:
     """Return the digests of what a head was trained on; none where nothing is told."""
     path = directory / PROMPTS_FILE
     try:
-        return path.read_text().split() if path.exists() else []
+        digests = path.read_text().split() if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise HeadError(f"cannot read {path}: {cause_of(error)}") from error
+    return [digest[:PROMPT_DIGITS] for digest in digests]
 
 
 def weights_digest(directory: Path) -> str:

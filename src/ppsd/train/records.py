@@ -16,6 +16,7 @@ from typing import Any
 
 from ppsd import checks
 from ppsd.errors import ConfigError, PpsdError, cause_of
+from ppsd.model.head_files import PROMPT_DIGITS
 from ppsd.model.source import HUB_ID
 
 FIELDS = "prompt (and target), messages, or text"
@@ -59,8 +60,9 @@ def _digest(messages: Sequence[Message]) -> str:
 
 
 def prompt_digest(text: str) -> str:
-    """Return sixteen hexadecimal digits of a prompt, whatever its case and white space."""
-    return hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest()[:16]
+    """Return hexadecimal digits of a prompt, the same whatever its case and white space."""
+    plain = " ".join(text.casefold().split())
+    return hashlib.sha256(plain.encode()).hexdigest()[:PROMPT_DIGITS]
 
 
 def prompt_digests(records: Iterable[Record]) -> list[str]:
