@@ -13,9 +13,9 @@ from ppsd.errors import ModelError, cause_of
 
 
 class RowFile:
-    """Rows of a matrix in the file ``path``: ``bytes`` each, the first at ``offset``.
+    """Rows of a matrix in the file ``path``: ``width`` bytes each, the first at ``offset``.
 
-    ``decode`` makes [k, in] of their bytes [k, bytes]. The file stays open, so it may be moved
+    ``decode`` makes [k, in] of their bytes [k, width]. The file stays open, so it may be moved
     away; it is not mapped, as pages of mapped files count as memory in use.
     """
 
@@ -30,9 +30,9 @@ class RowFile:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return ``rows`` [k]; raises ModelError if the file has been cut short since."""
-        data = np.empty((len(rows), self._width), np.uint8)
-        for place, row in zip(data, rows.tolist(), strict=True):
-            at = self._offset + row * self._width
-            if os.preadv(self._file.fileno(), [place.data], at) != self._width:
-                raise ModelError(f"{self._path}: was cut short after it had been loaded")
-        return self._decode(data)
+        data = bytearray()
+        for row in rows.tolist():
+            data += os.pread(self._file.fileno(), self._width, self._offset + row * self._width)
+        if len(data) != len(rows) * self._width:
+            raise ModelError(f"{self._path}: was cut short after it had been loaded")
+        return self._decode(np.frombuffer(data, np.uint8).reshape(len(rows), -1))

@@ -274,18 +274,18 @@ class Vocabulary:
         self._table, self._device = table, table.device
         own = every if ids is None else ids.cpu()
         self.size = len(own)
-        self._outside = torch.full_like(every, OUTSIDE)
-        self._outside[own] = torch.arange(self.size)
+        self._labels = torch.full_like(every, OUTSIDE)
+        self._labels[own] = torch.arange(self.size)
         self._common = Scored(
             own.to(self._device),
             table if ids is None else table[ids],
-            self._outside.to(self._device),
+            self._labels.to(self._device),
         )
 
     def of(self, batch: Batch) -> Scored:
         """Return what is scored in a batch, as in decoding, but for all of its prompts."""
         told = torch.tensor(sorted({i for e in batch.examples for i in _prompt_ids(e)}))
-        added = told[self._outside[told] == OUTSIDE].to(self._device)
+        added = told[self._labels[told] == OUTSIDE].to(self._device)
         if not len(added):
             return self._common
         ids, rows, labels = self._common.ids, self._common.rows, self._common.labels.clone()
