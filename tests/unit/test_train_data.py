@@ -17,6 +17,7 @@ from ppsd.errors import ConfigError, PpsdError
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.train.data import (
     OUTSIDE,
+    PROMPT_WEIGHT,
     Encoding,
     Example,
     Vocabulary,
@@ -211,6 +212,17 @@ def test_batch_rows_stand_before_their_targets() -> None:
     assert torch.equal(following[batch.rows], batch.targets)
     assert batch.targets.tolist() == [t for e in examples for t in e.targets.tolist()]
     assert batch.size == sum(len(e.tokens) for e in examples)
+
+
+def test_an_answers_positions_weigh_more_than_its_prompts() -> None:
+    tokens = torch.arange(8, dtype=torch.int32)
+    device = torch.device("cpu")
+    batch = make_batch([Example(tokens, 1, 6), Example(tokens[:3], 2, 2)], device)
+    weights = torch.tensor([PROMPT_WEIGHT] * 5 + [1.0] * 2 + [1.0])
+    assert PROMPT_WEIGHT < 1
+    torch.testing.assert_close(batch.shares, weights / weights.sum())
+    answers = make_batch([Example(tokens, 6, 6)], device)
+    torch.testing.assert_close(answers.shares, torch.full((2,), 0.5))
 
 
 def test_held_out_examples_are_not_trained_on() -> None:

@@ -15,10 +15,11 @@ def reference_loss(
     weights: LossWeights,
     copied: torch.Tensor,
     odds: torch.Tensor,
+    shares: torch.Tensor,
 ) -> torch.Tensor:
-    """The loss as in the paper, a mean over rows: logits [n, Vd] of head and model, labels [n].
+    """The loss as in the paper, rows in ``shares`` [n]: logits [n, Vd] of head and model.
 
-    ``copied`` and ``odds`` [n]: see Mixture.
+    ``labels`` [n]; ``copied`` and ``odds`` [n]: see Mixture.
     """
     copy = torch.zeros_like(scores)
     offered = copied >= 0
@@ -29,7 +30,7 @@ def reference_loss(
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     picked = log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     surprise = -picked * (labels >= 0)
-    return (weights.kl * divergence + weights.ce * surprise).mean()
+    return shares @ (weights.kl * divergence + weights.ce * surprise)
 
 
 @pytest.mark.parametrize("rows", [1, CHUNK_ROWS, CHUNK_ROWS + 7])
@@ -46,9 +47,10 @@ def test_chunked_equals_reference(rows: int, weights: LossWeights) -> None:
     copied = torch.where(torch.rand(rows) < 0.3, labels, torch.randint(-1, 50, (rows,)))
     odds = (2 * torch.randn(2, rows, dtype=torch.float64)).requires_grad_()
     factors = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    shares = torch.rand(rows, dtype=torch.float64)
 
     losses, kl, ce = chunked_losses(
-        features, teacher, lm_head, labels, weights, Mixture(copied, odds)
+        features, teacher, lm_head, labels, weights, Mixture(copied, odds), shares
     )
     (losses * factors).sum().backward()
     gradients = features.grad, odds.grad
@@ -56,7 +58,7 @@ def test_chunked_equals_reference(rows: int, weights: LossWeights) -> None:
     scores = features @ lm_head.T, [teacher @ lm_head.T] * 2
     expected = torch.stack(
         [
-            reference_loss(s, t, labels, weights, copied, o)
+            reference_loss(s, t, labels, weights, copied, o, shares)
             for s, t, o in zip(*scores, odds, strict=True)
         ]
     )
@@ -72,6 +74,8 @@ def test_a_head_that_is_the_teacher_has_no_divergence() -> None:
     rows, lm_head = torch.randn(9, 8), torch.randn(20, 8)
     nothing, odds = torch.full((9,), -1), torch.zeros(1, 9)
     mixture = Mixture(nothing, odds)
-    _, kl, ce = chunked_losses(rows[None], rows, lm_head, nothing, LossWeights(), mixture)
+    _, kl, ce = chunked_losses(
+        rows[None], rows, lm_head, nothing, LossWeights(), mixture, torch.full((9,), 1 / 9)
+    )
     assert abs(kl.item()) < 1e-6
     assert ce.item() == 0.0

@@ -20,6 +20,7 @@ from ppsd.model.tokenizer import Tokenizer
 from ppsd.train.records import Record
 
 POOL_BATCHES = 32  # in a shuffled pool, which is sorted by length and cut into batches
+PROMPT_WEIGHT = 0.3  # of a prompt's positions: nothing is drafted there, and others wrote the text
 OUTSIDE = -1  # label of a token that is not scored
 
 
@@ -229,13 +230,14 @@ def _cut(
 class Batch:
     """``tokens`` [B, T] padded at the end; flattened row ``rows[i]`` must guess ``targets[i]``.
 
-    ``size`` counts tokens without padding.
+    ``shares`` (float32) of the rows in the loss sum to 1; ``size`` counts tokens without padding.
     """
 
     examples: tuple[Example, ...]
     tokens: torch.Tensor
     rows: torch.Tensor
     targets: torch.Tensor
+    shares: torch.Tensor
     size: int
 
 
@@ -243,14 +245,19 @@ def make_batch(examples: Sequence[Example], device: torch.device) -> Batch:
     """Make a batch padded to its longest example, and list the positions that count."""
     length = max(len(e.tokens) for e in examples)
     tokens = torch.zeros(len(examples), length, dtype=torch.int64)
-    rows = []
+    rows, weights = [], []
     for i, example in enumerate(examples):
         tokens[i, : len(example.tokens)] = example.tokens
-        rows.append(torch.arange(example.start - 1, len(example.tokens) - 1) + i * length)
+        before = torch.arange(example.start - 1, len(example.tokens) - 1)
+        rows.append(before + i * length)
+        weights.append(torch.where(before < example.prompt - 1, PROMPT_WEIGHT, 1.0))
     targets = torch.cat([e.targets for e in examples]).long()
+    shares = torch.cat(weights) / torch.cat(weights).sum()
     size = sum(len(e.tokens) for e in examples)
-    rows_kept = torch.cat(rows).to(device)
-    return Batch(tuple(examples), tokens.to(device), rows_kept, targets.to(device), size)
+    tokens, at, targets, shares = (
+        tensor.to(device) for tensor in (tokens, torch.cat(rows), targets, shares)
+    )
+    return Batch(tuple(examples), tokens, at, targets, shares, size)
 
 
 @dataclass(frozen=True)

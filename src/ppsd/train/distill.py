@@ -244,7 +244,8 @@ class Trainer:
             verified = self._verified(batch, features, step)
             for student, fit in zip(students, fits, strict=True):
                 inputs = student.reads(features.exits[student.exit_layer][batch.rows], verified)
-                fit.add(inputs, features.last[batch.rows])
+                weights = batch.shares * len(batch.rows)
+                fit.add(inputs, features.last[batch.rows], weights)
             seen += batch.size
             if seen >= min(START_TOKENS, self.total_tokens // self.config.epochs):
                 break
@@ -307,7 +308,7 @@ class Trainer:
         copied = copied.masked_fill(copies.tokens == NO_COPY, OUTSIDE)
         mixture = Mixture(copied, torch.stack(odds))
         losses, kl, ce = chunked_losses(
-            torch.stack(normed), teacher, scored.rows, labels, weights, mixture
+            torch.stack(normed), teacher, scored.rows, labels, weights, mixture, batch.shares
         )
         record = {"kl": kl.tolist(), "ce": ce.tolist(), "targets": len(batch.targets)}
         return losses, record | {"forward_seconds": round(forward_seconds, 4)}

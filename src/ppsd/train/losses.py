@@ -49,16 +49,18 @@ def chunked_losses(
     labels: torch.Tensor,
     weights: LossWeights,
     mixture: Mixture,
+    shares: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return losses [E], their KL [E] and cross-entropy [E] of E heads that share a teacher.
 
     ``features`` [E, n, C] and ``teacher`` [n, C] are normed rows; ``lm_head`` [Vd, C] turns
-    either into logits and is frozen. Never more than three logit matrices of a chunk's rows
-    exist: the gradient of each chunk is taken to ``features`` and ``mixture.odds`` at once.
+    either into logits and is frozen. ``shares`` [n] weigh the rows. Never more than three logit
+    matrices of a chunk's rows exist: the gradient of each chunk is taken to ``features`` and
+    ``mixture.odds`` at once.
     """
     losses: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     losses = _Chunked.apply(  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-        features, mixture.odds, teacher, lm_head, labels, mixture.copied, weights
+        features, mixture.odds, teacher, lm_head, labels, mixture.copied, weights, shares
     )
     return losses
 
@@ -74,28 +76,31 @@ class _Chunked(torch.autograd.Function):
         labels: torch.Tensor,
         copied: torch.Tensor,
         weights: LossWeights,
+        shares: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         heads, count, _ = features.shape
         gradient, odds_gradient = torch.empty_like(features), torch.zeros_like(odds)
-        terms = features.new_zeros(2, heads, dtype=_wide(features))
+        kl, ce = features.new_zeros(2, heads, dtype=_wide(features))
+        shares = shares.to(kl.dtype)
         for rows in _chunks(count, CHUNK_ROWS if features.device.type == "cpu" else GPU_CHUNK_ROWS):
             log_p = _log_softmax(teacher[rows], lm_head)
-            p = log_p.exp()
-            negentropy = (p * log_p).sum()
+            p, share = log_p.exp(), shares[rows]
+            negentropy = (p * log_p).sum(-1)
             known, slots = _known(labels[rows])
             offered = _known(copied[rows])
             for head in range(heads):
                 log_q = _log_softmax(features[head, rows], lm_head)
-                terms[0, head] += negentropy - (p * log_q).sum()
-                terms[1, head] -= log_q[known, slots].sum()
+                kl[head] += share @ (negentropy - (p * log_q).sum(-1))
+                ce[head] -= share[known] @ log_q[known, slots]
                 copies = _copying(log_q, p, labels[rows], offered, odds[head, rows], weights)
-                terms[:, head] -= copies.gained
-                by_odds = (copies.by_odds / count).to(odds)
+                kl[head] -= share[copies.rows] @ copies.gained_kl
+                ce[head] -= share[copies.rows] @ copies.gained_ce
+                by_odds = (share[copies.rows] * copies.by_odds).to(odds)
                 odds_gradient[head, rows].index_copy_(0, copies.rows, by_odds)
-                slope = _slope(log_q, p, known, slots, weights, copies) / count
-                gradient[head, rows] = (slope.to(lm_head.dtype) @ lm_head).to(features.dtype)
+                slope = _slope(log_q, p, known, slots, weights, copies)
+                by_row = slope.to(lm_head.dtype) @ lm_head
+                gradient[head, rows] = (share[:, None] * by_row).to(features.dtype)
         ctx.save_for_backward(gradient, odds_gradient)
-        kl, ce = terms / count
         ctx.mark_non_differentiable(kl, ce)
         return weights.kl * kl + weights.ce * ce, kl, ce
 
@@ -103,7 +108,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         by_features, by_odds = ctx.saved_tensors
         factors = gradients[0].to(by_features.dtype)[:, None]
-        return by_features * factors[:, None], by_odds * factors, None, None, None, None, None
+        return by_features * factors[:, None], by_odds * factors, None, None, None, None, None, None
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -128,13 +133,14 @@ def _known(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class _Copying(NamedTuple):
     """Changes by copies for one head: in ``rows`` [k], where token ``ids`` [k] is copied.
 
-    ``gained`` [2]: how much KL and cross-entropy fall; ``by_odds`` [k]: the summed loss's
+    ``gained_kl`` and ``gained_ce`` [k]: how much either falls; ``by_odds`` [k]: the loss's
     derivative; ``pull`` [k]: the same by the log-probability of the copied token.
     """
 
     rows: torch.Tensor
     ids: torch.Tensor
-    gained: torch.Tensor
+    gained_kl: torch.Tensor
+    gained_ce: torch.Tensor
     by_odds: torch.Tensor
     pull: torch.Tensor
 
@@ -150,13 +156,12 @@ def _copying(
     rows, ids = offered
     odds = odds[rows].to(p.dtype)
     above = odds - log_q[rows, ids]
-    share = p[rows, ids]
+    chance = p[rows, ids]
     same, known = ((labels[rows] == ids).to(p.dtype), (labels[rows] >= 0).to(p.dtype))
     gain, loss = _softplus(above), _softplus(odds)
-    gained = torch.stack([(share * gain - loss).sum(), (same * gain - known * loss).sum()])
-    pull = (weights.kl * share + weights.ce * same) * above.sigmoid()
+    pull = (weights.kl * chance + weights.ce * same) * above.sigmoid()
     by_odds = (weights.kl + weights.ce * known) * odds.sigmoid() - pull
-    return _Copying(rows, ids, gained, by_odds, pull)
+    return _Copying(rows, ids, chance * gain - loss, same * gain - known * loss, by_odds, pull)
 
 
 def _softplus(x: torch.Tensor) -> torch.Tensor:
@@ -172,7 +177,7 @@ def _slope(
     weights: LossWeights,
     copies: _Copying,
 ) -> torch.Tensor:
-    """Return the summed loss's slope by the head's logits: softmax minus target, for each term.
+    """Return each row's slope by the head's logits: softmax minus target, for each term.
 
     Consumes ``log_q``.
     """

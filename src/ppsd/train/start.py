@@ -35,9 +35,9 @@ class LeastSquares:
         self._squares = torch.zeros(())
         self._products = torch.zeros(())
 
-    def add(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Take rows ``inputs`` [n, k] and what to make of them, ``outputs`` [n, C]."""
-        scale = outputs.float().square().mean(-1, keepdim=True).rsqrt()
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor) -> None:
+        """Take rows ``inputs`` [n, k], what they should become [n, C], and weights [n]."""
+        scale = (weights[:, None] / outputs.float().square().mean(-1, keepdim=True)).sqrt()
         scaled, wanted = inputs.float() * scale, outputs.float() * scale
         self._squares = self._squares.to(inputs.device) + (scaled.T @ scaled).double()
         self._products = self._products.to(inputs.device) + (scaled.T @ wanted).double()
