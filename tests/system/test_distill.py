@@ -119,7 +119,8 @@ def test_training_goes_on_from_a_head(tiny_model: Models, data: Path, tmp_path: 
     first, second = tmp_path / "first", tmp_path / "second"
     run(*arguments(tiny_model("llama"), data, first, "--epochs", "6", "--learning-rate", "0.02"))
     given = first / "transformer-4"
-    run(*arguments(tiny_model("llama"), data, second, "--start", str(given)))
+    told = invoke(*arguments(tiny_model("llama"), data, second, "--start", str(given))).stderr
+    assert "of them read by --start before" in " ".join(told.split())
     assert alpha(given, "alpha") > alpha(given, "start") + 0.01
     begun = alpha(second / "transformer-4", "start")
     assert begun == pytest.approx(alpha(given, "alpha"), abs=1e-5)
@@ -132,7 +133,8 @@ def test_training_goes_on_from_a_head(tiny_model: Models, data: Path, tmp_path: 
     assert read[1] == read[0] + read[0] // 6, "six passes and one more"
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text().replace("quick", "slow"))
-    run(*arguments(tiny_model("llama"), other, tmp_path / "last", "--start", str(given)))
+    fresh = invoke(*arguments(tiny_model("llama"), other, tmp_path / "last", "--start", str(given)))
+    assert "read by --start before" not in " ".join(fresh.stderr.split())
     prompts = [(d / "transformer-4" / "prompts.txt").read_text().split()
                for d in (first, tmp_path / "last")]  # fmt: skip
     assert set(prompts[0]) < set(prompts[1]), "it was trained on both"

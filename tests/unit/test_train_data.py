@@ -27,6 +27,7 @@ from ppsd.train.data import (
     hold_out,
     make_batch,
     plan_epoch,
+    was_read,
 )
 from ppsd.train.records import Record, parse_row, read_data
 from tests.support.teachers import random_examples
@@ -246,6 +247,19 @@ def test_answers_to_one_prompt_are_held_out_together() -> None:
     assert not {int(e.tokens[0]) for e in train} & {int(e.tokens[0]) for e in held}
     with pytest.raises(PpsdError, match="at least 2 prompts"):
         hold_out(examples[:3], 1, 0)
+
+
+def test_what_heads_read_before_is_held_out_last() -> None:
+    tokens = torch.tensor([1, 2, 3], dtype=torch.int32)
+    examples = [Example(tokens, 2, 2, str(i), (f"{i}", "new")) for i in range(40)]
+    most, every = {str(i) for i in range(36)}, {str(i) for i in range(40)}
+    _, held = hold_out(examples, 4, 0, most)
+    assert {e.opening for e in held} == every - most
+    assert not any(was_read(e, most) for e in held)
+    assert all(was_read(e, every) for e in held)
+    _, as_ever = hold_out(examples, 4, 0)
+    assert {e.opening for e in as_ever} != every - most
+    assert hold_out(examples, 4, 0, every)[1] == as_ever, "nothing else is left"
 
 
 def test_turns_of_one_conversation_are_held_out_together(encoding: Encoding) -> None:

@@ -268,10 +268,13 @@ def _data_line(summary: DataSummary, config: DistillConfig) -> str:
     scored = "all tokens"
     if config.draft_vocab:
         scored = f"{config.draft_vocab:,} tokens, {summary.lost_mass:.2%} of targets outside it"
+    held = f"{summary.held_out} more held out"
+    if summary.read_before:
+        held += f" ({summary.read_before} of them read by --start before: held-out α flatters it)"
     return (
         f"{summary.examples:,} examples, {summary.tokens:,} tokens, {summary.targets:,} of them "
         f"targets; {summary.cut} cut and {summary.dropped} dropped at max_length "
-        f"{config.max_length}; {summary.held_out} more held out; draft vocabulary: {scored}"
+        f"{config.max_length}; {held}; draft vocabulary: {scored}"
     )
 
 

@@ -7,7 +7,7 @@ batches.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ppsd import checks
 from ppsd.errors import PpsdError
 from ppsd.model.draft_vocabulary import prompt_ids
 from ppsd.model.tokenizer import Tokenizer
-from ppsd.train.records import Record
+from ppsd.train.records import Record, prompt_digests
 
 POOL_BATCHES = 32  # in a shuffled pool, which is sorted by length and cut into batches
 PROMPT_WEIGHT = 0.3  # of a prompt's positions: nothing is drafted there, and others wrote the text
@@ -29,13 +29,15 @@ class Example:
     """Token ids [L] (int32); the tokens from index ``start`` on are what the head must guess.
 
     Those from ``prompt`` on are decoded one by one at run time, the others known beforehand.
-    ``opening`` names the conversation (see Record), "" for running text.
+    ``opening`` names the conversation (see Record), "" for running text; ``digests`` are those of
+    what its user says, or of the text (see ``prompt_digests``).
     """
 
     tokens: torch.Tensor
     start: int
     prompt: int = 1
     opening: str = ""
+    digests: tuple[str, ...] = ()
 
     @property
     def targets(self) -> torch.Tensor:
@@ -126,8 +128,9 @@ def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
     cut = dropped = 0
     prompts: dict[str, list[int]] = {}  # several answers may share one
     for record in records:
+        digests = tuple(prompt_digests([record]))
         if record.text is not None:
-            examples += encoding.windows(record)
+            examples += [replace(e, digests=digests) for e in encoding.windows(record)]
             continue
         if record.key not in prompts:
             prompts[record.key] = encoding.prompt(record)
@@ -136,7 +139,8 @@ def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
             dropped += 1
             continue
         cut += len(prompt) + len(target) > encoding.max_length
-        examples.append(replace(joined(prompt, target, encoding), opening=record.opening))
+        example = joined(prompt, target, encoding)
+        examples.append(replace(example, opening=record.opening, digests=digests))
     if not examples:
         raise PpsdError(
             f"no training example fits in max_length {encoding.max_length} ({dropped} prompts are "
@@ -146,12 +150,13 @@ def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
 
 
 def hold_out(
-    examples: Sequence[Example], wanted: int, seed: int
+    examples: Sequence[Example], wanted: int, seed: int, read: Collection[str] = ()
 ) -> tuple[list[Example], list[Example]]:
     """Split into training and validation; about a tenth at most, at least one, is held out.
 
     Answers to one prompt stay together, and so do all turns that open alike, so that no held-out
-    text was trained on as a prompt of another example.
+    text was trained on as a prompt of another example. What heads have ``read`` before, by its
+    digests, is held out only where nothing else is left: there they look better than they are.
     """
     groups: dict[str | bytes, list[int]] = {}
     for i, example in enumerate(examples):
@@ -161,6 +166,7 @@ def hold_out(
     count = max(1, min(wanted, len(examples) // 10))
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     texts = list(groups.values())
+    order.sort(key=lambda group: any(was_read(examples[i], read) for i in texts[group]))
     held: list[int] = []
     for group in order[:-1]:
         if len(held) >= count:
@@ -168,6 +174,11 @@ def hold_out(
         held += texts[group]
     kept = set(range(len(examples))).difference(held)
     return [examples[i] for i in sorted(kept)], [examples[i] for i in held]
+
+
+def was_read(example: Example, read: Collection[str]) -> bool:
+    """Tell if some of an example's prompts are among the digests ``read``."""
+    return any(digest in read for digest in example.digests)
 
 
 def count_tokens(texts: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:

@@ -19,7 +19,14 @@ from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.model.weights import TensorSource, check_shapes, open_source
 from ppsd.train.checkpoint import RunDirectory
-from ppsd.train.data import Encoding, choose_draft_vocab, count_tokens, encode_all, hold_out
+from ppsd.train.data import (
+    Encoding,
+    choose_draft_vocab,
+    count_tokens,
+    encode_all,
+    hold_out,
+    was_read,
+)
 from ppsd.train.distill import Cadence, Lesson, Trainer
 from ppsd.train.features import FeatureSource, FeatureStore, live_features
 from ppsd.train.records import DataFile, Record
@@ -48,10 +55,14 @@ class Teacher:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """The size of the data, in examples and tokens."""
+    """The size of the data, in examples and tokens.
+
+    Of those held out ``read_before`` were read by heads that the run goes on from.
+    """
 
     examples: int
     held_out: int
+    read_before: int
     tokens: int
     targets: int
     cut: int
@@ -162,14 +173,15 @@ def prepare_run(
     not hold yet: ``filling(tokens done, tokens in all)``.
     """
     corpus = encode_all(records, teacher.encoding)
-    train, held_out = hold_out(corpus.examples, config.validation, config.seed)
+    starts = read_starts(teacher, config)
+    read = {digest for start in starts.values() for digest in start.prompts}
+    train, held_out = hold_out(corpus.examples, config.validation, config.seed, read)
     draft_ids, lost = None, 0.0
     vocab_size = teacher.stage.spec.vocab_size
     if config.draft_vocab:
         targets = count_tokens((e.targets for e in train), vocab_size)
         more = count_tokens(map(teacher.encoding.all_tokens, vocabulary), vocab_size)
         draft_ids, lost = choose_draft_vocab(targets, config.draft_vocab, more)
-    starts = read_starts(teacher, config)
     settings = config.to_json() | {
         "model": teacher.fingerprint,
         "data": [f"{file.sha256} for {file.use}" for file in files],
@@ -188,6 +200,7 @@ def prepare_run(
     summary = DataSummary(
         examples=len(train),
         held_out=len(held_out),
+        read_before=sum(was_read(e, read) for e in held_out),
         tokens=sum(len(e.tokens) for e in train),
         targets=sum(len(e.targets) for e in train),
         cut=corpus.cut,
