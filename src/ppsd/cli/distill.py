@@ -172,7 +172,6 @@ def _train(
 ) -> None:
     from ppsd.train.distill import Cadence
     from ppsd.train.plot import FILE, plot_run
-    from ppsd.train.records import prompt_digests
     from ppsd.train.result import Origin, save_heads
     from ppsd.train.run import prepare_run
 
@@ -206,8 +205,7 @@ def _train(
             "below its start"
         )
     name = teacher.stage.spec.name
-    prompts = prompt_digests(records)
-    origin = Origin(name, teacher.identity, files, prompts, summary.lost_mass)
+    origin = Origin(name, teacher.identity, files, summary.lost_mass)
     places = save_heads(trainer, origin, agreement)
     trainer.directory.finish()
     console.print(_result_table(places, agreement, trainer.best.kept))

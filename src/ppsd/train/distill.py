@@ -141,6 +141,11 @@ class Trainer:
         self.lookup = lookup_alone(self._held)
 
     @property
+    def prompts(self) -> set[str]:
+        """Return digests of what heads are trained on: not of what is held out."""
+        return {digest for example in self._lesson.train for digest in example.digests}
+
+    @property
     def steps(self) -> int:
         """Count the optimizer steps of the whole run."""
         return len(self._plan)

@@ -19,12 +19,11 @@ from ppsd.train.start import Beginning
 
 @dataclass(frozen=True)
 class Origin:
-    """A run's origin beyond its settings; ``prompts`` are digests (see save_head)."""
+    """A run's origin beyond its settings."""
 
     base_model: str
     identity: Identity
     data: Sequence[DataFile]
-    prompts: Sequence[str]
     lost_mass: float
 
 
@@ -58,7 +57,7 @@ def save_heads(
         )
         name = f"{trainer.config.kind}-{layer}"
         before = trainer.starts[layer].prompts if layer in trainer.starts else ()
-        prompts = sorted({*origin.prompts, *before})
+        prompts = sorted(trainer.prompts.union(before))
         places[layer] = trainer.directory.write_head(name, config, weights, prompts)
     return places
 
