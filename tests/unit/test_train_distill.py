@@ -292,7 +292,7 @@ def test_a_model_of_one_layer_has_no_place_for_a_head() -> None:
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:
     config = tiny_config(learning_rate=1.0, warmup=0.1)
-    rates = [config.rate(step / 1000, 1000, 0.0) for step in range(1001)]
+    rates = [config.rate(step / 1000, 1000, 1.0) for step in range(1001)]
     assert rates[:100] == pytest.approx([0.01 * i for i in range(100)])
     assert max(rates) == rates[100] == 1.0
     assert rates[100:] == sorted(rates[100:], reverse=True)
@@ -304,11 +304,17 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
 )
 def test_a_short_run_warms_up_for_long_enough(share: float, steps: int, rising: int) -> None:
     config = tiny_config(learning_rate=1.0, warmup=share)
-    rates = [config.rate(step / steps, steps, 0.0) for step in range(steps)]
+    rates = [config.rate(step / steps, steps, 1.0) for step in range(steps)]
     assert rates.index(max(rates)) == rising
 
 
-def test_the_default_rate_is_low_where_a_short_run_has_much_to_lose() -> None:
-    rates = [tiny_config().peak_rate(n, start=0.6) for n in (40, 1000, 9000)]
-    assert rates == pytest.approx([2e-4, 1e-3, 1e-3])
-    assert tiny_config().peak_rate(40, start=0.3) == 1e-3
+def test_the_default_rate_is_low_where_there_is_much_to_lose() -> None:
+    def peak(steps: int, start: float, width: int = 576, begun: bool = False) -> float:
+        return tiny_config(learning_rate=None).peak_rate(steps, width, start, begun)
+
+    rates = [peak(steps, 0.6) for steps in (40, 1000, 9000)]
+    assert rates == pytest.approx([8e-4, 4e-3, 4e-3])
+    assert peak(10, 0.3) == peak(10, 0.3, width=64) == pytest.approx(8e-4)
+    assert peak(250, 0.3) == 4e-3
+    assert peak(9000, 0.6, begun=True) == 1e-3
+    assert peak(9000, 0.6, width=2 * 576) == 2e-3

@@ -273,7 +273,7 @@ class Trainer:
         losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         norms = [_clip(student, self.config.clip) for student in self.students]
         done = self._done + 0.5 / self.steps
-        rates = [self.config.rate(done, self.steps, self.best.start(s)) for s in self.students]
+        rates = [self.config.rate(done, self.steps, self._peak(s)) for s in self.students]
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self._check_finite(losses, norms)
@@ -288,6 +288,10 @@ class Trainer:
             | {"gradient_norm": norms, "seconds": round(seconds, 4), **record}
         )
         return by_exit
+
+    def _peak(self, student: Student) -> float:
+        width, begun = self._model.spec.hidden_size, student.exit_layer in self.starts
+        return self.config.peak_rate(self.steps, width, self.best.start(student), begun)
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return the losses [exits], and what else is worth logging of the step."""
@@ -331,7 +335,7 @@ class Trainer:
 
     def _check_finite(self, losses: torch.Tensor, norms: Sequence[float]) -> None:
         if not all(math.isfinite(x) for x in (*losses.tolist(), *norms)):
-            rate = max(self.config.peak_rate(self.steps, self.best.start(s)) for s in self.students)
+            rate = max(map(self._peak, self.students))
             raise PpsdError(
                 f"training diverged at step {self.step + 1} (loss {losses.tolist()}); start again "
                 f"with a learning_rate below {rate:g} in another directory"
