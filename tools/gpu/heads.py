@@ -49,7 +49,7 @@ def config_of(exits: tuple[int, ...], layers: int, minutes: float, tiny: bool) -
         )  # fmt: skip
     return DistillConfig(
         exits, head_layers=layers, minutes=minutes, epochs=6, warmup=0.02,
-        learning_rate=2e-3 if layers == 1 else 1.5e-3,
+        learning_rate=4e-3 if layers == 1 else 3e-3,
         batch_tokens=32768, max_length=1024, validation=256, all_positions=True,
     )  # fmt: skip
 
