@@ -20,7 +20,7 @@ from typing import Any
 
 from ppsd.train.distill import Cadence, StepReport
 from ppsd.train.evaluate import Agreement
-from ppsd.train.records import prompt_digests, read_data
+from ppsd.train.records import read_data
 from ppsd.train.result import Origin, save_heads
 from ppsd.train.run import load_teacher, prepare_run
 from ppsd.train.selfgen import GenerateConfig
@@ -94,8 +94,7 @@ def train(args: argparse.Namespace) -> None:
     minutes = max((deadline - time.monotonic() - PREPARING) / 60, args.minutes / 2)
     config = config_of(exits, layers, minutes, args.tiny)
     trainer, summary = prepare_run(teacher, config, records, files, args.out, Cadence(every, 10**9))
-    digests = prompt_digests(records)
-    origin = Origin(teacher.stage.spec.name, teacher.identity, files, digests, summary.lost_mass)
+    origin = Origin(teacher.stage.spec.name, teacher.identity, files, summary.lost_mass)
     saved = time.monotonic()
     print(
         f"{args.name}: {summary.tokens:,} tokens of {summary.examples:,} answers were ready "
