@@ -95,7 +95,8 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _commit(path: Path) -> str:
-    command = ["git", "-C", path, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    told = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = ["git", "-C", str(path), *told]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 

@@ -117,7 +117,7 @@ def check_rows(device: str, tiny: bool) -> list[dict[str, Any]]:
 
 def check_decoding(device: str, model: str | None, tiny: bool) -> list[dict[str, Any]]:
     """Return how PPSD's tokens and logits compare with plain decoding's."""
-    tasks = [Task(str(i), "", [{"role": "user", "content": s}]) for i, s in enumerate(SENTENCES)]
+    tasks = [Task(str(i), "", ({"role": "user", "content": s},)) for i, s in enumerate(SENTENCES)]
     tasks = tasks[: 1 if tiny else None]
     found = []
     # Lookup is right often enough and always there; trained heads read verified rows and copy.

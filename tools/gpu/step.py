@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 import transformers
 
 from ppsd.model.layers import LayerWeights, Rope, rms_norm
+from ppsd.model.packed import whole
 from ppsd.model.spec import ModelSpec, spec_from_config
 from ppsd.model.steps import CudaGraphs, Graphs, Step
 from ppsd.plan.profile import HeadTime, LayerTime, Profile, RowsTime, Timing
@@ -34,12 +36,12 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (128, 1024, 4096)
 REPEATS = 30
 DRAFT_VOCABULARY = 32_768
-BIG = {
+BIG: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
     "max_position_embeddings": 8192, "tie_word_embeddings": False, "eos_token_id": 2,
 }  # fmt: skip
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320,
     "max_position_embeddings": 1024, "tie_word_embeddings": False, "eos_token_id": 2,
@@ -69,7 +71,7 @@ class Bench:
 
     def random(self, *shape: int) -> torch.Tensor:
         """Return numbers of a size that leaves rows finite."""
-        return torch.randn(shape, device=self.device, dtype=self.dtype) / shape[-1] ** 0.5
+        return torch.randn(shape, device=self.device, dtype=self.dtype) / math.sqrt(shape[-1])
 
     def seconds(self, work: Work) -> Timing:
         """Return the wall time of ``work`` from launch to end, over repeats."""
@@ -115,11 +117,14 @@ def random_layer(bench: Bench) -> LayerWeights:
     )
 
 
-def caches(bench: Bench, layers: int, context: int) -> tuple[list[torch.Tensor], ...]:
+def caches(
+    bench: Bench, layers: int, context: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return keys and values of each layer."""
     spec = bench.spec
     shape = (spec.num_kv_heads, context + 1, spec.head_dim)
-    return tuple([bench.random(*shape) for _ in range(layers)] for _ in "kv")
+    keys, values = ([bench.random(*shape) for _ in range(layers)] for _ in range(2))
+    return keys, values
 
 
 def time_steps(bench: Bench, layers: Sequence[LayerWeights]) -> list[dict[str, Any]]:
@@ -157,7 +162,7 @@ def time_steps(bench: Bench, layers: Sequence[LayerWeights]) -> list[dict[str, A
 def time_reading(bench: Bench, layers: Sequence[LayerWeights]) -> dict[str, Any]:
     """Return how long reading a stage's weights once takes at least: a sum over their bytes."""
     weights = [w for layer in layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    size = sum(w.nbytes for w in weights)  # type: ignore[union-attr]  # none is packed here
+    size = sum(whole(w).nbytes for w in weights)
     big = torch.empty(size // 2, dtype=torch.uint8, device=bench.device)
     other = torch.empty_like(big)
     copied = bench.seconds(lambda: other.copy_(big))
@@ -219,7 +224,8 @@ def time_hop(bench: Bench) -> dict[str, Any]:
     """Return the time of a message to another process on the same device and back, halved."""
     context, rounds = get_context("spawn"), 20 if bench.tiny else 300
     rows = torch.zeros(16, bench.spec.hidden_size, device=bench.device, dtype=bench.dtype)
-    rows = rows if bench.is_gpu else rows.share_memory_()
+    if not bench.is_gpu:
+        rows.share_memory_()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
     turn = context.Value("q", 0)
     child = context.Process(target=_echo, args=(rows, turn, rounds), daemon=True)
     child.start()
