@@ -43,7 +43,7 @@ def find_refused(mutants: Path) -> set[str]:
 
 def find_errors(mutants: Path) -> Iterator[Error]:
     """Yield mypy's errors in mutants and in the copies of unchanged functions."""
-    command = [sys.executable, "-m", "mypy", "--output=json"]
+    command = [sys.executable, "-m", "mypy", "--output=json", "-p", "ppsd"]
     result = subprocess.run(command, cwd=mutants, capture_output=True, text=True)
     if result.returncode not in (0, 1):  # 1: it has found errors
         raise SystemExit(f"mypy cannot check the mutants:\n{result.stdout}{result.stderr}")
