@@ -251,7 +251,7 @@ def test_answers_to_one_prompt_are_held_out_together() -> None:
 
 def test_what_heads_read_before_is_held_out_last() -> None:
     tokens = torch.tensor([1, 2, 3], dtype=torch.int32)
-    examples = [Example(tokens, 2, 2, str(i), (f"{i}", "new")) for i in range(40)]
+    examples = [Example(tokens, 2, 2, str(i), frozenset((f"{i}", "new"))) for i in range(40)]
     most, every = {str(i) for i in range(36)}, {str(i) for i in range(40)}
     _, held = hold_out(examples, 4, 0, most)
     assert {e.opening for e in held} == every - most

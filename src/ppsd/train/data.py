@@ -7,7 +7,7 @@ batches.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ppsd import checks
 from ppsd.errors import PpsdError
 from ppsd.model.draft_vocabulary import prompt_ids
 from ppsd.model.tokenizer import Tokenizer
-from ppsd.train.records import Record, prompt_digests
+from ppsd.train.records import Record
 
 POOL_BATCHES = 32  # in a shuffled pool, which is sorted by length and cut into batches
 PROMPT_WEIGHT = 0.3  # of a prompt's positions: nothing is drafted there, and others wrote the text
@@ -29,15 +29,15 @@ class Example:
     """Token ids [L] (int32); the tokens from index ``start`` on are what the head must guess.
 
     Those from ``prompt`` on are decoded one by one at run time, the others known beforehand.
-    ``opening`` names the conversation (see Record), "" for running text; ``digests`` are those of
-    what its user says, or of the text (see ``prompt_digests``).
+    ``opening`` names the conversation, "" for running text; ``said`` are digests of what its user
+    says, or of the text (``Record.opening`` and ``prompts``).
     """
 
     tokens: torch.Tensor
     start: int
     prompt: int = 1
     opening: str = ""
-    digests: tuple[str, ...] = ()
+    said: frozenset[str] = frozenset()
 
     @property
     def targets(self) -> torch.Tensor:
@@ -128,9 +128,8 @@ def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
     cut = dropped = 0
     prompts: dict[str, list[int]] = {}  # several answers may share one
     for record in records:
-        digests = tuple(prompt_digests([record]))
         if record.text is not None:
-            examples += [replace(e, digests=digests) for e in encoding.windows(record)]
+            examples += [replace(e, said=record.prompts) for e in encoding.windows(record)]
             continue
         if record.key not in prompts:
             prompts[record.key] = encoding.prompt(record)
@@ -140,7 +139,7 @@ def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
             continue
         cut += len(prompt) + len(target) > encoding.max_length
         example = joined(prompt, target, encoding)
-        examples.append(replace(example, opening=record.opening, digests=digests))
+        examples.append(replace(example, opening=record.opening, said=record.prompts))
     if not examples:
         raise PpsdError(
             f"no training example fits in max_length {encoding.max_length} ({dropped} prompts are "
@@ -150,7 +149,7 @@ def encode_all(records: Iterable[Record], encoding: Encoding) -> Corpus:
 
 
 def hold_out(
-    examples: Sequence[Example], wanted: int, seed: int, read: Collection[str] = ()
+    examples: Sequence[Example], wanted: int, seed: int, read: Set[str] = frozenset()
 ) -> tuple[list[Example], list[Example]]:
     """Split into training and validation; about a tenth at most, at least one, is held out.
 
@@ -176,9 +175,9 @@ def hold_out(
     return [examples[i] for i in sorted(kept)], [examples[i] for i in held]
 
 
-def was_read(example: Example, read: Collection[str]) -> bool:
-    """Tell if some of an example's prompts are among the digests ``read``."""
-    return any(digest in read for digest in example.digests)
+def was_read(example: Example, read: Set[str]) -> bool:
+    """Tell if some of what an example's user says is among the digests ``read``."""
+    return not example.said.isdisjoint(read)
 
 
 def count_tokens(texts: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
@@ -263,10 +262,10 @@ def make_batch(examples: Sequence[Example], device: torch.device) -> Batch:
         rows.append(before + i * length)
         weights.append(torch.where(before < example.prompt - 1, PROMPT_WEIGHT, 1.0))
     targets = torch.cat([e.targets for e in examples]).long()
-    shares = torch.cat(weights) / torch.cat(weights).sum()
+    weighed = torch.cat(weights)
     size = sum(len(e.tokens) for e in examples)
     tokens, at, targets, shares = (
-        tensor.to(device) for tensor in (tokens, torch.cat(rows), targets, shares)
+        t.to(device) for t in (tokens, torch.cat(rows), targets, weighed / weighed.sum())
     )
     return Batch(tuple(examples), tokens, at, targets, shares, size)
 

@@ -143,7 +143,7 @@ class Trainer:
     @property
     def prompts(self) -> set[str]:
         """Return digests of what heads are trained on: not of what is held out."""
-        return {digest for example in self._lesson.train for digest in example.digests}
+        return {digest for example in self._lesson.train for digest in example.said}
 
     @property
     def steps(self) -> int:
@@ -247,9 +247,9 @@ class Trainer:
             batch = self._batch(step)
             features = self._lesson.features(batch)
             verified = self._verified(batch, features, step)
+            weights = batch.shares * len(batch.rows)
             for student, fit in zip(students, fits, strict=True):
                 inputs = student.reads(features.exits[student.exit_layer][batch.rows], verified)
-                weights = batch.shares * len(batch.rows)
                 fit.add(inputs, features.last[batch.rows], weights)
             seen += batch.size
             if seen >= min(START_TOKENS, self.total_tokens // self.config.epochs):

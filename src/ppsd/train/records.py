@@ -53,6 +53,12 @@ class Record:
         users = (i for i, m in enumerate(self.messages) if m["role"] == "user")
         return _digest(self.messages[: next(users, len(self.messages)) + 1])
 
+    @cached_property
+    def prompts(self) -> frozenset[str]:
+        """Return digests of everything that its user says, or of running text."""
+        said = {m["content"] for m in self.messages if m["role"] == "user"}
+        return frozenset(map(prompt_digest, said if self.text is None else {self.text}))
+
 
 def _digest(messages: Sequence[Message]) -> str:
     content = json.dumps(messages, sort_keys=True)
@@ -63,13 +69,6 @@ def prompt_digest(text: str) -> str:
     """Return hexadecimal digits of a prompt, the same whatever its case and white space."""
     plain = " ".join(text.casefold().split())
     return hashlib.sha256(plain.encode()).hexdigest()[:PROMPT_DIGITS]
-
-
-def prompt_digests(records: Iterable[Record]) -> list[str]:
-    """Return digests of everything users say in ``records``, and of running texts; ascending."""
-    texts = {r.text for r in records if r.text is not None}
-    said = {m["content"] for r in records for m in r.messages if m["role"] == "user"}
-    return sorted({prompt_digest(text) for text in texts | said})
 
 
 @dataclass(frozen=True)

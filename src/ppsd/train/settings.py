@@ -79,7 +79,9 @@ class DistillConfig:
         "auto, bfloat16, float32 or float64.", "auto", panel=TRAINING, metavar="DTYPE"
     )
     max_length: int = setting("Tokens of an example; answers are cut.", 1024, panel=DATA)
-    all_positions: bool = setting("Prompts count too, by three tenths.", False, panel=DATA)
+    all_positions: bool = setting(
+        "Prompts count too, at 0.3 of an answer's weight.", False, panel=DATA
+    )
     raw: bool = setting("No chat template.", False, panel=DATA)
     chat_template: str | None = setting(TEMPLATE_HELP, None, panel=DATA, metavar="FILE|TEXT")
     validation: int = setting("Examples held out, at most a tenth.", 64, panel=DATA)
