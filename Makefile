@@ -103,7 +103,7 @@ PIPELINE := docs/results/pipeline
 pipeline-bench: $(RUN)
 	mkdir -p $(PIPELINE)
 	for verb in efficiency predict; do \
-	  for setup in "2 --split 18 --tokens 128" "4 --pace 0.04 --tokens 64" "8 --pace 0.05 --tokens 48"; do \
+	  for setup in "2 --split 18 --tokens 128" "4 --pace 0.02 --tokens 64" "8 --pace 0.02 --tokens 48"; do \
 	    out=$(PIPELINE)/$$verb-$${setup%% *}-stages; \
 	    test -s $$out.json || { $(BIN)/ppsd-lab $$verb --stages $$setup --out $$out.jsonl --json \
 	      > $$out.json.part && mv $$out.json.part $$out.json; } || exit 1; \

@@ -1,4 +1,4 @@
-"""Write the tables of docs/results.md that are made from result files, and a plot.
+"""Write the tables of README and docs that are made from result files, and a plot.
 
 ``tools/results.py`` rewrites what stands between ``<!-- table NAME -->`` and ``<!-- end -->``;
 with ``--check`` it changes nothing and fails if a table is not what the files say.
@@ -17,13 +17,17 @@ from ppsd.lab import report_plots
 from ppsd.lab.closed_forms import paper_alpha
 from ppsd.lab.report import table
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE, TASKS = DOCS / "results.md", DOCS / "results" / "tasks"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "results.md", DOCS / "acceptance.md")
+RESULTS = DOCS / "results"
+TASKS = RESULTS / "tasks"
 CLAIMS = (2.01, 3.81)  # the range of speedups in the paper's abstract
+ACCEPTANCE = ("acceptance", "acceptance-sampled", "acceptance-others")
 FEWEST = 4  # prompts of a task that is shown
 LINEAR, WAVES = "ppsd rows=1", "ppsd rows=16"
 SETUPS = {
-    "4, linear": ("tasks-4-stages", "ppsd"),
+    "4, linear": ("tasks-4-stages-virtual", LINEAR),
     "4, waves": ("tasks-4-stages-virtual", WAVES),
     "8, linear": ("tasks-8-stages-virtual", LINEAR),
     "8, waves": ("tasks-8-stages-virtual", WAVES),
@@ -38,15 +42,33 @@ SECOND = {
     "2 emulated": "tasks-1.5b-2-stages-virtual",
     "2 real cores": "tasks-1.5b-2-stages",
 }
+EXITS = {  # one run each, stage 0 of two real cores ending at the exit
+    ("4", "transformer"): "tasks-exit-4",
+    ("8", "transformer"): "tasks-exit-8",
+    ("8", "norm"): "tasks-exit-8-norm",
+    ("15", "transformer"): "tasks-exit-15",
+    ("18", "transformer"): "tasks-exit-18",
+}
+MEMORY = re.compile(r"(\d+) (own|shared|mixed)")
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
 
 
+def percent(*shares: float) -> str:
+    """Return shares as percentages: ``68, 86 %``."""
+    return ", ".join(f"{100 * share:.0f}" for share in shares) + " %"
+
+
+def read(name: str) -> Row:
+    """Return a result file, ``name`` being its path below docs/results without ``.json``."""
+    found: Row = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
 def rows_of(name: str) -> dict[tuple[str, str], Row]:
     """Return the rows of a result of ``ppsd-lab tasks`` by group and variant."""
-    record = json.loads((TASKS / f"{name}.json").read_text(encoding="utf-8"))
-    return {(row["group"], row["variant"]): row for row in record["rows"]}
+    return {(row["group"], row["variant"]): row for row in read(f"tasks/{name}")["rows"]}
 
 
 def reached() -> str:
@@ -84,7 +106,7 @@ def waves() -> str:
         for rows_told, variant in (("1 (a chain)", LINEAR), ("16", WAVES)):
             row = rows[group, variant]
             paired, mean = row["paired"], f"{row['ratio']:.2f}×"
-            cells = [told, str(row["tasks"]), rows_told, f"{row['alpha']:.0%}"]
+            cells = [told, str(row["tasks"]), rows_told, percent(row["alpha"])]
             cells.append(f"**{mean}**" if variant == WAVES else mean)
             cells.append(f"{paired['median']:.2f} ({paired['low']:.2f}–{paired['high']:.2f})")
             lines.append([*cells, f"{row['total_ratio']:.2f}×"])
@@ -106,7 +128,7 @@ def _rival(row: Row) -> list[str]:
         f"{row['ratio']:.2f}×",
         f"{paired['low']:.2f}–{paired['high']:.2f}",
         f"{row['total_ratio']:.2f}×",
-        "–" if row["alpha"] is None else f"{row['alpha']:.0%}",
+        "–" if row["alpha"] is None else percent(row["alpha"]),
         str(row["differing"]),
     ]
 
@@ -154,10 +176,140 @@ def reliability() -> str:
     return table(["probability stated", "drafts judged", "share right"], lines)
 
 
+def figures() -> str:
+    """Return what README says of speed."""
+
+    def of(name: str, *variants: str) -> tuple[str, list[str]]:
+        rows = [rows_of(name)["all", variant] for variant in variants]
+        shares = percent(*(row["alpha"] for row in rows))
+        return shares, [f"{row['ratio']:.2f}×" for row in rows]
+
+    load = read("load/load-4-stages-8")["rows"][1]
+    chosen = [_oracle(stages, 0.8) for stages in (4, 8)]
+    speeds, bests = (
+        [f"{row[key]['median']:.2f}×" for row in chosen] for key in ("speedup", "paper")
+    )
+    found = {  # what decodes, and where it is described: share right, and speedups
+        ("four emulated devices, Spec-Bench: a chain; 16 rows of a tree", "waves"): of(
+            "tasks-4-stages-virtual", LINEAR, WAVES
+        ),
+        ("eight of them, heads at three exits, 16 rows", "waves"): of(
+            "tasks-8-stages-virtual", WAVES
+        ),
+        ("eight requests at once on four, over plain batching", "many-requests"): (
+            percent(load["hits"]),
+            [f"{load['ratio']:.2f}×"],
+        ),
+        ("a 1.5B model on four of them, 16 rows", "a-second-model"): of(
+            "tasks-1.5b-4-stages-virtual", WAVES
+        ),
+        ("two real cores with memory of their own: a chain", "real-drafts"): of(
+            "tasks-2-stages-own", "ppsd"
+        ),
+        ("two real cores: 4 rows, bfloat16 weights", "waves"): of(
+            "tasks-2-stages-waves-bfloat16", "ppsd rows=4"
+        ),
+        (f"four, eight devices, drafts chosen; ρ\\* {', '.join(bests)}", "emulated-devices"): (
+            percent(*(row["alpha"]["median"] for row in chosen)),
+            speeds,
+        ),
+        ("four or eight of them, gate on", "the-gate-never-slower"): ("0 %", [_gated()]),
+    }
+    lines = [
+        [told, shares, f"[{', '.join(ratios)}](docs/results.md#{place})"]
+        for (told, place), (shares, ratios) in found.items()
+    ]
+    return table(["speedup over plain decoding on the same stages", "drafts right", ""], lines)
+
+
+def _oracle(stages: int, alpha: float) -> Row:
+    rows = read(f"pipeline/efficiency-{stages}-stages")["rows"]
+    found: Row = next(row for row in rows if row["variant"] == f"ppsd α={alpha:g}")
+    return found
+
+
+def _gated() -> str:
+    """Return what the gate keeps when no draft is right, on four and on eight devices."""
+    gated = [read(f"pipeline/efficiency-{n}-stages")["gated"]["ppsd gated α=0"] for n in (4, 8)]
+    return " and ".join(dict.fromkeys(f"{found['median']:.2f}×" for found in gated))
+
+
+def heads() -> str:
+    """Return the acceptance of the heads that ship, over all prompts."""
+    found = read("heads/acceptance")["heads"]
+    lines = []
+    for name, head in found.items():
+        if not name.endswith(" alone"):
+            low, high = head["interval"]
+            figures = [f"{head['alpha']:.3f}", f"{low:.3f}–{high:.3f}", f"{head['top']['8']:.3f}"]
+            alone, cost = found[f"{name} alone"]["alpha"], head["expected"]["head_layers"]
+            told, read_ = f"{head['kind']}, exit {head['exit_layer']}", head["trained_tokens"] / 1e6
+            figures += [f"{alone:.3f}", f"{cost:.1f}", f"{read_:.1f} M"]
+            lines.append([told, *figures])
+    titles = ["head", "α", "95 % interval", "among the first 8", "α without prompt lookup"]
+    return table([*titles, "cost in layer-times", "tokens trained on"], lines)
+
+
+def aims() -> str:
+    """Return what the heads were to reach, and what they do."""
+    found = {name: read(f"heads/{name}")["heads"] for name in ACCEPTANCE}
+    greedy, sampled, others = found.values()
+
+    def both(head: Row) -> str:
+        return f"{head['alpha']:.3f}, {head['top']['8']:.3f}"
+
+    alone = greedy["transformer-8 alone"]
+    worst = min(alone["by_category"].items(), key=lambda item: item[1]["alpha"])
+    trees = [rows_of(f"tasks-{n}-stages-virtual")["all", WAVES]["ratio"] for n in (4, 8)]
+    apart = f"{alone['alpha']:.3f}; {worst[0]} {worst[1]['alpha']:.2f}"
+    ratios = ", ".join(f"{ratio:.2f}×" for ratio in trees)
+    lines = [
+        ["exit 4", "0.67, 0.86", both(greedy["transformer-4"])],
+        ["exit 8", "0.72, 0.89", both(greedy["transformer-8"])],
+        ["exit 8, without lookup", "0.52, no task below 0.40", apart],
+        ["exit 8, temperature 1", "0.50, 0.75", both(sampled["transformer-8"])],
+        ["exit 8, HumanEval and GSM8K", "0.68", f"{others['transformer-8']['alpha']:.3f}"],
+        ["exit 15", "0.75, 0.91", both(greedy["transformer-15"])],
+        ["waves of 16 rows on four and eight emulated stages", "3.4×, 4.2×", ratios],
+    ]
+    return table(["", "aimed at", "shipped"], lines)
+
+
+def work() -> str:
+    """Return what becomes of the devices: their share of the speed, and the rows made."""
+    lines = []
+    for stages in (4, 8):
+        for told, variant in (("a chain", LINEAR), ("waves of 16 rows", WAVES)):
+            row = rows_of(f"tasks-{stages}-stages-virtual")["all", variant]
+            made = (row["judged"] + row["discarded"] + row["resyncs"]) / row["judged"]
+            cells = [f"{row['ratio'] / stages:.2f}×", f"{made:.1f}"]
+            lines.append([f"{stages} devices, {told}", *cells])
+    return table(["", "over plain decoding, per device", "rows made for a token"], lines)
+
+
+def exits() -> str:
+    """Return two real cores by where stage 0 ends, and whose memory the requests had."""
+    lines = []
+    for where, name in EXITS.items():
+        told = read(f"tasks/{name}")["requests"]
+        memory = {kind: int(count) for count, kind in MEMORY.findall(told)}
+        row = rows_of(name)["all", "ppsd"]
+        own = f"{memory.get('own', 0)} of {sum(memory.values())}"
+        cells = [f"{row['alpha']:.2f}", f"{row['ratio']:.2f}×", own]
+        lines.append([*where, *cells, f"[{name}](results/tasks/{name}.json)"])
+    titles = ["exit", "head", "α", "PPSD", "requests with memory of their own", "file"]
+    return table(titles, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "waves": waves,
     "reached": reached,
     "needed": needed,
+    "figures": figures,
+    "heads": heads,
+    "aims": aims,
+    "work": work,
+    "exits": exits,
     "rivals": rivals,
     "best": best,
     "second": second,
@@ -171,16 +323,22 @@ def written(text: str) -> str:
 
 
 def main() -> int:
-    """Rewrite the page, or check it; return the exit code."""
-    before = PAGE.read_text(encoding="utf-8")
-    after = written(before)
-    if "--check" in sys.argv[1:]:
-        if after != before:
-            print(f"{PAGE}: tables are not what the files say; run tools/results.py")
-        return int(after != before)
-    PAGE.write_text(after, encoding="utf-8")
-    report_plots.reliability(tenths(), TASKS / "reliability.png")
-    return 0
+    """Rewrite the pages, or check them; return the exit code."""
+    stale = []
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = written(before)
+        if after == before:
+            continue
+        if "--check" in sys.argv[1:]:
+            stale.append(page)
+        else:
+            page.write_text(after, encoding="utf-8")
+    for page in stale:
+        print(f"{page}: tables are not what the files say; run tools/results.py")
+    if "--check" not in sys.argv[1:]:
+        report_plots.reliability(tenths(), TASKS / "reliability.png")
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
     """Return everything needed to run the same again; JSON-ready."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([_program(), *sys.argv[1:]]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -37,10 +37,16 @@ def provenance(config: EngineConfig | None = None) -> dict[str, Any]:
     }
 
 
-def _program() -> str:
-    """Return which of the two commands runs; ``ppsd`` for ``python -m ppsd`` and for a script."""
+def _program() -> list[str]:
+    """Return what runs: a command of ours, or Python with a module or a script."""
     name = Path(sys.argv[0]).name
-    return name if name == "ppsd-lab" else "ppsd"
+    if name in ("ppsd", "ppsd-lab"):
+        return [name]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return ["python", name]
+    module = spec.name.removesuffix(".__main__")
+    return [module] if module == "ppsd" else ["python", "-m", module]
 
 
 def machine() -> dict[str, Any]:

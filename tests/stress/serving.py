@@ -4,7 +4,8 @@
 
 The model is a tiny random one in two stages, both in the server's process: HTTP is on trial here,
 and ``tests.stress.lifecycle`` tries processes. Memory, descriptors and threads are noted on the
-way. Exits with 1 if a request was answered wrongly or anything still grows in the second half.
+way. Exits with 1 if a request was answered wrongly or anything still grows in the second half. Two
+minutes.
 """
 
 from __future__ import annotations
