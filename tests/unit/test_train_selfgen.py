@@ -147,6 +147,49 @@ def test_answers_under_way_survive_a_kill(
     assert not list(tmp_path.glob("*.under-way*"))
 
 
+def kept(path: Path) -> dict[str, int]:
+    """Return how many tokens of each answer under way are saved."""
+    draft = json.loads(path.with_name(path.name + targets.UNDER_WAY).read_text())
+    return {key: len(ids) for key, ids in draft["answers"].items()}
+
+
+@pytest.mark.parametrize("pool", [12, 1024])
+@pytest.mark.parametrize("prefill", [1, 1024])
+def test_a_second_kill_loses_nothing(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: int, prefill: int
+) -> None:
+    """Prompts read one by one let the draft be saved while most answers wait to go on."""
+    monkeypatch.setattr(targets, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(targets, "POOL", pool)
+    monkeypatch.setitem(selfgen.PREFILL_TOKENS, "cpu", prefill)
+    path = tmp_path / "x.jsonl"
+    texts = ["box " * (1 + i % 9) + str(i) for i in range(48)]
+    prompts = [Record("here", ({"role": "user", "content": text},)) for text in texts]
+    config = GenerateConfig(batch=4, max_new=12)
+
+    def until(stop: Callable[[GenerateReport], bool], deadline: float = float("inf")) -> None:
+        def report(now: GenerateReport) -> None:
+            if stop(now):
+                raise KeyboardInterrupt
+
+        write_targets(
+            teacher.stage, prompts, teacher.encoding, config, path, report, deadline=deadline
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        until(lambda now: now.done >= 12 and now.tokens >= 12 * 12 + 4 * 7)
+    begun = kept(path)
+    assert len(begun) == 4
+    with pytest.raises(KeyboardInterrupt):
+        until(lambda now: now.read > 0)
+    assert begun.items() <= {key: min(n, begun[key]) for key, n in kept(path).items()}.items()
+    until(lambda now: False, deadline=0.0)  # no time to take any of them up
+    assert begun.keys() == kept(path).keys()
+    until(lambda now: False)
+    assert not list(tmp_path.glob("*.under-way*"))
+    assert len(path.read_text().splitlines()) == 48
+
+
 def test_answers_under_way_of_other_settings_are_forgotten(
     teacher: Teacher, tmp_path: Path
 ) -> None:

@@ -62,7 +62,7 @@ def write_targets(
         raise PpsdError("self-generation needs prompts, and the data has none (only plain text)")
     stamp = {**encoding.stamp, **_stamp(config), "dtype": str(model.plan.dtype)}
     waiting = sorted(prompts.keys() - _answered(path, stamp))
-    draft = _Draft(path, stamp, encoding)
+    draft = _Draft(path, stamp, encoding, waiting)
     skipped: list[str] = []
     answered = len(prompts) - len(waiting)
 
@@ -94,10 +94,11 @@ def write_targets(
             features.add(joined(request.prompt, ids, encoding), answer.rows)
         row = _row(prompts[request.key], ids, encoding.tokenizer.decode(ids), eos_ids)
         append_line(path, row | stamp)
+        draft.begun.pop(request.key, None)
         answered += 1
         tell()
     tell()  # prompts were skipped meanwhile
-    draft.remove()
+    draft.close()
     return len(skipped)
 
 
@@ -108,9 +109,14 @@ def _row(record: Record, ids: list[int], text: str, eos_ids: Collection[int]) ->
 
 
 class _Draft:
-    """Answers under way, in a file beside the targets, so that a kill costs half a minute."""
+    """Answers under way, in a file beside the targets, so that a kill costs half a minute.
 
-    def __init__(self, path: Path, stamp: dict[str, Any], encoding: Encoding) -> None:
+    ``begun`` are those that an earlier call left, and this one has not finished.
+    """
+
+    def __init__(
+        self, path: Path, stamp: dict[str, Any], encoding: Encoding, waiting: Collection[str]
+    ) -> None:
         self._encoding, self._seed = encoding, int(stamp["seed"])
         self.begun: dict[str, list[int]] = {}
         self._path = path.with_name(path.name + UNDER_WAY)
@@ -121,18 +127,22 @@ class _Draft:
         ):  # absent or not ours
             record = json.loads(self._path.read_text())
             if record["stamp"] == stamp:
-                self.begun = {key: list(map(int, ids)) for key, ids in record["answers"].items()}
+                saved = record["answers"]
+                self.begun = {key: list(map(int, saved[key])) for key in waiting if key in saved}
 
     def requests(
         self, keys: Sequence[str], records: Mapping[str, Record], skipped: list[str]
     ) -> Iterator[Request]:
-        """Give requests pool by pool, the longest prompts first; ``skipped`` grows meanwhile."""
+        """Give requests pool by pool, what was begun and then long prompts first.
+
+        ``skipped`` grows meanwhile.
+        """
         limit = self._encoding.max_length
         for pool in _pools(keys, self.begun, self._seed):
             requests = [self._request(key, records[key]) for key in pool]
             skipped += [r.key for r in requests if len(r.prompt) >= limit]
             fitting = (r for r in requests if len(r.prompt) < limit)
-            yield from sorted(fitting, key=lambda r: -len(r.prompt))
+            yield from sorted(fitting, key=lambda r: (r.key not in self.begun, -len(r.prompt)))
 
     def _request(self, key: str, record: Record) -> Request:
         """Return a request that goes on where it was saved, if that leaves room for more."""
@@ -142,15 +152,21 @@ class _Draft:
         return Request(key, prompt) if whole else request
 
     def save(self, answers: Callable[[], dict[str, list[int]]]) -> None:
-        """Write what is under way, every SAVE_EVERY_S."""
+        """Write what is under way, and what was and has not been taken up, every SAVE_EVERY_S."""
         if time.monotonic() - self._saved >= SAVE_EVERY_S:
-            record = {"stamp": self._stamp, "answers": answers()}
-            write_whole(self._path, json.dumps(record).encode())
-            self._saved = time.monotonic()
+            self._write(self.begun | answers())
 
-    def remove(self) -> None:
-        """Forget it: all is answered."""
-        self._path.unlink(missing_ok=True)
+    def close(self) -> None:
+        """Forget what was under way, but for what time did not suffice to take up."""
+        if self.begun:
+            self._write(self.begun)
+        else:
+            self._path.unlink(missing_ok=True)
+
+    def _write(self, answers: Mapping[str, Sequence[int]]) -> None:
+        record = {"stamp": self._stamp, "answers": answers}
+        write_whole(self._path, json.dumps(record).encode())
+        self._saved = time.monotonic()
 
 
 def _stamp(config: GenerateConfig) -> dict[str, Any]:
@@ -177,7 +193,7 @@ def _answered(path: Path, stamp: dict[str, Any]) -> set[str]:
 def _pools(keys: Iterable[str], begun: Collection[str], seed: int) -> Iterator[list[str]]:
     """Give the keys shuffled, POOL at a time, so that a part of the file is a fair sample.
 
-    Answers under way come first, so that none is lost by a second kill.
+    Answers under way come first.
     """
     keys = sorted(keys)
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed)).tolist()
