@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ppsd.measure.acceptance import (
     Answer,
     Candidate,
     Outcome,
+    _by_lag,
     exit_layers,
     labels,
     load_candidates,
@@ -365,3 +367,25 @@ def test_outcome_lines_say_what_they_are(
         )
         outside = [token % 2 == 1 and token not in prompt for token in judged]
         assert [r == OUTSIDE for r in result.ranks] == outside
+
+
+def test_verified_rows_are_chosen_where_they_lie() -> None:
+    """PyTorch's meta device refuses what a GPU would: rows there times a mask of the CPU."""
+    lags: list[torch.Tensor] = []
+
+    class Head:
+        config = SimpleNamespace(feedback=True)
+
+        def finish(self, rows: torch.Tensor, verified: torch.Tensor) -> torch.Tensor:
+            lags.append(verified)
+            return rows
+
+        def logits(self, rows: torch.Tensor, request: int) -> torch.Tensor:
+            return rows
+
+        def copy_odds(self, rows: torch.Tensor) -> torch.Tensor:
+            return rows
+
+    rows = torch.zeros(5, 4, device="meta")
+    assert len(list(_by_lag(Head(), rows, rows, 3))) == 5
+    assert [verified.device.type for verified in lags] == ["meta"] * 3

@@ -275,7 +275,7 @@ def _by_lag(
     lags = range(1, in_flight + 1 if head.config.feedback else 2)
     for first in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[first : first + CHUNK_ROWS]
-        positions = torch.arange(first, first + len(chunk))
+        positions = torch.arange(first, first + len(chunk), device=last.device)
         done = [head.finish(chunk, take_verified(last, positions - lag)) for lag in lags]
         said = [zip(head.logits(f, 0), head.copy_odds(f), strict=True) for f in done]
         yield from (list(lags) for lags in zip(*said, strict=True))
