@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from math import inf
 from numbers import Real
+from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ppsd.errors import ConfigError, PpsdError
@@ -129,3 +130,14 @@ def _index(value: object) -> int | None:
         return operator.index(value)
     except TypeError:  # NumPy's booleans, and arrays of more than one number
         return None
+
+
+def has_lines_of_json(path: Path) -> bool:
+    """Tell if a file of prompts or texts has a JSON object a line, or is plain text, by its name.
+
+    Raises PpsdError for JSON as a whole, which would be taken for text.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        raise PpsdError(f"{path} is one JSON value; give a .jsonl file with an object a line")
+    return suffix == ".jsonl"

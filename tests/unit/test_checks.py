@@ -158,6 +158,18 @@ def test_files_of_prompts_with_lone_surrogates_are_named(tmp_path: Path) -> None
             read()
 
 
+def test_json_is_not_taken_for_text(tmp_path: Path) -> None:
+    rows = [{"prompt": "one", "target": "two"}, {"prompt": "three", "target": "four"}]
+    whole, lines = tmp_path / "prompts.json", tmp_path / "PROMPTS.JSONL"
+    whole.write_text(json.dumps(rows))
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    for read in (lambda: load_tasks(whole), lambda: read_data([str(whole)])):
+        with pytest.raises(PpsdError, match=r"prompts.json is one JSON value; give a .jsonl file"):
+            read()
+    assert [r.target for r in read_data([str(lines)])[0]] == ["two", "four"]
+    assert [task.messages[0]["content"] for task in load_tasks(lines)] == ["one", "three"]
+
+
 @pytest.mark.parametrize(
     ("line", "field"),
     [

@@ -42,9 +42,9 @@ def load_tasks(path: Path, limit: int | None = None) -> list[Task]:
         raise PpsdError(f"{path} holds no prompts")
     if limit is not None and limit < len(numbered):
         numbered = [numbered[i * len(numbered) // limit] for i in range(limit)]
-    if path.suffix != ".jsonl":
-        return [Task(str(n), "text", _user(line)) for n, line in numbered]
-    return [_task(path, n, line) for n, line in numbered]
+    if checks.has_lines_of_json(path):
+        return [_task(path, n, line) for n, line in numbered]
+    return [Task(str(n), "text", _user(line)) for n, line in numbered]
 
 
 def _lines(path: Path) -> list[str]:

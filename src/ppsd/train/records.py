@@ -99,7 +99,7 @@ def read_data(names: Sequence[str]) -> tuple[list[Record], list[DataFile]]:
 
 def _read_one(name: str) -> tuple[list[Record], str]:
     path = Path(name)
-    if not path.exists() and path.suffix not in TEXTS and HUB_ID.fullmatch(name):
+    if not path.exists() and path.suffix.lower() not in TEXTS and HUB_ID.fullmatch(name):
         return _read_hub(name)
     try:
         content = path.read_bytes()
@@ -107,7 +107,7 @@ def _read_one(name: str) -> tuple[list[Record], str]:
     except (OSError, UnicodeDecodeError) as error:
         raise PpsdError(f"cannot read training data from {name}: {cause_of(error)}") from error
     digest = hashlib.sha256(content).hexdigest()
-    if path.suffix == ".jsonl":
+    if checks.has_lines_of_json(path):
         return list(_parse_lines(name, text.split("\n"))), digest
     return [Record(name, text=text)] if text.strip() else [], digest
 
