@@ -288,3 +288,15 @@ def test_ids_that_are_none_are_named_with_their_line(tmp_path: Path, ids: str) -
     path.write_text(f'{{"messages": [{turn}], "target": "b", "target_ids": {ids}}}\n')
     with pytest.raises(PpsdError, match="line 1: needs an object with prompt"):
         read_data([str(path)])
+
+
+def test_a_long_conversation_is_not_most_of_what_is_held_out() -> None:
+    turns = [25, *[1] * 20]
+    examples = [
+        Example(torch.tensor([chat, 7, turn], dtype=torch.int32), 2, 2, str(chat))
+        for chat, count in enumerate(turns)
+        for turn in range(count)
+    ]
+    for seed in range(60):
+        train, held = hold_out(examples, 64, seed)
+        assert (len(train), len(held)) == (41, 4)

@@ -162,15 +162,16 @@ def hold_out(
         groups.setdefault(example.opening or example.tokens.numpy().tobytes(), []).append(i)
     if len(groups) < 2:
         raise PpsdError("training needs at least 2 prompts, one of them held out for validation")
-    count = max(1, min(wanted, len(examples) // 10))
+    most = max(1, len(examples) // 10)
+    count = min(wanted, most)
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     texts = list(groups.values())
     order.sort(key=lambda group: any(was_read(examples[i], read) for i in texts[group]))
+    order.sort(key=lambda group: len(texts[group]) > most)  # long conversations come last
     held: list[int] = []
     for group in order[:-1]:
-        if len(held) >= count:
-            break
-        held += texts[group]
+        if len(held) < count and (not held or len(held) + len(texts[group]) <= most):
+            held += texts[group]
     kept = set(range(len(examples))).difference(held)
     return [examples[i] for i in sorted(kept)], [examples[i] for i in held]
 
