@@ -237,6 +237,32 @@ def test_self_generation_trains_on_what_was_given(
     assert 1 < windows < 30, "of the book, not of 50 other prompts"
 
 
+def test_prompts_without_room_for_an_answer_are_said_to_have_none(
+    tiny_model: Models, data: Path, tmp_path: Path
+) -> None:
+    """Text to train on besides is enough."""
+    command = arguments(tiny_model("llama"), data, tmp_path / "out", "--self-generate")
+    command[command.index("--max-length") + 1] = "8"
+    with pytest.raises(PpsdError, match="no answer was written; give shorter prompts"):
+        run(*command, "--max-new", "4")
+    book = tmp_path / "book.txt"
+    book.write_text("the lazy dog jumps over the quick fox " * 40)
+    told = invoke(*command, "--max-new", "4", "--data", str(book))
+    assert "80 prompts leave no room for an answer" in " ".join(told.stderr.split())
+
+
+def test_an_edited_chat_template_does_not_go_on_with_another_run(
+    tiny_model: Models, data: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    command = arguments(tiny_model("llama"), data, tmp_path / "out")
+    run(*command, "--chat-template", str(template))
+    template.write_text("{% for m in messages %}the fox says {{ m['content'] }} {% endfor %}")
+    with pytest.raises(PpsdError, match="holds another run: chat_template was"):
+        run(*command, "--chat-template", str(template))
+
+
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [

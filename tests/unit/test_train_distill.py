@@ -111,6 +111,9 @@ def test_training_ends_when_a_head_has_long_been_surely_worse_than_at_the_start(
     trainer.run(ignore)
     assert trainer.gave_up
     assert trainer.steps / 2 <= trainer.step <= trainer.steps / 2 + 1
+    checkpoint = trainer.directory.load()
+    assert checkpoint is not None
+    assert checkpoint.step == trainer.step, "heads that find no room can be written later"
 
 
 def test_a_head_that_may_be_as_good_as_at_the_start_goes_on(
@@ -150,6 +153,24 @@ def test_short_runs_are_validated_ten_times(tiny_model: Models, tmp_path: Path) 
     assert len(validated) >= 10
     assert validated[0] == 0
     assert trainer.best.kept[3].step in validated
+
+
+def test_a_run_that_time_cuts_short_goes_as_a_short_run_does(
+    tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many epochs as the time allows are validated as often, and learn at the same rate."""
+    monkeypatch.setattr(Trainer, "_pace", lambda trainer: 60.0 / trainer.total_tokens * 50)
+    by_epochs = tiny_config(epochs=2, learning_rate=None)
+    by_time = tiny_config(epochs=100, learning_rate=None, minutes=1.0)
+    teacher = tiny_teacher(tiny_model("llama"), by_epochs)
+    found = []
+    for i, config in enumerate((by_epochs, by_time)):
+        trainer = tiny_trainer(teacher, config, tmp_path / str(i))
+        trainer._begin()
+        [student] = trainer.students
+        found.append((trainer._expected, trainer._validate_every, trainer._peak(student)))
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+    assert found[0][2] < 2e-3
 
 
 def test_a_finished_run_leaves_no_checkpoint(tiny_model: Models, tmp_path: Path) -> None:
@@ -279,13 +300,19 @@ def test_what_the_model_cannot_do_is_refused(
     ("layers", "exits"), [(2, (1,)), (3, (1,)), (5, (1, 2)), (30, (8, 15)), (32, (8, 16))]
 )
 def test_heads_are_put_where_stages_would_end(layers: int, exits: tuple[int, ...]) -> None:
-    assert DistillConfig().suited(layers).exit_layers == exits
-    assert DistillConfig((1,)).suited(layers).exit_layers == (1,)
+    assert DistillConfig().suited(layers, "cpu").exit_layers == exits
+    assert DistillConfig((1,)).suited(layers, "cpu").exit_layers == (1,)
+
+
+def test_steps_suit_the_device() -> None:
+    sizes = [DistillConfig().suited(4, name).batch_tokens for name in ("cpu", "cuda", "cuda:1")]
+    assert sizes == [512, 2048, 2048]
+    assert DistillConfig((1,), batch_tokens=96).suited(4, "cpu").batch_tokens == 96
 
 
 def test_a_model_of_one_layer_has_no_place_for_a_head() -> None:
     with pytest.raises(ConfigError, match="of 2 layers or more"):
-        DistillConfig().suited(1)
+        DistillConfig().suited(1, "cpu")
     with pytest.raises(ConfigError, match="one or more layers"):
         DistillConfig().check_model(4, 64, 64)
 

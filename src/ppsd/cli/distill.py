@@ -17,7 +17,7 @@ from rich.table import Table
 from ppsd.cli import progress
 from ppsd.cli.display import draw, log_console
 from ppsd.cli.flags import flag
-from ppsd.errors import ConfigError
+from ppsd.errors import ConfigError, PpsdError
 from ppsd.train.settings import DistillConfig
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def distill(
     writing = generation.config(config.seed)
     records, files = read_data(data)
     counted = read_data(vocab_data)
-    config = config.suited(describe(resolve_model(model)).num_layers)
+    config = config.suited(describe(resolve_model(model)).num_layers, device)
     progress.set_threads(threads)
     teacher = progress.load(model, config, device)
     if generation.wanted:
@@ -117,7 +117,7 @@ def distill(
         if generation.generate_only:
             return
         config = dataclasses.replace(config, minutes=config.minutes - minutes)
-        written, more = read_data([str(path)])
+        written, more = read_data([str(path)] if path.exists() else [])
         records, files = _answered(records, written), [*files, *more]
     every = (validate_every, checkpoint_every)
     _train(teacher, config, records, files, out, features, every, counted)
@@ -158,6 +158,10 @@ def _generate(
     if skipped:
         text = f"{skipped} prompts leave no room for an answer within max_length and were skipped"
         log_console().print(text, highlight=False)
+    if not path.exists() and all(record.text is None for record in records):
+        raise PpsdError(
+            "no answer was written; give shorter prompts, a larger --max-length, or more --minutes"
+        )
 
 
 def _train(

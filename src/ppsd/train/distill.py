@@ -52,9 +52,6 @@ class StepReport:
     alpha: dict[int, float]
 
 
-Report = Callable[[StepReport], None]
-
-
 @dataclass(frozen=True)
 class Cadence:
     """Most steps between validations, the best of which is kept, and between checkpoints."""
@@ -104,7 +101,7 @@ class Trainer:
         self.config = config
         self.starts = lesson.starts
         self.directory = directory
-        self.step = self.tokens = 0
+        self.step = self.tokens = self._saved = 0
         self._began = time.monotonic()
         self._model = model
         self._lesson = lesson
@@ -135,8 +132,7 @@ class Trainer:
             for batch in plan_epoch(lengths, config.batch_tokens, config.seed, epoch)
         ]
         self.total_tokens = sum(lengths) * config.epochs
-        tenth = max(1, self.steps // LEAST_VALIDATIONS)
-        self._validate_every = min(cadence.validate, tenth)
+        self._expected = self.steps  # that the time allows
         self._held = prepare(model, lesson.held_out, lesson.features, config.batch_tokens)
         self.lookup = lookup_alone(self._held)
 
@@ -151,6 +147,10 @@ class Trainer:
         return len(self._plan)
 
     @property
+    def _validate_every(self) -> int:
+        return min(self._cadence.validate, max(1, self._expected // LEAST_VALIDATIONS))
+
+    @property
     def _done(self) -> float:
         """Share of the run that is done, by steps or, where that says more, by time."""
         by_steps = self.step / self.steps
@@ -162,7 +162,7 @@ class Trainer:
         """Return the seconds of training before the run was stopped and continued."""
         return math.fsum(r["seconds"] for r in self.directory.metrics() if "loss" in r)
 
-    def run(self, report: Report) -> dict[int, Agreement]:
+    def run(self, report: Callable[[StepReport], None]) -> dict[int, Agreement]:
         """Train to the end and return the agreement of the best heads as rounded for saving.
 
         Ends early where all heads stay worse than at the start.
@@ -179,6 +179,8 @@ class Trainer:
             report(StepReport(self.step, self.steps, self.tokens, self.total_tokens, losses, alpha))
         if self.step % self._validate_every:
             self._validated()
+        if self._saved < self.step:
+            self._save()  # should there be no room for the heads
         self.best.restore()
         return self._validate(final=True)
 
@@ -188,6 +190,8 @@ class Trainer:
             return
         if not self._resume():
             self._start()
+        if self.config.minutes and self.step < self.steps:
+            self._expected = min(self.steps, self.step + self._steps_left())
         if self.step % self._validate_every == 0:
             self._validated()
         else:
@@ -202,14 +206,7 @@ class Trainer:
         self._begin()
         if self.step == self.steps:
             return Forecast(0.0, 0, {})
-        for _ in range(2):  # the first may have to wait for memory, libraries and files
-            started = time.perf_counter()
-            batch = self._batch(self.step)
-            losses, _ = self._losses(batch)
-            losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-            self._synchronize()
-            pace = (time.perf_counter() - started) / batch.size
-        self._optimizer.zero_grad(set_to_none=True)
+        pace = self._pace()
         tokens = self.total_tokens - self.tokens
         if self.config.minutes:
             left = max(0.0, 60 * self.config.minutes - self._spent())
@@ -220,6 +217,23 @@ class Trainer:
             gained = expected_gain(self.tokens + tokens, begun.tokens if begun else 0)
             alpha[layer] = min(1.0, kept.start + gained)
         return Forecast(pace * tokens, tokens, alpha)
+
+    def _pace(self) -> float:
+        """Return the seconds that training takes for a token, by a step that changes nothing."""
+        for _ in range(2):  # the first may have to wait for memory, libraries and files
+            started = time.perf_counter()
+            batch = self._batch(self.step)
+            losses, _ = self._losses(batch)
+            losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+            self._synchronize()
+            pace = (time.perf_counter() - started) / batch.size
+        self._optimizer.zero_grad(set_to_none=True)
+        return pace
+
+    def _steps_left(self) -> int:
+        """Count the steps that the time allows, of the mean length."""
+        left = 60 * self.config.minutes - self._spent()
+        return max(1, int(left / self._pace() * self.steps / self.total_tokens))
 
     @property
     def gave_up(self) -> bool:
@@ -273,7 +287,7 @@ class Trainer:
         losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
         norms = [_clip(student, self.config.clip) for student in self.students]
         done = self._done + 0.5 / self.steps
-        rates = [self.config.rate(done, self.steps, self._peak(s)) for s in self.students]
+        rates = [self.config.rate(done, self._expected, self._peak(s)) for s in self.students]
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self._check_finite(losses, norms)
@@ -291,7 +305,7 @@ class Trainer:
 
     def _peak(self, student: Student) -> float:
         width, begun = self._model.spec.hidden_size, student.exit_layer in self.starts
-        return self.config.peak_rate(self.steps, width, self.best.start(student), begun)
+        return self.config.peak_rate(self._expected, width, self.best.start(student), begun)
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return the losses [exits], and what else is worth logging of the step."""
@@ -358,6 +372,7 @@ class Trainer:
             tensors |= {f"{moment}/{name}": state[moment] for moment in MOMENTS}
         best, kept = self.best.state()
         self.directory.save(Checkpoint(self.step, self.tokens, tensors | kept, best))
+        self._saved = self.step
 
     @torch.no_grad()
     def _resume(self) -> bool:
@@ -366,7 +381,8 @@ class Trainer:
         if checkpoint is None:
             self.directory.rewind_metrics(-1)
             return False
-        self.step, self.tokens = checkpoint.step, checkpoint.tokens
+        self.step = self._saved = checkpoint.step
+        self.tokens = checkpoint.tokens
         for name, parameter in self._parameters.items():
             parameter.copy_(checkpoint.tensors[name])
             moments = {m: checkpoint.tensors[f"{m}/{name}"].to(parameter.device) for m in MOMENTS}

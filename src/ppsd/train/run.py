@@ -172,6 +172,7 @@ def prepare_run(
     are those of both. With a ``store`` the frozen model runs now, over what that directory does
     not hold yet: ``filling(tokens done, tokens in all)``.
     """
+    config = config.suited(teacher.stage.spec.num_layers, teacher.stage.plan.device.type)
     corpus = encode_all(records, teacher.encoding)
     starts = read_starts(teacher, config)
     read = {digest for start in starts.values() for digest in start.prompts}
@@ -183,7 +184,7 @@ def prepare_run(
         more = count_tokens(map(teacher.encoding.all_tokens, vocabulary), vocab_size)
         draft_ids, lost = choose_draft_vocab(targets, config.draft_vocab, more)
     settings = config.to_json() | {
-        "model": teacher.fingerprint,
+        **teacher.encoding.stamp,  # what a template says counts, not the name of its file
         "data": [f"{file.sha256} for {file.use}" for file in files],
         "validate_every": cadence.validate,  # which decides among what states the best is chosen
         "compute": teacher.compute,

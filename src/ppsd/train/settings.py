@@ -23,12 +23,13 @@ FULL_RATE_STEPS = 250  # of a run, see peak_rate; and four times as many from th
 LEADING = 0.5
 WARMUP_STEPS = 50  # at least, if that leaves half of the run
 MAX_SEED = 2**32 - 1  # so that seeds of epochs and steps, which are multiples, have 63 bits
+STEP_TOKENS = {"cpu": 512, "cuda": 2048}  # a GPU takes as long for fewer
 BETAS = (0.9, 0.95)  # a run has hundreds of steps, too few for AdamW's usual 0.999
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """One run that trains a head at each of ``exit_layers`` (``suited`` decides where left out).
+    """One run that trains a head at each of ``exit_layers``.
 
     ``kind`` transformer has ``head_layers`` decoder layers, which begin as copies of the model's
     last layers (``init`` last) or of those after the exit (exit), with ``head_mlp`` neurons in
@@ -36,10 +37,10 @@ class DistillConfig:
     and weigh copies with ``copy_gate``; ``norm`` heads never do. ``draft_vocab`` 0 scores all
     tokens. ``start`` names trained heads, separated by commas, of some or all of the exits.
     ``chat_template`` takes the place of the model's own. ``learning_rate`` None lets the
-    run decide (``peak_rate``). ``warmup`` is a share of all
-    steps. ``batch_tokens`` counts padding. ``validation`` examples are held out, at most a tenth.
-    With ``minutes`` training ends after that time, however many ``epochs`` it did not get to, and
-    the learning rate has come down by then. Raises ConfigError.
+    run decide (``peak_rate``), and ``suited`` what no ``exit_layers`` and ``batch_tokens`` 0 mean.
+    ``warmup`` is a share of all steps. ``batch_tokens`` counts padding. ``validation`` examples are
+    held out, at most a tenth. With ``minutes`` training ends after that time, however many
+    ``epochs`` it did not get to, and the learning rate has come down by then. Raises ConfigError.
     """
 
     exit_layers: tuple[int, ...] = setting(
@@ -73,7 +74,9 @@ class DistillConfig:
     minutes: float = setting(
         "To write and train in, however far that comes; 0 is no limit.", 0.0, panel=TRAINING
     )
-    batch_tokens: int = setting("Padded tokens of a step.", 2048, panel=TRAINING)
+    batch_tokens: int = setting(
+        "Padded tokens of a step; 0 for 512 on CPUs and 2048 on GPUs.", 0, panel=TRAINING
+    )
     seed: int = setting("Of data order, held-out choice and noise.", 0, panel=TRAINING)
     dtype: str = setting(
         "auto, bfloat16, float32 or float64.", "auto", panel=TRAINING, metavar="DTYPE"
@@ -100,10 +103,10 @@ class DistillConfig:
         checks.one_of("head", self.kind, KINDS)
         checks.one_of("init", self.init, INITS)
         checks.one_of("dtype", self.dtype, DTYPES)
-        for name in ("head_layers", "epochs", "batch_tokens", "validation"):
+        for name in ("head_layers", "epochs", "validation"):
             checks.integer(name, getattr(self, name), 1)
         checks.integer("max_length", self.max_length, 2)
-        for name in ("head_mlp", "draft_vocab"):
+        for name in ("head_mlp", "draft_vocab", "batch_tokens"):
             checks.integer(name, getattr(self, name), 0)
         checks.integer("seed", self.seed, 0, MAX_SEED)
         for name in ("kl_weight", "ce_weight", "weight_decay", "warmup", "minutes"):
@@ -134,18 +137,20 @@ class DistillConfig:
         """Return the neurons of a head layer's MLP, None for as many as the model's."""
         return self.head_mlp or None if self.layers else None
 
-    def suited(self, num_layers: int) -> DistillConfig:
-        """Return the settings with exits: by default where stage 0 of four, and of two, would end.
+    def suited(self, num_layers: int, device: str) -> DistillConfig:
+        """Return the settings with what was left out, for a model and a device such as cuda:1.
 
-        Raises ConfigError for a model of one layer.
+        Exits are where stage 0 of four, and of two, would end. Raises ConfigError for a model of
+        one layer.
         """
+        tokens = self.batch_tokens or STEP_TOKENS.get(device.partition(":")[0], STEP_TOKENS["cuda"])
         if self.exit_layers:
-            return self
+            return replace(self, batch_tokens=tokens)
         if num_layers < 2:
             raise ConfigError("model", f"of {num_layers} layer", "of 2 layers or more")
         quarter = max(1, round(num_layers / 4))
         exits = dict.fromkeys((quarter, max(quarter, num_layers // 2)))
-        return replace(self, exit_layers=tuple(exits))
+        return replace(self, exit_layers=tuple(exits), batch_tokens=tokens)
 
     def check_model(self, num_layers: int, max_context: int, neurons: int) -> None:
         """Raise ConfigError for what a model of this size cannot do."""

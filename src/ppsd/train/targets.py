@@ -75,11 +75,10 @@ def write_targets(
         tell()
         draft.save(generator.under_way)
 
-    eos_ids = set(model.spec.eos_ids)
     generator = BatchGenerator(
         model,
         config,
-        eos_ids=eos_ids,
+        eos_ids=model.spec.eos_ids,
         vocab_size=model.spec.num_tokens,
         max_length=encoding.max_length,
         noise=noise,
@@ -92,8 +91,8 @@ def write_targets(
         request, ids = answer.request, answer.ids
         if features:
             features.add(joined(request.prompt, ids, encoding), answer.rows)
-        row = _row(prompts[request.key], ids, encoding.tokenizer.decode(ids), eos_ids)
-        append_line(path, row | stamp)
+        text = encoding.tokenizer.decode(ids)
+        append_line(path, _row(prompts[request.key], ids, text, model.spec.eos_ids) | stamp)
         draft.begun.pop(request.key, None)
         answered += 1
         tell()
