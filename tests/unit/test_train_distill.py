@@ -159,7 +159,8 @@ def test_a_run_that_time_cuts_short_goes_as_a_short_run_does(
     tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So many epochs as the time allows are validated as often, and learn at the same rate."""
-    monkeypatch.setattr(Trainer, "_pace", lambda trainer: 60.0 / trainer.total_tokens * 50)
+    pace = property(lambda trainer: 60.0 / trainer.total_tokens * 50)
+    monkeypatch.setattr(Trainer, "_pace", pace)
     by_epochs = tiny_config(epochs=2, learning_rate=None)
     by_time = tiny_config(epochs=100, learning_rate=None, minutes=1.0)
     teacher = tiny_teacher(tiny_model("llama"), by_epochs)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -206,7 +207,7 @@ class Trainer:
         self._begin()
         if self.step == self.steps:
             return Forecast(0.0, 0, {})
-        pace = self._pace()
+        pace = self._pace
         tokens = self.total_tokens - self.tokens
         if self.config.minutes:
             left = max(0.0, 60 * self.config.minutes - self._spent())
@@ -218,6 +219,7 @@ class Trainer:
             alpha[layer] = min(1.0, kept.start + gained)
         return Forecast(pace * tokens, tokens, alpha)
 
+    @cached_property
     def _pace(self) -> float:
         """Return the seconds that training takes for a token, by a step that changes nothing."""
         for _ in range(2):  # the first may have to wait for memory, libraries and files
@@ -233,7 +235,7 @@ class Trainer:
     def _steps_left(self) -> int:
         """Count the steps that the time allows, of the mean length."""
         left = 60 * self.config.minutes - self._spent()
-        return max(1, int(left / self._pace() * self.steps / self.total_tokens))
+        return max(1, int(left / self._pace * self.steps / self.total_tokens))
 
     @property
     def gave_up(self) -> bool:
