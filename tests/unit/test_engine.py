@@ -10,7 +10,7 @@ import torch
 
 from ppsd.engine.engine import Engine
 from ppsd.engine.events import FedBlock, FedRows, Left, Made
-from ppsd.engine.sequence import Request, _common_prefix, begin_message, collect_logits
+from ppsd.engine.sequence import HeldRows, Request, _common_prefix, begin_message, collect_logits
 from ppsd.errors import RequestError
 from ppsd.lab.oracle import OracleDrafter
 from ppsd.speculation.policy import Emit, Finish, Schedule
@@ -96,6 +96,32 @@ def test_rows_of_whole_chunks_are_taken_over(kind) -> None:
     assert answer(rig, [*LONG, *plain, 3]).cached == 8, "an answer's rows come one by one"
     assert answer(rig, [2, *LONG]).cached == 0
     assert answer(rig, [3, *LONG], reuse=True).cached == 0
+
+
+@pytest.mark.parametrize("kind", ["chains", "trees"])
+def test_rows_of_a_part_of_a_chunk_are_not_taken_for_a_whole_one(kind) -> None:
+    rig = engine_of(kind)
+    other = [*LONG[:7], 3, 3, 4, 5, 6]
+    answer(rig, LONG)
+    assert answer(rig, other, reuse=True).cached == 7
+    assert answer(rig, other).cached == 4, "the second chunk's last row was computed alone"
+    assert answer(rig, other).cached == 8, "now it was not"
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_copied_rows_are_whole_where_they_were_taken_as_such(reuse: bool) -> None:
+    held = HeldRows(0, 64, 4)
+    request = Request(tuple(LONG), PARAMS, frozenset(), VOCAB, reuse=reuse)
+    held.take(request, 8, own=False)
+    again = Request(tuple(LONG), PARAMS, frozenset(), VOCAB)
+    assert held.overlap(again) == (0 if reuse else 8)
+
+
+def test_a_request_does_not_inherit_what_drafts_were_drawn_from() -> None:
+    held = HeldRows(0, 64, 4)
+    held.draft.drawn[3] = torch.zeros(VOCAB)
+    held.take(Request(tuple(LONG), PARAMS, frozenset(), VOCAB), 0, own=True)
+    assert not held.draft.drawn
 
 
 @pytest.mark.parametrize("kind", ["chains", "trees"])

@@ -271,7 +271,9 @@ class Engine:
         return True
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        """Let the next step end a sequence that cannot go on."""
+        """Let the next step end a sequence that cannot go on, unless it has reached its end."""
+        if sequence.policy.finished:
+            return
         sequence.error = error
         sequence.commands.clear()
         sequence.commands.extend(sequence.policy.stop("error"))

@@ -73,14 +73,15 @@ class Grammar:
 
     def start(self) -> Constraint:
         """Return the constraint of a new answer."""
-        return Constraint(self._matcher.deep_copy(), self._vocab_size)
+        return Constraint(self._matcher, self._vocab_size)
 
 
 class Constraint:
     """Tells which tokens may follow an answer; branches of it may be asked about in any order."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher = matcher
+        self._first = matcher
+        self._matcher = matcher.deep_copy()
         self._bytes = mask_bytes(vocab_size)
         self._taken: list[int] = []
         self._mask: Mask | None = None
@@ -88,7 +89,8 @@ class Constraint:
     def __call__(self, answer: Sequence[int]) -> Mask:
         """Return the mask of the token after ``answer``, whose tokens are all permitted.
 
-        A grammar that grows beyond llguidance's limits permits nothing, which ends its request.
+        A grammar that grows beyond llguidance's limits permits nothing there, which ends a request
+        that goes there; drafts alone do not.
         """
         answer = list(answer)
         if self._mask is None or answer != self._taken:
@@ -101,6 +103,8 @@ class Constraint:
 
     def _go(self, answer: list[int]) -> None:
         """Take the matcher to an answer from the one before."""
+        if self._matcher.is_error():  # for good: no rollback leads out of that
+            self._matcher, self._taken = self._first.deep_copy(), []
         taken = self._taken
         common = 0
         while common < min(len(taken), len(answer)) and taken[common] == answer[common]:

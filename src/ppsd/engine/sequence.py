@@ -124,7 +124,11 @@ class HeldRows:
     def take(self, request: Request, cached: int, *, own: bool) -> int:
         """Let a request begin with so many rows, its ``own`` slot's or copied; others are void."""
         self.tokens = request.prompt[:cached]
-        self._whole = min(self._whole, cached) if own else cached
+        if own:
+            self._whole = min(self._whole, cached) // self._chunk * self._chunk
+        else:  # of another slot's rows those are whole that are taken for what they are
+            self._whole = 0 if request.reuse else cached
+        self.draft.drawn.clear()
         self.history.write(0, self.tokens)
         return cached
 

@@ -189,10 +189,16 @@ class Judge:
             if largest is not None:
                 return largest
         given: Sequence[Mask | None] = masks or [None] * len(logits)
-        return tuple(
-            self._choose(slot, row, first + i, mask)
-            for i, (row, mask) in enumerate(zip(logits, given, strict=True))
-        )
+        tokens: list[int] = []
+        for i, (row, mask) in enumerate(zip(logits, given, strict=True)):
+            try:
+                tokens.append(self._choose(slot, row, first + i, mask))
+            except RequestError:
+                if not (masks and slot.ended(first, tokens)):
+                    raise
+                # What a grammar permits behind a wrong draft concerns nobody: any token will do.
+                return (*tokens, *tokens[-1:] * (len(given) - i))
+        return tuple(tokens)
 
     def _choose(self, slot: Slot, logits: torch.Tensor, position: int, mask: Mask | None) -> int:
         assert slot.sampler is not None

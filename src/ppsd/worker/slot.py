@@ -53,6 +53,7 @@ class Slot:
         self.history = TokenHistory(capacity)
         self.node = self.token = -1
         self.sampler: Sampler | None = None
+        self.stop_ids: frozenset[int] = frozenset()
         self.want_logits = self.want_feedback = False
         self.scores, self.prompt_length = UNSCORED, 0
         self.last: torch.Tensor | None = None
@@ -60,7 +61,13 @@ class Slot:
     def begin(self, begin: Begin) -> None:
         """Sample as the request ``begin`` says from now on."""
         self.sampler = sampler_of(begin)
+        self.stop_ids = frozenset(begin.stop_ids)
         self.want_logits = begin.want_logits
         self.want_feedback = begin.want_feedback
         self.scores, self.prompt_length = begin.scores, begin.prompt_length
         self.last = None
+
+    def ended(self, first: int, tokens: Sequence[int]) -> bool:
+        """Tell if one of the target's ``tokens`` at ``first``… is not the one fed, or the last."""
+        fed = self.history.ids(first, first + len(tokens))
+        return fed != tuple(tokens) or not self.stop_ids.isdisjoint(tokens)
