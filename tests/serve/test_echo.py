@@ -79,6 +79,15 @@ def test_prompts_are_texts_ids_and_batches_of_both(server, llm, reference) -> No
             assert text[offset : offset + len(name)] == name
 
 
+def test_special_tokens_of_an_echoed_text_have_their_place_in_it(server) -> None:
+    body = {"prompt": "<s>pack my</s> box", "max_tokens": 1, "logit_bias": {"7": 100.0}, **SCORE}
+    [choice] = server.post(TEXT, body).json()["choices"]
+    told = choice["logprobs"]
+    places = zip(told["tokens"], told["text_offset"], strict=True)
+    assert [choice["text"][at : at + len(name)] for name, at in places] == told["tokens"]
+    assert "</s>" in told["tokens"]
+
+
 def test_a_stream_says_the_same(server) -> None:
     for fields in ({"max_tokens": 0}, {"max_tokens": 5, "ignore_eos": True}):
         body = {"prompt": ["pack my box", PROMPT], **fields, **SCORE, "return_token_ids": True}

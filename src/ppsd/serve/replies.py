@@ -359,7 +359,7 @@ class TextReply(Reply):
         offsets = []
         for entry in entries:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(self._decoders[index].push([entry.token]))
+            self._offsets[index] += self._width(index, entry.token)
         return {
             "tokens": [self._spell(e.token) for e in entries],
             "token_logprobs": [_told(e.logprob) for e in entries],
@@ -371,6 +371,18 @@ class TextReply(Reply):
             ],
             "text_offset": offsets,
         }
+
+
+    def _width(self, index: int, token: int) -> int:
+        """Return how many characters of the text a token takes.
+
+        Text that is echoed as it was given holds special tokens, too, which no answer shows.
+        """
+        shown = self._decoders[index].push([token])
+        if self.tokenizer.visible(token) is None:
+            name = self._spell(token)
+            return len(name) * self._echo(index).startswith(name, self._offsets[index])
+        return len(shown)
 
 
 def _told(logprob: float) -> float | None:
