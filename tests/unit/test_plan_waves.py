@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 
 from ppsd.errors import ConfigError
 from ppsd.lab.pipelines import uniform
 from ppsd.lab.simulator import simulate
-from ppsd.lab.virtual_waves import ranks, simulate_waves
+from ppsd.lab.virtual_waves import simulate_waves
 from ppsd.plan.model import Link
-from ppsd.plan.waves import shares, wave_token_time
-from ppsd.speculation.policy import PLAIN
+from ppsd.plan.planner import Exit, Problem, alternatives
+from ppsd.plan.presets import find_shape
+from ppsd.plan.profile import estimate
+from ppsd.plan.waves import _drawn, price, shares, wave_token_time
+from ppsd.speculation.policy import PLAIN, Schedule
 from tests.support.command import ppsd
 
 TOKENS = 120
+
+
+def same_luck(alpha: float) -> bytes:
+    """Return the rank of each token as the planner draws it."""
+    limits = list(accumulate(shares(alpha)))
+    return bytes(bisect_right(limits, luck) for luck in _drawn(0, TOKENS + 1))
 
 
 def free(rows: int) -> float:
@@ -47,7 +58,7 @@ def test_waves_take_turns_where_workers_share_cores() -> None:
 def test_ticks_agree_with_clocks(stages: int, alpha: float, rows: int) -> None:
     """With the same luck; a tick hides when a stage would have gone on by itself."""
     cost = uniform([4] * stages, 1e-3)
-    clocks = simulate_waves(cost, rows, ranks(alpha, TOKENS)).token_time
+    clocks = simulate_waves(cost, rows, same_luck(alpha)).token_time
     assert wave_token_time(cost, free, rows, {0: alpha}) == pytest.approx(clocks, rel=0.06)
 
 
@@ -57,7 +68,7 @@ def test_hops_delay_trees_and_plain_decoding_as_clocks_say(hop: float) -> None:
     plain = simulate(cost, PLAIN, bytes(TOKENS)).token_time
     assert wave_token_time(cost, free, 0, {}) == pytest.approx(plain)
     for rows in (1, 4, 16):
-        clocks = simulate_waves(cost, rows, ranks(0.67, TOKENS)).token_time
+        clocks = simulate_waves(cost, rows, same_luck(0.67)).token_time
         assert wave_token_time(cost, free, rows, {0: 0.67}) == pytest.approx(clocks, rel=0.06)
 
 
@@ -115,3 +126,36 @@ def test_plan_counts_hops_of_trees() -> None:
 def test_plan_without_heads_says_nothing_of_trees() -> None:
     options = ["--model", "vicuna-7b", "--hardware", "h100-nvlink", "--workers", "4"]
     assert json.loads(ppsd("plan", *options, "--json").stdout)["waves"] == []
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_one_row_is_a_chain_to_which_theory_agrees(stages: int, alpha: float) -> None:
+    """Of heads that are right less often one row a tick does better: it may be a second choice."""
+    cost = uniform([4] * stages, 1e-3)
+    plain, chain = (wave_token_time(cost, free, rows, {0: alpha}) for rows in (0, 1))
+    theory = float(cost.speedup(alpha, Schedule(1, stages)))
+    assert plain / chain == pytest.approx(theory, rel=0.06)
+
+
+def test_a_later_candidate_is_never_likelier_and_bad_heads_bring_nothing() -> None:
+    for alpha in (0.0, 0.05, 0.2, 0.35, 0.9, 1.0):
+        found = shares(alpha)
+        assert found == sorted(found, reverse=True)
+        assert sum(found) <= 1 + 1e-12
+    cost = uniform([4] * 4, 1e-3)
+    plain, trees = (wave_token_time(cost, free, rows, {0: 0.0}) for rows in (0, 16))
+    assert trees == pytest.approx(plain, rel=0.01)
+
+
+def test_of_two_heads_at_a_later_boundary_the_better_one_counts() -> None:
+    profile = estimate(find_shape("smollm2-135m").sizes)
+    draft = profile.head_time(1, 8192) / 4
+    first, good, bad = (Exit(4, 0.45, draft), Exit(8, 0.75, draft), Exit(8, 0.3, draft / 8))
+    cuts = (4, 8, 13, 18, 22, 26, 29)
+    problems = [
+        Problem(profile, 8, exits, split=cuts) for exits in ((first, good), (first, good, bad))
+    ]
+    one, both = (price(problem, alternatives(problem), 1) for problem in problems)
+    assert one == both
+    assert {way.heads for way in both} == {"auto"}

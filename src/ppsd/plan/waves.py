@@ -71,7 +71,9 @@ def _priced(
 ) -> list[WavePlan]:
     assert plan.exit is not None
     first = {0: plan.exit.alpha}
-    rates = {exit_.layer: exit_.alpha for exit_ in problem.exits}
+    rates: dict[int, float] = {}
+    for exit_ in problem.exits:
+        rates[exit_.layer] = max(exit_.alpha, rates.get(exit_.layer, 0.0))
     inner = {k: rates[b] for k, b in enumerate(plan.bounds[1:-1]) if later and k and b in rates}
     found = []
     for rows in PRICED_ROWS:
@@ -88,13 +90,14 @@ def _priced(
 def shares(alpha: float) -> list[float]:
     """Return how often each candidate of a head is right: the first ``alpha``, then LATER ones.
 
-    Raises ConfigError for an ``alpha`` that is no rate.
+    None is right more often than the one before it. Raises ConfigError for an ``alpha`` that is no
+    rate.
     """
     if not 0 <= alpha <= 1:
         raise ConfigError("alpha", alpha, "a rate in [0, 1]")
     found, left = [alpha], 1.0 - alpha
     for _ in range(CANDIDATES - 1):
-        found.append(left * LATER)
+        found.append(left * min(LATER, alpha))
         left -= found[-1]
     return found
 
@@ -131,8 +134,7 @@ class Ticks:
         self._growth = [growth(n) for n in range(1, rows + load + 1)]
         self._wanted = max(LEAST_TOKENS * load, TOKENS) - load  # after the first of each
         self._tokens = TOKENS if load == 1 else SPREAD * self._wanted // load
-        draws = [np.random.default_rng(slot).random(self._tokens + 1) for slot in range(load)]
-        self._luck = [own.tolist() for own in draws]
+        self._luck = [_drawn(slot, self._tokens + 1) for slot in range(load)]
         self._policies = [self._begun(slot) for slot in range(load)]
 
     def _begun(self, slot: int) -> WavePolicy:
@@ -198,6 +200,13 @@ class Ticks:
         place = bisect_right(list(accumulate(chances)), self._luck[policy.slot][node.position])
         tokens = [RIGHT if i == place else WRONG + i for i in range(CANDIDATES)]
         policy.hear(node.id, rank, tokens, [*chances, *[0.0] * len(LENGTHS)])
+
+
+def _drawn(seed: int, count: int) -> list[float]:
+    """Draw from [0, 1), one out of each of ``count`` equal parts: so few would else be lopsided."""
+    places = np.random.default_rng(seed).permutation(count)
+    luck: list[float] = ((places + 0.5) / count).tolist()
+    return luck
 
 
 def _lives(policy: WavePolicy, node: Node) -> bool:
