@@ -105,7 +105,10 @@ def test_a_run(tiny_model, tmp_path) -> None:
 
 
 def test_bad_input(tiny_model) -> None:
-    pipeline = f"--model {tiny_model()} --stages 2 --transport inprocess --tokens 4".split()
-    error = lab("endurance", *pipeline, "--repeats", "1").exception
+    pipeline = f"--model {tiny_model()} --stages 2 --transport inprocess --repeats 1".split()
+    error = lab("endurance", *pipeline, "--tokens", "128").exception
     assert isinstance(error, ConfigError)
     assert error.field == "plan"  # there is no profile
+    error = lab("endurance", *pipeline, "--tokens", "127").exception
+    assert isinstance(error, ConfigError)
+    assert (error.field, error.allowed) == ("tokens", "at least 128, for two windows")

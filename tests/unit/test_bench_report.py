@@ -120,3 +120,35 @@ def test_heads_are_listed_with_what_they_were_trained_on(tmp_path: Path) -> None
     assert "| more | 8 | 4,000 | 0.600 |" in page
     assert "| none | 9 | – | 0.100 |" in page
     assert (tmp_path / "acceptance-heads.png").stat().st_size > 1000
+
+
+def test_results_of_the_same_name_keep_their_plots(results, tmp_path: Path) -> None:
+    twin = tmp_path / "b" / "tasks.json"
+    twin.parent.mkdir()
+    record = json.loads(results["tasks"].read_text())
+    twin.write_text(json.dumps(record | {"stages": 7}))
+    assert lab("report", results["tasks"], twin, "--out", tmp_path).exit_code == 0
+    page = (tmp_path / "report.md").read_text()
+    for name in ("tasks", "tasks-2"):
+        assert page.count(f"({name}-tasks.png)") == 1
+        assert (tmp_path / f"{name}-tasks.png").exists()
+
+
+def test_trees_are_shown_by_task_and_by_exit(results, tmp_path: Path) -> None:
+    """Their variants are called by their rows."""
+    files = []
+    for exit_layer in (2, 3):
+        record = json.loads(results["tasks"].read_text())
+        rows = [row for row in record["rows"] if "draft" not in row["variant"]]
+        twice = [row | {"variant": "ppsd rows=4"} for row in rows if row["variant"] == "ppsd"]
+        first = [row | {"variant": "ppsd rows=1"} for row in twice]
+        record["rows"] = [row for row in rows if row["variant"] == "plain"] + first + twice
+        record["bounds"][1] = exit_layer
+        files.append(tmp_path / f"trees-{exit_layer}.json")
+        files[-1].write_text(json.dumps(record))
+    for chosen in (files[:1], files):
+        assert lab("report", *chosen, "--out", tmp_path).exit_code == 0
+    assert (tmp_path / "trees-2-exits.png").exists()
+    assert lab("report", files[0], "--out", tmp_path).exit_code == 0
+    page = (tmp_path / "report.md").read_text()
+    assert [line for line in page.splitlines() if ", ppsd rows=4 |" in line]

@@ -7,13 +7,15 @@ import math
 
 import pytest
 
+from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError
 from ppsd.lab import splits
+from ppsd.lab.cli.oracle import BenchOptions
+from ppsd.lab.cli.splits import _problem
 from ppsd.lab.runner import Measurement, Results
 from ppsd.plan.planner import Problem, alternatives
 from ppsd.plan.profile import estimate
 from ppsd.plan.sizes import Sizes
-from ppsd.speculation.policy import Schedule
 from tests.support.command import lab
 
 SIZES = Sizes(layers=6, hidden=64, inner=96, vocabulary=1000, layer=50_000, cached=64,
@@ -60,8 +62,7 @@ def test_the_planned_split_is_compared_with_the_fastest_median() -> None:
     )
     assert splits.behind_best(rows) == pytest.approx(1.25 / 1.05 - 1)
     for row, plan in zip(rows, tried.values(), strict=True):
-        plain = float(plan.cost.token_time(0.0, Schedule(1, 1)))
-        assert row.predicted == plain / float(plan.cost.token_time(0.5, plan.schedule))
+        assert row.predicted == plan.plain_time / float(plan.cost.token_time(0.5, plan.schedule))
         assert row.error == pytest.approx(row.predicted / row.measured.median - 1)
 
 
@@ -112,3 +113,10 @@ def test_what_it_refuses(tiny_model, arguments, field) -> None:
     error = lab("splits", "--model", tiny_model(), *stages, *arguments).exception
     assert isinstance(error, ConfigError)
     assert error.field == field
+
+
+def test_the_planned_split_is_that_of_so_many_cores(tiny_model, monkeypatch) -> None:
+    """Three stages on two cores take turns, which decides where to cut."""
+    monkeypatch.setattr("ppsd.engine.choose._at_once", lambda config: 2)
+    config = EngineConfig(str(tiny_model()), stages=3, transport="inprocess")
+    assert _problem(config, BenchOptions(), {3: 0.6}).at_once == 2

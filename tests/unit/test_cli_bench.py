@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -170,3 +174,78 @@ def test_a_profile_says_nothing_of_other_pipelines(flags, field) -> None:
     error = lab("predict", *flags, "--profile").exception
     assert isinstance(error, ConfigError)
     assert error.field == field
+
+
+def test_other_prompts_of_the_same_names_are_not_gone_on_with(small, tmp_path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("pack my box\n")
+    flags = [*small, "--prompts", prompts, "--out", tmp_path / "m.jsonl", "--json"]
+    assert lab("efficiency", *flags).exit_code == 0
+    assert lab("efficiency", *flags).exit_code == 0
+    prompts.write_text("five dozen jugs\n")
+    told = str(lab("efficiency", *flags).exception)
+    assert told.endswith("m.jsonl holds measurements of other settings (asked)")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tiny_model, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(LLM, "run", None)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("pack my box\n")
+    pipeline = f"--model {tiny_model()} --split 3 --head untrained --transport inprocess".split()
+    for out in ("/proc/nope", tmp_path):
+        error = lab("load", *pipeline, "--prompts", prompts, "--out", out).exception
+        assert isinstance(error, ConfigError)
+        assert error.field == "out"
+
+
+def test_gated_requests_alone_are_shown_without_the_others(small, tmp_path) -> None:
+    """Where no other had the memory that counts."""
+    out = tmp_path / "m.jsonl"
+    assert lab("efficiency", *small, "--alphas", "0.1,1", "--out", out).exit_code == 0
+    head, *lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert any("gated" in line["variant"] for line in lines)
+    for line in lines:
+        own = "gated" in line["variant"] or line["variant"] == "plain"
+        line["details"]["memory"] = [1.0, 1.0] if own else [0.1, 0.1]
+    out.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
+    result = lab("efficiency", *small, "--alphas", "0.1,1", "--out", out, "--memory", "own")
+    assert result.exit_code == 0, result.output
+    assert "ppsd gated" in result.stdout
+
+
+def test_an_interrupted_load_does_not_wait_for_answers(tiny_model, tmp_path, monkeypatch) -> None:
+    begun = threading.Event()
+    run = LLM.run
+
+    def interrupted(self, ids, params, **more):
+        if threading.current_thread() is threading.main_thread():
+            return run(self, ids, replace(params, max_tokens=1), **more)
+        begun.set()
+        return run(self, ids, params, **more)
+
+    def wait(self, *args, **more):
+        begun.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "run", interrupted)
+    monkeypatch.setattr(ThreadPoolExecutor, "map", first_and(wait))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("pack my box\n")
+    flags = f"--model {tiny_model()} --split 3 --head untrained --transport inprocess --pace 0.05"
+    began = time.monotonic()
+    result = lab("load", *flags.split(), "--prompts", prompts, "-n", 400, "--concurrent", 1)
+    assert result.exit_code == 130
+    assert time.monotonic() - began < 20  # an answer takes 40 seconds
+
+
+def first_and(then):
+    """Return a ThreadPoolExecutor.map that submits everything, and goes on as ``then``."""
+
+    def mapped(self, fn, *iterables, **more):
+        for values in zip(*iterables, strict=True):
+            self.submit(fn, *values)
+        return then(self)
+
+    return mapped

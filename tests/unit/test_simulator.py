@@ -17,6 +17,7 @@ from ppsd.errors import ConfigError
 from ppsd.lab import closed_forms
 from ppsd.lab.pipelines import even_split, paper_split, uniform
 from ppsd.lab.simulator import acceptance, simulate
+from ppsd.lab.sweep import Scenario, sweep
 from ppsd.plan import theory
 from ppsd.plan.model import CostModel, Link, StageCost
 from ppsd.speculation.policy import Drafted, Feed, Judged, Policy, Schedule
@@ -266,3 +267,14 @@ def test_every_timeline_is_that_of_the_tick_by_tick_pipeline(
     run = simulate(cost, schedule, hits)
     assert round(run.seconds / MS, 6) == ticks
     assert run.counts == policy.counts
+
+
+def test_recorded_drafts_count_as_far_as_they_are_simulated() -> None:
+    recorded = (1.0,) * 100 + (0.0,) * 100
+    scenario = Scenario(
+        lambda layers: uniform(layers, 1e-3), 8, 2, 4, ((0, 0.5),), tokens=100, recorded=recorded
+    )
+    assert scenario.alpha(4) == 1.0
+    assert replace(scenario, tokens=400).alpha(4) == 0.5
+    with pytest.raises(ConfigError, match="another axis with recorded drafts"):
+        sweep(scenario, "alpha")

@@ -97,3 +97,8 @@ def test_files_that_cannot_be_read(write, tmp_path) -> None:
         load_tasks(write("\n \n"))
     with pytest.raises(ConfigError, match="limit must be at least 1, got 0"):
         load_tasks(write("x"), 0)
+
+
+def test_an_id_that_is_null_is_none(write) -> None:
+    rows = [{"id": None, "prompt": "one"}, {"question_id": None, "id": 7, "prompt": "two"}]
+    assert [task.id for task in load_tasks(write("\n".join(map(json.dumps, rows))))] == ["1", "7"]

@@ -106,8 +106,11 @@ def measure(
             meter = Meter(len(prompts), count)
             llm.observe(meter)
             start = llm.now()
-            with ThreadPoolExecutor(count) as clients:  # each asks again once it is answered
+            clients = ThreadPoolExecutor(count)  # each asks again once it is answered
+            try:
                 answers = list(clients.map(lambda ids: llm.run(ids, params), prompts))
+            finally:  # an interrupt does not wait for what is under way
+                clients.shutdown(wait=False, cancel_futures=True)
             seconds = llm.now() - start
             llm.observe(None)
             differing = sum(a.token_ids != b for a, b in zip(answers, alone, strict=True))

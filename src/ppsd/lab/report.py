@@ -6,6 +6,7 @@ from the files alone: nothing is measured or computed anew here.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def write_report(records: Sequence[Record], traces: Sequence[Path], out: Path) -
     """Write the page and its plots into the directory ``out``; give the page's path."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        records = _told_apart(records)
         parts = ["# Measured results\n"]
         for name, section in SECTIONS.items():
             chosen = [record for record in records if kind(record) == name]
@@ -53,6 +55,21 @@ def write_report(records: Sequence[Record], traces: Sequence[Path], out: Path) -
     except OSError as error:
         raise PpsdError(f"cannot write the report to {out}: {error.strerror}") from error
     return page
+
+
+def _told_apart(records: Sequence[Record]) -> list[Record]:
+    """Return records of different names, which those of their plots are made from."""
+    taken: set[str] = set()
+    found = []
+    for record in records:
+        name = first = record["name"]
+        for number in itertools.count(2):
+            if name not in taken:
+                break
+            name = f"{first}-{number}"
+        taken.add(name)
+        found.append(record | {"name": name})
+    return found
 
 
 def _efficiency(records: Sequence[Record], out: Path) -> Iterator[str]:
@@ -68,7 +85,7 @@ def _efficiency(records: Sequence[Record], out: Path) -> Iterator[str]:
         yield f"### {record['name']}: {plots.stages_and_window(record)}\n\n{record['label']}\n"
         heads = ["α", "speedup", "quartiles", "ρ*", "of ρ*", "bound", "of the bound"]
         yield table(heads, [_efficiency_cells(row) for row in record["rows"]])
-        budget = list(record["rows"][0]["budget"])
+        budget = list(record["rows"][0]["budget"]) if record["rows"] else []
         rows = [
             [f"{row['alpha']['median']:.2f}", _ms(row["token_time"])]
             + [_ms(row["budget"][part]) for part in budget]
@@ -134,8 +151,9 @@ def _overall(group: str) -> bool:
 def _by_task(record: Record) -> Iterator[list[str]]:
     """Yield a line a task under BY_TASK_HEADS; the result file has all draft lengths."""
     rows = {(row["group"], row["variant"]): row for row in record["rows"]}
+    own_variants = plots.ours(record)
     for (group, variant), own in rows.items():
-        if _overall(group) or variant != plots.PPSD:
+        if _overall(group) or variant not in own_variants:
             continue
         drafting = [r for (g, v), r in rows.items() if g == group and v.startswith(plots.DRAFTING)]
         best = max(drafting, key=lambda row: row["ratio"], default=None)
@@ -143,7 +161,8 @@ def _by_task(record: Record) -> Iterator[list[str]]:
         differing = sum(row["differing"] for row in (own, *drafting))
         name = "–" if best is None else f"γ={best['variant'].removeprefix(plots.DRAFTING)}"
         rival = "–" if best is None else f"{best['ratio']:.2f}×"
-        yield [group, tasks, speed, speedup, quartiles, alpha, name, rival, str(differing)]
+        told = group if len(own_variants) == 1 else f"{group}, {variant}"
+        yield [told, tasks, speed, speedup, quartiles, alpha, name, rival, str(differing)]
 
 
 def _exits(records: Sequence[Record], out: Path) -> Iterator[str]:

@@ -51,7 +51,7 @@ def by_task(record: Record, path: Path) -> None:
     groups = list(dict.fromkeys(row["group"] for row in record["rows"]))
     figure, axes = require_matplotlib().subplots(figsize=(max(6.4, 0.7 * len(groups)), 4.2))
     best = {group: _best_drafting(record, group) for group in groups}
-    names = {PPSD: [_ratio(record, group, PPSD) for group in groups]}
+    names = {v: [_ratio(record, group, v) for group in groups] for v in ours(record)}
     if any(best.values()):
         names["draft-then-verify, best γ"] = [best[group] or 0.0 for group in groups]
     width = 0.8 / len(names)
@@ -72,7 +72,8 @@ def draft_lengths(record: Record, path: Path) -> bool:
     figure, axes = require_matplotlib().subplots(figsize=(6.4, 4.2))
     lengths = [int(row["variant"].removeprefix(DRAFTING)) for row in drafting]
     axes.plot(lengths, [row["ratio"] for row in drafting], "o-", label="draft-then-verify")
-    axes.axhline(_ratio(record, ALL, PPSD), color="tab:orange", label=PPSD)
+    for i, variant in enumerate(ours(record), 1):
+        axes.axhline(_ratio(record, ALL, variant), color=f"C{i}", label=variant)
     axes.set(xlabel="draft length γ", ylabel="speedup over plain decoding")
     _finish(axes)
     save(figure, path)
@@ -105,7 +106,7 @@ def exit_depth(records: Sequence[Record], path: Path) -> None:
             row
             for record in found
             for row in record["rows"]
-            if (row["group"], row["variant"]) == (ALL, PPSD)
+            if (row["group"], row["variant"]) == (ALL, ours(record)[0])
         ]
         layers = [record["bounds"][1] for record in found]
         left.plot(layers, [row["ratio"] for row in rows], "o-", label=kind)
@@ -115,6 +116,12 @@ def exit_depth(records: Sequence[Record], path: Path) -> None:
     for axes in (left, right):
         _finish(axes)
     save(figure, path)
+
+
+def ours(record: Record) -> list[str]:
+    """Return the variants of a run that are PPSD: with chains alone, or of each number of rows."""
+    names = dict.fromkeys(row["variant"] for row in record["rows"])
+    return [name for name in names if name == PPSD or name.startswith(f"{PPSD} rows=")]
 
 
 def head_name(record: Record) -> str:

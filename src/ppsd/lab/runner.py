@@ -156,8 +156,10 @@ class Results:
     def _load(self, text: bytes) -> None:
         try:
             head, *lines = [json.loads(line) for line in text.splitlines()]
-            if head["settings"] != self.settings:
-                raise PpsdError(f"{self.path} holds measurements of other settings")
+            before = dict(head["settings"])
+            for name in sorted(before.keys() | self.settings.keys()):
+                if before.get(name) != self.settings.get(name):
+                    raise PpsdError(f"{self.path} holds measurements of other settings ({name})")
             self.provenance.append(head["provenance"])
             for line in lines:
                 self._take(line)

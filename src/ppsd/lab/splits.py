@@ -20,7 +20,6 @@ from ppsd.lab.oracle import OracleBench, Variant
 from ppsd.lab.runner import PLAIN, Cell, Measurement, Results, Spread, spread
 from ppsd.measure.workload import Task
 from ppsd.plan.planner import Exit, Plan, Problem, alternatives
-from ppsd.speculation.policy import Schedule
 
 REACH = 6  # layers around the planned split that a parabola describes
 RESAMPLES = 500
@@ -113,8 +112,7 @@ def summarize(results: Results, tried: Mapping[str, Plan]) -> list[Row]:
 
 def _row(runs: Sequence[Measurement], plan: Plan) -> Row:
     alpha = spread([run.alpha for run in runs]).median
-    plain = float(plan.cost.token_time(0.0, Schedule(1, 1)))
-    predicted = plain / float(plan.cost.token_time(alpha, plan.schedule))
+    predicted = plan.speedup_at(alpha)
     measured = spread([run.details["plain"] / run.token_time for run in runs])
     return Row(
         bounds=plan.bounds,

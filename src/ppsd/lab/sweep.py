@@ -57,7 +57,7 @@ class Scenario:
     def alpha(self, exit_layer: int) -> float:
         """α of an exit head after ``exit_layer``, constant beyond the outermost points."""
         if self.recorded is not None:
-            return float(np.mean(self.recorded))
+            return float(np.resize(self.recorded, self.tokens).mean())
         exits, rates = zip(*sorted(self.alphas), strict=True)
         return float(np.interp(exit_layer, exits, rates))
 
@@ -138,6 +138,8 @@ def sweep(scenario: Scenario, axis: str) -> list[Row]:
     variants = {"alpha": _alphas, "exit": _exits, "hop": _hops, "stages": _stages}
     if axis not in variants:
         raise ConfigError("sweep", axis, "one of " + ", ".join(AXES))
+    if axis == "alpha" and scenario.recorded is not None:
+        raise ConfigError("sweep", axis, "another axis with recorded drafts, which have their α")
     return [row for variant, cost in variants[axis](scenario) for row in compare(variant, cost)]
 
 

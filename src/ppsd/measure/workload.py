@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,12 @@ def load_tasks(path: Path, limit: int | None = None) -> list[Task]:
     return [Task(str(n), "text", _user(line)) for n, line in numbered]
 
 
+def digest(tasks: Sequence[Task]) -> str:
+    """Return hexadecimal digits of what is asked, whatever the tasks are called."""
+    asked = json.dumps([task.messages for task in tasks])
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+
 def _lines(path: Path) -> list[str]:
     """Lines end with a line feed only: JSON may hold any other separator inside a string."""
     try:
@@ -70,7 +78,8 @@ def _task(path: Path, number: int, line: str) -> Task:
         raise PpsdError(
             f"{path}, line {number}: needs a JSON object with one of {', '.join(FIELDS)} ({error})"
         ) from error
-    name = next((str(record[k]) for k in ("question_id", "task_id", "id") if k in record), None)
+    ids = (record.get(name) for name in ("question_id", "task_id", "id"))
+    name = next((str(found) for found in ids if found is not None), None)
     category = str(record.get("category") or record.get("task") or path.stem)
     return Task(name or str(number), category, messages)
 

@@ -69,6 +69,8 @@ def _show(label: str, plain: dict[str, Any], rows: Sequence[study.Row]) -> None:
     console.print(label, soft_wrap=True)
     stages = " + ".join(f"{stage['median'] * 1e3:.2f}" for stage in plain["stage_times"])
     console.print(f"plain: {plain['token_time']['median'] * 1e3:.2f} ms a token; stages {stages}")
+    if not rows:
+        return  # all that counts was gated
     heads = ("α", "speedup", "quartiles", "ρ*", "of ρ*", "bound", "of bound")
     table = Table(*heads, box=None, pad_edge=False)
     for row in rows:

@@ -39,7 +39,7 @@ def knn_ssd_search(
     as_json: Annotated[bool, benchmark("Print one JSON object.", "--json")] = False,
 ) -> None:
     """Find the sub-layers that KNN-SSD's drafts leave out, for every task; goes on if stopped."""
-    from ppsd.measure.workload import load_tasks
+    from ppsd.measure.workload import digest, load_tasks
 
     tasks = [task for path in prompts for task in load_tasks(path, limit)]
     from ppsd.lab.rivals.search import Budget, Trials, by_task, search
@@ -53,6 +53,7 @@ def knn_ssd_search(
         place = out or place_of(llm.layout.identity.fingerprint)
         place.parent.mkdir(parents=True, exist_ok=True)
         about = {"budget": vars(budget), "tasks": [task.id for task in tasks]}
+        about |= {"asked": digest(tasks)}
         part = place.with_name(place.name + ".part")
         trials = Trials(part, about | {"fingerprint": llm.layout.identity.fingerprint})
         with progress.bar(

@@ -15,7 +15,7 @@ from ppsd.cli.display import pace_label
 from ppsd.cli.flags import integers
 from ppsd.cli.session import open_llm
 from ppsd.config import MAX_CONCURRENT
-from ppsd.errors import ConfigError
+from ppsd.errors import ConfigError, PpsdError
 from ppsd.lab.cli.oracle import benchmark, check_out
 from ppsd.lab.cli.prompts import Pipeline, Virtual, clocks
 
@@ -59,10 +59,14 @@ def load(
         }
         label = pace_label(llm.config)
     text = json.dumps(record, indent=1)
-    if out is not None:
-        out.write_text(text + "\n")
     if as_json:
         print(text)
+    if out is not None:
+        try:
+            out.write_text(text + "\n")
+        except OSError as error:
+            raise PpsdError(f"cannot write {out}: {error.strerror}") from error
+    if as_json:
         return
     heads = "at once", "variant", "tokens/s", "ratio", "all under way", "hits", "rows", "differing"
     table = Table(*heads, box=None, pad_edge=False)

@@ -81,8 +81,29 @@ def check_stages(config: EngineConfig) -> None:
 
 def check_out(out: Path | None) -> None:
     """Raise ConfigError where no file can be written, before anything is measured."""
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+    from ppsd.plan.profile import check_writable
+
+    if out is None:
+        return
+    if out.is_dir() or not out.absolute().parent.is_dir():
         raise ConfigError("out", str(out), "a file in a directory that exists")
+    check_writable(out)
+
+
+def subject(llm: LLM, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Return what measurements are of, as settings: names alone may come to mean other things."""
+    from ppsd.measure.workload import digest
+    from ppsd.model.head_files import weights_digest
+
+    layout = llm.layout
+    first = [Path(llm.config.head)] if layout.head is not None and layout.head.trained else []
+    heads = [*first, *(found.path for found in layout.inner if found is not None)]
+    return {
+        "tasks": [task.id for task in tasks],
+        "asked": digest(tasks),
+        "model": layout.identity.fingerprint,
+        "heads": [weights_digest(head) for head in heads],
+    }
 
 
 def _decided(config: EngineConfig, block: int) -> EngineConfig:
@@ -118,7 +139,7 @@ def measured(
         settings = {
             "verb": verb,
             "variants": [variant.name for variant in variants],
-            "tasks": [task.id for task in tasks],
+            **subject(llm, tasks),
             "tokens": options.tokens,
             "bounds": llm.layout.bounds,
             "config": portable(config),

@@ -18,7 +18,7 @@ from ppsd.cli.settings import Without
 from ppsd.config import EngineConfig
 from ppsd.errors import ConfigError
 from ppsd.lab.cli.memory import Memory, check_memory
-from ppsd.lab.cli.oracle import benchmark
+from ppsd.lab.cli.oracle import benchmark, subject
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
@@ -121,7 +121,7 @@ def measured(
     about = {
         "verb": verb,
         "variants": list(names),
-        "tasks": [task.id for task in tasks],
+        **subject(llm, tasks),
         "max_tokens": work.max_tokens,
         "bounds": llm.layout.bounds,
         "config": portable(llm.config),

@@ -69,12 +69,18 @@ def _problem(config: EngineConfig, options: BenchOptions, rates: Mapping[int, fl
     from ppsd.lab.splits import exits_along
     from ppsd.plan.planner import Problem
 
-    found = outlook(config).profile
-    last = found.sizes.layers - 1
+    found = outlook(config)
+    last = found.profile.sizes.layers - 1
     if not all(1 <= layer <= last for layer in rates):
         raise ConfigError("alpha", sorted(rates), f"exits in [1, {last}]")
     # prompts are short beside this: what matters is where the timed tokens lie
-    return Problem(found, config.stages, exits_along(rates), context=options.tokens // 2)
+    return Problem(
+        found.profile,
+        config.stages,
+        exits_along(rates),
+        context=options.tokens // 2,
+        at_once=found.at_once,
+    )
 
 
 def _measure(
@@ -83,6 +89,7 @@ def _measure(
     tasks = options.tasks()
     from ppsd.lab import oracle, runner
     from ppsd.lab import splits as study
+    from ppsd.measure.workload import digest
     from ppsd.provenance import portable, provenance
 
     @contextmanager
@@ -97,6 +104,7 @@ def _measure(
         "verb": "splits, against plain",
         "variants": list(tried),
         "tasks": [task.id for task in tasks],
+        "asked": digest(tasks),
         "tokens": options.tokens,
         "rates": rates,
         "pipeline": portable(config),
