@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ppsd.transport.rendezvous import free_port
@@ -79,3 +81,34 @@ def test_each_rank_finds_heads_by_name_where_it_keeps_them(
         assert words.splitlines()[-1].startswith("ppsd: rank 1 does not take part: ")
         assert "exit-4" in words
         assert "exit-4" in others[0][2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupt_ends_a_rank_that_waits_for_others(tiny_model, rank: int) -> None:
+    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    about |= {"WORLD_SIZE": "2", "RANK": str(rank)}
+    flags = f"--stages 2 --head none --init-timeout {10 * PATIENCE_S} --model {tiny_model()}"
+    process = subprocess.Popen(
+        [*PPSD, "generate", "the quick brown fox", *FIXED.split(), *flags.split()],
+        env=ENVIRONMENT | about,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        waits_idly(psutil.Process(process.pid))
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate(timeout=PATIENCE_S)
+        assert (process.returncode, words.strip()) == (130, "")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def waits_idly(process: psutil.Process) -> None:
+    """Return once a process has taken little time of a processor for a second."""
+    before = -1.0
+    while (spent := sum(process.cpu_times()[:2])) - before > 0.3:
+        before = spent
+        time.sleep(1)

@@ -242,7 +242,7 @@ class RunningPipeline:
 
         ranks = range(1, geometry.size)
         if on_torchrun(self._config):
-            meeting = meet_from_environment(self._config.init_timeout)
+            meeting = meet_from_environment(self._config.init_timeout, self._alive)
             self._invite(meeting, geometry)
             return endpoint_over(self._worker_config(0, geometry), meeting)
         master = ("127.0.0.1", free_port())
@@ -260,7 +260,7 @@ class RunningPipeline:
             config = replace(config, head="" if head is None else head.name)  # paths may differ
             send_text(meeting, rank, json.dumps(asdict(config)))
         for rank in ranks:
-            if refusal := receive_text(meeting, rank, self._config.init_timeout):
+            if refusal := receive_text(meeting, rank, self._config.init_timeout, self._alive):
                 raise PipelineError(f"rank {rank} does not take part: {refusal}")
 
     def _worker_config(

@@ -84,13 +84,15 @@ def meet(
 ) -> Meeting:
     """Return when all ``size`` ranks have come to rank 0's ``host:port``.
 
-    Rank 0 calls ``check`` while it waits; it raises when a rank is known not to come any more.
-    Raises ConfigError for a network interface that is not here, PipelineError when the address is
-    in use or the ranks disagree on who they are, and PipelineTimeoutError naming the ranks that did
-    not join within ``timeout`` seconds.
+    Calls ``check`` while it waits; it raises when a rank is known not to come any more, or nobody
+    wants it. Raises ConfigError for a network interface that is not here, PipelineError when the
+    address is in use or the ranks disagree on who they are, and PipelineTimeoutError naming the
+    ranks that did not join within ``timeout`` seconds.
     """
     _check_interfaces()
     try:
+        if rank:
+            _reach(host, port, timeout, check)
         store = _open_store(rank, host, port, timeout)
         _meet(store, rank, size, timeout, check)
     except dist.DistError as error:
@@ -104,8 +106,8 @@ def rank_from_environment() -> tuple[int, int]:
     return _variable("RANK", 0, size - 1), size
 
 
-def meet_from_environment(timeout: float) -> Meeting:
-    """Meet the ranks that torchrun started; errors are those of ``meet``.
+def meet_from_environment(timeout: float, check: Callable[[], None] = lambda: None) -> Meeting:
+    """Meet the ranks that torchrun started; ``check`` and errors are those of ``meet``.
 
     Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     """
@@ -114,7 +116,7 @@ def meet_from_environment(timeout: float) -> Meeting:
     host = os.environ.get("MASTER_ADDR", "")
     if not host:
         raise ConfigError("MASTER_ADDR", host, "rank 0's host name, as torchrun sets it")
-    return meet(rank, size, host, port, timeout)
+    return meet(rank, size, host, port, timeout, check)
 
 
 def open_group(kind: str, name: str, meeting: Meeting, timeout: float) -> Group:
@@ -148,13 +150,15 @@ def send_text(meeting: Meeting, to: int, text: str) -> None:
     meeting.store.set(f"text {meeting.rank} {to}", text)
 
 
-def receive_text(meeting: Meeting, source: int, timeout: float) -> str:
-    """Return the text that a rank left for this one.
+def receive_text(
+    meeting: Meeting, source: int, timeout: float, check: Callable[[], None] = lambda: None
+) -> str:
+    """Return the text that a rank left for this one; ``check`` is as in ``meet``.
 
     Raises StageLostError when rank 0 is gone, PipelineTimeoutError when none came.
     """
     try:
-        return _get(meeting.store, f"text {source} {meeting.rank}", timeout)
+        return _get(meeting.store, f"text {source} {meeting.rank}", timeout, check)
     except dist.DistNetworkError as error:
         raise StageLostError("rank 0 went away during start-up") from error
     except dist.DistError as error:
@@ -172,6 +176,18 @@ def _check_interfaces() -> None:
     for name in filter(None, os.environ.get(INTERFACES, "").split(",")):
         if name not in here:
             raise ConfigError(INTERFACES, name, f"among this host's {', '.join(here)}")
+
+
+def _reach(host: str, port: int, timeout: float, check: Callable[[], None]) -> None:
+    """Return once rank 0 listens, or the time is over: the store's own attempts heed no signal."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, port), timeout=1.0).close()
+            return
+        except OSError:
+            check()
+            time.sleep(POLL_SECONDS)
 
 
 def _open_store(rank: int, host: str, port: int, timeout: float) -> Store:
@@ -224,7 +240,7 @@ def _meet(store: Store, rank: int, size: int, timeout: float, check: Callable[[]
     """Return when all ranks are known to be here; raise the same error on all when they are not."""
     if rank == 0:
         store.set("size", str(size))
-    elif (expected := int(_get(store, "size", 2 * timeout))) != size:
+    elif (expected := int(_get(store, "size", 2 * timeout, check))) != size:
         raise PipelineError(
             f"rank {rank} was started as one of {size}, rank 0 as one of {expected}"
         )
@@ -233,7 +249,7 @@ def _meet(store: Store, rank: int, size: int, timeout: float, check: Callable[[]
     if rank == 0:
         store.set("missing", _missing_ranks(store, size, timeout, check))
     # Rank 0 may have started later than this rank, and its own deadline with it.
-    if missing := _get(store, "missing", 2 * timeout):
+    if missing := _get(store, "missing", 2 * timeout, check):
         raise PipelineTimeoutError(f"did not join within {timeout} s: rank {missing}")
 
 
@@ -247,8 +263,13 @@ def _missing_ranks(store: Store, size: int, timeout: float, check: Callable[[], 
     return ", ".join(map(str, missing))
 
 
-def _get(store: Store, key: str, timeout: float) -> str:
-    store.set_timeout(timedelta(seconds=timeout))
+def _get(store: Store, key: str, timeout: float, check: Callable[[], None]) -> str:
+    """Wait for a value, and hear of signals and ``check`` meanwhile, which ``get`` does not."""
+    deadline = time.monotonic() + timeout
+    while not store.check([key]) and time.monotonic() < deadline:
+        check()
+        time.sleep(POLL_SECONDS)
+    store.set_timeout(timedelta(seconds=1))
     value: bytes = store.get(key)
     return value.decode()
 
