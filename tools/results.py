@@ -250,6 +250,18 @@ def heads() -> str:
     return table([*titles, "cost in layer-times", "tokens trained on"], lines)
 
 
+def elsewhere() -> str:
+    """Return the acceptance of the heads at temperature 1, and on prompts of other sets."""
+    sampled, others = (read(f"heads/{name}")["heads"] for name in ACCEPTANCE[1:])
+    lines = []
+    for name, head in sampled.items():
+        figures = [found for h in (head, others[name]) for found in (h["alpha"], h["top"]["8"])]
+        told = f"{head['kind']}, exit {head['exit_layer']}"
+        lines.append([told, *(f"{figure:.3f}" for figure in figures)])
+    titles = ["temperature 1", "among the first 8", "other sets", "among the first 8"]
+    return table(["head", *titles], lines)
+
+
 def aims() -> str:
     """Return what the heads were to reach, and what they do."""
     found = {name: read(f"heads/{name}")["heads"] for name in ACCEPTANCE}
@@ -307,6 +319,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "needed": needed,
     "figures": figures,
     "heads": heads,
+    "elsewhere": elsewhere,
     "aims": aims,
     "work": work,
     "exits": exits,

@@ -372,7 +372,6 @@ class TextReply(Reply):
             "text_offset": offsets,
         }
 
-
     def _width(self, index: int, token: int) -> int:
         """Return how many characters of the text a token takes.
 
