@@ -16,6 +16,7 @@ from typing import Any
 from ppsd.lab import report_plots
 from ppsd.lab.closed_forms import paper_alpha
 from ppsd.lab.report import table
+from ppsd.lab.runner import PLAIN
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -48,6 +49,11 @@ EXITS = {  # one run each, stage 0 of two real cores ending at the exit
     ("8", "norm"): "tasks-exit-8-norm",
     ("15", "transformer"): "tasks-exit-15",
     ("18", "transformer"): "tasks-exit-18",
+}
+LOADS = {  # by what was asked and by which head
+    ("96 of Spec-Bench, 128", "exit 8"): "load-4-stages-8",
+    ("64 of MT-Bench, 128", "exit 8"): "load-4-stages-32",
+    ("64 of MT-Bench, 128", "untrained, no lookup"): "load-4-stages-hopeless",
 }
 MEMORY = re.compile(r"(\d+) (own|shared|mixed)")
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -112,6 +118,20 @@ def waves() -> str:
             lines.append([*cells, f"{row['total_ratio']:.2f}×"])
     heads = ["stages, heads", "prompts", "rows", "hits", "over plain, mean of speeds"]
     return table([*heads, "median, quartiles", "all tokens over all time"], lines)
+
+
+def many() -> str:
+    """Return what trees make of many requests, beside plain continuous batching."""
+    lines = []
+    for (prompts, told), name in LOADS.items():
+        for row in read(f"load/{name}")["rows"]:
+            if row["variant"] == PLAIN:
+                continue
+            cells = [str(row["concurrent"]), prompts, told, f"{row['rows']:.0f}"]
+            hits, ratio = percent(row["hits"]), f"**{row['ratio']:.2f}×**"
+            lines.append([*cells, hits, ratio, f"{row['full_ratio']:.2f}×"])
+    heads = ["at once", "prompts, tokens each", "heads", "rows in a wave", "hits"]
+    return table([*heads, "over plain", "all under way"], lines)
 
 
 def rivals() -> str:
@@ -323,6 +343,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "aims": aims,
     "work": work,
     "exits": exits,
+    "many": many,
     "rivals": rivals,
     "best": best,
     "second": second,
