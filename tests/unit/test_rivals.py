@@ -30,6 +30,7 @@ from ppsd.lab.rivals.skips import (
     place_of,
     together,
 )
+from ppsd.measure.workload import digest, load_tasks
 from ppsd.speculation.lookup import Match
 from ppsd.transport.base import gather, part_bytes
 from ppsd.worker.messages import Control
@@ -283,7 +284,8 @@ def test_a_search_finds_what_tasks_use_and_goes_on_where_it_stopped(
 
     stopped = tmp_path / "again.json.part"
     tasks = {"budget": {"evaluations": 7, "prompts": 1, "tokens": 4, "centres": 2},
-             "tasks": ["0", "1", "2", "3"], "fingerprint": record["fingerprint"]}  # fmt: skip
+             "tasks": ["0", "1", "2", "3"], "asked": digest(load_tasks(prompts)),
+             "fingerprint": record["fingerprint"]}  # fmt: skip
     best = {"task": "a", "skip": [5], "score": 99.0}
     stopped.write_text(f'{json.dumps(tasks)}\n{json.dumps(best)}\n{{"task": "a", "sk')
     again = json.loads(lab(*search, "--out", str(tmp_path / "again.json")).stdout)

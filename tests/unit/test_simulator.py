@@ -275,6 +275,6 @@ def test_recorded_drafts_count_as_far_as_they_are_simulated() -> None:
         lambda layers: uniform(layers, 1e-3), 8, 2, 4, ((0, 0.5),), tokens=100, recorded=recorded
     )
     assert scenario.alpha(4) == 1.0
-    assert replace(scenario, tokens=400).alpha(4) == 0.5
+    assert replace(scenario, tokens=401).alpha(4) == 0.5
     with pytest.raises(ConfigError, match="another axis with recorded drafts"):
         sweep(scenario, "alpha")

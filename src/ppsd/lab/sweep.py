@@ -57,7 +57,8 @@ class Scenario:
     def alpha(self, exit_layer: int) -> float:
         """α of an exit head after ``exit_layer``, constant beyond the outermost points."""
         if self.recorded is not None:
-            return float(np.resize(self.recorded, self.tokens).mean())
+            judged = max(1, self.tokens - 1)  # the last token is never drafted
+            return float(np.resize(self.recorded, judged).mean())
         exits, rates = zip(*sorted(self.alphas), strict=True)
         return float(np.interp(exit_layer, exits, rates))
 
