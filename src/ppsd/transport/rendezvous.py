@@ -179,7 +179,7 @@ def _check_interfaces() -> None:
 
 
 def _reach(host: str, port: int, timeout: float, check: Callable[[], None]) -> None:
-    """Return once rank 0 listens, or the time is over: the store's own attempts heed no signal."""
+    """Return once rank 0 listens: the store's own attempts to reach it heed no signal."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
@@ -188,6 +188,7 @@ def _reach(host: str, port: int, timeout: float, check: Callable[[], None]) -> N
         except OSError:
             check()
             time.sleep(POLL_SECONDS)
+    raise PipelineTimeoutError(f"rank 0 did not answer at {host}:{port} within {timeout} s")
 
 
 def _open_store(rank: int, host: str, port: int, timeout: float) -> Store:
@@ -266,10 +267,10 @@ def _missing_ranks(store: Store, size: int, timeout: float, check: Callable[[], 
 def _get(store: Store, key: str, timeout: float, check: Callable[[], None]) -> str:
     """Wait for a value, and hear of signals and ``check`` meanwhile, which ``get`` does not."""
     deadline = time.monotonic() + timeout
-    while not store.check([key]) and time.monotonic() < deadline:
+    while not (there := store.check([key])) and time.monotonic() < deadline:
         check()
         time.sleep(POLL_SECONDS)
-    store.set_timeout(timedelta(seconds=1))
+    store.set_timeout(timedelta(seconds=timeout if there else POLL_SECONDS))
     value: bytes = store.get(key)
     return value.decode()
 

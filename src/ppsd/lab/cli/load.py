@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,9 @@ from ppsd.config import MAX_CONCURRENT
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.lab.cli.oracle import benchmark, check_out
 from ppsd.lab.cli.prompts import Pipeline, Virtual, clocks
+
+if TYPE_CHECKING:
+    from ppsd.lab.load import Load
 
 
 def load(
@@ -61,13 +65,16 @@ def load(
     text = json.dumps(record, indent=1)
     if as_json:
         print(text)
+    else:
+        _show(rows, label)
     if out is not None:
         try:
             out.write_text(text + "\n")
         except OSError as error:
             raise PpsdError(f"cannot write {out}: {error.strerror}") from error
-    if as_json:
-        return
+
+
+def _show(rows: Sequence[Load], label: str) -> None:
     heads = "at once", "variant", "tokens/s", "ratio", "all under way", "hits", "rows", "differing"
     table = Table(*heads, box=None, pad_edge=False)
     for row in rows:
