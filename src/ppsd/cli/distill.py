@@ -233,10 +233,11 @@ def _forecast_line(trainer: Trainer, forecast: Forecast) -> str:
         expected = "can hardly rise with so few tokens"
         if any(begun.tokens >= TOKENS[-1] for begun in trainer.starts.values()):
             expected = "may rise: the default model's heads have read no more"
-    minutes = forecast.seconds / 60
+    minutes = round(forecast.seconds / 60)
+    span = f"about {minutes} min" if minutes else "less than a minute"
     return (
-        f"training takes about {minutes:.0f} min ({forecast.tokens:,} tokens); held-out α begins "
-        f"at {begins} and {expected}"
+        f"training takes {span} ({forecast.tokens:,} tokens); held-out α begins at {begins} and "
+        f"{expected}"
     )
 
 
