@@ -259,15 +259,19 @@ def heads() -> str:
     found = read("heads/acceptance")["heads"]
     lines = []
     for name, head in found.items():
-        if not name.endswith(" alone"):
-            low, high = head["interval"]
-            figures = [f"{head['alpha']:.3f}", f"{low:.3f}–{high:.3f}", f"{head['top']['8']:.3f}"]
-            alone, cost = found[f"{name} alone"]["alpha"], head["expected"]["head_layers"]
-            told, read_ = f"{head['kind']}, exit {head['exit_layer']}", head["trained_tokens"] / 1e6
-            figures += [f"{alone:.3f}", f"{cost:.1f}", f"{read_:.1f} M"]
-            lines.append([told, *figures])
+        if name.endswith(" alone"):
+            continue
+        low, high = head["interval"]
+        cells = [f"{head['alpha']:.3f}", f"{low:.3f}–{high:.3f}", f"{head['top']['8']:.3f}"]
+        cells.append(f"{found[f'{name} alone']['alpha']:.3f}")
+        cells.append(f"{head['expected']['head_layers']:.1f}")
+        lines.append([_called(head), *cells, f"{head['trained_tokens'] / 1e6:.1f} M"])
     titles = ["head", "α", "95 % interval", "among the first 8", "α without prompt lookup"]
     return table([*titles, "cost in layer-times", "tokens trained on"], lines)
+
+
+def _called(head: Row) -> str:
+    return f"{head['kind']}, exit {head['exit_layer']}"
 
 
 def elsewhere() -> str:
@@ -275,17 +279,15 @@ def elsewhere() -> str:
     sampled, others = (read(f"heads/{name}")["heads"] for name in ACCEPTANCE[1:])
     lines = []
     for name, head in sampled.items():
-        figures = [found for h in (head, others[name]) for found in (h["alpha"], h["top"]["8"])]
-        told = f"{head['kind']}, exit {head['exit_layer']}"
-        lines.append([told, *(f"{figure:.3f}" for figure in figures)])
+        rates = [rate for h in (head, others[name]) for rate in (h["alpha"], h["top"]["8"])]
+        lines.append([_called(head), *(f"{rate:.3f}" for rate in rates)])
     titles = ["temperature 1", "among the first 8", "other sets", "among the first 8"]
     return table(["head", *titles], lines)
 
 
 def aims() -> str:
     """Return what the heads were to reach, and what they do."""
-    found = {name: read(f"heads/{name}")["heads"] for name in ACCEPTANCE}
-    greedy, sampled, others = found.values()
+    greedy, sampled, others = (read(f"heads/{name}")["heads"] for name in ACCEPTANCE)
 
     def both(head: Row) -> str:
         return f"{head['alpha']:.3f}, {head['top']['8']:.3f}"
@@ -358,21 +360,16 @@ def written(text: str) -> str:
 
 def main() -> int:
     """Rewrite the pages, or check them; return the exit code."""
-    stale = []
-    for page in PAGES:
-        before = page.read_text(encoding="utf-8")
-        after = written(before)
-        if after == before:
-            continue
-        if "--check" in sys.argv[1:]:
-            stale.append(page)
-        else:
-            page.write_text(after, encoding="utf-8")
-    for page in stale:
-        print(f"{page}: tables are not what the files say; run tools/results.py")
-    if "--check" not in sys.argv[1:]:
-        report_plots.reliability(tenths(), TASKS / "reliability.png")
-    return int(bool(stale))
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    stale = {page: after for page, text in texts.items() if (after := written(text)) != text}
+    if "--check" in sys.argv[1:]:
+        for page in stale:
+            print(f"{page}: tables are not what the files say; run tools/results.py")
+        return int(bool(stale))
+    for page, after in stale.items():
+        page.write_text(after, encoding="utf-8")
+    report_plots.reliability(tenths(), TASKS / "reliability.png")
+    return 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,18 @@ from tests.system.test_cli import ENVIRONMENT, PATIENCE_S, PPSD
 FIXED = "--dtype float64 --threads-per-stage 1 --transport distributed -n 12 --ignore-eos --json"
 
 
+def start(flags: str, variables: dict[str, str]) -> subprocess.Popen[str]:
+    """Start a rank."""
+    return subprocess.Popen(
+        [*PPSD, "generate", "the quick brown fox", *FIXED.split(), *flags.split()],
+        env=ENVIRONMENT | variables,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
 @pytest.fixture
 def ranks():
     """Start a rank for each of some flags and variables; return what each said, by rank."""
@@ -27,15 +39,7 @@ def ranks():
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for rank, (flags, variables) in enumerate(each):
             own = meeting | variables | {"WORLD_SIZE": str(len(each)), "RANK": str(rank)}
-            process = subprocess.Popen(
-                [*PPSD, "generate", "the quick brown fox", *FIXED.split(), *flags.split()],
-                env=ENVIRONMENT | own,
-                text=True,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            started.append(process)
+            started.append(start(flags, own))
         said = [process.communicate(timeout=PATIENCE_S) for process in started]
         return [(p.returncode, *words) for p, words in zip(started, said, strict=True)]
 
@@ -88,14 +92,7 @@ def test_an_interrupt_ends_a_rank_that_waits_for_others(tiny_model, rank: int) -
     about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     about |= {"WORLD_SIZE": "2", "RANK": str(rank)}
     flags = f"--stages 2 --head none --init-timeout {10 * PATIENCE_S} --model {tiny_model()}"
-    process = subprocess.Popen(
-        [*PPSD, "generate", "the quick brown fox", *FIXED.split(), *flags.split()],
-        env=ENVIRONMENT | about,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = start(flags, about)
     try:
         waits_idly(psutil.Process(process.pid))
         process.send_signal(signal.SIGINT)

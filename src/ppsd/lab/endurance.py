@@ -85,13 +85,14 @@ class Memory:
         return [b - a for a, b in zip(self.resident[SETTLED - 1], self.resident[-1], strict=True)]
 
 
-def check(requests: int, tokens: int = 2 * WINDOW) -> None:
-    """Raise ConfigError for too few requests to tell growth from what is new at the beginning.
-
-    And for answers of too few ``tokens`` to have two ends.
-    """
+def check(requests: int) -> None:
+    """Raise ConfigError for too few requests to tell growth from what is new at the beginning."""
     if requests <= SETTLED:
         raise ConfigError("requests", requests, f"above {SETTLED}")
+
+
+def check_tokens(tokens: int) -> None:
+    """Raise ConfigError for answers of too few tokens to have two ends."""
     if tokens < 2 * WINDOW:
         raise ConfigError("tokens", tokens, f"at least {2 * WINDOW}, for two windows")
 

@@ -40,7 +40,8 @@ def endurance(
     check_stages(config)
     from ppsd.lab import endurance as study
 
-    study.check(requests, options.tokens)
+    study.check(requests)
+    study.check_tokens(options.tokens)
     profile = _profile(config)
     with measured("endurance", config, options, study.VARIANTS, block=1) as (llm, results):
         prompts = [llm.encode(task.messages) for task in options.tasks()]

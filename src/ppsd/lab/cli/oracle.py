@@ -85,7 +85,7 @@ def check_out(out: Path | None) -> None:
 
     if out is None:
         return
-    if out.is_dir() or not out.absolute().parent.is_dir():
+    if not out.absolute().parent.is_dir():
         raise ConfigError("out", str(out), "a file in a directory that exists")
     check_writable(out)
 
