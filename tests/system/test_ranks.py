@@ -75,7 +75,8 @@ def test_each_rank_finds_heads_by_name_where_it_keeps_them(
             save_perfect_head(place / "exit-2", tiny_model(), 2, 0.3)
             save_perfect_head(place / "exit-4", tiny_model(), 4)
         flags = f"--model {tiny_model()} --split 2,4 --head exit-2 --heads auto --rows 4 --no-gate"
-        each.append((f"{flags} --init-timeout 100", {"PPSD_HEAD_DIR": str(place)}))
+        # Long enough that some opinion comes before its verdict, however busy the cores are.
+        each.append((f"{flags} -n 100 --init-timeout 100", {"PPSD_HEAD_DIR": str(place)}))
     (code, out, words), *others = ranks(*each)
     if there:
         assert [code, *(other[0] for other in others)] == [0, 0, 0], (words, others)
