@@ -27,8 +27,9 @@ from ppsd import errors
 from ppsd.transport import distributed
 from ppsd.transport.base import Endpoint, Geometry
 from ppsd.transport.distributed import DistributedEndpoint
-from ppsd.transport.rendezvous import free_port, meet
+from ppsd.transport.rendezvous import meet
 from ppsd.transport.shared_memory import SharedMemoryEndpoint
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 Parts = list[tuple[int, int]]

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import yaml
 from ppsd.serve.schema import MAX_BODY
 from tests.support.command import ppsd
 from tests.support.http_server import Served
+from tests.support.ports import free_port
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 SECONDS = {"s": 1, "m": 60}
@@ -139,8 +139,7 @@ def behind(server: Served, tmp_path_factory) -> Iterator[httpx.Client]:
     if shutil.which("nginx") is None:
         pytest.skip("nginx is not installed")
     place = tmp_path_factory.mktemp("nginx")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     text = (DEPLOY / "nginx.conf").read_text()
     text = text.replace("127.0.0.1:8000", server.url.removeprefix("http://"))
     text = text.replace("443 ssl", f"127.0.0.1:{port}")

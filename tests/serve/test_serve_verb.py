@@ -24,6 +24,7 @@ import pytest
 from ppsd.serve.logs import LOG, JsonFormatter
 from tests.serve.conftest import TEMPLATE
 from tests.support.command import ppsd
+from tests.support.ports import free_port
 
 FLAGS = (
     "--split 4 --dtype float64 --mode autoregressive --threads-per-stage 1 --port 0 "
@@ -115,8 +116,7 @@ def test_it_says_that_it_loads_and_a_closed_terminal_lets_requests_end(tiny_mode
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_the_model_is_loaded_ends_it_without_an_error(tiny_model, number) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with launched(tiny_model(), "--port", str(port)) as process:
         told = None
         while told is None:

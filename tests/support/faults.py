@@ -6,6 +6,7 @@ exit code, but forked from a parent that has imported PyTorch already.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -116,6 +118,15 @@ class Forked:
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 
+    def stacks(self) -> str:
+        """Return what all threads of the child and of what it has forked are doing."""
+        pids = [self.pid, *(child.pid for child in psutil.Process(self.pid).children())]
+        for pid in pids:
+            os.kill(pid, signal.SIGUSR2)
+        time.sleep(1.0)
+        texts = [Path(f"/proc/{pid}/fd/2").read_text(errors="replace") for pid in pids]
+        return "\n".join(f"process {pid}:\n{text}" for pid, text in zip(pids, texts, strict=True))
+
 
 class ForkedWorker(Forked):
     """Takes a Popen's place in Supervisor; ``sabotage`` runs in the child before its program."""
@@ -151,6 +162,7 @@ def _be_child(program: Callable[[], int], standard: Sequence[int], keep: Iterabl
     try:
         for target, fd in enumerate(standard):
             os.dup2(fd, target)
+        faulthandler.register(signal.SIGUSR2, file=2)  # for ``stacks``
         for kept, following in pairwise([2, *sorted(keep), 4096]):
             os.closerange(kept + 1, following)
         streams = (

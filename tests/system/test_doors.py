@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from ppsd import LLM
-from ppsd.transport.rendezvous import free_port
+from tests.support.ports import free_port
 from tests.system.test_cli import ENVIRONMENT, PATIENCE_S, PPSD
 
 STRANGERS = ("safetensors", "numbers", "queue", "torch", "typer", "inspect", "jinja2")

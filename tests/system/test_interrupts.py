@@ -66,7 +66,7 @@ class Command:
         deadline = time.monotonic() + START_UP
         while not condition():
             assert self.child.poll() is None, self.words()
-            assert time.monotonic() < deadline, self.words()
+            assert time.monotonic() < deadline, self.doing()
             time.sleep(0.01)
 
     def answering(self) -> bool:
@@ -74,6 +74,9 @@ class Command:
 
     def words(self) -> str:
         return self._err.read_text(errors="replace")
+
+    def doing(self) -> str:
+        return self.child.stacks() if isinstance(self.child, Forked) else self.words()
 
     def signal(self, number: int) -> None:
         """Send a signal to the process group, as a terminal does with Ctrl-C."""

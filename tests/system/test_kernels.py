@@ -12,8 +12,8 @@ import pytest
 from ppsd import LLM, SamplingParams
 from ppsd.errors import KernelError
 from ppsd.model import kernel_build, kernels
-from ppsd.transport.rendezvous import free_port
 from ppsd.worker.messages import Status
+from tests.support.ports import free_port
 from tests.support.tiny_models import FAMILIES, save_tiny
 
 PROMPT = [9, 8, 7, 6, 5] * 8

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ppsd.transport.rendezvous import free_port
+from tests.support.ports import free_port
 from tests.support.tiny_models import save_perfect_head
 from tests.system.test_cli import ENVIRONMENT, PATIENCE_S, PPSD
 

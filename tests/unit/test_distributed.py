@@ -21,9 +21,11 @@ from ppsd.errors import (
     StageLostError,
 )
 from ppsd.transport.base import Geometry
+from ppsd.transport.distributed import DistributedEndpoint
 from ppsd.transport.gloo_link import HEADER_BYTES, MAGIC, GlooLink
 from ppsd.transport.rendezvous import meet, meet_from_environment
-from tests.contract.transport_player import ROOT, RemoteRank, described, free_port, gloo_ranks
+from tests.contract.transport_player import ROOT, RemoteRank, described, gloo_ranks
+from tests.support.ports import free_port
 
 SILENCE = 3  # seconds; heartbeats come every second
 GEOMETRY = Geometry(size=2, forward_bytes=40_000, return_bytes=5_000, frames=2)
@@ -164,6 +166,19 @@ def test_a_missing_rank_0_is_named() -> None:
     port = free_port()
     with pytest.raises(PipelineTimeoutError, match=f"rank 0 did not answer at 127.0.0.1:{port}"):
         meet(1, 2, "127.0.0.1", port, 1)
+
+
+def test_a_rank_that_dies_once_all_have_met_is_not_waited_for() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(2) as threads:
+        meetings = [threads.submit(meet, rank, 2, "127.0.0.1", port, 60) for rank in range(2)]
+        first, _ = (meeting.result() for meeting in meetings)  # the second never opens its end
+
+    def check() -> None:
+        raise StageLostError("stage 1 was killed")
+
+    with pytest.raises(StageLostError, match="stage 1 was killed"):
+        DistributedEndpoint(GEOMETRY, first, SILENCE, join_timeout=2, check=check)
 
 
 def test_ranks_that_disagree_on_the_size_are_refused() -> None:

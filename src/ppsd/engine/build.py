@@ -238,17 +238,19 @@ class RunningPipeline:
         return SharedMemoryEndpoint(segment, geometry, 0, bool(self.layout.cores[0]))
 
     def _connect_distributed(self, geometry: Geometry) -> Endpoint:
-        from ppsd.transport.rendezvous import free_port, meet_from_environment
+        from ppsd.transport.rendezvous import listen, meet_from_environment
 
         ranks = range(1, geometry.size)
         if on_torchrun(self._config):
             meeting = meet_from_environment(self._config.init_timeout, self._alive)
             self._invite(meeting, geometry)
-            return endpoint_over(self._worker_config(0, geometry), meeting)
-        master = ("127.0.0.1", free_port())
-        for rank in ranks:
-            self._supervisor.start(self._worker_config(rank, geometry, master=master))
-        return open_endpoint(self._worker_config(0, geometry, master=master), self._alive)
+            return endpoint_over(self._worker_config(0, geometry), meeting, self._alive)
+        with listen() as listener:  # before any rank looks for it
+            master = listener.getsockname()
+            for rank in ranks:
+                self._supervisor.start(self._worker_config(rank, geometry, master=master))
+            own = self._worker_config(0, geometry, master=master)
+            return open_endpoint(own, self._alive, listener)
 
     def _invite(self, meeting: Meeting, geometry: Geometry) -> None:
         """Send all ranks their configuration; raises PipelineError if one does not take it."""

@@ -178,11 +178,13 @@ def _connect(
         cleanup.callback(os.close, segment)
         supervisor.start(_config(subject, 1, geometry, segment=segment))
         return open_endpoint(_config(subject, 0, geometry, segment=segment))
-    from ppsd.transport.rendezvous import free_port
+    from ppsd.transport.rendezvous import listen
 
-    master = ("127.0.0.1", free_port())
-    supervisor.start(_config(subject, 1, geometry, master=master))
-    return open_endpoint(_config(subject, 0, geometry, master=master), supervisor.check)
+    with listen() as listener:
+        master = listener.getsockname()
+        supervisor.start(_config(subject, 1, geometry, master=master))
+        own = _config(subject, 0, geometry, master=master)
+        return open_endpoint(own, supervisor.check, listener)
 
 
 def _config(subject: Subject, rank: int, geometry: Geometry, **join: Any) -> WorkerConfig:

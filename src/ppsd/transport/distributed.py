@@ -59,9 +59,9 @@ LEAVING_SECONDS, JOIN_SECONDS = 5.0, 60.0  # waits for a thread's end; for other
 class DistributedEndpoint:
     """One rank's end of the links between ``geometry.size`` ranks that have met.
 
-    Making one is collective, within ``join_timeout`` seconds. Rank 0 and a worker take each other
-    for lost after ``timeout`` seconds without a sign of life. ``apart`` is the device on which the
-    rows of frames travel apart; None keeps them in the frames.
+    Making one is collective, within ``join_timeout`` seconds, and calls ``check`` while it waits.
+    Rank 0 and a worker take each other for lost after ``timeout`` seconds without a sign of life.
+    ``apart`` is the device on which the rows of frames travel apart; None keeps them in the frames.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class DistributedEndpoint:
         apart: torch.device | None = None,
         *,
         join_timeout: float = JOIN_SECONDS,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.rank = rank = meeting.rank
         self.size = geometry.size
@@ -79,10 +80,11 @@ class DistributedEndpoint:
         self._apart = apart
         self._timeout = timeout
         self._process, self._meeting = os.getpid(), meeting  # rank 0 keeps the store for all
-        self._group = open_group("gloo", "frames", meeting, join_timeout)
+        self._group = open_group("gloo", "frames", meeting, join_timeout, check)
         self._rows_group: Group | None = None
         if apart is not None:
-            self._rows_group = open_group(ROWS_BACKEND[apart.type], "rows", meeting, join_timeout)
+            kind = ROWS_BACKEND[apart.type]
+            self._rows_group = open_group(kind, "rows", meeting, join_timeout, check)
         self._outgoing = geometry.outgoing(rank)
         self._epochs = torch.zeros(geometry.slots, dtype=torch.int64)
         self._arrivals = torch.zeros(1, dtype=torch.int64)  # changes with every frame

@@ -12,11 +12,13 @@ import errno
 import ipaddress
 import os
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -81,19 +83,21 @@ def meet(
     port: int,
     timeout: float,
     check: Callable[[], None] = lambda: None,
+    listener: socket.socket | None = None,
 ) -> Meeting:
     """Return when all ``size`` ranks have come to rank 0's ``host:port``.
 
     Calls ``check`` while it waits; it raises when a rank is known not to come any more, or nobody
-    wants it. Raises ConfigError for a network interface that is not here, PipelineError when the
-    address is in use or the ranks disagree on who they are, and PipelineTimeoutError naming the
-    ranks that did not join within ``timeout`` seconds.
+    wants it. ``listener`` is rank 0's socket, if it listens there already. Raises ConfigError for a
+    network interface that is not here, PipelineError when the address is in use or the ranks
+    disagree on who they are, and PipelineTimeoutError naming the ranks that did not join within
+    ``timeout`` seconds.
     """
     _check_interfaces()
     try:
         if rank:
             _reach(host, port, timeout, check)
-        store = _open_store(rank, host, port, timeout)
+        store = _open_store(rank, host, port, timeout, listener)
         _meet(store, rank, size, timeout, check)
     except dist.DistError as error:
         raise StageLostError(f"rank 0 at {host}:{port} went away during start-up") from error
@@ -119,11 +123,39 @@ def meet_from_environment(timeout: float, check: Callable[[], None] = lambda: No
     return meet(rank, size, host, port, timeout, check)
 
 
-def open_group(kind: str, name: str, meeting: Meeting, timeout: float) -> Group:
+def open_group(
+    kind: str,
+    name: str,
+    meeting: Meeting,
+    timeout: float,
+    check: Callable[[], None] = lambda: None,
+) -> Group:
     """Return a group of ``kind`` gloo or nccl of all ranks; every rank has to call this.
 
-    PipelineTimeoutError when some did not within ``timeout`` seconds.
+    ``check`` is as in ``meet``. PipelineTimeoutError when some did not within ``timeout`` seconds.
     """
+    made: SimpleQueue[Group | Exception] = SimpleQueue()
+
+    def make() -> None:
+        try:
+            made.put(_make_group(kind, name, meeting, timeout))
+        except Exception as error:  # it is raised again, where the group is awaited
+            made.put(error)
+
+    # Apart, as gloo and nccl wait for a rank that has died, too, and heed nothing meanwhile.
+    threading.Thread(target=make, name=f"ppsd-open-{name}", daemon=True).start()
+    while True:
+        try:
+            group = made.get(timeout=POLL_SECONDS)
+        except Empty:
+            check()
+            continue
+        if isinstance(group, Exception):
+            raise group
+        return group
+
+
+def _make_group(kind: str, name: str, meeting: Meeting, timeout: float) -> Group:
     rank, limit = meeting.rank, timedelta(seconds=timeout)
     store = PrefixStore(name, meeting.store)
     make: Any = {"gloo": "ProcessGroupGloo", "nccl": "ProcessGroupNCCL"}[kind]
@@ -191,10 +223,13 @@ def _reach(host: str, port: int, timeout: float, check: Callable[[], None]) -> N
     raise PipelineTimeoutError(f"rank 0 did not answer at {host}:{port} within {timeout} s")
 
 
-def _open_store(rank: int, host: str, port: int, timeout: float) -> Store:
+def _open_store(
+    rank: int, host: str, port: int, timeout: float, listener: socket.socket | None
+) -> Store:
     agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     listens = rank == 0 and not agent_keeps_store
-    listener = _listener(host, port) if listens and _is_loopback(host) else None
+    if listens and listener is None and _is_loopback(host):
+        listener = listen(host, port)
     try:
         store = TCPStore(
             host,
@@ -227,8 +262,11 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    """Return a socket of this host alone; TCPStore's own would listen on all its interfaces."""
+def listen(host: str = LOOPBACK, port: int = 0) -> socket.socket:
+    """Return a socket of this host alone; TCPStore's own would listen on all its interfaces.
+
+    Port 0 stands for any free one. PipelineError when the address is in use.
+    """
     try:
         return socket.create_server((host, port), backlog=socket.SOMAXCONN)
     except OSError as error:
@@ -273,11 +311,3 @@ def _get(store: Store, key: str, timeout: float, check: Callable[[], None]) -> s
     store.set_timeout(timedelta(seconds=timeout if there else POLL_SECONDS))
     value: bytes = store.get(key)
     return value.decode()
-
-
-def free_port() -> int:
-    """Return a TCP port of this host that nobody listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

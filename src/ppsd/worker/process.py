@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -112,8 +113,15 @@ class WorkerConfig:
         return cls(**record | {"cores": tuple(record["cores"]), "master": master})
 
 
-def open_endpoint(config: WorkerConfig, check: Callable[[], None] = lambda: None) -> Endpoint:
-    """Join the transport the configuration names; ``check`` is called while others are awaited."""
+def open_endpoint(
+    config: WorkerConfig,
+    check: Callable[[], None] = lambda: None,
+    listener: socket.socket | None = None,
+) -> Endpoint:
+    """Join the transport the configuration names; ``listener`` is rank 0's socket at ``master``.
+
+    ``check`` is called while others are awaited.
+    """
     geometry = Geometry(**config.geometry)
     if config.segment is not None:
         from ppsd.transport.shared_memory import SharedMemoryEndpoint
@@ -122,12 +130,14 @@ def open_endpoint(config: WorkerConfig, check: Callable[[], None] = lambda: None
     from ppsd.transport.rendezvous import meet
 
     assert config.master is not None
-    meeting = meet(config.rank, geometry.size, *config.master, config.init_timeout, check)
-    return endpoint_over(config, meeting)
+    join = (config.rank, geometry.size, *config.master, config.init_timeout)
+    return endpoint_over(config, meet(*join, check, listener), check)
 
 
-def endpoint_over(config: WorkerConfig, meeting: Meeting) -> Endpoint:
-    """Join the ranks that have met."""
+def endpoint_over(
+    config: WorkerConfig, meeting: Meeting, check: Callable[[], None] = lambda: None
+) -> Endpoint:
+    """Join the ranks that have met; ``check`` is called while others are awaited."""
     from ppsd.transport.distributed import DistributedEndpoint
 
     return DistributedEndpoint(
@@ -136,6 +146,7 @@ def endpoint_over(config: WorkerConfig, meeting: Meeting) -> Endpoint:
         max(config.timeout, SIGNS_OF_LIFE_S),
         torch.device(config.device) if config.own_gpus else None,
         join_timeout=config.init_timeout,
+        check=check,
     )
 
 
