@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,7 @@ from ppsd.model.stage import Stage
 from tests.support.passes import ChangedPass
 
 PATIENCE = 5.0  # seconds: what a fault may take until nothing is left of it
+ENDING = 0.1  # seconds: what a thread may take to end once its program has
 
 
 def die(result: Any) -> Any:
@@ -96,6 +98,7 @@ class Forked:
         self, program: Callable[[], int], *standard: int, keep: Iterable[int] = ()
     ) -> None:
         self.returncode: int | None = None
+        _let_threads_end()
         self.pid = os.fork()
         if self.pid == 0:
             _be_child(program, standard, keep)
@@ -155,6 +158,18 @@ def forked_cli(arguments: list[str], out: int, err: int) -> Forked:
 
     with open(os.devnull) as nothing:
         return Forked(program, nothing.fileno(), out, err)
+
+
+def _let_threads_end() -> None:
+    """Wait for threads that are joined but still give back what they held, such as native locks.
+
+    A fork would copy the locks and not the threads.
+    """
+    deadline = time.monotonic() + ENDING
+    while psutil.Process().num_threads() > threading.active_count():
+        if time.monotonic() > deadline:  # they are native ones that stay
+            return
+        time.sleep(0.001)
 
 
 def _be_child(program: Callable[[], int], standard: Sequence[int], keep: Iterable[int]) -> NoReturn:

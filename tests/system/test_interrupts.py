@@ -35,7 +35,7 @@ class Command:
         self.child: Forked | subprocess.Popen[bytes]
         self._out, self._err = folder / "out", folder / "err"
         settings = "--split 2,4 --raw --dtype float64 -n 400 --ignore-eos"
-        settings += " --head untrained --threads-per-stage 1"
+        settings += f" --head untrained --threads-per-stage 1 --init-timeout {START_UP / 2:g}"
         self._arguments = ["generate", "hello", "-m", str(model), *settings.split()]
         self._folder = folder
 
