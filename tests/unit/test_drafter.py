@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppsd.engine.drafter import DraftState, Given, HeadDrafter
+from ppsd.engine.drafter import DraftState, Given, HeadDrafter, PacedDrafter
 from ppsd.speculation.lookup import LENGTHS, find, likeliest, mixed
 from ppsd.speculation.masks import mask_bytes, permits
 from ppsd.speculation.sampling import Sampler, Stream
@@ -86,6 +86,16 @@ def test_a_head_runs_what_it_has_not_seen_in_its_slot_and_reads_the_verified_row
         drafter.draft(state, Given(sampler(0.0), TEXT[:3], verified=newest))
     assert head.ran == [(3, 0, 3)]
     assert [row is newest for row in head.verified] == [True, True]
+
+
+def test_drafts_and_passes_over_prompts_take_their_time_on_an_emulated_device(monkeypatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("ppsd.engine.drafter.time.sleep", slept.append)
+    drafter, state = PacedDrafter(HeadDrafter(FixedHead()), 5.0), DraftState()
+    drafter.observe(state, 0, torch.zeros(9, 2))
+    drafter.observe(state, 9, torch.zeros(1, 2))  # it waits for the draft
+    drafter.draft(state, Given(sampler(0.0), TEXT[:10]))
+    assert slept == [pytest.approx(5.0, abs=1.0)] * 2
 
 
 @pytest.mark.parametrize("temperature", SAMPLED)

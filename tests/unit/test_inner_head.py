@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from ppsd.lab.clocks import Clock
+from ppsd.lab.emulated import EmulatedHead
 from ppsd.model.exit_head import most_probable
 from ppsd.model.passes import Place
 from ppsd.speculation.masks import permits
@@ -249,12 +251,17 @@ def test_a_prompts_own_tokens_have_their_noise(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 5.0])
-def test_an_opinion_takes_its_time_on_an_emulated_device(monkeypatch, seconds) -> None:
+def test_every_pass_takes_its_time_on_an_emulated_device(monkeypatch, seconds) -> None:
     slept: list[float] = []
     monkeypatch.setattr("ppsd.worker.inner_head.time.sleep", slept.append)
-    speaking(seconds=seconds).opinion(0, [certain(10)], torch.zeros(1, 2))
-    assert slept == [pytest.approx(seconds, abs=1.0)]
-    assert (slept == [0.0]) == (seconds == 0.0)
+    clock = Clock()
+    for head in (speaking(seconds=seconds), EmulatedHead(Certain(), clock, seconds)):
+        head.opinion(0, [certain(10)], torch.zeros(1, 2))
+        head.observe(0, Block(2, 7, 4, 3, 0, (1,), torch.zeros(1, 2)), torch.zeros(1, 2))
+        head.lag([certain(11)] * 2, torch.zeros(2, 2))
+    assert slept == [pytest.approx(seconds, abs=1.0)] * 3
+    assert (slept == [0.0] * 3) == (seconds == 0.0)
+    assert clock.now == 3 * seconds * 1e9
 
 
 @pytest.mark.parametrize("temperature", [1e-39, 5e-324])

@@ -17,7 +17,7 @@ from ppsd.plan.model import Link
 from ppsd.plan.planner import Exit, Problem, alternatives
 from ppsd.plan.presets import find_shape
 from ppsd.plan.profile import estimate
-from ppsd.plan.waves import _drawn, price, shares, wave_token_time
+from ppsd.plan.waves import Growth, _drawn, price, shares, wave_token_time
 from ppsd.speculation.policy import PLAIN, Schedule
 from tests.support.command import ppsd
 
@@ -30,8 +30,7 @@ def same_luck(alpha: float) -> bytes:
     return bytes(bisect_right(limits, luck) for luck in _drawn(0, TOKENS + 1))
 
 
-def free(rows: int) -> float:
-    return 1.0
+free = Growth(lambda rows: 1.0, lambda rows: 1.0)
 
 
 @pytest.mark.parametrize("stages", [2, 4, 8])
@@ -72,18 +71,27 @@ def test_hops_delay_trees_and_plain_decoding_as_clocks_say(hop: float) -> None:
         assert wave_token_time(cost, free, rows, {0: 0.67}) == pytest.approx(clocks, rel=0.06)
 
 
+def test_an_lm_head_takes_longer_for_many_rows_as_it_was_timed() -> None:
+    cost = replace(uniform([4] * 4, 1e-3), lm_head=3e-3)  # the last stage is the slowest
+    grown = free._replace(lm_head=lambda rows: min(rows, 2.0))
+    many = 4, {0: 0.7}, 8  # rows, heads and requests
+    slower = wave_token_time(cost, grown, *many)
+    assert wave_token_time(cost, free, *many) < slower
+    assert slower <= wave_token_time(replace(cost, lm_head=6e-3), free, *many)
+
+
 def test_rows_that_cost_bring_less_and_heads_on_the_way_bring_more() -> None:
     cost = uniform([4] * 4, 1e-3)
     alone = wave_token_time(cost, free, 16, {0: 0.5})
-    assert wave_token_time(cost, lambda rows: rows, 16, {0: 0.5}) > alone
+    assert wave_token_time(cost, free._replace(layer=float), 16, {0: 0.5}) > alone
     assert wave_token_time(cost, free, 16, {0: 0.5, 1: 0.8}) < alone
 
 
 def test_costly_rows_are_not_fed() -> None:
     """Where a second row doubles the time, sixteen allowed rows are one or two."""
     cost = uniform([4] * 4, 1e-3)
-    one = wave_token_time(cost, lambda rows: rows, 1, {0: 0.8})
-    assert wave_token_time(cost, lambda rows: rows, 16, {0: 0.8}) < 1.1 * one
+    one = wave_token_time(cost, free._replace(layer=float), 1, {0: 0.8})
+    assert wave_token_time(cost, free._replace(layer=float), 16, {0: 0.8}) < 1.1 * one
 
 
 def test_a_rate_is_a_rate() -> None:

@@ -19,7 +19,7 @@ from ppsd.lab.emulated import EmulatedPipeline
 from ppsd.lab.rivals.chain import ranks_that_answer
 from ppsd.lab.rivals.dynamic import DECAY, MOST_DRAFTS, DynamicExit
 from ppsd.lab.rivals.jobs import Job, Reply, decode, encode, is_rivals
-from ppsd.lab.rivals.rivals import FIXED, NAMES, RivalPipeline, Rivals
+from ppsd.lab.rivals.rivals import DEL_HEADS, FIXED, NAMES, RivalPipeline, Rivals, used_by
 from ppsd.lab.rivals.skips import (
     ATTENTION,
     MLP,
@@ -31,6 +31,10 @@ from ppsd.lab.rivals.skips import (
     together,
 )
 from ppsd.measure.workload import digest, load_tasks
+from ppsd.model.head_files import weights_digest
+from ppsd.model.identity import Identity
+from ppsd.model.source import describe, resolve_model
+from ppsd.model.weights import open_source
 from ppsd.speculation.lookup import Match
 from ppsd.transport.base import gather, part_bytes
 from ppsd.worker.messages import Control
@@ -265,6 +269,16 @@ def prompts(tmp_path) -> Path:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_measurements_say_which_heads_rivals_found(tiny_model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PPSD_HEAD_DIR", str(tmp_path))
+    files = resolve_model(str(tiny_model()))
+    identity = Identity.of(describe(files), open_source(files.path))
+    assert used_by(["ppsd", "del"], identity) == {}
+    assert used_by([DEL_HEADS], identity) == {"rival_heads": {}}
+    place = save_perfect_head(tmp_path / "head", files.path, 3)
+    assert used_by([f"{FIXED}2"], identity) == {"rival_heads": {3: weights_digest(place)}}
 
 
 def test_a_search_finds_what_tasks_use_and_goes_on_where_it_stopped(

@@ -262,6 +262,26 @@ def test_what_heads_read_before_is_held_out_last() -> None:
     assert hold_out(examples, 4, 0, every)[1] == as_ever, "nothing else is left"
 
 
+def test_one_question_is_held_out_together_whatever_the_system_message(encoding: Encoding) -> None:
+    asked = ["Why?", "why? ", *(f"Why {i}?" for i in range(18))]
+    systems = [None, "Be brief.", "Be kind."]
+    rows = [{"messages": [{"role": "user", "content": text}], "target": "So."} for text in asked]
+    records = [
+        record
+        for system in systems
+        for row in rows
+        for record in parse_row({**row, "messages": [*_system(system), *row["messages"]]}, "here")
+    ]
+    for seed in range(4):
+        train, held = hold_out(encode_all(records, encoding).examples, 6, seed)
+        assert held
+        assert not {s for e in train for s in e.said} & {s for e in held for s in e.said}
+
+
+def _system(text: str | None) -> list[dict[str, str]]:
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
 def test_turns_of_one_conversation_are_held_out_together(encoding: Encoding) -> None:
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     chats = [[{"role": role, "content": f"{text} {i}"} for role, text in turns] for i in range(12)]

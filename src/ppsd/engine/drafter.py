@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -141,7 +142,10 @@ class LookupDrafter:
 
 
 class PacedDrafter:
-    """Drafts by ``drafter`` in ``seconds`` each: the head of a paced stage 0 is as slow as it."""
+    """Drafts by ``drafter`` in ``seconds`` each: the head of a paced stage 0 is as slow as it.
+
+    So is a head's pass over many rows of a prompt, which do not wait for the draft.
+    """
 
     def __init__(self, drafter: Drafter, seconds: float) -> None:
         self._drafter = drafter
@@ -152,11 +156,16 @@ class PacedDrafter:
         return self._drafter.feedback
 
     def observe(self, state: DraftState, position: int, hidden: torch.Tensor) -> None:
-        self._drafter.observe(state, position, hidden)
+        with self._in_time() if len(hidden) > MAX_LAG_ROWS else nullcontext():
+            self._drafter.observe(state, position, hidden)
 
     def draft(self, state: DraftState, given: Given) -> int:
-        """Draft in the emulated device's time; nothing interrupts a head at work either."""
+        with self._in_time():
+            return self._drafter.draft(state, given)
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """Take the emulated device's time, all of it: nothing interrupts a head at work either."""
         end = time.monotonic() + self._seconds
-        token = self._drafter.draft(state, given)
+        yield
         time.sleep(max(0.0, end - time.monotonic()))
-        return token

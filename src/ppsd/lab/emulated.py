@@ -6,14 +6,15 @@ decoded is the same. All stages are computed in one thread, in whatever time tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 
 from ppsd.config import EngineConfig
 from ppsd.engine.build import Progress, RunningPipeline
-from ppsd.engine.drafter import Drafter, DraftState, Given, HeadDrafter, PacedDrafter
+from ppsd.engine.drafter import Drafter, HeadDrafter, PacedDrafter
 from ppsd.engine.first_stage import FirstStage
 from ppsd.engine.layout import Layout, head_seconds
 from ppsd.errors import ConfigError
@@ -28,13 +29,10 @@ from ppsd.model.exit_head import ExitHead, load_head
 from ppsd.model.passes import Pass, Piece, Place, Watch
 from ppsd.model.stage import Stage
 from ppsd.plan.model import CostModel, Link, StageCost
-from ppsd.speculation.masks import Mask
-from ppsd.speculation.waves import Row
 from ppsd.worker.inner_head import InnerHead
 from ppsd.worker.judge import Judge
 from ppsd.worker.loop import Worker
 from ppsd.worker.machine import set_own_threads
-from ppsd.worker.wave_messages import Opinion
 
 
 class EmulatedPipeline(RunningPipeline):
@@ -170,23 +168,17 @@ class EmulatedPass:
 
 
 class EmulatedHead(InnerHead):
-    """An exit head whose opinions take ``seconds`` of a virtual clock."""
+    """An exit head whose passes take ``seconds`` each of a virtual clock."""
 
     def __init__(self, head: ExitHead, clock: Clock, seconds: float) -> None:
         super().__init__(head)
         self._clock = clock
         self._time = nanoseconds(seconds)
 
-    def opinion(
-        self,
-        rank: int,
-        rows: Sequence[Row],
-        hidden: torch.Tensor,
-        verified: torch.Tensor | None = None,
-        masks: Sequence[Mask] = (),
-    ) -> Opinion:
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
         self._clock.now += self._time
-        return super().opinion(rank, rows, hidden, verified, masks)
+        yield
 
 
 class EmulatedDrafter(PacedDrafter):
@@ -197,6 +189,7 @@ class EmulatedDrafter(PacedDrafter):
         self._clock = clock
         self._time = nanoseconds(seconds)
 
-    def draft(self, state: DraftState, given: Given) -> int:
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
         self._clock.now += self._time
-        return super().draft(state, given)
+        yield

@@ -154,11 +154,11 @@ class Summary:
     """One variant on one group of tasks; speeds in tokens a second, over all repeats.
 
     ``ratio`` is the quotient of the mean speeds of variant and plain decoding (Spec-Bench's),
-    ``total_ratio`` that of all tokens over all time, ``paired`` the spread of the quotients task
-    by task. ``per_device`` is the total speed over the number of stages. ``differing`` counts
-    outputs that are not those of plain decoding (what has none differs in none), ``judged`` to
-    ``resyncs`` are sums. ``reliability`` tells of waves, by tenths of the probability that a draft
-    had by the heads, how many were judged and how many of them were right.
+    ``total_ratio`` that of all tokens over all time, ``paired`` the spread of the quotients task by
+    task. ``per_device`` is the total speed over the number of stages. ``differing`` counts outputs
+    that are not those of plain decoding (what has none differs in none), ``judged`` to ``rows`` are
+    sums; rivals do not count rows. ``reliability`` tells of waves, by tenths of the probability
+    that a draft had by the heads, how many were judged and how many of them were right.
     """
 
     variant: str
@@ -173,6 +173,7 @@ class Summary:
     judged: int
     discarded: int
     resyncs: int
+    rows: int
     differing: int
     reliability: list[tuple[int, int]]
 
@@ -218,6 +219,7 @@ def _summary(
         judged=judged,
         discarded=discarded,
         resyncs=resyncs,
+        rows=sum(m.counts.get("rows", 0) for m in own),
         differing=sum(m.details["output"] not in (None, p.details["output"]) for m, p in both),
         reliability=list(zip(*(_sums(own, name) for name in ("stated", "right")), strict=True)),
     )

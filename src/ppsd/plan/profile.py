@@ -146,15 +146,11 @@ class Profile:
         """
         contexts = {t.context for t in self.layer if t.rows > 1}
         points = {t.rows: t.time.median for t in self.layer if t.context in contexts}
-        if not points:
-            return 1.0
-        before, last = sorted(points)[-2:]
-        steeper = max(0.0, points[last] - points[before]) / (last - before)
-        return (_interpolate(points, rows) + max(0, rows - last) * steeper) / points[1]
+        return _grown(points, rows) / points[1] if points else 1.0
 
     def lm_head_time(self, rows: int = 1) -> float:
-        """Seconds of final norm, LM head and sampling."""
-        return _interpolate({t.rows: t.time.median for t in self.lm_head}, rows)
+        """Seconds of final norm, LM head and sampling; beyond what was timed as in ``growth``."""
+        return _grown({t.rows: t.time.median for t in self.lm_head}, rows)
 
     def head_time(self, layers: float, draft_vocab: int | None) -> float:
         """Seconds of one draft by such a head: a norm head's, and so much for every layer.
@@ -319,6 +315,13 @@ def estimate(
         overhead=free,
         contention=Timing.computed(1.0),
     )
+
+
+def _grown(points: Mapping[int, float], rows: int) -> float:
+    """Interpolate between times of numbers of rows, and go on as between the last two."""
+    *before, last = sorted(points)
+    slope = max(0.0, points[last] - points[before[-1]]) / (last - before[-1]) if before else 0.0
+    return _interpolate(points, rows) + max(0, rows - last) * slope
 
 
 def _interpolate(points: Mapping[int, float], at: float) -> float:

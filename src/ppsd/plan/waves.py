@@ -11,12 +11,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
 from ppsd.errors import ConfigError
 from ppsd.plan.model import CostModel
 from ppsd.plan.planner import Plan, Problem, plain_cost
+from ppsd.plan.profile import Profile
 from ppsd.speculation.lookup import LENGTHS
 from ppsd.speculation.policy import Judged, Schedule
 from ppsd.speculation.tree import CANDIDATES, Cells, Node
@@ -32,6 +34,19 @@ PRICED_ROWS = (1, 4, 16)
 CUTS = 3  # of the best for chains; trying one takes a second
 
 Fed = list[tuple[WavePolicy, Node]]
+
+
+class Growth(NamedTuple):
+    """How many times as long as one row so many take in a layer or exit head; in the LM head."""
+
+    layer: Callable[[int], float]
+    lm_head: Callable[[int], float]
+
+    @classmethod
+    def of(cls, profile: Profile) -> Growth:
+        """Return what was timed."""
+        one = profile.lm_head_time()
+        return cls(profile.growth, lambda rows: profile.lm_head_time(rows) / one)
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ def price(
     """
     together = Schedule(1, min(load, 2))  # stages that work at the same time may share cores
     plainly = plain_cost(problem, together)
-    plain = wave_token_time(plainly, problem.profile.growth, 0, {}, load)
+    plain = wave_token_time(plainly, Growth.of(problem.profile), 0, {}, load)
     chains = [plan for plan in plans if plan.exit and plan.mode == "ppsd" and plan.bitwise]
     tried = [_priced(problem, plan, load, plain, later=later) for plan in chains[:CUTS]]
     return max(tried, key=lambda ways: max(way.speedup for way in ways), default=[])
@@ -78,7 +93,7 @@ def _priced(
     found = []
     for rows in PRICED_ROWS:
         times = {
-            name: wave_token_time(plan.cost, problem.profile.growth, rows, heads, load)
+            name: wave_token_time(plan.cost, Growth.of(problem.profile), rows, heads, load)
             for name, heads in (("none", first), *([("auto", first | inner)] if inner else []))
         }
         heads = min(times, key=times.__getitem__)
@@ -104,16 +119,15 @@ def shares(alpha: float) -> list[float]:
 
 def wave_token_time(
     cost: CostModel,
-    growth: Callable[[int], float],
+    growth: Growth,
     rows: int,
     heads: Mapping[int, float],
     load: int = 1,
 ) -> float:
     """Return the seconds from token to token of ``load`` requests together, all of them under way.
 
-    ``growth`` says how many times as long as one row so many take in a layer. ``heads`` holds the
-    acceptance rate of the head behind each stage that has one; a head that is right more often is
-    right wherever another is. 0 ``rows`` decode plainly.
+    ``heads`` holds the acceptance rate of the head behind each stage that has one; a head that is
+    right more often is right wherever another is. 0 ``rows`` decode plainly.
     """
     return Ticks(cost, growth, rows, heads, load).run()
 
@@ -124,14 +138,16 @@ class Ticks:
     def __init__(
         self,
         cost: CostModel,
-        growth: Callable[[int], float],
+        growth: Growth,
         rows: int,
         heads: Mapping[int, float],
         load: int,
     ) -> None:
         self._cost, self._rows = cost, rows
         self._heads = {rank: shares(alpha) for rank, alpha in heads.items()} if rows else {}
-        self._growth = [growth(n) for n in range(1, rows + load + 1)]
+        counts = range(1, rows + load + 1)
+        self._growth = [growth.layer(n) for n in counts]
+        self._lm_head = [cost.lm_head * growth.lm_head(n) for n in counts]
         self._wanted = max(LEAST_TOKENS * load, TOKENS) - load  # after the first of each
         self._tokens = TOKENS if load == 1 else SPREAD * self._wanted // load
         self._luck = [_drawn(slot, self._tokens + 1) for slot in range(load)]
@@ -183,7 +199,7 @@ class Ticks:
         """Return how long a stage is busy with a wave of ``rows`` rows."""
         cost, grown = self._cost, self._growth[rows - 1]
         stage = cost.stages[rank]
-        lm_head = cost.lm_head if rank == cost.size - 1 else 0.0
+        lm_head = self._lm_head[rows - 1] if rank == cost.size - 1 else 0.0
         head = cost.head * grown if rank in self._heads else 0.0
         return stage.layers * stage.layer * grown + lm_head + head + cost.overhead
 

@@ -134,7 +134,7 @@ class Counts:
     """What became of the drafts; ``drafted`` = ``judged`` + ``discarded`` when a request is over.
 
     Judged drafts met a verdict for their own position; discarded ones were thrown away because
-    an earlier draft was wrong or the request ended.
+    an earlier draft was wrong or the request ended. ``rows``: fed in all, the prompt's not counted.
     """
 
     drafted: int = 0
@@ -142,6 +142,7 @@ class Counts:
     accepted: int = 0
     discarded: int = 0
     resyncs: int = 0
+    rows: int = 0
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -335,6 +336,7 @@ class Policy:
     def _feed_row(self) -> Feed:
         position = self._fed
         self._fed += 1
+        self.counts.rows += 1
         self._open_rows += 1
         rows, block = self._open_rows, position - self._open_rows + 1
         followed = self._feedable(position + 1)

@@ -62,13 +62,12 @@ class Verified(NamedTuple):
 class WaveCounts(Counts):
     """Counts of a request decoded in waves.
 
-    ``rows``: fed in all. ``opinions``: heard of live nodes from later heads. ``ranks`` and
-    ``levels``: how many right drafts were fed as the first, second, … of their siblings, and which
-    stage's head spoke last of their parent (-1: lookup alone). ``stated``: how many judged rows
-    had so many tenths of probability among their siblings, and ``right``: how many of them were.
+    ``opinions``: heard of live nodes from later heads. ``ranks`` and ``levels``: how many right
+    drafts were fed as the first, second, … of their siblings, and which stage's head spoke last of
+    their parent (-1: lookup alone). ``stated``: how many judged rows had so many tenths of
+    probability among their siblings, and ``right``: how many of them were.
     """
 
-    rows: int = 0
     opinions: int = 0
     ranks: dict[int, int] = field(default_factory=dict)
     levels: dict[int, int] = field(default_factory=dict)

@@ -153,9 +153,10 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Split into training and validation; about a tenth at most, at least one, is held out.
 
-    Answers to one prompt stay together, and so do all turns that open alike, so that no held-out
-    text was trained on as a prompt of another example. What heads have ``read`` before, by its
-    digests, is held out only where nothing else is left: there they look better than they are.
+    Answers to one prompt stay together, and so do all turns of conversations that the user opens
+    alike, so that no held-out text was trained on as a prompt of another of them. What heads have
+    ``read`` before, by its digests, is held out only where nothing else is left: there they look
+    better than they are.
     """
     groups: dict[str | bytes, list[int]] = {}
     for i, example in enumerate(examples):

@@ -49,9 +49,13 @@ class Record:
 
     @cached_property
     def opening(self) -> str:
-        """Return a digest of the conversation up to the first message of its user."""
-        users = (i for i, m in enumerate(self.messages) if m["role"] == "user")
-        return _digest(self.messages[: next(users, len(self.messages)) + 1])
+        """Return a digest of its user's first message, or of all messages without one.
+
+        Whatever the system message says, an answer to the same question may say the same.
+        """
+        users = (m["content"] for m in self.messages if m["role"] == "user")
+        first = next(users, None)
+        return _digest(self.messages) if first is None else prompt_digest(first)
 
     @cached_property
     def prompts(self) -> frozenset[str]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -58,7 +59,7 @@ class Speaker(Protocol):
 class InnerHead:
     """A head on a stage's boundary, with rows of its own in the stage's cells.
 
-    ``seconds``: what an opinion takes on an emulated device, 0 for real time.
+    ``seconds``: what a pass of rows takes on an emulated device, 0 for real time.
     """
 
     def __init__(self, head: ExitHead, seconds: float = 0.0) -> None:
@@ -92,7 +93,8 @@ class InnerHead:
             self._catch_up()
         if waits:
             self._lagging.append((row, hidden))
-        else:
+            return
+        with self._in_time():
             self.head.forward_rows(hidden, [place_of(row) for row in rows])
 
     def _catch_up(self) -> None:
@@ -104,13 +106,14 @@ class InnerHead:
 
     def observe(self, rank: int, block: Block, hidden: torch.Tensor) -> Opinion | None:
         """Take a prompt's rows [n, C]; return what may follow the last, if it is judged."""
-        self._catch_up()
-        rows = self.head.forward(hidden, block.position, block.slot)
-        if not block.judge:
-            return None
-        place = (block.slot, block.position + len(block.tokens))
-        node = ((block.slot, block.epoch),)
-        return self._say(rank, node, [place], rows[-1:], None, block.masks[-1:])
+        with self._in_time():
+            self._catch_up()
+            rows = self.head.forward(hidden, block.position, block.slot)
+            if not block.judge:
+                return None
+            place = (block.slot, block.position + len(block.tokens))
+            node = ((block.slot, block.epoch),)
+            return self._say(rank, node, [place], rows[-1:], None, block.masks[-1:])
 
     def opinion(
         self,
@@ -124,14 +127,19 @@ class InnerHead:
 
         ``verified`` [n, C] are the last layer's rows that the head takes as feedback.
         """
+        with self._in_time():
+            self._catch_up()
+            features = self.head.forward_rows(hidden, [place_of(row) for row in rows])
+            nodes = tuple([(row.slot, row.node) for row in rows])
+            following = [(row.slot, row.position + 1) for row in rows]
+            return self._say(rank, nodes, following, features, verified, masks)
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """Take the emulated device's time for what is done inside."""
         end = time.monotonic() + self._seconds
-        self._catch_up()
-        features = self.head.forward_rows(hidden, [place_of(row) for row in rows])
-        nodes = tuple([(row.slot, row.node) for row in rows])
-        following = [(row.slot, row.position + 1) for row in rows]
-        said = self._say(rank, nodes, following, features, verified, masks)
+        yield
         time.sleep(max(0.0, end - time.monotonic()))
-        return said
 
     def share(self, source: int, slot: int, length: int) -> None:
         """Copy the first rows of a slot to another; see KVCache.share."""

@@ -114,7 +114,7 @@ def measured(
 ) -> Results:
     """Run what is not measured yet, and return all measurements."""
     from ppsd.lab.memory import noted
-    from ppsd.lab.rivals.rivals import KNN_SSD, found_by
+    from ppsd.lab.rivals.rivals import used_by
     from ppsd.lab.runner import Results, interleaved, run
     from ppsd.provenance import portable, provenance
 
@@ -122,12 +122,11 @@ def measured(
         "verb": verb,
         "variants": list(names),
         **subject(llm, tasks),
+        **used_by(names, llm.layout.identity),
         "max_tokens": work.max_tokens,
         "bounds": llm.layout.bounds,
         "config": portable(llm.config),
     }
-    if KNN_SSD in names:
-        about[KNN_SSD] = found_by(llm.layout.identity)
     results = Results(work.out, about, provenance(llm.config))
     ids = [f"{task.id} @ {setting}" for setting in settings for task in tasks]
     cells = interleaved(list(names), ids, work.repeats)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ppsd.config import EngineConfig
@@ -28,7 +29,7 @@ from ppsd.lab.rivals.exits import UNTRAINED
 from ppsd.lab.rivals.skips import find_skips
 from ppsd.lab.rivals.stage import RivalStage
 from ppsd.lab.rivals.timers import RealTimer, VirtualTimer
-from ppsd.model.head_files import HeadConfig
+from ppsd.model.head_files import HeadConfig, weights_digest
 from ppsd.model.head_library import find_heads, suitable
 from ppsd.model.identity import Identity
 from ppsd.model.spec import ModelSpec
@@ -79,10 +80,19 @@ def drafting_of(
     return Fixed(best, paths[best], int(name.removeprefix(FIXED)), lookup=lookup)
 
 
-def found_by(identity: Identity) -> Mapping[str, Any]:
-    """Return the budget of the search whose skip sets KNN-SSD uses; empty if there was none."""
-    sets = find_skips(identity.fingerprint)
-    return {} if sets is None else sets.budget
+def used_by(names: Sequence[str], identity: Identity) -> dict[str, Any]:
+    """Return what rivals of these names use besides the model and the pipeline's own heads.
+
+    Digests of the heads that they find, and of the skip sets, with the budget of their search.
+    """
+    used: dict[str, Any] = {}
+    if any(name == DEL_HEADS or name.startswith(FIXED) for name in names):
+        found = sorted(heads_for(identity).items())
+        used["rival_heads"] = {exit_: weights_digest(Path(path)) for exit_, (path, _) in found}
+    if KNN_SSD in names:
+        sets = find_skips(identity.fingerprint)
+        used[KNN_SSD] = {} if sets is None else {**sets.budget, "sha256": sets.digest}
+    return used
 
 
 class Rivals:

@@ -7,6 +7,7 @@ How the sets are found is in search.py.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -72,6 +73,11 @@ class SkipSets:
         """Return the task whose centre is nearest to a prompt's mean row by cosine, and its set."""
         task = self.owners[int((self.centres @ row).argmax())]
         return task, self.skips[task]
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of all of it."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of a file; centres are half floats in base 64."""
