@@ -258,7 +258,8 @@ def _(patch: Patch) -> None:
 @bug("rows of a paused tree run as one stretch in the head")
 def _(patch: Patch) -> None:
     def lag(self, rows, hidden):
-        self._lagging += zip(rows, torch.split(hidden, 1), strict=True)
+        for row, own in zip(rows, torch.split(hidden, 1), strict=True):
+            self._lagging.setdefault(row.slot, []).append((row, own))
 
     patch.setattr(InnerHead, "lag", lag)
 

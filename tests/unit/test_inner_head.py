@@ -43,6 +43,9 @@ class Noted:
     def commit(self, slot: int, length: int, moves: object) -> None:
         self.committed.append((slot, length, moves))
 
+    def share(self, source: int, slot: int, length: int) -> None:
+        pass
+
 
 def certain(position: int) -> Row:
     return Row(0, position, position - 1, position, 1, position, (), ())
@@ -83,14 +86,16 @@ def test_rows_of_another_slot_still_count_when_a_request_begins_anew() -> None:
     assert noted.run == [(10, 3), (0, 4)]
 
 
-@pytest.mark.parametrize("part", [(0, 13, ((70, 12),)), (0, 12, ()), (1, 13, ())], ids=str)
+@pytest.mark.parametrize("part", [(0, 13, ((70, 12),)), (0, 12, ())], ids=str)
 def test_rows_that_wait_run_before_the_cache_is_changed(part) -> None:
     head, noted = lagging(3)
     noted.committed.clear()
     head.commit(0, 13, ())  # as far as the rows go that wait: they make it true themselves
     assert (noted.run, noted.committed) == ([], [])
+    head.commit(1, 13, ())
+    assert (noted.run, noted.committed) == ([], [(1, 13, ())]), "nothing of that slot waits"
     head.commit(*part)
-    assert (noted.run, noted.committed) == ([(10, 3)], [part])
+    assert (noted.run, noted.committed[1:]) == ([(10, 3)], [part])
 
 
 @pytest.mark.parametrize(
@@ -109,13 +114,26 @@ def test_what_is_not_certain_alone_runs_at_once(rows) -> None:
     assert noted.placed == [[Place(r.slot, r.position, r.cell, r.cells) for r in rows]]
 
 
-@pytest.mark.parametrize("row", [certain(12)._replace(slot=1), certain(13)], ids=["slot", "gap"])
-def test_rows_that_do_not_follow_one_another_do_not_wait_together(row) -> None:
+def test_rows_that_do_not_follow_one_another_do_not_wait_together() -> None:
     head, noted = lagging(2)
-    head.lag([row], torch.zeros(1, 2))
+    head.lag([certain(13)], torch.zeros(1, 2))
     assert (noted.run, noted.placed) == ([(10, 2)], [])
-    head.lag([row._replace(position=row.position + 1, cell=row.position + 1)], torch.zeros(1, 2))
+    head.lag([certain(14)], torch.zeros(1, 2))
     assert noted.run == [(10, 2)], "a row that follows the new one waits with it"
+
+
+def test_rows_of_several_slots_wait_for_one_pass() -> None:
+    head, noted = lagging(1)
+    noted.committed.clear()
+    for position in (11, 12):
+        head.lag([certain(position), certain(position + 9)._replace(slot=1)], torch.zeros(2, 2))
+    head.commit(0, 13, ())
+    head.commit(1, 22, ())
+    assert (noted.run, noted.placed, noted.committed) == ([], [], [])
+    head.share(0, 2, 5)
+    own = [Place(0, at, at, tuple(range(10, at))) for at in (10, 11, 12)]
+    assert noted.placed == [[*own, Place(1, 20, 20, ()), Place(1, 21, 21, (20,))]]
+    assert noted.committed == [(0, 13, ()), (1, 22, ())]
 
 
 def test_certain_rows_run_together() -> None:

@@ -25,7 +25,7 @@ from ppsd.worker.messages import Begin, Block
 from ppsd.worker.wave_messages import Opinion
 
 KEPT_NOISE = 64  # positions
-MAX_LAG_ROWS = 8  # that may wait for the next opinion, when a few rows cost as much as one
+MAX_LAG_ROWS = 8  # of a slot that may wait for the next opinion, when they cost as much as one
 
 
 def place_of(row: Row) -> Place:
@@ -65,7 +65,7 @@ class InnerHead:
     def __init__(self, head: ExitHead, seconds: float = 0.0) -> None:
         self.head = head
         self._seconds = seconds
-        self._lagging: list[tuple[Row, torch.Tensor]] = []  # certain rows, one after another
+        self._lagging: dict[int, list[tuple[Row, torch.Tensor]]] = {}  # by slot, in order
         self._requests: dict[int, Begin] = {}  # by slot
         self._noise: dict[tuple[int, int], torch.Tensor] = {}  # by seed and position
 
@@ -77,37 +77,55 @@ class InnerHead:
         """
         self._requests[begin.slot] = begin
         self.head.begin(begin.slot, begin.prompt_ids)
-        if not begin.shared and self._lagging and self._lagging[0][0].slot == begin.slot:
-            self._lagging.clear()  # all of them are of one slot
+        if not begin.shared:
+            self._lagging.pop(begin.slot, None)
 
     def lag(self, rows: Sequence[Row], hidden: torch.Tensor) -> None:
         """Take the rows [n, C] of a wave on which no opinion is wanted.
 
-        Certain rows of one slot, a wave each, may wait: they run later as one.
+        Certain rows, one of each slot, may wait: those of several waves run later in one pass.
         """
-        row = rows[0]
-        waits = len(rows) == 1 and row.cell == row.position and not row.cells
-        last = self._lagging[-1][0] if self._lagging else None
-        follows = last is None or (last.slot, last.position + 1) == (row.slot, row.position)
-        if not waits or not follows or len(self._lagging) == MAX_LAG_ROWS:
+        alone = len({row.slot for row in rows}) == len(rows)
+        waits = alone and all(row.cell == row.position and not row.cells for row in rows)
+        if not (waits and all(map(self._may_join, rows))):
             self._catch_up()
         if waits:
-            self._lagging.append((row, hidden))
+            for row, own in zip(rows, torch.split(hidden, 1), strict=True):
+                self._lagging.setdefault(row.slot, []).append((row, own))
             return
         with self._in_time():
             self.head.forward_rows(hidden, [place_of(row) for row in rows])
 
+    def _may_join(self, row: Row) -> bool:
+        """Return True if a row may wait with those of its slot."""
+        waiting = self._lagging.get(row.slot, [])
+        follows = not waiting or waiting[-1][0].position + 1 == row.position
+        return follows and len(waiting) < MAX_LAG_ROWS
+
     def _catch_up(self) -> None:
-        if self._lagging:
-            first = self._lagging[0][0]
-            rows = torch.cat([hidden for _, hidden in self._lagging])
-            self._lagging.clear()
-            self.head.forward(rows, first.position, first.slot)
+        if not self._lagging:
+            return
+        waiting, self._lagging = self._lagging, {}
+        hidden = torch.cat([own for slot in waiting.values() for _, own in slot])
+        starts = {slot: rows[0][0].position for slot, rows in waiting.items()}
+        with self._in_time():
+            if len(waiting) == 1:
+                [(slot, start)] = starts.items()
+                self.head.forward(hidden, start, slot)
+                return
+            places = [
+                Place(slot, row.position, row.cell, tuple(range(starts[slot], row.position)))
+                for slot, own in waiting.items()
+                for row, _ in own
+            ]
+            self.head.forward_rows(hidden, places)
+        for slot, own in waiting.items():
+            self.head.commit(slot, starts[slot] + len(own), ())
 
     def observe(self, rank: int, block: Block, hidden: torch.Tensor) -> Opinion | None:
         """Take a prompt's rows [n, C]; return what may follow the last, if it is judged."""
+        self._catch_up()
         with self._in_time():
-            self._catch_up()
             rows = self.head.forward(hidden, block.position, block.slot)
             if not block.judge:
                 return None
@@ -127,8 +145,8 @@ class InnerHead:
 
         ``verified`` [n, C] are the last layer's rows that the head takes as feedback.
         """
+        self._catch_up()
         with self._in_time():
-            self._catch_up()
             features = self.head.forward_rows(hidden, [place_of(row) for row in rows])
             nodes = tuple([(row.slot, row.node) for row in rows])
             following = [(row.slot, row.position + 1) for row in rows]
@@ -148,11 +166,10 @@ class InnerHead:
 
     def commit(self, slot: int, length: int, moves: Sequence[tuple[int, int]]) -> None:
         """Make a wave's part true in the head's cache; see KVCache.commit."""
-        if self._lagging:
-            last = self._lagging[-1][0]
-            if moves or (slot, length) != (last.slot, last.position + 1):
-                self._catch_up()
-        if not self._lagging:  # else the length grows when they run
+        waiting = self._lagging.get(slot)
+        if waiting and (moves or length != waiting[-1][0].position + 1):
+            self._catch_up()
+        if slot not in self._lagging:  # else the length grows when they run
             self.head.commit(slot, length, moves)
 
     def _say(
