@@ -10,6 +10,8 @@ import pytest
 from ppsd import LLM, SamplingParams
 from tests.serve.conftest import SETTINGS
 from tests.support.http_server import Served, serving
+from tests.support.tiny_models import save_tiny
+from tests.unit.test_tokenizer import _byte_fallback, _wrap
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
@@ -209,6 +211,24 @@ def test_logprobs_of_completions_have_their_own_shape(server) -> None:
     streamed = [c["logprobs"] for e in server.events(TEXT, body) for c in e["choices"]]
     joined = {name: [v for s in streamed if s for v in s[name]] for name in told}
     assert joined == told
+
+
+def test_a_completion_continues_its_prompt_with_a_space_and_a_chat_begins(tmp_path) -> None:
+    tokenizer = _wrap(_byte_fallback())
+    tokenizer.save_pretrained(save_tiny(tmp_path))
+    bias = {str(tokenizer.convert_tokens_to_ids("▁a")): 100.0}
+    fields = {"max_tokens": 3, "ignore_eos": True, "logit_bias": bias}
+    with LLM(str(tmp_path), **SETTINGS) as own, serving(own) as server:
+        for echo, text in ((False, " a a a"), (True, "ab a a a")):
+            body = {"prompt": "ab", **fields, "logprobs": 1, "echo": echo}
+            [choice] = server.post(TEXT, body).json()["choices"]
+            assert choice["text"] == text
+            assert choice["logprobs"]["text_offset"][-3:] == [len(text) - n for n in (6, 4, 2)]
+            pieces = [c["text"] for event in server.events(TEXT, body) for c in event["choices"]]
+            assert "".join(pieces) == text
+        body = {"messages": [{"role": "user", "content": "ab"}], **fields}
+        [choice] = server.post(CHAT, body).json()["choices"]
+        assert choice["message"]["content"] == "a a a"
 
 
 def test_a_chat_template_finds_what_the_request_gives_it(llm) -> None:

@@ -14,7 +14,8 @@ from ppsd.engine.wave_engine import WaveEngine
 from ppsd.errors import ConfigError
 from ppsd.lab.oracle import OracleDrafter
 from ppsd.speculation.policy import Schedule
-from tests.support.tiny_models import LAYERS, VOCAB
+from tests.support.tiny_models import LAYERS, VOCAB, save_tiny
+from tests.unit.test_tokenizer import _byte_fallback, _wrap
 
 SETTINGS: dict[str, Any] = {
     "dtype": "float64",
@@ -245,3 +246,20 @@ def test_who_looks_on_and_what_runs_between_requests(opened) -> None:
         assert len(events) == count
         assert llm.on_pipeline(lambda running: running.stage) is engine_of(llm).stage
         assert llm.layout.bounds == (0, 2, 4, LAYERS)
+
+
+def test_an_answer_continues_a_text_with_its_space_and_begins_in_a_chat(tmp_path) -> None:
+    """SentencePiece drops the space before a text's first word, and a continuation has none."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = _wrap(_byte_fallback(), chat_template=template)
+    tokenizer.save_pretrained(save_tiny(tmp_path))
+    word = tokenizer.convert_tokens_to_ids("▁a")
+    params = SamplingParams(max_tokens=3, ignore_eos=True, logit_bias={word: 100.0})
+    with LLM(str(tmp_path), **SETTINGS) as llm:
+        for prompt, text in (
+            ("ab", " a a a"),
+            (llm.encode("ab"), " a a a"),
+            ([{"role": "user", "content": "ab"}], "a a a"),
+        ):
+            assert llm.generate(prompt, params)[0].text == text
+            assert "".join(chunk.text for chunk in llm.stream(prompt, params)) == text

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -94,6 +94,19 @@ def test_stream_equals_decode_for_cut_and_joined_texts(name, data):
     decoder = StreamDecoder(tokenizer)
     parts = [decoder.push(ids[:cut]), decoder.push(ids[cut:]), decoder.finish()]
     assert "".join(parts) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_what_follows_a_prompt_makes_one_text_with_it(name, data):
+    tokenizer = TOKENIZERS[name]
+    before = tokenizer.encode(data.draw(st.sampled_from(["", "a", "日 ", "ab\t", "b\n\n é", END])))
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=24))
+    whole, prompt = tokenizer.decode(before + ids), tokenizer.decode(before)
+    assume(whole.startswith(prompt))  # else broken bytes broke its last characters, too
+    decoder = StreamDecoder(tokenizer, before)
+    assert prompt + decoder.push(ids) + decoder.finish() == whole
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

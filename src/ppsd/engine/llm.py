@@ -22,7 +22,7 @@ from ppsd.engine.events import Event
 from ppsd.engine.grammar import Grammar, Grammars
 from ppsd.engine.layout import check_memory, plan_layout
 from ppsd.engine.logprobs import Logprobs
-from ppsd.engine.prompt import Prompt, encode, several
+from ppsd.engine.prompt import Prompt, encode, is_chat, several
 from ppsd.engine.sequence import LogitsSink, Request
 from ppsd.engine.stats import Totals
 from ppsd.engine.text_engine import TextEngine, Ticket
@@ -74,8 +74,7 @@ class LLM:
         if drafter is not None and self.config.mode == "auto":
             self.config = self.config.replaced(mode="ppsd")
         files = resolve_model(self.config.model)
-        config = self.config
-        self.config, self.layout, source = apart(lambda: plan_layout(config, files))
+        self.config, self.layout, source = apart(lambda: plan_layout(self.config, files))
         own = self.layout.head is not None or self.config.head == "lookup"
         self.drafts = own or drafter is not None
         self._check_head(self.config)
@@ -257,10 +256,10 @@ class LLM:
         if params.n > 1 and params.greedy:
             raise ConfigError("n", params.n, "1 at temperature 0, where all samples are equal")
         many = several(prompt)
-        one = [prompt] if many is None else many
+        one: Sequence[Prompt] = [prompt] if many is None else many  # type: ignore[list-item]
         tickets = [
-            self._ticket(self._request(ids, params.sample(i), reuse=reuse), silent=True)
-            for ids in [self.encode(p) for p in one]  # type: ignore[arg-type]  # see several
+            self._ticket(self._request(ids, params.sample(i), reuse=reuse), silent=True, chat=chat)
+            for ids, chat in [(self.encode(p), is_chat(p)) for p in one]
             for i in range(params.n)
         ]
         found = self._thread.results(tickets)
@@ -279,7 +278,7 @@ class LLM:
         if params.n > 1:
             raise ConfigError("n", params.n, "1 in a stream")
         request = self._request(self.encode(prompt), params, reuse=reuse)
-        return (yield from self._thread.stream(self._ticket(request)))
+        return (yield from self._thread.stream(self._ticket(request, chat=is_chat(prompt))))
 
     def submit(
         self,
@@ -290,6 +289,7 @@ class LLM:
         logprobs: int | None = None,
         prompt_logprobs: bool = False,
         grammar: Grammar | None = None,
+        chat: bool = False,
         notify: Callable[[], object],
     ) -> Ticket:
         """Begin one completion and return at once.
@@ -297,23 +297,22 @@ class LLM:
         ``notify`` is called, on the engine's thread, whenever the ticket has something to take.
         With ``logprobs`` its chunks have those of their tokens and of so many most likely ones, and
         with ``prompt_logprobs`` the first has them of the prompt, all of which is then computed.
-        The answer follows ``grammar``.
+        The answer follows ``grammar``. ``chat``: it begins a text, also after token ids.
         """
         params = params or SamplingParams(**self.defaults.values)
         if params.n > 1:
             raise ConfigError("n", params.n, "1 in a stream")
-        ids = self.encode(prompt)
-        request = self._request(ids, params, reuse=reuse, grammar=grammar)
+        request = self._request(self.encode(prompt), params, reuse=reuse, grammar=grammar)
         sink = None
         if logprobs is not None:
-            sink = Logprobs(ids, request.vocab_size, logprobs)
+            sink = Logprobs(request.prompt, request.vocab_size, logprobs)
             request = replace(request, logits=sink)
         if prompt_logprobs:
             if sink is None:
                 raise ConfigError("prompt_logprobs", True, "used with logprobs")
             top = checks.integer("logprobs", logprobs, 0, MAX_TOP)
             request = replace(request, scores=sink.hear, top=top)
-        ticket = self._ticket(request)
+        ticket = self._ticket(request, chat=chat or is_chat(prompt))
         ticket.answer.logprobs = sink
         ticket.notify = notify
         self._thread.submit(ticket)
@@ -365,8 +364,9 @@ class LLM:
         spec = self.layout.spec
         return Grammars(self.tokenizer.backend, spec.num_tokens, spec.eos_ids)
 
-    def _ticket(self, request: Request, *, silent: bool = False) -> Ticket:
-        return Ticket(self._engine, request, StreamDecoder(self.tokenizer), silent=silent)
+    def _ticket(self, request: Request, *, silent: bool = False, chat: bool = False) -> Ticket:
+        decoder = StreamDecoder(self.tokenizer, () if chat else request.prompt)
+        return Ticket(self._engine, request, decoder, silent=silent)
 
     def _request(
         self,

@@ -35,7 +35,7 @@ def encode(
             prompt = prompt.tolist()  # an array of NumPy or PyTorch
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
             raise ConfigError("prompt", prompt, KINDS)
-        if prompt and isinstance(prompt[0], Mapping):
+        if is_chat(prompt):
             ids = tokenizer.encode_chat(
                 [_message(message) for message in prompt], template_kwargs or {}
             )
@@ -55,6 +55,11 @@ def several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
         isinstance(prompt[0], Sequence) and not isinstance(prompt[0], bytes)
     )
     return prompt if several else None  # type: ignore[return-value]  # as its first item shows
+
+
+def is_chat(prompt: Prompt) -> bool:
+    """Return True for messages, whose answer begins a text; one to text or ids continues it."""
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _ids(prompt: Sequence[Any], most: int) -> list[int]:

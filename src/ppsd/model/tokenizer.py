@@ -251,13 +251,25 @@ class StreamDecoder:
     depend on the length of the text. Held back until they are settled: the last U+FFFD, which may
     be the beginning of a character, and runs of byte tokens (<0xE2>), which tokenizers with byte
     fallback decode as a whole.
+
+    What follows ``before``, a prompt, keeps the space that SentencePiece drops where text begins.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._said = ""  # what of the window is settled
+        self._window = self._end_of(before)
+        self._said = tokenizer.decode(self._window)  # what of the window is settled
         self._bytes: list[int] = []
+
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """Return the last token of whole characters, if any: no other can change what follows."""
+        for token in reversed(prompt):
+            spelling = self._tokenizer.visible(token)
+            if spelling is None or BYTE_TOKEN.fullmatch(spelling):
+                continue
+            if REPLACEMENT not in self._tokenizer.decode([token]):
+                return [token]
+        return []
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Return the text that these tokens complete, possibly none."""

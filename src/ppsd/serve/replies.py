@@ -6,7 +6,6 @@ import math
 import secrets
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -321,8 +320,7 @@ class TextReply(Reply):
         super().__post_init__()
         self._offsets = [0] * self.choices  # of the next token in its choice's text
         self._begun: set[int] = set()
-        # Made when used: of thousands of choices, all of them refused, it would take seconds.
-        self._decoders = defaultdict[int, StreamDecoder](lambda: StreamDecoder(self.tokenizer))
+        self._decoders: dict[int, StreamDecoder] = {}
 
     @property
     def asked(self) -> list[Prompt]:
@@ -377,11 +375,18 @@ class TextReply(Reply):
 
         Text that is echoed as it was given holds special tokens, too, which no answer shows.
         """
-        shown = self._decoders[index].push([token])
+        shown = self._decoder(index).push([token])
         if self.tokenizer.visible(token) is None:
             name = self._spell(token)
             return len(name) * self._echo(index).startswith(name, self._offsets[index])
         return len(shown)
+
+    def _decoder(self, index: int) -> StreamDecoder:
+        """Return a choice's decoder, made when used: making thousands takes seconds."""
+        if index not in self._decoders:
+            prompt = () if self.body.prompt_scored else self.prompts[index // self.params.n]
+            self._decoders[index] = StreamDecoder(self.tokenizer, prompt)
+        return self._decoders[index]
 
 
 def _told(logprob: float) -> float | None:

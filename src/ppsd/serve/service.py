@@ -23,7 +23,7 @@ from ppsd.serve.metrics import Metrics, Watch
 from ppsd.serve.pulse import Pulse
 from ppsd.serve.refusals import RefusedError, refusal_of
 from ppsd.serve.replies import Parts, Reply, conversation, sampling, silenced
-from ppsd.serve.schema import Sampled, TokenizeBody
+from ppsd.serve.schema import ChatBody, Sampled, TokenizeBody
 
 NO_TEMPLATE = (
     "messages need a chat template, and this model has none: the server can be given one by "
@@ -196,6 +196,7 @@ class Service:
                 logprobs=reply.body.tops,
                 prompt_logprobs=reply.body.prompt_scored,
                 grammar=reply.grammar,
+                chat=isinstance(reply.body, ChatBody),
             )
             for ids in reply.prompts
             for i in range(reply.params.n)
