@@ -15,7 +15,7 @@ from ppsd.model import gguf_tokenizer
 from ppsd.model.gguf_config import end_ids
 from ppsd.model.gguf_header import read_header
 from ppsd.model.gguf_tokenizer import SPLITTINGS, convert
-from ppsd.model.tokenizer import Tokenizer
+from ppsd.model.tokenizer import StreamDecoder, Tokenizer
 from tests.support.command import user
 from tests.support.gguf_files import (
     BYTE,
@@ -185,6 +185,24 @@ def test_a_token_of_the_users_is_looked_for_before_text_is_normalised(tmp_path: 
     tokenizer = byte_level(tmp_path, {apart: USER_DEFINED}, pre="qwen2")
     assert tokenizer.encode(f"ab{apart}") == [256, 257]
     assert 257 not in tokenizer.encode("abé")
+
+
+def test_a_users_letter_that_also_spells_a_byte_is_that_letter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in DeepSeek's vocabularies, which lack the bytes that no UTF-8 text has."""
+    monkeypatch.setenv("PPSD_CACHE", str(tmp_path / "cache"))
+    letters = "ÀÁõö÷øùúûüýþÿ"
+    tokens = [*(byte for byte in BYTES if byte not in letters), "ab", *letters, "«ü»"]
+    types = [NORMAL] * (len(BYTES) - len(letters) + 1) + [USER_DEFINED] * (len(letters) + 1)
+    keys: dict[str, Any] = {"model": "gpt2", "pre": "deepseek-llm", "merges": ["a b"]}
+    path = write_tokenizer(tmp_path / "t.gguf", tokens, types, **keys)
+    for _ in range(2):  # as converted, and as kept
+        tokenizer = Tokenizer.load(path)
+        for text in (letters, "für schön «ü» é", "À ÷ 日ÿ"):
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == StreamDecoder(tokenizer).push(ids) == text
+        assert tokenizer.encode("«ü»") == [len(tokens) - 1]
 
 
 def test_spaces_before_signs_stay(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ unmistakably is refused, since other ids are other text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ ARRAYS = [PREFIX + name for name in ("tokens", "token_type", "scores", "merges")
 TEMPLATE = "tokenizer.chat_template"
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # token types that text contains whole
 SPACE = "▁"  # in SentencePiece vocabularies
+BYTES_ONLY = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 REMEDY = (
     "use a newer conversion of the model, or, if you know how it splits, "
     "`gguf-new-metadata --pre-tokenizer NAME IN.gguf OUT.gguf`"
@@ -182,10 +184,23 @@ class _Vocabulary:
         tokenizer = Tokenizer(model)
         tokenizer.normalizer = normalizers.NFC() if self.splitting.nfc else None
         splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in self.splitting.patterns]
-        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_only])
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, BYTES_ONLY])
+        literal = self._literal()
+        last = decoders.ByteLevel()
+        tokenizer.decoder = decoders.Sequence([*literal, last]) if literal else last
         return tokenizer
+
+    def _literal(self) -> list[decoders.Replace]:
+        """Return what keeps users' tokens as they are that could be read as spellings of bytes.
+
+        DeepSeek has one for each letter that spells a byte which UTF-8 never uses, such as ü.
+        """
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+        return [
+            decoders.Replace(Regex(rf"\A{re.escape(token)}\z"), _byte_spelling(token))
+            for token, kind in zip(self.tokens, self.types, strict=True)
+            if kind == USER_DEFINED and not token.isascii() and alphabet.issuperset(token)
+        ]
 
     def _sentencepiece(self) -> Tokenizer:
         scores = self._array("scores", float)
@@ -273,6 +288,10 @@ class _Vocabulary:
                 f"{len(self.tokens)} tokens"
             )
         return values
+
+
+def _byte_spelling(text: str) -> str:
+    return "".join(piece for piece, _ in BYTES_ONLY.pre_tokenize_str(text))
 
 
 def _score_merges(ids: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
