@@ -208,6 +208,21 @@ def test_the_first_part_brings_the_others(tmp_path: Path) -> None:
         assert torch.equal(parts.load(name, torch.float32), whole.load(name, torch.float32)), name
 
 
+def test_a_changed_later_part_is_not_described_by_the_old_sidecar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PPSD_CACHE", str(tmp_path / "cache"))
+    first, second, _ = split(tmp_path, thirds)
+    spec = describe(resolve_model(str(first)))
+    monkeypatch.setattr(GGUFSource, "spec", lambda _, name: replace(spec, num_layers=99))
+    assert describe(resolve_model(str(first))) == spec
+    os.utime(second, (1, 1))
+    assert describe(resolve_model(str(first))).num_layers == 99
+    second.unlink()
+    with pytest.raises(ModelError, match=f"{second.name} must lie beside it"):
+        describe(resolve_model(str(first)))
+
+
 def test_parts_that_are_missing_later_or_misnamed_are_named(tmp_path: Path) -> None:
     first, second, third = split(tmp_path, thirds)
     with pytest.raises(

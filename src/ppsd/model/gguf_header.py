@@ -101,6 +101,15 @@ def whole_name(path: Path) -> str:
     return match[1] if match else path.stem
 
 
+def named_parts(path: Path) -> list[Path]:
+    """Return the files of all parts by their names, there or not; else the one file itself."""
+    match = PART.fullmatch(path.stem)
+    if match is None or int(match[3]) > MAX_PARTS:
+        return [path]
+    stem, count = match[1], int(match[3])
+    return [path.with_name(f"{stem}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+
+
 def _part_files(path: Path, header: Header, count: object) -> list[Path]:
     """Return the files of all parts, which llama.cpp finds by their names."""
     number = header.metadata.get("split.no", 0)
@@ -114,7 +123,7 @@ def _part_files(path: Path, header: Header, count: object) -> list[Path]:
             f"{here}; its file name must end in -{number + 1:05}-of-{count:05}.gguf, "
             f"with at most {MAX_PARTS} parts"
         )
-    files = [path.with_name(f"{match[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    files = named_parts(path)
     if number:
         raise ModelError(f"{here}; give the first one, {files[0].name}")
     missing = [file.name for file in files if not file.exists()]

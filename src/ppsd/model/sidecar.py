@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
@@ -58,16 +58,18 @@ def cached(
     build: Callable[[], T],
     write: Callable[[T, Path], object],
     read: Callable[[Mapping[str, bytes]], T],
+    parts: Sequence[Path] = (),
 ) -> T:
     """Return what ``build`` derives from the file ``path``, from the cache where possible.
 
     ``write`` stores a value in an empty directory and ``read`` restores it from the files that were
-    there, by name. The entry belongs to the file's path, size and modification time, to the code
-    that derives it, and to the versions of transformers and tokenizers.
+    there, by name. The entry belongs to the file's path, size and modification time, or to those
+    of all its ``parts``, to the code that derives it, and to the versions of transformers and
+    tokenizers.
     """
     place: Path | None = None
     try:
-        place = _place(path, kind)
+        place = _place(path, kind, parts or [path])
         return read(_entry(place))
     except FileNotFoundError:
         pass  # nothing is kept yet, or there is no home to keep it in
@@ -143,11 +145,10 @@ def _entry(place: Path) -> dict[str, bytes]:
             return files
 
 
-def _place(path: Path, kind: str) -> Path:
+def _place(path: Path, kind: str, parts: Sequence[Path]) -> Path:
     """Return where an entry lies: named by the file, then by its state, then by the kind."""
-    status = path.stat()
     file = [_maker(), version("transformers"), version("tokenizers"), str(path.resolve())]
-    state = [status.st_size, status.st_mtime_ns]
+    state = [(status.st_size, status.st_mtime_ns) for status in (part.stat() for part in parts)]
     keys = (hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for part in (file, state))
     return cache_root() / "-".join((*keys, kind))
 

@@ -75,12 +75,16 @@ def describe(files: ModelFiles) -> ModelSpec:
     if not files.is_gguf:
         return _describe_directory(files)
 
+    from ppsd.model.gguf_header import named_parts
+
     def build() -> ModelSpec:
         from ppsd.model.gguf_file import GGUFSource
 
         return GGUFSource(files.path).spec(files.name)
 
-    return replace(cached(files.path, "spec", build, _write_spec, _read_spec), name=files.name)
+    parts = named_parts(files.path)
+    spec = cached(files.path, "spec", build, _write_spec, _read_spec, parts)
+    return replace(spec, name=files.name)
 
 
 def _default_model() -> ModelFiles:
