@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from ppsd.errors import ModelError
+from ppsd.model.catalog import find_models
 from ppsd.model.names import EMBEDDING
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec, spec_from_config
@@ -210,6 +211,22 @@ def test_quantised_dtype_is_refused(tiny):
     _rewrite(directory, lambda t: t.update({Q_PROJ: torch.zeros(16, 16, dtype=torch.int8)}))
     with pytest.raises(ModelError, match=f"model.safetensors: tensor {Q_PROJ} has dtype I8"):
         SafetensorsSource(directory).load(Q_PROJ, torch.float32)
+    _rewrite(directory, lambda t: t.update({EMBEDDING: t[EMBEDDING].to(torch.float8_e4m3fn)}))
+    with pytest.raises(ModelError, match=f"tensor {EMBEDDING} has dtype F8_E4M3; supported are F"):
+        SafetensorsSource(directory).rows(EMBEDDING, torch.float32)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_quantised_lm_head_of_a_tied_model_is_refused_when_it_is_loaded(tmp_path, both):
+    """A directory of models can be listed all the same."""
+    _save(tmp_path, tie_word_embeddings=True)
+    small = load_file(tmp_path / "model.safetensors")[EMBEDDING].to(torch.float8_e4m3fn)
+    stored = {"lm_head.weight": small.clone()} | ({EMBEDDING: small} if both else {})
+    _rewrite(tmp_path, lambda t: t.update(stored))
+    assert not describe(resolve_model(str(tmp_path))).tie_embeddings
+    assert [model.problem for model in find_models(tmp_path) if model.source == "local"] == [""]
+    with pytest.raises(ModelError, match=r"tensor lm_head.weight has dtype F8_E4M3; supp"):
+        SafetensorsSource(tmp_path).load("lm_head.weight", torch.float32)
 
 
 def _print(directory: Path, spec: ModelSpec) -> str:

@@ -123,7 +123,8 @@ def own_head_notice(directory: Path) -> str:
         shapes = source.shapes()
         if not {EMBEDDING, LM_HEAD} <= shapes.keys() or shapes[EMBEDDING] != shapes[LM_HEAD]:
             return ""
-        if torch.equal(source.view(EMBEDDING), source.view(LM_HEAD)):
+        floats = all(source.stored(name) in FLOAT_TYPES for name in (EMBEDDING, LM_HEAD))
+        if floats and torch.equal(source.view(EMBEDDING), source.view(LM_HEAD)):
             return ""
     except ModelError:
         return ""
@@ -154,16 +155,17 @@ class SafetensorsSource:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(self._slice(name).get_shape()) for name in self._index}
 
+    def stored(self, name: str) -> str:
+        """Return the dtype of one tensor by its name in the file."""
+        dtype: str = self._slice(name).get_dtype()
+        return dtype
+
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        stored = self._slice(name).get_dtype()
-        if stored not in FLOAT_TYPES:
-            raise ModelError(
-                f"{self._directory / self._index[name]}: tensor {name} has dtype {stored}; "
-                f"supported are {', '.join(FLOAT_TYPES)}"
-            )
+        self._check_floats(name)
         return self.view(name).to(dtype, copy=True).contiguous()
 
     def rows(self, name: str, dtype: torch.dtype) -> RowFile:
+        self._check_floats(name)
         width, stored = self.view(name).shape[1], self.view(name).dtype
         path = self._directory / self._index[name]
         with path.open("rb") as file:  # a length, a header, and the tensors behind it
@@ -190,6 +192,13 @@ class SafetensorsSource:
 
     def codes(self, name: str) -> Codes:
         raise ModelError(f"{self._directory}: tensor {name} is not stored in codes")
+
+    def _check_floats(self, name: str) -> None:
+        if (stored := self.stored(name)) not in FLOAT_TYPES:
+            raise ModelError(
+                f"{self._directory / self._index[name]}: tensor {name} has dtype {stored}; "
+                f"supported are {', '.join(FLOAT_TYPES)}"
+            )
 
     def _slice(self, name: str) -> Any:
         if name not in self._index:
