@@ -154,6 +154,7 @@ def test_a_context_without_room_is_refused(sizes):
     [
         (GPT2Config(), ["gpt2", "Mistral", "Qwen3"]),
         (LlamaConfig(**TINY, hidden_act="gelu"), ["hidden_act 'gelu'", "silu"]),
+        (LlamaConfig(**TINY, is_causal=False), ["is_causal False", "supported is true"]),
         (
             LlamaConfig(**TINY | {"num_key_value_heads": 3}),
             ["num_key_value_heads 3", "num_attention_heads"],
@@ -222,6 +223,8 @@ def test_config_dictionary_becomes_the_builtin_class_and_never_remote_code():
         ({"rope_theta": "big"}, "rope settings cannot be used (TypeError"),
         ({"rope_scaling": [1]}, "rope settings must be an object, got [1]"),
         ({"hidden_act": "x" * 10_000}, "hidden_act 'xxx"),
+        ({"is_causal": False}, "is_causal False is not supported; supported is true"),
+        ({"is_causal": None}, "is_causal None is not supported; supported is true"),
     ],
     ids=str,
 )

@@ -45,7 +45,7 @@ LIMITS = {
 READ = {
     *("model_type", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "eos_token_id"),
     *("attention_bias", "mlp_bias", "quantization_config", "partial_rotary_factor"),
-    *("use_sliding_window", "max_window_layers", "layer_types"),
+    *("use_sliding_window", "max_window_layers", "layer_types", "is_causal"),
     *("rope_theta", "rope_scaling", "rope_parameters", ORIGINAL, "tokenizer_class"),
 }
 
@@ -256,6 +256,10 @@ def _refuse_unsupported(config: PretrainedConfig, name: str) -> None:
     if getattr(config, "quantization_config", None):
         raise UnsupportedModelError(
             f"{name}: quantization_config is not supported; use unquantised safetensors or GGUF"
+        )
+    if not (causal := getattr(config, "is_causal", True)):  # by its truth, as transformers does
+        raise UnsupportedModelError(
+            f"{name}: is_causal {shortened(repr(causal))} is not supported; supported is true"
         )
     if _head_dim(config) < 2 or _head_dim(config) % 2:
         raise UnsupportedModelError(
