@@ -15,9 +15,18 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ppsd.errors import ConfigError, ModelError
 from ppsd.model.tokenizer import Tokenizer
+from ppsd.serve import schema
 from ppsd.serve.config import ServerConfig
-from ppsd.serve.refusals import RefusedError
-from ppsd.serve.schema import MAX_BODY, ChatBody, DetokenizeBody, TextBody
+from ppsd.serve.refusals import RefusedError, refusal_of_body
+from ppsd.serve.schema import (
+    MAX_BODY,
+    MAX_NESTED,
+    MAX_PROMPTS,
+    MAX_TOKENS,
+    ChatBody,
+    DetokenizeBody,
+    TextBody,
+)
 from tests.support.http_server import Served, serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -37,7 +46,9 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     ((CHAT, b"{"), None, "not valid JSON"),
     ((CHAT, b'{"messages": "\xff"}'), None, "not valid JSON"),
     ((CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}'), None, "not valid JSON"),
-    ((CHAT, b"[" * 100_000), None, "not valid JSON"),
+    ((CHAT, b"[" * 50_000), None, "not valid JSON"),
+    ((CHAT, b"[" * 100_000), None, "the body must have at most 65536 lists and objects"),
+    ((TEXT, {"prompt": [[5]] * 40_000}), "prompt", "must be at most 128 prompts, got 40000"),
     ((CHAT, b'{"messages": [], "metadata": {"a": NaN}}'), None, "NaN is no number"),
     ((TEXT, b'{"prompt": "hi", "metadata": {"a": NaN}}'), None, "NaN is no number"),
     ((TEXT, b'{"prompt": "hi", "temperature": -Infinity}'), None, "-Infinity is no number"),
@@ -132,6 +143,7 @@ MALFORMED: list[tuple[tuple[str, Any], str | None, str]] = [
     (("/tokenize", {}), "prompt", "must be given"),
     (("/tokenize", {"prompt": "a", "content": "a"}), "prompt", "only one"),
     (("/detokenize", {"tokens": [-1]}), "tokens", "in [0, 295]"),
+    (("/detokenize", {"tokens": [5] * (MAX_TOKENS + 1)}), "tokens", "at most 1048576 items"),
 ]
 
 
@@ -155,6 +167,47 @@ def test_of_many_values_that_are_wrong_one_is_told(kind, body, monkeypatch) -> N
     with pytest.raises(RefusedError):
         kind.read(json.dumps(body).encode())
     assert seen == [1]
+
+
+@pytest.mark.parametrize("begin", [b"[0],", b"{},", b"[", b'"a[\\"[", [0],', b"[\n"])
+def test_too_many_lists_are_refused_before_any_is_made(begin, monkeypatch) -> None:
+    """Millions take a parser seconds, in which it lets nothing else run."""
+    monkeypatch.setattr(schema, "json", None)
+    monkeypatch.setattr(TextBody, "model_validate_json", None)
+    for cut in (b"", b"0]}", b'"'):
+        body = b'{"prompt":[' + begin * MAX_NESTED + cut
+        with pytest.raises(RefusedError, match=f"at most {MAX_NESTED} lists and objects"):
+            TextBody.read(body)
+
+
+def test_brackets_in_texts_are_no_lists() -> None:
+    code = 'a["\\"] = {"\n": [[]]}; ' * MAX_NESTED
+    for text in (code, code + '"', "[" * MAX_NESTED + "\\", '"[{' * MAX_NESTED):
+        body = json.dumps({"prompt": [text, '\\"[', text], "metadata": {"a": [{}] * 30_000}})
+        assert TextBody.read(body.encode()).prompt == [text, '\\"[', text]
+
+
+def test_prompts_are_counted_before_they_are_looked_at(monkeypatch) -> None:
+    looked: list[object] = []
+    monkeypatch.setattr(schema, "_is_ids", lambda value: looked.append(value) or False)
+    with pytest.raises(RefusedError, match=f"at most {MAX_PROMPTS} prompts"):
+        TextBody.read(json.dumps({"prompt": [[5]] * 5000}).encode())
+    assert len(looked) == 1  # all as the ids of one prompt
+
+
+def test_of_a_long_value_no_more_is_written_than_is_told() -> None:
+    class Item:
+        written = 0
+
+        def __repr__(self) -> str:
+            Item.written += 1
+            return "0"
+
+    line = {"type": "int_type", "loc": ("seed",), "msg": "no", "input": [[Item()] * 5000]}
+    error = SimpleNamespace(errors=lambda include_url: [line])
+    told = str(refusal_of_body(error, ["seed"]))  # type: ignore[arg-type]
+    assert told == f"seed is wrong: no, got {str([[0] * 50])[:80]}…"
+    assert Item.written < 50
 
 
 def error_of(response: Any) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +20,11 @@ KINDS = {
     500: "server_error",
     503: "server_error",
 }
+
+MAX_QUOTED = 80  # characters
+QUOTE = reprlib.Repr()  # does not write a list of millions out only to cut it
+QUOTE.maxlist = QUOTE.maxdict = MAX_QUOTED // len("0, ") + 1
+QUOTE.maxstring = QUOTE.maxlong = sys.maxsize
 
 
 class RefusedError(Exception):
@@ -57,7 +64,7 @@ def refusal_of_body(error: ValidationError, known: Iterable[str]) -> RefusedErro
     if first["type"] != "ppsd":
         message = f"is wrong: {message}"
         if first["type"] != "missing":
-            message += f", got {shortened(repr(first['input']), 80)}"
+            message += f", got {shortened(QUOTE.repr(first['input']), MAX_QUOTED)}"
     return RefusedError(400, f"{param} {message}", param)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from contextlib import suppress
+from itertools import islice
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -28,6 +29,8 @@ MAX_CHOICES = 128  # of one prompt
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 MAX_NAMES = 4096  # of one object
+MAX_NESTED = 1 << 16  # lists and objects of a body
+MAX_TOKENS = 1 << 20  # of a text that is asked for
 MAX_LOGPROBS = 20
 MAX_TIMEOUT = 86400.0  # seconds
 RESERVED = {  # names that chat templates know already, or that transformers has a meaning for
@@ -39,6 +42,9 @@ RESERVED = {  # names that chat templates know already, or that transformers has
     *("processor_kwargs", "template_kwargs"),
 }
 PLAIN = re.compile("0|-?[1-9][0-9]{,18}")
+# A text, or what begins a list or an object. A text that does not end reaches to the body's end, so
+# that none is read twice.
+PIECE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]', re.DOTALL)
 Json = dict[str, Any]
 # Of a list with millions of wrong values pydantic would make an error of each.
 Texts = Annotated[list[str], Field(fail_fast=True)]
@@ -85,6 +91,8 @@ def _prompts(value: object) -> object:
     """Return a list of prompts, each a text or a list of token ids."""
     if isinstance(value, str) or _is_ids(value):
         return [value]
+    if isinstance(value, list) and len(value) > MAX_PROMPTS and isinstance(value[0], str | list):
+        raise _wrong(f"must be at most {MAX_PROMPTS} prompts, got {len(value)}")
     if isinstance(value, list) and value and all(isinstance(p, str) or _is_ids(p) for p in value):
         return value
     raise _wrong("must be a text, a list of token ids, or a list of such prompts")
@@ -126,6 +134,7 @@ class Body(BaseModel):
     @classmethod
     def read(cls, data: bytes) -> Self:
         """Parse a body; raises RefusedError naming the first field that is wrong."""
+        _check_nested(data)
         # Of two fields with one name pydantic takes the last, and NaN in objects of any kind. It
         # makes an error of each unknown name, which of a million names takes seconds.
         with suppress(ValueError, RecursionError):  # no JSON: pydantic says where it ends
@@ -136,6 +145,15 @@ class Body(BaseModel):
             raise refusal_of_body(error, cls.model_fields) from error
         body._size = len(data)
         return body
+
+
+def _check_nested(data: bytes) -> None:
+    """Refuse too many lists and objects: while a parser makes them, nothing else runs for long."""
+    if data.count(b"[") + data.count(b"{") <= MAX_NESTED:  # with those that texts quote
+        return
+    begun = (piece for piece in PIECE.finditer(data) if piece[0] in b"[{")
+    if sum(1 for _ in islice(begun, MAX_NESTED + 1)) > MAX_NESTED:
+        raise RefusedError(400, f"the body must have at most {MAX_NESTED} lists and objects")
 
 
 def _few(pairs: list[tuple[str, Any]]) -> None:
@@ -315,7 +333,7 @@ class ChatBody(Sampled):
 class TextBody(Sampled):
     """The body of /v1/completions."""
 
-    prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(max_length=MAX_PROMPTS)]
+    prompt: Annotated[list[Any], BeforeValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: int | None = None
     echo: bool | None = None
@@ -367,4 +385,4 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """The body of /detokenize."""
 
-    tokens: Ids
+    tokens: Annotated[Ids, Field(max_length=MAX_TOKENS)]
