@@ -97,6 +97,35 @@ def test_headers_without_end_are_not_held(server, headers) -> None:
     assert len(texts(answer(server, request(SHORT, "connection: close", allowed)))) == 1
 
 
+H2C = ("Connection: Upgrade, HTTP2-Settings", "uPgRaDe: h2c", "HTTP2-Settings: AAMAAABk")
+WEBSOCKET = ("UPGRADE: WebSocket", "connection: keep-alive, upgrade", "sec-websocket-version: 13")
+
+
+@pytest.mark.skipif(HTTP == "auto", reason="httptools is not installed")
+@pytest.mark.parametrize("asked", [H2C, WEBSOCKET])
+def test_who_asks_for_another_protocol_is_answered_as_if_he_had_not(server, asked) -> None:
+    """Java's HttpClient does so at first, and curl --http2; wherever the network cuts a request."""
+    close = "connection: close"
+    [text] = texts(answer(server, request(SHORT, close)))
+    whole = request(SHORT, *asked, close)
+    body, name = whole.index(b"\r\n\r\n") + 4, whole.lower().index(b"upgrade: ")
+    for cut in (0, name + 3, name + 9, body - 3, body - 1, body, body + 1, len(whole) - 1):
+        assert texts(answer(server, whole[:cut], whole[cut:])) == [text], whole[:cut]
+    row = request(SHORT, *asked) + request(SHORT) + request(SHORT, *asked) * 2 + whole
+    assert texts(answer(server, row)) == [text] * 5
+    assert texts(answer(server, *[row[i : i + 100] for i in range(0, len(row), 100)])) == [text] * 5
+    got = "\r\n".join(["GET /v1/models HTTP/1.1", "host: localhost", *asked, "", ""]).encode()
+    assert answer(server, got, got + whole).count(b"HTTP/1.1 200 OK") == 3
+    head, data = request(SHORT, *asked, close, "transfer-encoding: chunked").split(b"\r\n\r\n", 1)
+    chunks = [b"%x\r\n%b\r\n" % (len(each), each) for each in (data[:9], data[9:], b"")]
+    for pieces in ([head + b"\r\n\r\n" + b"".join(chunks)], [head + b"\r\n\r\n", *chunks]):
+        assert texts(answer(server, *pieces)) == [text]
+    expecting = request(SHORT, *asked, close, "expect: 100-continue")
+    received = answer(server, expecting[: expecting.index(data)], data)
+    assert received.count(b"HTTP/1.1 100 Continue\r\n\r\n") == 1
+    assert texts(received) == [text]
+
+
 def test_a_body_that_does_not_come_holds_nothing(server, ends: Ends) -> None:
     for cut in (1, len(request(LONG)) - 20):
         with connected(server) as connection:
