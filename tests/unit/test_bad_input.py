@@ -145,6 +145,7 @@ def llm(tiny_model: TinyModel) -> Iterator[LLM]:
         yield llm
 
 
+SHORT = SamplingParams(max_tokens=2, ignore_eos=True)
 PROMPTS = [
     ("", "prompt must be of 1 to 63 tokens (the context holds 64), got '0 tokens'"),
     ([], "prompt must be of 1 to 63 tokens (the context holds 64), got '0 tokens'"),
@@ -173,6 +174,30 @@ def test_prompts(llm: LLM, prompt: object, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         llm.generate(prompt)
     assert sentence in str(caught.value)
+
+
+ROOM = "prompt must be of 1 to 63 tokens (the context holds 64), got"
+NUMBER = "prompt token id must be an integer in [0, 295], got"
+IDS = [
+    ([], ROOM),
+    ([5] * 64, ROOM),
+    ([10**9], NUMBER),
+    ([-1], NUMBER),
+    (["a"], NUMBER),
+    ([{"role": "user", "content": "hi"}], NUMBER),
+    ("abc", "prompt must be token ids, got 'abc'"),
+    (None, "prompt must be token ids, got None"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "sentence"), IDS, ids=str)
+def test_token_ids_that_are_run(llm: LLM, prompt: object, sentence: str) -> None:
+    """Nothing but ids, refused before they reach a stage, and the next request is answered."""
+    for act in (lambda: llm.run(prompt, SHORT), lambda: llm.run_all([[5], prompt], SHORT)):
+        with pytest.raises(ConfigError) as caught:
+            act()
+        assert str(caught.value).startswith(sentence)
+    assert llm.run([5, 6], SHORT).stats.new_tokens == 2
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import torch
 from ppsd.engine.engine import Engine
 from ppsd.engine.events import FedBlock, FedRows, Left, Made
 from ppsd.engine.sequence import HeldRows, Request, _common_prefix, begin_message, collect_logits
-from ppsd.errors import RequestError
+from ppsd.errors import ConfigError, RequestError
 from ppsd.lab.oracle import OracleDrafter
+from ppsd.speculation.gate import Gate
 from ppsd.speculation.policy import Emit, Finish, Schedule
 from ppsd.speculation.sampling import Stream
 from ppsd.types import SamplingParams
@@ -43,6 +44,28 @@ def test_a_refusal_ends_the_request_whenever_it_comes(turns: list[int]) -> None:
         assert rig.output == Finish("error"), "the one who asked hears of it"
         params = SamplingParams(max_tokens=12)
         assert rig.decode(PROMPT, params) == rig.plain(PROMPT, params, frozenset())
+
+
+@pytest.mark.parametrize("kind", ["chains", "trees"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_request_that_cannot_begin_takes_no_slot(kind, gated, monkeypatch) -> None:
+    rig = engine_of(kind)
+    rig.engine.gate = Gate(rig.engine.schedule) if gated else None
+
+    def fail(message: object) -> None:
+        raise ValueError("mine")
+
+    answer(rig, LONG)
+    for prompt, refused in (((), ConfigError), (LONG, ValueError)):
+        request = Request(tuple(prompt), PARAMS, frozenset(), VOCAB)
+        with monkeypatch.context() as patch:
+            patch.setattr(rig.links, "send", fail)
+            with pytest.raises(refused):
+                rig.engine.add(request)
+        assert rig.engine.has_room
+        assert not rig.engine.busy
+        assert answer(rig, LONG).cached == 0, "nobody knows what the slot holds"
+        assert answer(rig, LONG).cached == 8
 
 
 def engine_of(kind: str, slots: int = 1) -> Rig:

@@ -93,20 +93,27 @@ class Engine:
         )
         sampler = sampler_of(begin)  # which may refuse the request: nothing has changed yet
         policy = self._policy(request, slot)
-        if source != slot:
-            stage.share(source, slot, begin.shared)
-        cached = held.take(request, begin.shared, own=source == slot)
-        self._free.remove(slot)
+        switches = None if self.gate is None else self.gate.begin(policy, self.now())
+        try:
+            commands = policy.start(request.prompt, begin.shared)
+            if source != slot:
+                stage.share(source, slot, begin.shared)
+            cached = held.take(request, begin.shared, own=source == slot)
+            self.links.publish(slot, policy.epoch)
+            self.links.send(begin)
+            if stage.head is not None:
+                stage.head.begin(begin)
+        except BaseException:  # the slot stays free for the next request, with nothing to reuse
+            held.tokens = ()
+            if self.gate is not None:
+                self.gate.end(policy)
+            raise
         sequence = Sequence(request, slot, cached, policy, held.history, sampler, held.draft)
+        sequence.commands.extend(commands)
+        sequence.switches = switches
+        self._free.remove(slot)
         self._running.append(sequence)
         self._slots[slot] = sequence
-        self.links.publish(slot, policy.epoch)
-        self.links.send(begin)
-        if stage.head is not None:
-            stage.head.begin(begin)
-        if self.gate is not None:
-            sequence.switches = self.gate.begin(policy, self.now())
-        sequence.commands.extend(policy.start(request.prompt, cached))
         return sequence
 
     def _slots_for(self, request: Request) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from ppsd.engine.events import Event
 from ppsd.engine.grammar import Grammar, Grammars
 from ppsd.engine.layout import check_memory, plan_layout
 from ppsd.engine.logprobs import Logprobs
-from ppsd.engine.prompt import Prompt, encode, is_chat, several
+from ppsd.engine.prompt import Prompt, check_ids, encode, is_chat, several
 from ppsd.engine.sequence import LogitsSink, Request
 from ppsd.engine.stats import Totals
 from ppsd.engine.text_engine import TextEngine, Ticket
@@ -83,6 +83,7 @@ class LLM:
             files.path, self.config.chat_template, escape_special=self.config.escape_special
         )
         self.layout = replace(self.layout, spec=self.tokenizer.fit(self.layout.spec))
+        self._sizes = self.layout.spec.num_tokens, self.layout.max_context
         self.defaults = sampling_defaults(files)
         self._running = running = pipeline(self.config, self.layout, source)
         self._engine = TextEngine(self.layout.bounds)
@@ -328,6 +329,7 @@ class LLM:
         grammar: Grammar | None = None,
     ) -> Completion:
         """Complete token ids; ``logits`` receives the target's logits (see engine.Request)."""
+        ids = check_ids(ids, *self._sizes)
         request = self._request(ids, params, reuse=reuse, logits=logits, grammar=grammar)
         return self._thread.result(self._ticket(request, silent=True))
 
@@ -338,14 +340,14 @@ class LLM:
         sinks: Sequence[LogitsSink] | None = None,
     ) -> list[Completion]:
         """Complete lists of token ids at once; ``sinks`` receive their logits, as in ``run``."""
-        pairs = zip(prompts, sinks or repeat(None), strict=False)
-        requests = [self._request(ids, params, reuse=False, logits=sink) for ids, sink in pairs]
+        ids = [check_ids(prompt, *self._sizes) for prompt in prompts]
+        pairs = zip(ids, sinks or repeat(None), strict=False)
+        requests = [self._request(one, params, reuse=False, logits=sink) for one, sink in pairs]
         return self._thread.results([self._ticket(request, silent=True) for request in requests])
 
     def encode(self, prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
         """Return the token ids of a prompt, checked; for a chat template see prompt.encode."""
-        sizes = self.layout.spec.num_tokens, self.layout.max_context
-        return encode(prompt, self.tokenizer, *sizes, template_kwargs)
+        return encode(prompt, self.tokenizer, *self._sizes, template_kwargs)
 
     def on_pipeline(self, job: Callable[[RunningPipeline], Any]) -> Any:
         """Do something with the running pipeline on the engine's thread, between requests."""

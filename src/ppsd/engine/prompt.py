@@ -29,22 +29,17 @@ def encode(
     Raises ConfigError for what is no prompt, ids beyond ``num_tokens`` and prompts without room.
     """
     if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
-    else:
-        if hasattr(prompt, "tolist") and not isinstance(prompt, memoryview):
-            prompt = prompt.tolist()  # an array of NumPy or PyTorch
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
-            raise ConfigError("prompt", prompt, KINDS)
-        if is_chat(prompt):
-            ids = tokenizer.encode_chat(
-                [_message(message) for message in prompt], template_kwargs or {}
-            )
-        else:
-            ids = _ids(prompt, num_tokens - 1)
-    if not 0 < len(ids) < max_context:
-        allowed = f"of 1 to {max_context - 1} tokens (the context holds {max_context})"
-        raise ConfigError("prompt", f"{len(ids)} tokens", allowed)
-    return ids
+        return _fitting(tokenizer.encode(prompt), max_context)
+    items = _listed(prompt, KINDS)
+    if is_chat(items):
+        messages = [_message(message) for message in items]
+        return _fitting(tokenizer.encode_chat(messages, template_kwargs or {}), max_context)
+    return check_ids(items, num_tokens, max_context)
+
+
+def check_ids(prompt: object, num_tokens: int, max_context: int) -> list[int]:
+    """Return a prompt of token ids; raises ConfigError for texts too, and otherwise as encode."""
+    return _fitting(_ids(_listed(prompt, "token ids"), num_tokens - 1), max_context)
 
 
 def several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
@@ -60,6 +55,23 @@ def several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
 def is_chat(prompt: Prompt) -> bool:
     """Return True for messages, whose answer begins a text; one to text or ids continues it."""
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _listed(prompt: object, allowed: str) -> Sequence[Any]:
+    if hasattr(prompt, "tolist") and not isinstance(prompt, memoryview):
+        prompt = prompt.tolist()  # an array of NumPy or PyTorch
+    texts = str | bytes | bytearray | memoryview
+    if not isinstance(prompt, Sequence) or isinstance(prompt, texts):
+        raise ConfigError("prompt", prompt, allowed)
+    return prompt
+
+
+def _fitting(ids: list[int], max_context: int) -> list[int]:
+    """Return ids that leave room for an answer."""
+    if not 0 < len(ids) < max_context:
+        allowed = f"of 1 to {max_context - 1} tokens (the context holds {max_context})"
+        raise ConfigError("prompt", f"{len(ids)} tokens", allowed)
+    return ids
 
 
 def _ids(prompt: Sequence[Any], most: int) -> list[int]:
