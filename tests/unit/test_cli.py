@@ -274,6 +274,20 @@ def test_verify_passes(ppsd, tiny, prompts, mode) -> None:
     assert result.out.endswith("\nPASS\n")
 
 
+def test_verify_judges_drafts_unless_the_gate_is_asked_for(ppsd, tiny, prompts) -> None:
+    """Of long blocks a gate measures plain decoding first: a short answer would have no draft."""
+    flags = ["verify", prompts, "-n", 3, "--mode", "draft-then-verify", *tiny()]
+    told = ppsd(*flags)
+    assert "\n2 drafts judged, 2 of them accepted\nPASS\n" in told.out
+    assert "no draft was judged" not in told.err
+    record = json.loads(ppsd(*flags, "--json").out)
+    assert (record["judged"], record["accepted"], record["passed"]) == (2, 2, True)
+    gated = ppsd(*flags, "--gate", "--json")
+    assert json.loads(gated.out)["judged"] == 0
+    assert "no draft was judged, so this says nothing of mode draft-then-verify" in gated.err
+    assert "judged" not in ppsd("verify", prompts, "-n", 3, *tiny(), "--mode", "autoregressive").err
+
+
 def test_verify_says_what_it_compared(ppsd, tiny, prompts) -> None:
     flags = ["--concurrent", "2", "--rows", "4", "--mode", "ppsd", "--head", "untrained"]
     result = ppsd("verify", prompts, "-n", 6, *flags, *tiny())

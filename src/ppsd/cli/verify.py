@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from ppsd.cli.display import notice
 from ppsd.cli.session import advise, open_llm
-from ppsd.cli.settings import Sampling
+from ppsd.cli.settings import Origins, Sampling
 from ppsd.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 def verify(
     config: EngineConfig,
     sampling: Sampling,
+    origins: Origins,
     prompts: Annotated[
         Path, typer.Argument(help="JSONL or text file of prompts.", metavar="PROMPTS")
     ],
@@ -32,6 +34,8 @@ def verify(
     """Decode prompts plainly and in --mode, else ppsd; exit with 1 unless all tokens are equal."""
     if config.mode == "auto":  # a plan of plain decoding would leave nothing to compare
         config = config.replaced(mode="ppsd")
+    if "gate" not in origins:  # what is decoded in its pauses would be compared with itself
+        config = config.replaced(gate=False)
     from ppsd.measure.workload import load_tasks
     from ppsd.provenance import provenance
 
@@ -51,6 +55,8 @@ def verify(
         print(json.dumps(result.to_json() | {"provenance": provenance(llm.config)}, indent=1))
     else:
         _conclude(console, result, llm, sampled=not params.greedy)
+    if llm.config.schedule.drafts and not result.judged:
+        notice(f"no draft was judged, so this says nothing of mode {llm.config.mode}", "yellow")
     advise(config, llm)
     if not result.passed:
         raise typer.Exit(1)
@@ -89,6 +95,8 @@ def _conclude(console: Console, result: Verification, llm: LLM, *, sampled: bool
         f"logits; largest logit difference {furthest:.3g}; "
         f"kernels {', '.join(dict.fromkeys(llm.layout.kernels))}"
     )
+    if config.schedule.drafts:
+        console.print(f"{result.judged} drafts judged, {result.accepted} of them accepted")
     if not result.passed and sampled and config.acceptance == "rejection":
         console.print("rejection keeps the distribution of samples, not the samples themselves")
     elif not result.passed and config.schedule.block > 1:

@@ -54,6 +54,16 @@ class Verification:
         return sum(c.bitwise for c in self.comparisons)
 
     @property
+    def judged(self) -> int:
+        """Drafts that were compared with the target's own tokens."""
+        return sum(c.judged for c in self.comparisons)
+
+    @property
+    def accepted(self) -> int:
+        """Judged drafts that were right."""
+        return sum(c.accepted for c in self.comparisons)
+
+    @property
     def passed(self) -> bool:
         """Return True if every prompt came out exactly as in plain decoding."""
         return self.exact == len(self.comparisons)
@@ -66,6 +76,8 @@ class Verification:
             "bitwise_logits": self.bitwise,
             "passed": self.passed,
             "tokens": sum(c.tokens for c in self.comparisons),
+            "judged": self.judged,
+            "accepted": self.accepted,
             "comparisons": [asdict(c) for c in self.comparisons],
         }
 
