@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from collections.abc import Callable
 
@@ -14,13 +15,26 @@ from tests.support.command import Result, Run
 from tests.support.tiny_models import save_perfect_head
 
 
+class Terminal(io.StringIO):
+    """Typed text; a line that ends with ^C is interrupted there."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self, size: int | None = -1, /) -> str:
+        line = super().readline(size)
+        if line.endswith("\x03\n"):
+            signal.raise_signal(signal.SIGINT)
+        return line
+
+
 @pytest.fixture
 def ppsd(monkeypatch, capsys) -> Run:
-    """Run ``ppsd`` with these arguments and this text on standard input."""
+    """Run ``ppsd`` with these arguments and this text on standard input, or ``typed``."""
 
-    def run(*arguments: object, stdin: str = "", columns: int = 200) -> Result:
+    def run(*arguments: object, stdin: str = "", typed: bool = False, columns: int = 200) -> Result:
         monkeypatch.setattr(sys, "argv", ["ppsd", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", Terminal(stdin) if typed else io.StringIO(stdin))
         monkeypatch.setenv("COLUMNS", str(columns))
         try:
             code = main()

@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from ppsd.cli import chat, display
+from ppsd.errors import PipelineError
 from ppsd.model.tokenizer import Tokenizer
 from tests.support.command import user
 
@@ -56,6 +57,26 @@ def test_ctrl_c_stops_an_answer_and_keeps_it(ppsd, tiny, expected, monkeypatch) 
     assert "(stopped)" in result.err
     assert result.code == 0
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_alone(ppsd, tiny, expected, monkeypatch) -> None:
+    """What comes after is answered, and what ends the conversation is told as what it is."""
+    typed = "the fox\njug\x03\n\x03\n\x03\njugs\n"
+    before = signal.getsignal(signal.SIGINT)
+    result = ppsd("chat", "-n", 4, *tiny(), stdin=typed, typed=True)
+    first = expected(user("the fox"), max_tokens=4)
+    conversation = [*user("the fox"), {"role": "assistant", "content": first}, *user("jugs")]
+    assert result.code == 0
+    assert first in result.out
+    assert expected(conversation, max_tokens=4) in result.out
+    assert signal.getsignal(signal.SIGINT) is before
+
+    def fail(self: object, line: str) -> None:
+        raise PipelineError("stage 1 is gone")
+
+    monkeypatch.setattr(chat.Conversation, "take", fail)
+    result = ppsd("chat", *tiny(), stdin="\x03\nfox\n", typed=True)
+    assert (result.code, result.err.count("stage 1 is gone")) == (1, 1)
 
 
 def test_unknown_commands_are_refused_with_the_list(ppsd, tiny, expected) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ppsd.types import SamplingParams
 
 HINT = "/help lists commands, Ctrl-C stops an answer, Ctrl-D ends the conversation."
+PROMPT = "> "
 COMMANDS = {
     "/help": "show this list",
     "/exit": "end the conversation, as /quit and Ctrl-D do",
@@ -184,24 +185,43 @@ def _note(text: str, style: str = "dim") -> None:
 
 def _lines(typed: bool) -> Iterator[str]:
     """Yield the user's lines that say something, until the end."""
-    prompt = "> " if typed else ""
     if typed:
         with contextlib.suppress(ImportError):  # not on every system
             import readline  # noqa: F401 (gives ``input`` its line editing and history)
-    while (line := _ask(prompt)).strip() not in ENDS:
+    while (line := _ask(typed)).strip() not in ENDS:
         if line.strip():
             yield line.rstrip()
 
 
-def _ask(prompt: str) -> str:
+def _ask(typed: bool) -> str:
+    """Return the next line; at a terminal Ctrl-C drops what is typed of it and asks again."""
     try:
-        return input(prompt)
+        return _typed() if typed else input()
+    except KeyboardInterrupt:
+        if not typed:
+            raise
+        print()
+        return ""
     except EOFError:
-        if prompt:
+        if typed:
             print()
         return ENDS[0]
     except UnicodeDecodeError as error:
         raise PpsdError(f"standard input is not UTF-8 text: {error}") from error
+
+
+def _typed() -> str:
+    """Return a line typed at the terminal; Ctrl-C raises, and the verb's own handler is not told.
+
+    That one would take whatever error ends the conversation later for this interrupt.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return input(PROMPT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
