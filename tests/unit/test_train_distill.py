@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from ppsd.errors import ConfigError, PpsdError
 from ppsd.train.batched import whole_sequences
-from ppsd.train.checkpoint import CHECKPOINT, RunDirectory
+from ppsd.train.checkpoint import CHECKPOINT, METRICS, RunDirectory
 from ppsd.train.distill import StepReport, Trainer
 from ppsd.train.evaluate import Agreement
 from ppsd.train.settings import DistillConfig
@@ -346,3 +347,13 @@ def test_the_default_rate_is_low_where_there_is_much_to_lose() -> None:
     assert peak(250, 0.3) == 4e-3
     assert peak(9000, 0.6, begun=True) == 1e-3
     assert peak(9000, 0.6, width=2 * 576) == 2e-3
+
+
+@pytest.mark.parametrize(
+    "broken", [b'{"step": ', b"\xff", b"[" * 100_000], ids=["cut", "bytes", "deep"]
+)
+def test_a_broken_line_is_told_by_its_number(tmp_path: Path, broken: bytes) -> None:
+    path = tmp_path / METRICS
+    path.write_bytes(b'{"step": 1}\n\n' + broken + b'\n{"step": 2}\n')
+    with pytest.raises(PpsdError, match=f"^{re.escape(str(path))}, line 3: not JSON"):
+        RunDirectory(tmp_path, {}).metrics()

@@ -180,9 +180,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a JSONL file that grows; nothing if it is absent, and no torn last line."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    number = 0
-    try:
-        return [json.loads(line) for number, line in enumerate(lines[:-1], 1) if line]
-    except ValueError as error:
-        raise PpsdError(f"{path}, line {number}: not JSON ({error})") from error
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except (ValueError, RecursionError) as error:  # no UTF-8 is a ValueError, too
+            raise PpsdError(f"{path}, line {number}: not JSON ({error})") from error
+    return rows
