@@ -181,6 +181,21 @@ def test_several_samples_and_prompts(opened) -> None:
                 act()
 
 
+def test_parameters_of_another_kind_are_refused(opened) -> None:
+    with opened(mode="autoregressive") as llm:
+        for given in ({}, {"max_tokens": 3}, 3):
+            for act in (
+                lambda given=given: llm.generate(PROMPT, given),
+                lambda given=given: next(llm.stream(PROMPT, given)),
+                lambda given=given: llm.submit(PROMPT, given, notify=lambda: None),
+                lambda given=given: llm.run(PROMPT, given),
+                lambda given=given: llm.run_all([PROMPT], given),
+            ):
+                with pytest.raises(ConfigError, match=r"^params must be SamplingParams or None"):
+                    act()
+        assert llm.run(PROMPT, PARAMS).stats.new_tokens == 4
+
+
 def test_a_request_ends_where_the_context_does(opened) -> None:
     with opened(mode="autoregressive", max_context=8) as llm:
         made = llm._request(PROMPT, SamplingParams(max_tokens=9, min_tokens=7, n=3), reuse=True)
@@ -205,6 +220,10 @@ def test_log_probabilities_are_counted(opened) -> None:
         assert ask(llm).take()[1].logprobs == ()
         with pytest.raises(ConfigError, match=r"^logprobs must be"):
             ask(llm, logprobs=21, prompt_logprobs=True)
+        for count in (-1, VOCAB, True, "2"):
+            with pytest.raises(ConfigError, match=r"^logprobs must be .* \[0, 296\], got"):
+                ask(llm, logprobs=count)
+        assert len(ask(llm, logprobs=21).take()[1].logprobs[0].top) == 21
         with pytest.raises(ConfigError, match="prompt_logprobs must be used with logprobs"):
             ask(llm, prompt_logprobs=True)
 

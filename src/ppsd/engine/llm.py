@@ -253,7 +253,7 @@ class LLM:
         ``reuse`` continues from all rows that the last request left (a conversation) instead of
         those only that recomputing would repeat bit for bit. ``max_tokens`` is cut to the context.
         """
-        params = params or SamplingParams(**self.defaults.values)
+        params = self.defaults.params(params)
         if params.n > 1 and params.greedy:
             raise ConfigError("n", params.n, "1 at temperature 0, where all samples are equal")
         many = several(prompt)
@@ -275,9 +275,7 @@ class LLM:
 
         Closing the generator ends the request; rows of what it yielded can be reused.
         """
-        params = params or SamplingParams(**self.defaults.values)
-        if params.n > 1:
-            raise ConfigError("n", params.n, "1 in a stream")
+        params = self.defaults.params(params, one=True)
         request = self._request(self.encode(prompt), params, reuse=reuse)
         return (yield from self._thread.stream(self._ticket(request, chat=is_chat(prompt))))
 
@@ -300,19 +298,18 @@ class LLM:
         with ``prompt_logprobs`` the first has them of the prompt, all of which is then computed.
         The answer follows ``grammar``. ``chat``: it begins a text, also after token ids.
         """
-        params = params or SamplingParams(**self.defaults.values)
-        if params.n > 1:
-            raise ConfigError("n", params.n, "1 in a stream")
+        params = self.defaults.params(params, one=True)
         request = self._request(self.encode(prompt), params, reuse=reuse, grammar=grammar)
         sink = None
         if logprobs is not None:
-            sink = Logprobs(request.prompt, request.vocab_size, logprobs)
+            most = MAX_TOP if prompt_logprobs else request.vocab_size
+            top = checks.integer("logprobs", logprobs, 0, most)
+            sink = Logprobs(request.prompt, request.vocab_size, top)
             request = replace(request, logits=sink)
-        if prompt_logprobs:
-            if sink is None:
-                raise ConfigError("prompt_logprobs", True, "used with logprobs")
-            top = checks.integer("logprobs", logprobs, 0, MAX_TOP)
-            request = replace(request, scores=sink.hear, top=top)
+            if prompt_logprobs:
+                request = replace(request, scores=sink.hear, top=top)
+        elif prompt_logprobs:
+            raise ConfigError("prompt_logprobs", True, "used with logprobs")
         ticket = self._ticket(request, chat=chat or is_chat(prompt))
         ticket.answer.logprobs = sink
         ticket.notify = notify
@@ -329,7 +326,7 @@ class LLM:
         grammar: Grammar | None = None,
     ) -> Completion:
         """Complete token ids; ``logits`` receives the target's logits (see engine.Request)."""
-        ids = check_ids(ids, *self._sizes)
+        ids, params = check_ids(ids, *self._sizes), self.defaults.params(params)
         request = self._request(ids, params, reuse=reuse, logits=logits, grammar=grammar)
         return self._thread.result(self._ticket(request, silent=True))
 
@@ -341,6 +338,7 @@ class LLM:
     ) -> list[Completion]:
         """Complete lists of token ids at once; ``sinks`` receive their logits, as in ``run``."""
         ids = [check_ids(prompt, *self._sizes) for prompt in prompts]
+        params = self.defaults.params(params)
         pairs = zip(ids, sinks or repeat(None), strict=False)
         requests = [self._request(one, params, reuse=False, logits=sink) for one, sink in pairs]
         return self._thread.results([self._ticket(request, silent=True) for request in requests])

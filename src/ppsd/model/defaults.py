@@ -35,6 +35,15 @@ class SamplingDefaults:
         """Return the values in a line, empty when there are none."""
         return ", ".join(f"{name} {value:g}" for name, value in self.values.items())
 
+    def params(self, given: SamplingParams | None, *, one: bool = False) -> SamplingParams:
+        """Return checked parameters, these values if none are ``given``; ``one`` refuses ``n``."""
+        params = SamplingParams(**self.values) if given is None else given
+        if not isinstance(params, SamplingParams):
+            raise ConfigError("params", params, "SamplingParams or None")
+        if one and params.n > 1:
+            raise ConfigError("n", params.n, "1 in a stream")
+        return params
+
 
 def sampling_defaults(files: ModelFiles) -> SamplingDefaults:
     """Return what the model's file says; a value that cannot be is ignored by name."""
