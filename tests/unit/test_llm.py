@@ -262,6 +262,9 @@ def test_who_looks_on_and_what_runs_between_requests(opened) -> None:
         rows.clear()
         assert llm.run_all([PROMPT], PARAMS, sinks)[0].token_ids == said
         assert len(rows) >= 4
+        for sinks in ([], [print] * 2):
+            with pytest.raises(ConfigError, match=r"^sinks must be as many as prompts, 1, got"):
+                llm.run_all([PROMPT], PARAMS, sinks)
         assert len(events) == count
         assert llm.on_pipeline(lambda running: running.stage) is engine_of(llm).stage
         assert llm.layout.bounds == (0, 2, 4, LAYERS)

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -334,12 +333,15 @@ class LLM:
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        sinks: Sequence[LogitsSink] | None = None,
+        sinks: Sequence[LogitsSink | None] | None = None,
     ) -> list[Completion]:
         """Complete lists of token ids at once; ``sinks`` receive their logits, as in ``run``."""
         ids = [check_ids(prompt, *self._sizes) for prompt in prompts]
         params = self.defaults.params(params)
-        pairs = zip(ids, sinks or repeat(None), strict=False)
+        sinks = [None] * len(ids) if sinks is None else sinks
+        if len(sinks) != len(ids):
+            raise ConfigError("sinks", f"{len(sinks)} sinks", f"as many as prompts, {len(ids)}")
+        pairs = zip(ids, sinks, strict=True)
         requests = [self._request(one, params, reuse=False, logits=sink) for one, sink in pairs]
         return self._thread.results([self._ticket(request, silent=True) for request in requests])
 
