@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import signal
 
 import pytest
@@ -121,6 +122,26 @@ def test_save_writes_the_conversation_and_no_file_twice(ppsd, tiny, expected, tm
     assert "must be a new file (File exists)" in result.err
     assert "must be a new file (No such file or directory)" in result.err
     assert result.code == 0
+
+
+def test_a_full_disk_leaves_no_part_of_a_conversation(ppsd, tiny, tmp_path, monkeypatch) -> None:
+    """The same name can be given again once there is room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits, save = iter((10, soft)), chat.Conversation._save
+
+    def limited(self: chat.Conversation, name: str) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (next(limits), hard))
+        try:
+            save(self, name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(chat.Conversation, "_save", limited)
+    place = tmp_path / "talk.json"
+    result = ppsd("chat", "-n", 4, *tiny(), stdin=f"fox\n/save {place}\n/save {place}\n")
+    assert f"/save must be a new file (File too large), got '{place}'" in result.err
+    assert f"2 messages saved in {place}" in result.err
+    assert len(json.loads(place.read_text())) == 2
 
 
 @pytest.mark.parametrize("stdin", ["", "\n \n", "/reset\n/quit\n", "five jugs " * 40 + "\n"])

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -126,9 +126,11 @@ class Conversation:
         """Write the messages as JSON; a file that exists is left alone."""
         if not name:
             raise ConfigError("/save", name, "followed by the name of a file")
+        path = os.path.expanduser(name)
+        text = json.dumps([*self._system, *self._turns], ensure_ascii=False, indent=1)
         try:
-            with open(os.path.expanduser(name), "x", encoding="utf-8") as file:
-                json.dump([*self._system, *self._turns], file, ensure_ascii=False, indent=1)
+            with open(path, "x", encoding="utf-8") as file, _whole(file):
+                file.write(text)
         except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
             told = cause_of(error)
             raise ConfigError("/save", name, f"a new file ({told})") from error
@@ -177,6 +179,19 @@ class Conversation:
             conclude(self._llm, completion, stats=True)
         elif why := cut(self._llm, completion):
             _note(f"({why})")
+
+
+@contextmanager
+def _whole(file: TextIO) -> Iterator[None]:
+    """Remove a new file that could not be written: a part is of no use, and takes the name."""
+    try:
+        yield
+        file.flush()
+        os.fsync(file.fileno())  # some disks tell only now that they are full
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            os.unlink(file.name)
+        raise
 
 
 def _note(text: str, style: str = "dim") -> None:
