@@ -277,10 +277,26 @@ def test_a_key_that_is_given_twice_is_refused(asked) -> None:
         asked("--logit-bias", "3:1,3:2")
 
 
-def test_a_variable_that_is_none_is_refused(asked, monkeypatch) -> None:
-    monkeypatch.setenv("PPSD_STAGSE", "3")
-    with pytest.raises(PpsdError, match="PPSD_STAGSE is no variable of ppsd; did you mean PPSD_S"):
-        asked()
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("STAGSE", "STAGES"), ("MODLE", "MODEL"), ("MOED", "MODE"), ("HEAD_DIRS", "HEAD_DIR")],
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate hi",
+        "plan",
+        "acceptance --head h --data d --out o",
+        "distill --exit-layer 1 --data d --out o",
+        "profile",
+        "heads list",
+        "heads show h",
+    ],
+)
+def test_a_variable_that_is_none_is_refused(words, wrong, right, monkeypatch) -> None:
+    monkeypatch.setenv(f"PPSD_{wrong}", "3")
+    error = run(*words.split()).exception
+    assert str(error) == f"PPSD_{wrong} is no variable of ppsd; did you mean PPSD_{right}?"
 
 
 def test_variables_that_kubernetes_sets_beside_a_service_of_this_name_are_no_settings(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ppsd.cli.display import size
+from ppsd.cli.settings import check_environment
 from ppsd.cli.streams import visible
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def list_heads(
     """List the heads shipped with ppsd and those in $PPSD_HEAD_DIR (else in the cache)."""
     from ppsd.model.head_library import find_heads, local_root
 
+    check_environment()
     heads = find_heads()
     if as_json:
         print(json.dumps([_row(head) for head in heads]))
@@ -50,6 +52,7 @@ def show(
     from ppsd.model.head_files import read_head_config
     from ppsd.model.head_library import head_directory
 
+    check_environment()
     print(json.dumps(read_head_config(head_directory(head)).to_json(), indent=1))
 
 

@@ -51,15 +51,16 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
         elif hints[name] != Origins:
             parameters.append(parameter.replace(kind=KEYWORD, annotation=hints[name]))
     ambient = any(record.ambient for record in records.values())
+    from_environment = any(_about(p, "envvar") for p in parameters)
     if ambient:
         parameters.append(file_parameter())
-    parameters.sort(key=lambda p: _panel(p) == EXPERTS)  # which stand last
+    parameters.sort(key=lambda p: _about(p, "rich_help_panel") == EXPERTS)  # which stand last
 
     @functools.wraps(verb)
     def wrapper(**flags: Any) -> None:
         ctx = flags.pop(CONTEXT)
         with _interruptible():
-            if ambient:
+            if ambient or from_environment:
                 check_environment()
             file = read_file(flags.pop(CONFIG_FILE, None))
             arguments = {name: each.take(ctx, flags, file) for name, each in records.items()}
@@ -103,10 +104,10 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _panel(parameter: inspect.Parameter) -> str | None:
-    """Return the panel of ``--help`` that a flag stands in."""
+def _about(parameter: inspect.Parameter, name: str) -> Any:
+    """Return what typer is told of a flag: its panel of ``--help``, or its variable."""
     about = getattr(parameter.annotation, "__metadata__", ())
-    return next((each.rich_help_panel for each in about if hasattr(each, "rich_help_panel")), None)
+    return next((getattr(each, name) for each in about if hasattr(each, name)), None)
 
 
 def _expand(group: Any) -> list[inspect.Parameter]:

@@ -319,7 +319,8 @@ def _variables() -> dict[str, str]:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(name, known)
+    near.sort(key=lambda other: sorted(other) != sorted(name))  # letters are swapped most easily
     return f"; did you mean {near[0]}?" if near else ""
 
 
