@@ -285,11 +285,13 @@ class EngineConfig(Decoding, Placement):
                     raise ConfigError("rows", self.rows, f"1 {why}")
 
     def _check_schedule(self) -> None:
-        if self.schedule.drafts and self.stages == 1:
-            allowed = (
-                "autoregressive or ppsd with one stage: drafting needs an exit inside the model"
-            )
-            raise ConfigError("mode", self.mode, allowed)
+        alone = self.stages == 1
+        why = "with one stage: drafting needs an exit between two stages"
+        for name in ("block", "in_flight"):  # before the mode: no other one would help
+            if alone and (getattr(self, name) or 1) > 1:
+                raise ConfigError(name, getattr(self, name), f"1 {why}")
+        if self.schedule.drafts and alone:  # the schedule itself may not suit the mode
+            raise ConfigError("mode", self.mode, f"autoregressive or ppsd {why}")
         if self.exit_layer is not None and self.split and self.exit_layer != self.split[0]:
             allowed = f"the end of stage 0, {self.split[0]} in this split"
             raise ConfigError("exit_layer", self.exit_layer, allowed)

@@ -79,7 +79,12 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             {"stages": 1, "mode": "draft-then-verify"},
-            "drafting needs an exit inside the model, got 'draft-then-verify'",
+            "drafting needs an exit between two stages, got 'draft-then-verify'",
+        ),
+        *(
+            ({"stages": 1, "mode": mode, name: 5}, f"{name} must be 1 with one stage: drafting nee")
+            for mode in ("auto", "autoregressive", "draft-then-verify", "ppsd")
+            for name in ("block", "in_flight")
         ),
         ({"block": 0}, "block must be an integer in [1, 64], got 0"),
         ({"dtype": "int8"}, "float16, got 'int8'"),
