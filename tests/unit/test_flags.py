@@ -272,6 +272,29 @@ def test_stages_that_contradict_the_split_are_refused_and_a_default_follows_it(
     assert caught.value.__notes__ == ["stages is set by PPSD_STAGES"]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "flags"),
+    [
+        ("PPSD_SPLIT", "2,4", "--stages 2"),
+        ("PPSD_SPLIT", "2,4", "--exit-layer 3"),
+        ("PPSD_BLOCK", "5", "--mode autoregressive"),
+        ("PPSD_TIMEOUT", "5", "--pace 9"),
+    ],
+)
+def test_a_refusal_says_who_set_what_it_is_refused_for(
+    variable, value, flags, asked, file, monkeypatch
+) -> None:
+    name = variable.removeprefix("PPSD_").lower()
+    path = file(f"{name} = {[2, 4] if name == 'split' else value}\n")
+    with pytest.raises(ConfigError) as caught:
+        asked("--config", path, *flags.split())
+    assert caught.value.__notes__ == [f"{name} is set by {path}"]
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as caught:
+        asked(*flags.split())
+    assert caught.value.__notes__ == [f"{name} is set by {variable}"]
+
+
 def test_a_key_that_is_given_twice_is_refused(asked) -> None:
     with pytest.raises(ConfigError, match=r"^logit_bias must be id:bias pairs with each id once"):
         asked("--logit-bias", "3:1,3:2")

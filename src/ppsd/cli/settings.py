@@ -288,12 +288,17 @@ def _toml(value: Any) -> str:
 
 @contextmanager
 def named(origins: Mapping[str, Origin]) -> Iterator[None]:
-    """Note with a refused setting where it was given, unless that was the command line."""
+    """Note with a refused setting where it was given, unless that was the command line.
+
+    So also of those it is refused for, which the sentence names.
+    """
     try:
         yield
     except ConfigError as error:
-        if (origin := origins.get(error.field)) and origin.place:
-            error.add_note(f"{error.field} is set by {origin.place}")
+        told = re.findall(r"\w+", f"{error.field} {error.allowed}")
+        for name, origin in origins.items():
+            if origin.place and name in told:
+                error.add_note(f"{name} is set by {origin.place}")
         raise
 
 
