@@ -100,6 +100,9 @@ class Player:
             time.sleep(0.001)
         return self.endpoint.epoch(0)
 
+    def ended(self) -> bool:
+        return self.endpoint.ended
+
     def speak_other_protocol(self) -> None:
         distributed.MAGIC = 0x50545448
 

@@ -21,7 +21,7 @@ from ppsd.errors import (
     StageLostError,
 )
 from ppsd.transport.base import Geometry
-from ppsd.transport.distributed import DistributedEndpoint
+from ppsd.transport.distributed import FAREWELL, DistributedEndpoint
 from ppsd.transport.gloo_link import HEADER_BYTES, MAGIC, GlooLink
 from ppsd.transport.rendezvous import meet, meet_from_environment
 from tests.contract.transport_player import ROOT, RemoteRank, described, gloo_ranks
@@ -55,6 +55,7 @@ def test_a_killed_peer_is_named(pair: list[RemoteRank], victim: int) -> None:
         survivor.call("send", victim, [(1, 10)])
     with pytest.raises(StageLostError, match=f"rank {victim} is gone"):
         survivor.call("receive", 0)
+    assert not survivor.call("ended")
     survivor.shut()
 
 
@@ -63,6 +64,7 @@ def test_a_silent_rank_0_is_named_and_nobody_hangs(pair: list[RemoteRank]) -> No
     pair[0].kill(signal.SIGSTOP)
     with pytest.raises(StageLostError, match="rank 0 gave no sign of life for 3"):
         pair[1].call("receive", 60)
+    assert not pair[1].call("ended")
     pair[1].shut()
 
 
@@ -88,13 +90,28 @@ def test_workers_do_not_outlive_rank_0(pair: list[RemoteRank]) -> None:
     assert pair[1].call("receive") == described(0, [(5, 40_000)])
     with pytest.raises(StageLostError, match="rank 0 is gone"):
         pair[1].call("receive", 60)
+    assert pair[1].call("ended")
     pair[1].shut()
+
+
+def test_rank_0_says_goodbye_to_stages_that_work() -> None:
+    """To those that receive nothing meanwhile, and to those that rank 0 sends no frames to."""
+    ranks = gloo_ranks(
+        Geometry(size=3, forward_bytes=40_000, return_bytes=5_000, frames=2), SILENCE
+    )
+    ranks[0].call("fill", 1, 40_000)
+    ranks[0].shut()
+    for rank in ranks[1:]:
+        assert rank.call("ended")
+        assert rank.call("await_epoch", FAREWELL) == FAREWELL  # no pass is worth its end
+        rank.shut()
 
 
 def test_a_process_that_ends_without_close_ends_cleanly(pair: list[RemoteRank]) -> None:
     assert pair[0].end() == (0, "")
     with pytest.raises(StageLostError, match="rank 0 is gone"):
         pair[1].call("receive", 60)
+    assert pair[1].call("ended")
     assert pair[1].end() == (0, "")
 
 

@@ -84,10 +84,13 @@ class Endpoint(Protocol):
 
     Frames on one link arrive whole, once and in the order sent. ``rows`` is the last part of the
     frame last received when it travelled apart, GPU to GPU; None when the frame is all there is.
+    ``ended`` says on a worker that rank 0 has said goodbye, which is no error: what breaks from
+    then on breaks because it leaves.
     """
 
     rank: int
     size: int
+    ended: bool
 
     @property
     def rows(self) -> torch.Tensor | None:

@@ -52,7 +52,8 @@ ROWS_PART = 1  # a frame's parts are what describes it, and then rows of numbers
 NO_ROWS = torch.empty(0, dtype=torch.uint8)
 FOREVER = timedelta(days=365)
 HEARTBEAT_SECONDS = 1.0
-GOODBYE_SECONDS = 1.0  # how long close() waits for sent frames to arrive
+FAREWELL = 2**63 - 1  # rank 0's last epoch of every slot: whatever is at work is void
+GOODBYE_SECONDS = 1.0  # how long close() waits for sent frames and the farewell to arrive
 LEAVING_SECONDS, JOIN_SECONDS = 5.0, 60.0  # waits for a thread's end; for other ranks
 
 
@@ -88,7 +89,7 @@ class DistributedEndpoint:
         self._outgoing = geometry.outgoing(rank)
         self._epochs = torch.zeros(geometry.slots, dtype=torch.int64)
         self._arrivals = torch.zeros(1, dtype=torch.int64)  # changes with every frame
-        self._closed = False
+        self.ended = self._leaving = self._closed = False
         self._left: set[int] = set()
         self._failure: PipelineError | None = None
         self._heard = threading.Event()
@@ -101,6 +102,9 @@ class DistributedEndpoint:
         self._listeners = {to: threading.Event() for to in range(1, self.size)} if rank == 0 else {}
         self._answered = dict.fromkeys(self._listeners, time.monotonic())
         self._threads = self._start_threads()
+        self._tellers = [
+            self._start(self._tell, (to, news), to) for to, news in self._listeners.items()
+        ]
         atexit.register(self.close)  # for a main thread that dies of an error
 
     def send(self, to: int, parts: Sequence[Part], timeout: float) -> None:
@@ -149,24 +153,25 @@ class DistributedEndpoint:
             news.set()
 
     def close(self) -> None:
-        """Let sent frames arrive, for a second at most; then cut the connections.
+        """Let sent frames and rank 0's farewell arrive, for a second at most; then cut connections.
 
-        Workers take rank 0's end for the end of the pipeline and raise StageLostError; that a
-        worker has ended is an error only to who sends to it.
+        Workers raise StageLostError when rank 0 has gone, with its farewell or without; that a
+        worker has gone is an error only to who sends to it.
         """
         if self._closed or os.getpid() != self._process:  # a forked child may say nothing
             return
+        self._leaving = True
+        self._wake()
         self._say_goodbye()
         self._closed = True
         atexit.unregister(self.close)
         self._heard.set()
-        self._wake()
         for link in self._senders.values():
             link.sending.put(None)
         for link in self._receivers:
             link.free.put(None)
         self._hang_up()
-        for thread in self._threads:
+        for thread in [*self._threads, *self._tellers]:
             thread.join(LEAVING_SECONDS)
         if self._rows_group is not None:
             self._rows_group.abort()
@@ -175,17 +180,18 @@ class DistributedEndpoint:
         jobs: list[tuple[Callable[..., None], tuple[object, ...], int]] = []
         jobs += [(self._complete_sends, (link,), link.peer) for link in self._senders.values()]
         jobs += [(self._receive_frames, (link,), link.peer) for link in self._receivers]
-        jobs += [(self._tell, (to, news), to) for to, news in self._listeners.items()]
         if self.rank > 0:
             jobs += [(self._listen, (), 0), (self._watch, (), 0)]
-        threads = [
-            threading.Thread(target=self._guard, args=job, name=f"ppsd-{job[0].__name__}-{job[2]}")
-            for job in jobs
-        ]
-        for thread in threads:
-            thread.daemon = True  # the interpreter joins other threads before it runs atexit
-            thread.start()
-        return threads
+        return [self._start(*job) for job in jobs]
+
+    def _start(
+        self, job: Callable[..., None], arguments: tuple[object, ...], peer: int
+    ) -> threading.Thread:
+        name = f"ppsd-{job.__name__}-{peer}"
+        thread = threading.Thread(target=self._guard, args=(job, arguments, peer), name=name)
+        thread.daemon = True  # the interpreter joins other threads before it runs atexit
+        thread.start()
+        return thread
 
     def _guard(self, job: Callable[..., None], arguments: tuple[object, ...], peer: int) -> None:
         """Run a thread's ``job``; gloo's errors are RuntimeErrors that mean ``peer`` is gone."""
@@ -233,14 +239,20 @@ class DistributedEndpoint:
         self._receive_piece(torch.empty(1), peer, HANG_UP_TAG)
 
     def _tell(self, worker: int, news: threading.Event) -> None:
-        """Send the epochs to ``worker`` when one changes, and once a second as a sign of life."""
-        while not self._closed:
-            words = self._epochs.clone()
-            work = self._start_send(words, worker, CONTROL_TAG)
-            self._await_answer(worker, CONTROL_ANSWER_TAG, [work])
+        """Send the epochs to ``worker`` when one changes, and once a second as a sign of life.
+
+        The last ones are a farewell: unlike a frame, it waits for no stage to be passed on.
+        """
+        while not self._leaving:
+            self._tell_epochs(worker, self._epochs.clone())
             self._answered[worker] = time.monotonic()
             news.wait(HEARTBEAT_SECONDS)
             news.clear()
+        self._tell_epochs(worker, torch.full_like(self._epochs, FAREWELL))
+
+    def _tell_epochs(self, worker: int, epochs: torch.Tensor) -> None:
+        work = self._start_send(epochs, worker, CONTROL_TAG)
+        self._await_answer(worker, CONTROL_ANSWER_TAG, [work])
 
     def _check_answers(self) -> None:
         """Raise if a worker has left the epoch unanswered for too long: it is stopped, or hangs."""
@@ -254,6 +266,7 @@ class DistributedEndpoint:
         answers: deque[dist.Work] = deque(maxlen=2)  # rank 0 waits for each
         while True:
             self._receive_piece(words, 0, CONTROL_TAG)
+            self.ended = bool(words[0] == FAREWELL)
             self._epochs.copy_(words)
             self._heard.set()
             answers.append(self._start_send(torch.zeros(1), 0, CONTROL_ANSWER_TAG))
@@ -334,7 +347,8 @@ class DistributedEndpoint:
     def _say_goodbye(self) -> None:
         """Tell the receivers of this rank's frames that it leaves; wait until they know.
 
-        Cutting a connection before that could destroy frames unread in the peer's socket.
+        Rank 0 tells every worker at the same time (``_tell``). Cutting a connection before that
+        could destroy frames unread in the peer's socket.
         """
         deadline = time.monotonic() + GOODBYE_SECONDS
         for link in self._senders.values():
@@ -344,6 +358,8 @@ class DistributedEndpoint:
             with suppress(PipelineError):  # nor can it confirm one
                 for _ in range(link.frames):
                     self._free_buffer(link, deadline - time.monotonic())
+        for teller in self._tellers:
+            teller.join(max(0.0, deadline - time.monotonic()))
 
     def _hang_up(self) -> None:
         """Let a wait time out on some peer that is still there, which cuts all connections."""

@@ -39,6 +39,7 @@ class InProcessEndpoint:
     """One rank's end of an InProcessHub."""
 
     rows = None
+    ended = False
 
     def __init__(self, hub: InProcessHub, rank: int) -> None:
         self.rank = rank

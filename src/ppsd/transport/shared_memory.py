@@ -78,6 +78,7 @@ class SharedMemoryEndpoint:
     """
 
     rows = None
+    ended = False  # a worker here leaves by its standard input
 
     def __init__(self, fd: int, geometry: Geometry, rank: int, spin: bool) -> None:
         self.rank = rank

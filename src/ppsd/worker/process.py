@@ -70,9 +70,8 @@ class WorkerConfig:
     descriptor of it, which children of rank 0's host inherit. ``own_gpus``: every stage has a GPU
     of its own, so rows travel from GPU to GPU. Times are those of EngineConfig; ``block`` is the
     most rows of a block or wave that is no piece of a prompt, ``loose`` the cells of a slot beyond
-    its positions. ``head`` is the directory of an exit head at the stage's end, if there is one,
-    which takes ``head_seconds`` on an emulated device. ``parent`` is the process that a worker
-    started by rank 0 must not outlive.
+    its positions. ``head`` is the directory of an exit head at the stage's end, if any; it takes
+    ``head_seconds`` on an emulated device. Workers that rank 0 started do not outlive ``parent``.
     """
 
     rank: int
@@ -198,7 +197,7 @@ def serve(
     join: Callable[[], Endpoint] | None = None,
     extend: Extend | None = None,
 ) -> None:
-    """Load the stage, say ``ready``, and work until told to stop.
+    """Load the stage, say ``ready``, and work until told to stop, or until rank 0 says goodbye.
 
     ``extend`` may put another worker in the usual one's place. An exception is reported to rank 0
     before it is raised here.
@@ -215,10 +214,11 @@ def serve(
         worker = _load(config, endpoint, say, extend)
         while not worker.stopped:
             worker.step(IDLE_WAIT_S)
-    except Exception as error:  # whatever it is, rank 0 should hear of it; it is raised again
+    except Exception as error:  # whatever it is, rank 0 should hear of it
         with contextlib.suppress(PpsdError):  # rank 0 may be what failed
             say(failure_status(config.rank, error))
-        raise
+        if not (endpoint.ended and isinstance(error, StageLostError)):
+            raise
     finally:
         endpoint.close()
 
