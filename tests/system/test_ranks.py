@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from ppsd.cli import app
+from tests.support.faults import Forked, plant
 from tests.support.ports import free_port
 from tests.support.tiny_models import save_perfect_head
 from tests.system.test_cli import ENVIRONMENT, PATIENCE_S, PPSD
@@ -110,3 +114,54 @@ def waits_idly(process: psutil.Process) -> None:
     while (spent := sum(process.cpu_times()[:2])) - before > 0.3:
         before = spent
         time.sleep(1)
+
+
+def forked(flags: str, variables: dict[str, str], folder: Path) -> Forked:
+    """Start a rank from here, in milliseconds; the first further stage works slowly."""
+
+    def program() -> int:
+        plant(2, "decode", "slow")
+        os.environ.update(variables)
+        sys.argv = ["ppsd", "generate", "hello", *flags.split()]
+        return app.main()
+
+    with (
+        open(os.devnull) as nothing,
+        (folder / "out").open("w") as out,
+        (folder / "err").open("w") as err,
+    ):
+        return Forked(program, nothing.fileno(), out.fileno(), err.fileno())
+
+
+@pytest.mark.parametrize(
+    ("number", "codes", "word"),
+    [(signal.SIGINT, [130, 0, 0], ""), (signal.SIGKILL, [-9, 1, 1], "is gone")],
+)
+def test_ranks_leave_in_peace_only_when_rank_0_says_goodbye(
+    tiny_model, tmp_path, number, codes, word
+) -> None:
+    """Also those behind a stage that works, through which no word would come in time."""
+    flags = f"--model {tiny_model()} --split 2,4 --head untrained --raw --dtype float64 -n 400"
+    flags += " --ignore-eos --no-gate --threads-per-stage 1 --transport distributed"
+    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
+    folders = [tmp_path / str(rank) for rank in range(3)]
+    started: list[Forked] = []
+    try:
+        for rank, folder in enumerate(folders):
+            folder.mkdir()
+            started.append(forked(flags, about | {"RANK": str(rank)}, folder))
+        deadline = time.monotonic() + PATIENCE_S
+        while not (folders[0] / "out").stat().st_size:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(started[0].pid, number)
+        said = [process.wait(PATIENCE_S) for process in started]
+    finally:
+        for process in started:
+            if process.returncode is None:
+                process.kill()
+    words = [(folder / "err").read_text() for folder in folders]
+    assert said == codes, words
+    for text in words[1:]:
+        assert word in text
+        assert bool(text) == bool(word)
