@@ -124,7 +124,7 @@ def test_json_is_all_there_is_on_stdout(ppsd, tiny, expected) -> None:
     assert (record["stages"], record["exit_layer"]) == ([[0, 2], [2, 4], [4, 6]], 2)
     assert record["new_tokens"] == len(record["token_ids"]) == 24
     counts = record["counts"]
-    assert set(counts) == {"judged", "accepted", "discarded", "resyncs"}
+    assert set(counts) == {"judged", "accepted", "discarded", "resyncs", "rows"}
     assert counts["resyncs"] == counts["judged"] - counts["accepted"] > 0
     assert record["acceptance_rate"] == counts["accepted"] / counts["judged"]
     assert record["tokens_per_second"] == pytest.approx(23 / record["decode_seconds"])

@@ -257,8 +257,9 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window = self._end_of(before)
-        self._said = tokenizer.decode(self._window)  # what of the window is settled
+        self._before = before  # until the first token comes: event loops do not wait for its end
+        self._window: list[int] = []
+        self._said = ""  # what of the window is settled
         self._bytes: list[int] = []
 
     def _end_of(self, prompt: Sequence[int]) -> list[int]:
@@ -273,6 +274,9 @@ class StreamDecoder:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Return the text that these tokens complete, possibly none."""
+        if self._before:
+            self._window, self._before = self._end_of(self._before), ()
+            self._said = self._tokenizer.decode(self._window)
         return "".join(self._push(token) for token in token_ids)
 
     def finish(self) -> str:
