@@ -219,6 +219,8 @@ def change_json(directory: Path, **changes: object) -> None:
         ({"draft_vocab": 0}, "draft_vocab must be .* 0"),
         ({"fingerprint": 5}, "fingerprint must be a text, got 5"),
         ({"unknown": 1}, "unknown"),
+        ({"metrics": []}, r"metrics must be an object, got \[\]"),
+        ({"provenance": None}, "provenance must be an object, got None"),
         ({"model": {"sizes": {}}}, "model holds no sizes and final_norm"),
         ({"model": 5}, "model holds no sizes and final_norm"),
         (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from huggingface_hub import errors
 from ppsd.errors import ModelError, UnsupportedModelError
 from ppsd.model import source
 from ppsd.model.source import ModelFiles, describe, resolve_model
+from ppsd.model.tokenizer import Tokenizer
+from ppsd.model.weights import open_source
 
 CONFIG = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "eos_token_id": 2}
 
@@ -84,6 +88,21 @@ def test_hub_failures_are_one_line_and_not_retried(monkeypatch, kind, hint):
         resolve_model("owner/name")
     assert "\n" not in str(caught.value)
     assert calls == [("owner/name", False)]
+
+
+def test_a_pipe_is_no_configuration_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ModelError, match=r"config.json: not a regular file"):
+        source.read_json(tmp_path / "config.json")
+
+
+def test_a_directory_is_one_whatever_its_name(tmp_path, tiny_model):
+    place = tmp_path / "tiny.gguf"
+    shutil.copytree(tiny_model(), place)
+    files = resolve_model(str(place))
+    assert not files.is_gguf
+    assert open_source(files.path).shapes()
+    assert Tokenizer.load(files.path).encode("a")
 
 
 def test_without_the_embedded_file_the_default_is_its_hub_id(monkeypatch, tmp_path):

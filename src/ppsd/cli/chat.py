@@ -215,11 +215,11 @@ def _ask(typed: bool) -> str:
     except KeyboardInterrupt:
         if not typed:
             raise
-        print()
+        print(file=_screen())
         return ""
     except EOFError:
         if typed:
-            print()
+            print(file=_screen())
         return ENDS[0]
     except UnicodeDecodeError as error:
         raise PpsdError(f"standard input is not UTF-8 text: {error}") from error
@@ -234,9 +234,17 @@ def _typed() -> str:
     if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return input(PROMPT)
+        if _screen() is sys.stdout:
+            return input(PROMPT)
+        print(PROMPT, end="", file=sys.stderr, flush=True)
+        return input()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _screen() -> TextIO:
+    """Return where the user looks: a file of answers is to hold nothing else."""
+    return sys.stdout if sys.stdout.isatty() else sys.stderr
 
 
 @contextmanager

@@ -149,6 +149,9 @@ def _check_config(config: HeadConfig, path: Path) -> None:
     for name in ("feedback", "copy_gate"):
         if getattr(config, name) not in (False, config.kind == "transformer"):
             raise HeadError(f"{path}: {name} must be true or false, and false for a norm head")
+    for name in ("metrics", "provenance"):
+        if not isinstance(getattr(config, name), Mapping):
+            raise HeadError(f"{path}: {name} must be an object, got {getattr(config, name)!r}")
 
 
 def check_head(

@@ -187,6 +187,8 @@ def _describe_directory(files: ModelFiles) -> ModelSpec:
 def read_json(file: Path) -> Mapping[str, Any]:
     """Return the JSON object that a small file holds; raises ModelError."""
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise ModelError(f"{file}: not a regular file")
         if file.stat().st_size > MAX_JSON:
             raise ModelError(f"{file}: larger than {MAX_JSON >> 20} MiB, so no configuration")
         record = json.loads(file.read_text(encoding="utf-8"))

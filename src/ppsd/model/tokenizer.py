@@ -72,7 +72,7 @@ class Tokenizer:
         naming the path when there is no tokenizer or it would need remote code.
         """
         try:
-            inner = _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
+            inner = _from_directory(path) if path.is_dir() else _from_gguf(path)
         except (ModelError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # many unrelated types, and a panic of Rust is no Exception

@@ -133,7 +133,7 @@ def own_head_notice(directory: Path) -> str:
 
 def open_source(path: Path) -> TensorSource:
     """Open a .gguf file or a directory of safetensors, whichever ``path`` is."""
-    if path.suffix == ".gguf":
+    if not path.is_dir():
         from ppsd.model.gguf_file import GGUFSource
 
         return GGUFSource(path)
