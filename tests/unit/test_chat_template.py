@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from ppsd.errors import ConfigError, ModelError
 from ppsd.model import chat_template
@@ -84,6 +86,13 @@ def test_a_template_that_does_not_end_is_stopped(
         ("{{ 'x' * 10000000000 }}", "numbers of more than 8 digits"),
         ("{{ '%999999999999d' % 1 }}", "numbers of more than 8 digits"),
         ("{{ 'x'|center(10000000000) }}", "numbers of more than 8 digits"),
+        ("{% set x = 'x' * (99999999 * 25) %}x", "numbers of more than 8 digits"),
+        ("{% set x = 'x' * 99999999 * 25 %}x", "repeating to more than 4194304 items"),
+        ("{% set n = 9999999 %}{% set x = n * ['x'] %}x", "repeating to more than 4194304 items"),
+        ("{% set x = '%*d' % (99999999, 1) %}x", "formats with a width among their values"),
+        ("{% set x = '%(a(b)c)9999999d' % {} %}x", "formats with a width among their values"),
+        ("{% set x = '%.9999999f' % 1 %}x", "formats of more than 4194304 characters"),
+        ("{% set x = '%s' * 9999 % ('x' * 9999) %}x", "formats of more than 4194304 characters"),
         (
             "{% set s = namespace(t='xx') %}{% for i in range(60) %}{% set s.t = s.t ~ s.t %}"
             "{% endfor %}{{ s.t }}",
@@ -94,6 +103,23 @@ def test_a_template_that_does_not_end_is_stopped(
 def test_a_template_cannot_fill_the_memory(template: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=f"messages must be .*{reason}"):
         rendered(template)
+
+
+def test_products_and_formats_of_templates_work() -> None:
+    texts = "{{ '-' * 3 }}{{ ['a', 'b'] * 2 }}{{ 2 * 'x' }}{{ 1.5 * 2 }}{{ 17 % 5 }}"
+    assert rendered(texts) == "---['a', 'b', 'a', 'b']xx3.02"
+    texts = "{{ '**%s** 20240101 %5.1f%% (%(a)3d)' | replace('%(a)', '%') % ('x', 2.25, 7) }}"
+    assert rendered(texts) == "**x** 20240101   2.2% (  7)"
+    assert rendered("{{ '%(a)s %(b)04d' % {'a': 'x', 'b': 7} }}") == "x 0007"
+
+
+def test_a_template_that_transformers_has_compiled_already_is_bounded_too() -> None:
+    template, inner = "{% set n = 99999 %}{{ 'x' * n * n }}", tokenizer(None)._inner
+    assert chat_template_utils._compile_jinja_template(template)
+    with pytest.raises(ConfigError, match="repeating to more than 4194304 items"):
+        chat_template.render(inner, template, MESSAGES)
+    again = chat_template_utils.ImmutableSandboxedEnvironment
+    assert again is ImmutableSandboxedEnvironment, "others' templates are as they were"
 
 
 def test_other_threads_keep_their_memory_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +143,7 @@ def test_other_threads_keep_their_memory_meanwhile(monkeypatch: pytest.MonkeyPat
 
 def test_long_renderings_are_named() -> None:
     with pytest.raises(ConfigError, match="it renders more than 4194304 characters"):
-        rendered("{{ 'x' * 5000000 }}")
+        rendered("{{ 'x' * 3000000 }}{{ 'x' * 3000000 }}")
 
 
 def test_keyword_arguments_and_bold_text_are_no_powers() -> None:

@@ -11,6 +11,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from threading import Lock
 from types import FrameType, MappingProxyType
 from typing import Any, TypeVar
 
@@ -27,6 +29,10 @@ DIGITS = re.compile(r"\d+")
 LOOK_SECONDS = 0.001  # so much is filled with a few MiB
 JINJA = ("{{", "{%", "{#")
 COMPILED = "<template>"  # what Jinja calls the file of a template's code
+COMPILING = Lock()
+SEQUENCES = (str, list, tuple)
+# A width and a precision, and what is a bracket in a key's brackets, where no width is found.
+CONVERSION = re.compile(r"%(?:\([^()]*\))?[-+ #0]*(\*|\d*)\.?(\*|\d*)(\(?)")
 
 T = TypeVar("T")
 
@@ -80,15 +86,7 @@ def render(
         if len(template) > MAX_TEMPLATE:
             raise ValueError(f"the template is longer than {MAX_TEMPLATE} characters")
         _refuse_large(template)
-        text: str = _bounded(
-            lambda: inner.apply_chat_template(
-                list(messages),
-                chat_template=template,
-                add_generation_prompt=True,
-                tokenize=False,
-                **more,
-            )
-        )
+        text: str = _bounded(lambda: _applied(inner, template, messages, more))
         if not text:
             raise ValueError("it renders an empty prompt")
         if len(text) > MAX_TEXT:
@@ -103,10 +101,88 @@ def render(
     return text
 
 
+def _applied(
+    inner: Any, template: str, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any]
+) -> str:
+    _compile(template)
+    text: str = inner.apply_chat_template(
+        list(messages),
+        chat_template=template,
+        add_generation_prompt=True,
+        tokenize=False,
+        **more,
+    )
+    return text
+
+
+def _compile(template: str) -> None:
+    """Let transformers compile a template, which it keeps, so that steps of it are checked.
+
+    Jinja does steps of constants already then.
+    """
+    from transformers.utils import chat_template_utils as theirs
+
+    name = "ImmutableSandboxedEnvironment"
+    own, compiled = getattr(theirs, name, None), getattr(theirs, "_compile_jinja_template", None)
+    if own is None or compiled is None:  # another version of transformers, which has to do
+        return
+    with COMPILING:
+        setattr(theirs, name, _sandbox())
+        try:
+            if not isinstance(compiled(template).environment, _sandbox()):  # kept from elsewhere
+                compiled.cache_clear()
+                compiled(template)
+        finally:
+            setattr(theirs, name, own)
+
+
+@cache
+def _sandbox() -> type[Any]:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Refuses products and formats that could take more than there is in one step."""
+
+        intercepted_binops = frozenset("*%")
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "*":
+                _refuse_product(left, right)
+            elif isinstance(left, str):
+                _refuse_format(left, right)
+            return super().call_binop(context, operator, left, right)
+
+    return Sandbox
+
+
+def _refuse_product(left: Any, right: Any) -> None:
+    sizes = [len(side) if isinstance(side, SEQUENCES) else side for side in (left, right)]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    product = abs(sizes[0] * sizes[1])
+    if isinstance(left, SEQUENCES) or isinstance(right, SEQUENCES):
+        if product > MAX_TEXT:
+            raise ValueError(f"repeating to more than {MAX_TEXT} items is not supported")
+    elif product >= 10**MAX_DIGITS:
+        raise ValueError(f"numbers of more than {MAX_DIGITS} digits are not supported")
+
+
+def _refuse_format(text: str, values: object) -> None:
+    """Raise ValueError for a format whose widths, or values again and again, are too much."""
+    conversions = CONVERSION.findall(text.replace("%%", ""))
+    found = [part for conversion in conversions for part in conversion if part]
+    if not all(map(str.isdecimal, found)):
+        raise ValueError("formats with a width among their values are not supported")
+    widths = sum(int(digits[: MAX_DIGITS + 1]) for digits in found)
+    if widths + len(conversions) * len(str(values)) > MAX_TEXT:
+        raise ValueError(f"formats of more than {MAX_TEXT} characters are not supported")
+
+
 def _refuse_large(template: str) -> None:
     """Raise ValueError for what takes hours or all memory in a step that nothing interrupts.
 
-    That is ``a ** b``, and with large numbers products, formats and padding.
+    That is ``a ** b``, and with large numbers padding; see ``_sandbox`` for what a number may be
+    computed for.
     """
     from jinja2 import Environment
 
@@ -126,8 +202,8 @@ def _bounded(call: Callable[[], T]) -> T:
 
     Its memory is looked at after each of a template's steps that takes a while, as growing does. No
     limit of the operating system would do: each holds for the whole process, and would fail other
-    threads' work. So a single step may still ask for more than there is (``'x' * 10 ** 10``, which
-    ``_refuse_large`` is for).
+    threads' work. So a single step may still ask for more than there is, which ``_refuse_large``
+    and ``_sandbox`` are for.
     """
     end = time.thread_time() + MAX_SECONDS
     process = psutil.Process()
