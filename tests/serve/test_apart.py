@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -203,16 +203,16 @@ def test_long_answers_are_written_off_the_event_loop(server: Served, monkeypatch
         assert all(name.startswith("ppsd-") for name in threads), path
 
 
-def test_a_token_is_decoded_once_for_all_that_tells_it(server: Served, monkeypatch) -> None:
+def test_a_token_is_spelled_once_for_all_that_tells_it(server: Served, monkeypatch) -> None:
     alone: Counter[int] = Counter()
-    decode = Tokenizer.decode
+    piece = Tokenizer.piece
 
-    def counted(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    def counted(tokenizer: Tokenizer, token: int) -> str:
         if threading.current_thread().name.startswith("ppsd-long-text"):
-            alone.update(ids)
-        return decode(tokenizer, ids)
+            alone[token] += 1
+        return piece(tokenizer, token)
 
-    monkeypatch.setattr(Tokenizer, "decode", counted)
+    monkeypatch.setattr(Tokenizer, "piece", counted)
     messages = [{"role": "user", "content": "hi"}]
     many = {"logprobs": True, "top_logprobs": 20, "max_tokens": 60, "ignore_eos": True}
     server.post("/v1/chat/completions", {"messages": messages, **many})

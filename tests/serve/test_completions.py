@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 
 from ppsd import LLM, SamplingParams
+from ppsd.engine.logprobs import TokenLogprob
+from ppsd.model.tokenizer import Tokenizer
+from ppsd.serve.replies import ChatReply, TextReply
+from ppsd.serve.schema import TextBody
 from tests.serve.conftest import SETTINGS
 from tests.support.http_server import Served, serving
 from tests.support.tiny_models import save_tiny
@@ -229,6 +233,31 @@ def test_a_completion_continues_its_prompt_with_a_space_and_a_chat_begins(tmp_pa
         body = {"messages": [{"role": "user", "content": "ab"}], **fields}
         [choice] = server.post(CHAT, body).json()["choices"]
         assert choice["message"]["content"] == "a a a"
+
+
+def _of(shape: type[Any], body: Any, said: list[str], top: list[str]) -> dict[str, Any]:
+    """The log-probabilities that a reply tells of tokens by their spellings."""
+    inner = _wrap(_byte_fallback())
+    ids, likely = inner.convert_tokens_to_ids(said), inner.convert_tokens_to_ids(top)
+    tops = tuple((token, -float(rank)) for rank, token in enumerate(likely))
+    reply = shape("m", Tokenizer(inner, "m"), body, SamplingParams(), None, [[*ids, *likely]])
+    return reply._logprobs(0, [TokenLogprob(token, -1.0, tops) for token in ids])
+
+
+def test_tokens_with_and_without_a_space_have_names_of_their_own() -> None:
+    said, top = ["▁a", "▁", "a"], ["a", "▁a", "<0xC3>", "<0xE9>", "<0x61>", "<unk>"]
+    body = TextBody.model_validate({"prompt": "x", "logprobs": 5})
+    told = _of(TextReply, body, said, top)
+    assert told["tokens"] == [" a", " ", "a"]
+    byte = _wrap(_byte_fallback()).convert_tokens_to_ids("<0x61>")
+    names = ["a", " a", "<0xC3>", "<0xE9>", f"token_id:{byte}", "<unk>"]
+    assert (
+        list(told["top_logprobs"][0].items()) == [(n, -float(i)) for i, n in enumerate(names)][::-1]
+    )
+    told = _of(ChatReply, None, said, top)["content"]
+    assert [(entry["token"], bytes(entry["bytes"])) for entry in told] == [
+        *((" a", b" a"), (" ", b" "), ("a", b"a"))
+    ]
 
 
 def test_a_chat_template_finds_what_the_request_gives_it(llm) -> None:

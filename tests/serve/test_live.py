@@ -237,7 +237,7 @@ def test_a_generation_appears_in_the_feed(server) -> None:
         body = {"prompt": PROMPT, "max_tokens": 24, "ignore_eos": True, "return_token_ids": True}
         ids = server.post("/v1/completions", body).json()["choices"][0]["token_ids"]
         tokenizer = server.service.llm.tokenizer
-        spelled = [tokenizer.decode([token]) or tokenizer.spelling(token) for token in ids]
+        spelled = [tokenizer.piece(token) or tokenizer.spelling(token) for token in ids]
         made: list[str] = []
         times = []
         for update in updates:

@@ -212,6 +212,10 @@ class Tokenizer:
             )
         return text
 
+    def piece(self, token: int) -> str:
+        """Return the text of a token that others precede, without which it may lose its space."""
+        return self.decode([token, token])[len(self.decode([token])) :]
+
     def visible(self, token: int) -> str | None:
         """Return a token as the vocabulary spells it, or None when ``decode`` leaves it out."""
         if token in self._special:

@@ -152,7 +152,7 @@ class Live:
     def _spell(self, token: int) -> str:
         if (text := self._texts.get(token)) is None:
             tokenizer = self._service.llm.tokenizer
-            text = tokenizer.decode([token]) or tokenizer.spelling(token) or ""
+            text = tokenizer.piece(token) or tokenizer.spelling(token) or ""
             self._texts[token] = text
         return text
 

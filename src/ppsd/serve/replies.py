@@ -261,7 +261,7 @@ class Reply:
         Parts of characters have the same text, U+FFFD, and different names.
         """
         if (known := self._spelt.get(token)) is None:
-            text = self.tokenizer.decode([token])
+            text = self.tokenizer.piece(token)
             whole = REPLACEMENT not in text
             told = text if text and whole else self.tokenizer.spelling(token) or text
             known = self._spelt[token] = (told, whole)
@@ -361,14 +361,17 @@ class TextReply(Reply):
         return {
             "tokens": [self._spell(e.token) for e in entries],
             "token_logprobs": [_told(e.logprob) for e in entries],
-            "top_logprobs": [
-                None
-                if math.isnan(e.logprob)
-                else {self._spell(token): _told(value) for token, value in reversed(e.top)}
-                for e in entries
-            ],
+            "top_logprobs": [None if math.isnan(e.logprob) else self._top(e) for e in entries],
             "text_offset": offsets,
         }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float | None]:
+        """Return the likeliest tokens, the likeliest last; it keeps a name that several have."""
+        told: dict[str, float | None] = {}
+        for token, value in entry.top:
+            name = self._spell(token)
+            told[f"token_id:{token}" if name in told else name] = _told(value)
+        return dict(reversed(told.items()))
 
     def _width(self, index: int, token: int) -> int:
         """Return how many characters of the text a token takes.
