@@ -15,7 +15,7 @@ from ppsd.serve.schema import TextBody
 from tests.serve.conftest import SETTINGS
 from tests.support.http_server import Served, serving
 from tests.support.tiny_models import save_tiny
-from tests.unit.test_tokenizer import _byte_fallback, _wrap
+from tests.unit.test_tokenizer import END, _byte_fallback, _byte_level, _wrap
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
@@ -258,6 +258,31 @@ def test_tokens_with_and_without_a_space_have_names_of_their_own() -> None:
     assert [(entry["token"], bytes(entry["bytes"])) for entry in told] == [
         *((" a", b" a"), (" ", b" "), ("a", b"a"))
     ]
+
+
+@pytest.mark.parametrize(
+    ("inner", "said", "offsets"),
+    [
+        (_byte_level(), ["Ñ", "s"], [0, 1]),
+        (_byte_level(), ["Ñ", "Ñ", "s", "s"], [0, 1, 2, 3]),
+        (_byte_level(), ["â", "Ĥ", "¬", "s"], [0, 0, 0, 1]),  # a character and what follows
+        (_byte_level(), ["â", "Ĥ", "s", "s"], [0, 0, 1, 2]),
+        (_byte_level(), ["ï", "¿", "½", "s"], [0, 0, 0, 1]),  # U+FFFD itself
+        (_byte_fallback(), ["a", "<0xE6>", "<0x97>", "<0xA5>", "b", "▁a"], [0, 1, 1, 1, 2, 3]),
+        (_byte_fallback(), ["<0xE6>", "<0x97>", "a", "a"], [0, 0, 2, 3]),
+        (_byte_fallback(), ["<0x61>", "<0x61>", END, "a"], [0, 0, 0, 2]),
+        (_byte_fallback(), ["<0x61>", "<0x61>", END, "a", "a"], [0, 0, 2, 9, 10]),  # echoed
+    ],
+    ids=str,
+)
+def test_a_token_stands_behind_what_those_before_turned_out_to_be(inner, said, offsets) -> None:
+    tokenizer = _wrap(inner)
+    ids = tokenizer.convert_tokens_to_ids(said)
+    echo = {"prompt": f"aa{END}aa", "echo": offsets[-1] == 10}
+    body = TextBody.model_validate({"logprobs": 0, **echo})
+    reply = TextReply("m", Tokenizer(tokenizer, "m"), body, SamplingParams(), None, [ids[-1:]])
+    told = reply._logprobs(0, [TokenLogprob(token, -1.0, ()) for token in ids])
+    assert told["text_offset"] == offsets
 
 
 def test_a_chat_template_finds_what_the_request_gives_it(llm) -> None:

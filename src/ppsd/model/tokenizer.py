@@ -285,9 +285,14 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """Return the text still held back; broken characters come out as U+FFFD."""
-        tail = self._tokenizer.decode(self._window + self._bytes)[len(self._said) :]
+        tail = self.held
         self._window, self._said, self._bytes = [], "", []
         return tail
+
+    @property
+    def held(self) -> str:
+        """Return the text held back as it is so far; broken characters are U+FFFD."""
+        return self._tokenizer.decode(self._window + self._bytes)[len(self._said) :]
 
     def _push(self, token: int) -> str:
         spelling = self._tokenizer.visible(token)

@@ -25,7 +25,7 @@ from ppsd.engine.grammar import Grammar
 from ppsd.engine.logprobs import TokenLogprob
 from ppsd.engine.prompt import Prompt
 from ppsd.errors import ConfigError
-from ppsd.model.tokenizer import REPLACEMENT, StreamDecoder, Tokenizer
+from ppsd.model.tokenizer import BYTE_TOKEN, REPLACEMENT, StreamDecoder, Tokenizer
 from ppsd.serve.figures import speculation, timings, usage
 from ppsd.serve.refusals import RefusedError, refusal_of
 from ppsd.serve.schema import ChatBody, Message, Sampled, TextBody
@@ -354,10 +354,7 @@ class TextReply(Reply):
         return {"text": ""}
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> Json:
-        offsets = []
-        for entry in entries:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += self._width(index, entry.token)
+        offsets = [self._place(index, e.token) for e in entries]
         return {
             "tokens": [self._spell(e.token) for e in entries],
             "token_logprobs": [_told(e.logprob) for e in entries],
@@ -366,23 +363,29 @@ class TextReply(Reply):
         }
 
     def _top(self, entry: TokenLogprob) -> dict[str, float | None]:
-        """Return the likeliest tokens, the likeliest last; it keeps a name that several have."""
+        """Return the likeliest tokens by name, the best last; of those of one name it has it."""
         told: dict[str, float | None] = {}
         for token, value in entry.top:
             name = self._spell(token)
             told[f"token_id:{token}" if name in told else name] = _told(value)
         return dict(reversed(told.items()))
 
-    def _width(self, index: int, token: int) -> int:
-        """Return how many characters of the text a token takes.
+    def _place(self, index: int, token: int) -> int:
+        """Return where in the text a choice's next token begins.
 
         Text that is echoed as it was given holds special tokens, too, which no answer shows.
         """
-        shown = self._decoder(index).push([token])
-        if self.tokenizer.visible(token) is None:
-            name = self._spell(token)
-            return len(name) * self._echo(index).startswith(name, self._offsets[index])
-        return len(shown)
+        decoder, at = self._decoder(index), self._offsets[index]
+        visible = self.tokenizer.visible(token)
+        held = "" if visible and BYTE_TOKEN.fullmatch(visible) else decoder.held
+        shown = decoder.push([token])
+        if visible is None:
+            shown = self._spell(token)
+            if not self._echo(index).startswith(shown, at + len(held)):
+                return at
+        self._offsets[index] += len(shown)
+        # What was held back is of tokens before this one, unless it has made a character of it.
+        return at + len(held) * (visible is None or shown.startswith(held))
 
     def _decoder(self, index: int) -> StreamDecoder:
         """Return a choice's decoder, made when used: making thousands takes seconds."""
