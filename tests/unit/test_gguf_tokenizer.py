@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,25 @@ def test_the_best_score_merges_first(
     )
     assert spelled(convert(path), "abc") == tokens
     assert spelled(convert(path), "cxyc") == "c|<unk>|c"  # for want of byte tokens
+
+
+@pytest.mark.parametrize(
+    ("made", "clash"),
+    [
+        ({"ab": -1.0, "bc": -1.0}, "'ab' and 'bc'"),  # of abc, llama.cpp makes ab in any case
+        ({"ab": -2.0, "ca": -2.0, "abc": -1.0}, "'ab' and 'ca'"),  # abca: abc is made after ab
+        ({"ab": -2.0, "cd": -2.0, "abc": -3.0}, None),
+    ],
+)
+def test_equal_scores_are_refused_where_the_order_of_merges_matters(
+    tmp_path: Path, made: dict[str, float], clash: str | None
+) -> None:
+    vocabulary = [*("<unk>", "a", "b", "c", "d"), *made]
+    keys = {"model": "llama", "scores": [0.0, *[-9.0] * 4, *made.values()]}
+    path = write_tokenizer(tmp_path / "t.gguf", vocabulary, **keys)
+    refused = pytest.raises(UnsupportedModelError, match=f"scores gives {clash} the same score")
+    with refused if clash else nullcontext():
+        convert(path)
 
 
 def test_a_token_of_parts_that_are_none_is_never_merged(tmp_path: Path) -> None:

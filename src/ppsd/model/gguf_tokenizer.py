@@ -7,8 +7,11 @@ unmistakably is refused, since other ids are other text.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +208,15 @@ class _Vocabulary:
     def _sentencepiece(self) -> Tokenizer:
         scores = self._array("scores", float)
         unknown = self._token("unknown")
-        model = self._bpe(
-            _score_merges(self.ids, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True
-        )
+        merges = _score_merges(self.ids, scores)
+        for clash in _clashes(merges, self.ids, scores):
+            first, second = sorted(clash, key=self.ids.__getitem__)
+            raise UnsupportedModelError(
+                f"{self._where}: tokenizer.ggml.scores gives {shortened(repr(first))} and "
+                f"{shortened(repr(second))} the same score, so text cannot be split unmistakably; "
+                "supported are scores that say which of two overlapping tokens is made first"
+            )
+        model = self._bpe(merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
         tokenizer = Tokenizer(model)
         prefix = self._flag("add_space_prefix", True)
         # Each stretch of text gets its own prefix, also after a control token and before a space.
@@ -302,3 +311,29 @@ def _score_merges(ids: Mapping[str, int], scores: Sequence[float]) -> list[tuple
         for cut in range(1, len(token))
         if token[:cut] in ids and token[cut:] in ids
     ]
+
+
+def _clashes(
+    merges: Sequence[tuple[str, str]], ids: Mapping[str, int], scores: Sequence[float]
+) -> Iterator[tuple[str, str]]:
+    """Yield tokens of one score whose order matters: that of their places in llama.cpp, not here.
+
+    They share a part, or one's making lets a part of the other go into a token that is no worse.
+    """
+    made = {left + right: scores[ids[left + right]] for left, right in merges}
+    if len(set(made.values())) == len(made):  # as SentencePiece's own BPE has it
+        return
+    begun, ended = defaultdict[Any, list[str]](list), defaultdict[Any, list[str]](list)
+    for left, right in merges:
+        token = left + right
+        begun[made[token], left].append(token)
+        ended[made[token], right].append(token)
+    groups = [(ended[key], begun[key]) for key in ended if key in begun]
+    for left, right in merges:
+        score = made[left + right]
+        if score >= made.get(left, inf):
+            groups.append(([left], begun[made[left], right]))
+        if score >= made.get(right, inf):
+            groups.append(([right], ended[made[right], left]))
+    for group in groups:
+        yield from ((one, other) for one, other in product(*group) if one != other)
