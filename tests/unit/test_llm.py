@@ -13,6 +13,7 @@ from ppsd.engine.engine import Engine
 from ppsd.engine.wave_engine import WaveEngine
 from ppsd.errors import ConfigError
 from ppsd.lab.oracle import OracleDrafter
+from ppsd.model.catalog import find_models
 from ppsd.speculation.policy import Schedule
 from tests.support.tiny_models import LAYERS, VOCAB, save_tiny
 from tests.unit.test_tokenizer import _byte_fallback, _wrap
@@ -285,3 +286,10 @@ def test_an_answer_continues_a_text_with_its_space_and_begins_in_a_chat(tmp_path
         ):
             assert llm.generate(prompt, params)[0].text == text
             assert "".join(chunk.text for chunk in llm.stream(prompt, params)) == text
+
+
+def test_a_directory_may_be_named_like_a_gguf_file(tmp_path) -> None:
+    path = save_tiny(tmp_path / "tiny.gguf")
+    assert [model.layers for model in find_models(tmp_path) if model.path == path] == [LAYERS]
+    with LLM(str(path), **SETTINGS) as llm:
+        assert llm.generate(PROMPT, PARAMS)[0].stats.new_tokens == 4

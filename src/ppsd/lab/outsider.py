@@ -75,7 +75,7 @@ def transformers(path: Path, dtype: str, options: dict[str, Any]) -> Answer:
     import torch
     from transformers import AutoModelForCausalLM
 
-    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    gguf = {"gguf_file": path.name} if path.is_file() else {}
     place = path.parent if gguf else path
     model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **gguf)
     model.eval()

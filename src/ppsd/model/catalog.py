@@ -89,7 +89,7 @@ def _hub() -> Iterator[FoundModel]:
 
 
 def _describe(name: str | None, path: Path, source: str) -> FoundModel:
-    is_gguf = path.suffix == ".gguf"
+    is_gguf = path.suffix == ".gguf" and path.is_file()
     title = name or path.stem
     try:
         size = _size(path)

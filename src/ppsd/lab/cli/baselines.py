@@ -29,7 +29,7 @@ def baselines(config: Pipeline, work: WorkOptions) -> None:
         dtype = str(llm.layout.dtype).removeprefix("torch.")
         others = []
         exit_layer, heads = llm.layout.bounds[1], bool(heads_for(llm.layout.identity))
-        for outsider in outsiders(exit_layer, path.suffix == ".gguf", heads):
+        for outsider in outsiders(exit_layer, llm.layout.files.is_gguf, heads):
             shares = llm.layout.cores[: 1 if outsider.one_stage else None]
             cores = [core for share in shares for core in share]
             threads = llm.layout.threads * len(shares)
