@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -223,6 +224,7 @@ def change_json(directory: Path, **changes: object) -> None:
         ({"provenance": None}, "provenance must be an object, got None"),
         ({"model": {"sizes": {}}}, "model holds no sizes and final_norm"),
         ({"model": 5}, "model holds no sizes and final_norm"),
+        ({"model": []}, r"model must be an object, got \[\]"),
         (
             {"fingerprint": "f" * 64, "model": {}},
             "belongs to tiny, not to tiny: .*ffffffffffff.*--force-head",
@@ -244,6 +246,15 @@ def test_a_foreign_or_damaged_configuration_is_named(tiny, tmp_path, changes, wo
 def test_a_configuration_that_is_no_head_is_named(tiny, tmp_path, content) -> None:
     (tmp_path / CONFIG_FILE).write_bytes(content)
     with pytest.raises(HeadError, match=CONFIG_FILE):
+        tiny.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_named_pipe_is_refused_and_not_waited_for(tiny, tmp_path, name) -> None:
+    tiny.save(tmp_path, tiny.config())
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(HeadError, match=f"cannot read {tmp_path / name}: not a regular file"):
         tiny.load(tmp_path)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
 from ppsd.config import EngineConfig
+from ppsd.errors import HeadError
 from ppsd.model.head_files import PROMPT_DIGITS, PROMPTS_FILE, read_prompts
 from ppsd.model.head_library import SHIPPED, FoundHead, find_heads
 from ppsd.provenance import provenance
@@ -56,6 +58,11 @@ def test_longer_digests_of_earlier_heads_are_compared_alike(tmp_path: Path) -> N
     digest = hashlib.sha256(b"who are you?").hexdigest()
     (tmp_path / PROMPTS_FILE).write_text(f"{digest[:16]}\n{digest[:PROMPT_DIGITS]}\n")
     assert read_prompts(tmp_path) == [prompt_digest("Who are you?")] * 2
+    (tmp_path / PROMPTS_FILE).unlink()
+    assert read_prompts(tmp_path) == []
+    os.mkfifo(tmp_path / PROMPTS_FILE)
+    with pytest.raises(HeadError, match=f"cannot read .*{PROMPTS_FILE}: not a regular file"):
+        read_prompts(tmp_path)
 
 
 def test_digests_do_not_mind_case_and_white_space() -> None:

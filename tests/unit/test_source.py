@@ -13,6 +13,7 @@ from huggingface_hub import errors
 
 from ppsd.errors import ModelError, UnsupportedModelError
 from ppsd.model import source
+from ppsd.model.defaults import sampling_defaults
 from ppsd.model.source import ModelFiles, describe, resolve_model
 from ppsd.model.tokenizer import Tokenizer
 from ppsd.model.weights import open_source
@@ -185,3 +186,11 @@ def test_damaged_config_is_named(tmp_path, text, words):
 def test_other_architectures_are_listed_against(tmp_path):
     with pytest.raises(UnsupportedModelError, match=r"config.json: architecture 'mamba'.*Qwen3"):
         describe(resolve_model(str(_directory(tmp_path, model_type="mamba"))))
+
+
+def test_a_named_pipe_holds_no_sampling_defaults(tmp_path):
+    path = _directory(tmp_path / "m")
+    os.mkfifo(path / "generation_config.json")
+    files = ModelFiles("m", path, is_gguf=False)
+    assert sampling_defaults(files).values == {}
+    assert describe(files)

@@ -64,6 +64,8 @@ def sampling_defaults(files: ModelFiles) -> SamplingDefaults:
 
 def _record(file: Path) -> Mapping[str, Any]:
     try:
+        if not file.is_file():  # reading a named pipe would wait for ever
+            return {}
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # there is none, or ``describe`` refused it
         return {}

@@ -20,7 +20,13 @@ from ppsd.errors import HeadError, NonFiniteError, cause_of
 from ppsd.model import kernels
 from ppsd.model.draft_vocabulary import DraftVocabulary, Rows
 from ppsd.model.head_codes import decode
-from ppsd.model.head_files import WEIGHTS_FILE, HeadConfig, check_head, read_head_config
+from ppsd.model.head_files import (
+    WEIGHTS_FILE,
+    HeadConfig,
+    check_head,
+    check_regular,
+    read_head_config,
+)
 from ppsd.model.identity import Identity
 from ppsd.model.kernels import Weight
 from ppsd.model.layers import LayerWeights, Norm, Product, Rope
@@ -286,6 +292,7 @@ def load_head(
 def read_weights(directory: Path, config: HeadConfig, spec: ModelSpec) -> dict[str, torch.Tensor]:
     """Return the tensors of a head's file by name; raises HeadError for a damaged one."""
     path = directory / WEIGHTS_FILE
+    check_regular(path)
     try:
         weights = decode(load_file(path))
     except Exception as error:  # safetensors raises its own class for damage, OSError for absence

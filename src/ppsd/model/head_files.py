@@ -83,6 +83,7 @@ def save_head(
 def read_prompts(directory: Path) -> list[str]:
     """Return the digests of what a head was trained on; none where nothing is told."""
     path = directory / PROMPTS_FILE
+    check_regular(path)
     try:
         digests = path.read_text().split() if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
@@ -93,6 +94,7 @@ def read_prompts(directory: Path) -> list[str]:
 def weights_digest(directory: Path) -> str:
     """Return the SHA-256 of a head's weights; raises HeadError."""
     path = directory / WEIGHTS_FILE
+    check_regular(path)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -115,6 +117,7 @@ def record_metrics(directory: Path, name: str, figures: dict[str, Any]) -> None:
 def read_head_config(directory: Path) -> HeadConfig:
     """Read and check ``head.json``; raises HeadError naming the file and what is wrong."""
     path = directory / CONFIG_FILE
+    check_regular(path)
     try:
         record = json.loads(path.read_text())
         if record.pop("format") != FORMAT:
@@ -128,6 +131,12 @@ def read_head_config(directory: Path) -> HeadConfig:
         raise HeadError(f"{path} is not a head configuration: {error}") from error
     _check_config(config, path)
     return config
+
+
+def check_regular(path: Path) -> None:
+    """Raise HeadError for what is there and no file."""
+    if path.exists() and not path.is_file():  # reading a named pipe would wait for ever
+        raise HeadError(f"cannot read {path}: not a regular file")
 
 
 def _check_config(config: HeadConfig, path: Path) -> None:
@@ -149,7 +158,7 @@ def _check_config(config: HeadConfig, path: Path) -> None:
     for name in ("feedback", "copy_gate"):
         if getattr(config, name) not in (False, config.kind == "transformer"):
             raise HeadError(f"{path}: {name} must be true or false, and false for a norm head")
-    for name in ("metrics", "provenance"):
+    for name in ("model", "metrics", "provenance"):
         if not isinstance(getattr(config, name), Mapping):
             raise HeadError(f"{path}: {name} must be an object, got {getattr(config, name)!r}")
 
