@@ -160,6 +160,15 @@ def test_heads_are_listed_by_names_that_can_be_used(narrow, ppsd, tiny_model, pl
     assert record["exit_layer"] == 2
 
 
+@pytest.mark.parametrize("columns", [10, 30, 40])
+@pytest.mark.parametrize("verb", ["models", "heads list"])
+def test_a_narrow_terminal_loses_no_name(ppsd, columns, verb) -> None:
+    save_tiny(Path("mine"))
+    told = ppsd(*verb.split(), columns=columns).out
+    assert told == ppsd(*verb.split(), columns=COLUMNS).out
+    assert "--model " in told if verb == "models" else "--head " in told
+
+
 def test_a_damaged_head_is_told(ppsd, places) -> None:
     place = places / "cache" / "heads" / "torn"
     place.mkdir(parents=True)

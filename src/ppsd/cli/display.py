@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ppsd.speculation.gate import Switches
     from ppsd.speculation.waves import WaveCounts
 
+COLUMNS = 80  # what lists are made for
 ACCEPTED, CORRECTED = "green", "red"
 
 
@@ -28,6 +29,16 @@ def log_console() -> Console:
     """Notices and progress go to standard error; standard output is for the answer."""
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     console.soft_wrap = not console.is_terminal  # a terminal would break words
+    return console
+
+
+def list_console() -> Console:
+    """Return a console for lists of names, which rich would leave no room on a narrow terminal.
+
+    There the terminal breaks the lines, and nothing is lost.
+    """
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, COLUMNS)
     return console
 
 

@@ -7,10 +7,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
-from ppsd.cli.display import size
+from ppsd.cli.display import list_console, size
 from ppsd.cli.settings import check_environment
 from ppsd.cli.streams import visible
 
@@ -34,7 +33,7 @@ def list_heads(
         return
     if not heads:
         print(f"no exit heads: none is shipped, and none is in {local_root()}")
-    console = Console(highlight=False, markup=False)
+    console = list_console()
     fit = [head for head in heads if head.config is not None]
     for model, group in groupby(sorted(fit, key=_order), key=lambda head: _order(head)[0]):
         console.print(f"{model}:", style="bold")

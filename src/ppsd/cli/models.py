@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
-from ppsd.cli.display import log_console, size
+from ppsd.cli.display import list_console, log_console, size
 from ppsd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def models(
         return
     usable = [model for model in found if not model.problem]
     if usable:
-        Console(highlight=False, markup=False).print(_table(usable))
+        list_console().print(_table(usable))
     else:
         print(NO_MODELS.format(example=DEFAULT_HUB_ID))
     for model in found:
