@@ -256,7 +256,7 @@ def test_further_heads_do_not_ask_the_model_again(
     first = ask(teacher, path, GREEDY)
     monkeypatch.setattr("ppsd.train.selfgen.BatchGenerator._prefill", None)
     assert ask(teacher, path, GREEDY, batch=1) == first
-    with pytest.raises(PpsdError, match="was written with max_new 14, not 9"):
+    with pytest.raises(PpsdError, match=r"with --max-new \(in acceptance --max-tokens\) 14, not 9"):
         ask(teacher, path, SamplingParams(max_tokens=9))
 
 

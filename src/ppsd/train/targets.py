@@ -22,6 +22,7 @@ from ppsd.train.selfgen import BatchGenerator, GenerateConfig, Noise, Request
 
 UNDER_WAY = ".under-way.json"  # behind the name of the targets' file
 SAVE_EVERY_S = 30.0
+MAX_NEW = "--max-new (in acceptance --max-tokens)"  # as the user knows it
 POOL = 1024  # prompts are encoded, and those of like length answered together, so many at a time
 
 
@@ -180,8 +181,9 @@ def _answered(path: Path, stamp: dict[str, Any]) -> set[str]:
         keys = {str(row["key"]) for row in rows}
         for name, value in stamp.items():
             if other := [row.get(name) for row in rows if row.get(name) != value]:
+                told = MAX_NEW if name == "max_new" else name
                 raise PpsdError(
-                    f"{path} was written with {name} {other[0]!r}, not {value!r}; give another "
+                    f"{path} was written with {told} {other[0]!r}, not {value!r}; give another "
                     "--out, or the same settings to continue it"
                 )
         return keys
