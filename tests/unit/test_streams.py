@@ -25,6 +25,20 @@ def test_what_an_encoding_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> 
     assert written.getvalue() == b"na?ve ?\n"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF-8"])
+def test_a_mark_at_the_beginning_of_standard_input_is_no_part_of_it(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    read = TextIOWrapper(BytesIO("\ufeffhi\n\ufeffho\n".encode()), encoding)
+    monkeypatch.setattr(sys, "stdin", read)
+    streams.prepare()
+    assert sys.stdin.read() == "hi\n\ufeffho\n"
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"\xff"), encoding))
+    streams.prepare()
+    with pytest.raises(UnicodeDecodeError):
+        sys.stdin.read()
+
+
 class Full(RawIOBase):
     """A disk with no room, or a pipe whose reader has left."""
 

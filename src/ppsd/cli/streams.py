@@ -73,6 +73,9 @@ def prepare() -> None:
     for name in closed:  # the lowest free descriptor is the one that was closed
         mode = "r" if name == "stdin" else "w"
         setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (stays open)
+    stdin = sys.stdin
+    if type(stdin) is TextIOWrapper and stdin.encoding.lower() == "utf-8" and not stdin.isatty():
+        stdin.reconfigure(encoding="utf-8-sig", errors=stdin.errors)  # some mark a text's beginning
     sys.stdout = _rewrapped(sys.stdout, _Output, "replace") or sys.stdout
     sys.stderr = _rewrapped(sys.stderr, _Notices, "backslashreplace") or sys.stderr
     if "stdout" in closed:
