@@ -166,6 +166,8 @@ def test_a_given_template_may_be_a_file(tmp_path: Path) -> None:
     file = tmp_path / "t.jinja"
     file.write_text("{{ messages|length }}é", encoding="utf-8")
     assert rendered(None, str(file)) == "2"  # the tiny vocabulary has no é
+    file.write_text("{{ 1 }}", encoding="utf-8-sig")
+    assert chat_template._given(str(file), "") == "{{ 1 }}", "without the mark of an editor"
     file.write_bytes(b"\xff{{")
     with pytest.raises(ConfigError, match="chat_template must be Jinja text, a readable file"):
         tokenizer(None, str(file))

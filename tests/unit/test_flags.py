@@ -239,6 +239,10 @@ def test_a_file_is_refused_in_one_sentence(text, message, asked, file) -> None:
         asked("--config", file(text))
 
 
+def test_a_file_may_begin_with_a_mark(asked, file) -> None:
+    assert asked("--config", file("\ufeffstages = 5\n"))[0].stages == 5
+
+
 def test_a_refused_setting_says_who_set_it(asked, file, monkeypatch) -> None:
     path = file("stages = 99\ntop_k = -1\n")
     for flags, variables, note in [

@@ -344,7 +344,7 @@ def read_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise PpsdError(f"cannot read settings from {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # no TOML, or no UTF-8

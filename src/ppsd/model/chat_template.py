@@ -61,7 +61,7 @@ def _given(wanted: str, names: str) -> str:
     if any(mark in wanted for mark in JINJA):
         return wanted
     try:
-        with open(os.path.expanduser(wanted), encoding="utf-8") as file:
+        with open(os.path.expanduser(wanted), encoding="utf-8-sig") as file:
             return file.read(MAX_TEMPLATE + 1)
     except (OSError, ValueError) as error:
         among = f" or one of the model's own ({names})" if names else ""
