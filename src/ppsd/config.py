@@ -42,7 +42,10 @@ class _Checked:
 
     def _set_texts(self, *names: str) -> None:
         for name in names:
-            self._set(name, checks.text(name, getattr(self, name)))
+            text = checks.text(name, getattr(self, name))
+            if not text:  # as a path it would be this directory
+                raise ConfigError(name, text, "a text or a path that is not empty")
+            self._set(name, text)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def test_local_directories_and_files_come_first(tmp_path, monkeypatch):
         ("a/b/c", "does not exist"),
         ("gpt2", "does not exist"),
         ("owner/model.gguf", "does not exist"),
-        ("", "no config.json"),
+        ("", "model '' does not exist; allowed are a directory with config.json"),
         ("x" * 5000, r"model 'x{200}.* cannot be read \(File name too long\)"),
         ("empty", "empty: this directory has no config.json"),
         ("weights.bin", "weights.bin: a model must be a directory or a file that ends in .gguf"),

@@ -55,10 +55,8 @@ def resolve_model(name: str | None) -> ModelFiles:
 
 def _resolved(name: str) -> ModelFiles:
     path = Path(os.path.expanduser(name))  # Path's own raises where there is no home
-    if path.is_dir():
-        return _directory(path)
-    if path.exists():
-        return _single_file(path)
+    if name and path.exists():  # an empty one would be this directory
+        return _directory(path) if path.is_dir() else _single_file(path)
     if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return ModelFiles(name, _download(name), is_gguf=False)
     raise ModelError(
