@@ -275,17 +275,21 @@ class EngineConfig(Decoding, Placement):
         """Return True if rows travel in waves: of candidate trees, or of several requests."""
         return self.concurrent > 1 or (self.stages > 1 and (self.most_rows > 1 or self.inner_heads))
 
-    def check_rows(self) -> None:
-        """Raise ConfigError if a tree is asked for where chains or nothing are drafted."""
-        if self.many_rows:
-            for used, why in (
-                (self.mode in ("auto", "ppsd"), f"in mode {self.mode}, which drafts no trees"),
-                (self.schedule.block == 1, f"with blocks of {self.schedule.block} tokens"),
-                (self.stages > 1, "with one stage, which has no exit to draft at"),
-                (self.head != "none", "without a head or lookup to draft with"),
-            ):
-                if not used:
-                    raise ConfigError("rows", self.rows, f"1 {why}")
+    def check_use(self) -> None:
+        """Raise ConfigError for what is asked for by name or number and could not be used.
+
+        Not for what a plan has filled in: the mode may be changed later.
+        """
+        for used, why in (
+            (self.mode in ("auto", "ppsd"), f"in mode {self.mode}, which sends no waves"),
+            (self.schedule.block == 1, f"with blocks of {self.schedule.block} tokens"),
+            (self.stages > 1, "with one stage, which has no exit to draft at"),
+            (self.head != "none", "without a head or lookup to draft with"),
+        ):
+            if self.many_rows and not used:
+                raise ConfigError("rows", self.rows, f"1 {why}")
+            if self.heads == "auto" and not used:
+                raise ConfigError("heads", self.heads, f"none {why}")
 
     def _check_schedule(self) -> None:
         alone = self.stages == 1
@@ -293,6 +297,8 @@ class EngineConfig(Decoding, Placement):
         for name in ("block", "in_flight"):  # before the mode: no other one would help
             if alone and (getattr(self, name) or 1) > 1:
                 raise ConfigError(name, getattr(self, name), f"1 {why}")
+        if alone and self.exit_layer is not None:
+            raise ConfigError("exit_layer", self.exit_layer, f"left out {why}")
         if self.schedule.drafts and alone:  # the schedule itself may not suit the mode
             raise ConfigError("mode", self.mode, f"autoregressive or ppsd {why}")
         if self.exit_layer is not None and self.split and self.exit_layer != self.split[0]:

@@ -86,6 +86,13 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             for mode in ("auto", "autoregressive", "draft-then-verify", "ppsd")
             for name in ("block", "in_flight")
         ),
+        *(
+            (
+                {"stages": 1, "mode": mode, "exit_layer": 2},
+                "exit_layer must be left out with one st",
+            )
+            for mode in ("auto", "autoregressive", "ppsd")
+        ),
         ({"block": 0}, "block must be an integer in [1, 64], got 0"),
         ({"dtype": "int8"}, "float16, got 'int8'"),
         ({"devices": ("gpu9",)}, "devices must be devices that PyTorch finds here, such as cpu or"),

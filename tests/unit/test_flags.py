@@ -281,6 +281,7 @@ def test_stages_that_contradict_the_split_are_refused_and_a_default_follows_it(
     [
         ("PPSD_SPLIT", "2,4", "--stages 2"),
         ("PPSD_SPLIT", "2,4", "--exit-layer 3"),
+        ("PPSD_EXIT_LAYER", "3", "--stages 1"),
         ("PPSD_BLOCK", "5", "--mode autoregressive"),
         ("PPSD_TIMEOUT", "5", "--pace 9"),
     ],

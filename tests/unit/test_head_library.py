@@ -248,9 +248,11 @@ def test_rows_are_refused_where_no_head_is_found(spec: ModelSpec) -> None:
         ({"head": "none"}, "without a head"),
     ],
 )
-def test_rows_are_refused_where_no_tree_would_be_drafted(settings, reason: str) -> None:
+def test_rows_and_heads_are_refused_where_no_waves_would_be_sent(settings, reason: str) -> None:
     with pytest.raises(ConfigError, match=f"rows must be 1 {reason}.*, got 4"):
         LLM("nowhere", rows=4, **settings)
+    with pytest.raises(ConfigError, match=f"heads must be none {reason}.*, got 'auto'"):
+        LLM("nowhere", heads="auto", **settings)
 
 
 def test_nothing_is_promised_of_lookup_alone(spec: ModelSpec) -> None:

@@ -64,7 +64,7 @@ class LLM:
         **settings: Any,
     ) -> None:
         self.config = EngineConfig(model=model, **settings)
-        self.config.check_rows()
+        self.config.check_use()
         if serves_as(self.config) > 0:
             from ppsd.worker.process import serve_rank
 
