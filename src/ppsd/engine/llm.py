@@ -256,7 +256,7 @@ class LLM:
         if params.n > 1 and params.greedy:
             raise ConfigError("n", params.n, "1 at temperature 0, where all samples are equal")
         many = several(prompt)
-        one: Sequence[Prompt] = [prompt] if many is None else many  # type: ignore[list-item]
+        one: Sequence[Prompt] = many or [prompt]  # type: ignore[list-item]  # see several
         tickets = [
             self._ticket(self._request(ids, params.sample(i), reuse=reuse), silent=True, chat=chat)
             for ids, chat in [(self.encode(p), is_chat(p)) for p in one]
