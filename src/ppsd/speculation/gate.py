@@ -10,6 +10,8 @@ token while speculating with that of plain decoding, A, on the same workers:
 * Speculation is paused once it has lost more than one perfect step would gain, so the proof costs
   no more than it may be worth (as in ski rental); less is enough as evidence grows to ``WINDOW``.
 * A pause begins with ``PROBE`` plain tokens. If they show that speculation gains, it is over.
+* While prompts of other requests pass through the stages, all takes longer. What was measured then
+  stands for A until there is better, and is soon measured again.
 * Pauses double while retries fail, up to the length at which retries lose ``BUDGET`` of the time.
 
 Requests that are under way together are judged together: drafts of one make the rows of others
@@ -58,11 +60,15 @@ class Policy(Protocol):
 
 
 class Step(NamedTuple):
-    """From one verdict to the next: seconds, tokens committed, whether it began empty."""
+    """From one verdict to the next: seconds, tokens committed, whether it began empty.
+
+    ``crowded``: prompts of other requests passed meanwhile.
+    """
 
     seconds: float
     tokens: int
     fresh: bool
+    crowded: bool
 
 
 @dataclass
@@ -100,11 +106,11 @@ class Switches:
 
 @dataclass
 class Watched:
-    """A request under way: tokens so far, and its last verdict's time; paused, empty then."""
+    """A request under way: tokens so far, its last verdict's time; paused, empty, crowded then."""
 
     switches: Switches
     emitted: int = 0
-    last: tuple[float, bool, bool] | None = None
+    last: tuple[float, bool, bool, bool] | None = None
 
 
 class Gate:
@@ -121,6 +127,7 @@ class Gate:
         self._steps: deque[Step] = deque()
         self._latency: float | None = None  # after a miss
         self._samples: deque[float] = deque()
+        self._crowded = False  # the samples are, for want of others
         self._age = 0  # tokens since the last of them
         self._trust = RECHECKS[0][1]  # how old A may be where the margin is thin
         self.paused = self._long  # a long block's latency says little of A: it is measured first
@@ -160,12 +167,13 @@ class Gate:
         if not tokens or policy.finished:
             return
         one.emitted += tokens
-        last, one.last = one.last, (now, self.paused, policy.restarted)
-        if last is None:
-            self._size += 1
-        else:
-            time, was_paused, empty = last
-            self._measure(Step(now - time, tokens, empty), was_paused)
+        last = one.last
+        self._size += last is None
+        crowded = self._size < len(self._running)
+        one.last = now, self.paused, policy.restarted, crowded
+        if last is not None:
+            time, was_paused, empty, was_crowded = last
+            self._measure(Step(now - time, tokens, empty, was_crowded or crowded), was_paused)
             one.switches.plain, one.switches.latency = self.plain, self._latency
         if self.paused:
             one.switches.paused_tokens += tokens
@@ -191,8 +199,10 @@ class Gate:
                 self._steps.popleft()
             if not self._long and (fresh := self._fresh()):
                 self._latency = median(fresh)
-        elif step.fresh:
-            self._age = 0
+        elif step.fresh and not (step.crowded and self._samples and not self._crowded):
+            if self._crowded and not step.crowded:
+                self._samples.clear()
+            self._age, self._crowded = 0, step.crowded
             self._samples.append(step.seconds)
             while len(self._samples) > SAMPLES * self._size:
                 self._samples.popleft()
@@ -235,7 +245,8 @@ class Gate:
             return False
         share = self._share(self._reference() or self.plain)
         (thin, _), (clear, late) = RECHECKS
-        return share > clear and self._age > (self._trust if share > thin else late) * self._size
+        trust = self._trust if share > thin or self._crowded else late
+        return share > clear and self._age > trust * self._size
 
     def _pause_is_over(self) -> bool:
         if self._probing and len(self._samples) < PROBE * self._size:
@@ -252,7 +263,8 @@ class Gate:
         lost = self._lost(self._reference() or 0) if self._steps else -1.0
         if lost < 0:  # a gain: that no loss is certain would not be enough to go on
             self._failed = 0
-            self._trust = min(2 * self._trust, RECHECKS[1][1])
+            if not self._crowded:
+                self._trust = min(2 * self._trust, RECHECKS[1][1])
             return False
         shortest = SHORTEST * self._size
         longest = max(shortest, round(lost / BUDGET))
