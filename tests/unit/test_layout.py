@@ -142,15 +142,18 @@ def test_memory_counts_every_stage_and_head_on_this_host(plan, monkeypatch) -> N
     assert checked == [bare]
     [together] = check_memory(config.replaced(transport="inprocess"), layout, source)
     assert together == sum(bare) - WORKER_BYTES
-    head = HeadConfig("blocks", 1, 2, None, layout.spec.name, "")
-    numbers = head_sizes(Sizes.of(layout.spec), head)
-    assert numbers > 0
+    head = HeadConfig("blocks", 1, 2, 50, layout.spec.name, "")
+    sizes, held = Sizes.of(layout.spec), layout.plan(0, "cpu")
+    positions = held.slots * (held.max_context + held.loose)
+    prompts = held.slots * min(1024, held.max_context)
+    numbers = head_sizes(sizes, head) + 2 * positions * sizes.cached + prompts * sizes.hidden
     inner = (FoundHead(Path("head"), False, head), None)
     assert check_memory(config, replace(layout, inner=inner), source) == [
         bare[0] + 4 * numbers,
         bare[1],
     ]
-    assert check_memory(config, replace(layout, head=head), source)[0] > bare[0]
+    first = check_memory(config, replace(layout, head=head), source)
+    assert first == [bare[0] + 4 * numbers, bare[1]]
     monkeypatch.setattr(laid, "on_torchrun", lambda config: True)
     assert check_memory(config, layout, source) == bare
     assert checked[-1] == bare[:1], "nothing is known of where the other stages are"

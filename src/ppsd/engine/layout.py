@@ -21,6 +21,7 @@ from ppsd.engine.choose import (
 from ppsd.engine.memory import check_free, default_context, stage_bytes
 from ppsd.errors import ConfigError
 from ppsd.model import kernels
+from ppsd.model.draft_vocabulary import NEWEST
 from ppsd.model.head_files import HeadConfig, check_head, read_head_config
 from ppsd.model.head_library import FoundHead
 from ppsd.model.identity import Identity
@@ -155,14 +156,29 @@ def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> 
     """
     plans = [layout.plan(rank, config.device(rank)) for rank in range(layout.stages)]
     sizes = Sizes.of(layout.spec)
-    head = head_sizes(sizes, layout.head)
+    head = _held(sizes, layout.head, plans[0])
     apart = config.transport != "inprocess"
-    inner = [head_sizes(sizes, found.config if found else None) for found in layout.inner]
+    inner = [
+        0 if found is None else _held(sizes, found.config, plan)
+        for found, plan in zip(layout.inner, plans, strict=False)
+    ]
     every = stage_bytes(layout.spec, source, plans, head, apart=apart, inner=inner)
     here = every[:1] if on_torchrun(config) else every
     what = f"{layout.spec.name} in {layout.dtype}"
     check_free(here, what, layout.max_context, config.concurrent)
     return every
+
+
+def _held(sizes: Sizes, head: HeadConfig | None, plan: StagePlan) -> int:
+    """Return the numbers held by a head: weights, cache, and LM head rows for its prompts' tokens.
+
+    No prompt has more of these than positions that are scored.
+    """
+    if head is None:
+        return 0
+    cached = plan.slots * (plan.max_context + plan.loose) * head.layers * sizes.cached
+    scored = 0 if head.draft_vocab is None else min(NEWEST, plan.max_context)
+    return head_sizes(sizes, head) + cached + plan.slots * scored * sizes.hidden
 
 
 def head_seconds(pace: float, layout: Layout, rank: int, head: HeadConfig | None) -> float:
