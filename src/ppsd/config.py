@@ -187,14 +187,14 @@ class Decoding(_Checked):
         "Blocks in the pipeline at once (w); set by the mode.", None, expert=True
     )
     rows: int | str = setting(
-        "Rows of a candidate tree that travel together: 1 drafts a single chain, auto takes what "
-        "`ppsd plan` names, and of them those that pay by the measured times.",
+        "Rows of a candidate tree in a wave: 1 drafts a chain, auto takes as many as `ppsd plan` "
+        "names and leaves out those that do not pay by the measured times.",
         1,
         metavar="auto|R",
     )
     heads: str | None = setting(
         "Heads on later boundaries, which correct drafts on the way: none, or auto (all that "
-        "exist for the split); auto where there are several rows, if left out.",
+        "exist for the split). If left out, auto with several rows.",
         None,
         metavar="HEADS",
     )

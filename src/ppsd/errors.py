@@ -28,9 +28,20 @@ def shortened(text: str, limit: int = MAX_TOLD) -> str:
     return line if len(line) <= limit else line[:limit] + "…"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things as it is said of one or of several."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def cause_of(error: Exception) -> str:
     """Return what went wrong, without the number and path that an OSError repeats."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+class Described(str):
+    """Words about a value, to be told in its place in a sentence: without quotes."""
+
+    __repr__ = str.__str__
 
 
 class PpsdError(Exception):
@@ -41,7 +52,10 @@ class ConfigError(PpsdError, ValueError):
     """A setting is out of range. The text names the field, its value and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"{field} must be {allowed}, got {shortened(repr(value))}")
+        numbers = value if isinstance(value, tuple) and value else ()
+        listed = all(isinstance(each, int | float) for each in numbers) and numbers
+        told = ",".join(map(str, numbers)) if listed else repr(value)  # a list as it is typed
+        super().__init__(f"{field} must be {allowed}, got {shortened(told)}")
         self.field = field
         self.value = value
         self.allowed = allowed

@@ -165,7 +165,7 @@ def test_a_wrong_flag_is_refused_before_the_model_is_loaded(flags, told) -> None
         ("insecure = 1", "insecure must be True or False"),
         ("served_model_name = [1]", "served_model_name must be a text, got 1"),
         ("host = '0.0.0.0'\napi_key = 'k'\nmetrics_prefix = ' '", "metrics_prefix must be letters"),
-        ("hots = 'x'", "'hots' is no setting; did you mean host?"),
+        ("hots = 'x'", "unknown setting 'hots'; did you mean host?"),
     ],
 )
 def test_a_file_sets_the_server_too(text, told, tmp_path) -> None:

@@ -26,7 +26,7 @@ def test_chat_keeps_conversation_and_rows(ppsd, tiny, tiny_model, expected) -> N
     # the second turn keeps what the first fed, the last one all of a prompt seen before but a row
     assert [int(rows) >= len(turn) for rows, _ in kept] == [True, False]
     assert kept[1] == (str(len(turn) - 1), str(len(turn)))
-    assert result.err.count("cut: --max-tokens allows more") == 3
+    assert result.err.count("cut off at --max-tokens") == 3
 
 
 def test_chat_goes_on_when_the_context_is_full(ppsd, tiny, expected) -> None:
@@ -156,4 +156,4 @@ def test_an_answer_is_not_cut_before_the_context_is_full(ppsd, tiny, tiny_model)
     result = ppsd("chat", "--max-context", 400, "--stats", *tiny(), stdin="fox\n")
     prompt = len(Tokenizer.load(tiny_model()).encode_chat(user("fox")))
     assert f"{400 - prompt} tokens · " in result.err
-    assert "cut: the context of 400 tokens is full" in result.err
+    assert "cut off: the context of 400 tokens is full" in result.err

@@ -92,7 +92,7 @@ def test_too_little_memory_is_said_in_a_line(ppsd, tiny, monkeypatch) -> None:
 def test_generate_prints_the_answer_alone_on_stdout(ppsd, tiny, expected, sign) -> None:
     result = ppsd("generate", "the quick", "-n", 24, "--stats", *tiny(sign))
     assert (result.code, result.out) == (0, expected(user("the quick"), max_tokens=24) + "\n\n")
-    assert re.search(r"\n24 tokens · [\d.]+ tokens/s · .* · cut: --max-tokens allows", result.err)
+    assert re.search(r"\n24 tokens · [\d.]+ tokens/s · .* · cut off at --max-tokens", result.err)
     assert re.search(r"\nppsd · [\d.]+ s to the first token\n", result.err)
     assert f"drafts: {'23 of 23 accepted (100%)' if sign > 0 else '0 of '}" in result.err
     assert [line.split()[:2] for line in result.err.splitlines()[-3:]] == [
@@ -291,6 +291,12 @@ def test_verify_judges_drafts_unless_the_gate_is_asked_for(ppsd, tiny, prompts) 
     assert "judged" not in ppsd("verify", prompts, "-n", 3, *tiny(), "--mode", "autoregressive").err
 
 
+def test_verify_tells_its_own_defaults(ppsd) -> None:
+    told = ppsd("verify", "--help").out
+    assert "[default: ppsd]" in told
+    assert "[default: no-gate]" in told
+
+
 def test_verify_says_what_it_compared(ppsd, tiny, prompts) -> None:
     flags = ["--concurrent", "2", "--rows", "4", "--mode", "ppsd", "--head", "untrained"]
     result = ppsd("verify", prompts, "-n", 6, *flags, *tiny())
@@ -328,5 +334,5 @@ def test_verify_finds_a_mismatch(ppsd, tiny, prompts, monkeypatch) -> None:
 def test_verify_names_a_prompt_that_is_too_long(ppsd, tiny, prompts) -> None:
     result = ppsd("verify", prompts, "--max-context", 6, *tiny())
     assert result.code == 1
-    assert result.err.endswith("tokens'\n")
+    assert result.err.endswith("tokens\n")
     assert "ppsd: task a: prompt must be of 1 to 5 tokens" in result.err

@@ -166,6 +166,11 @@ def test_bad_plans_are_refused_by_name(arguments: list[str], message: str) -> No
         raise result.exception
 
 
+def test_a_profile_is_of_as_many_stages_as_the_model_has_layers_at_most(tiny_model) -> None:
+    with pytest.raises(ConfigError, match=r"stages must be an integer in \[1, 6\], got 7$"):
+        raise ppsd("profile", "--model", tiny_model(), "--stages", 7).exception
+
+
 def test_profile_then_plan(tiny_model, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PPSD_CACHE", str(tmp_path))
     monkeypatch.setattr("ppsd.engine.profiler.REPEATS", 2)
@@ -181,6 +186,7 @@ def test_profile_then_plan(tiny_model, tmp_path: Path, monkeypatch) -> None:
     elsewhere = tmp_path / "elsewhere.json"
     table = ppsd("profile", *model, "--out", elsewhere).stdout
     assert "exit head (norm), 300 tokens" in table
+    assert "layer, 1 row, context" in table
     shown = ppsd("plan", *model, "--profile", elsewhere, "--alpha", "2:0.7").stdout
     assert "times: measured profile" in shown
 

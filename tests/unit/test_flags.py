@@ -222,9 +222,9 @@ def test_every_kind_of_value_can_be_given_in_three_places(name, asked, file, mon
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stagse = 3", r"ppsd.toml: 'stagse' is no setting; did you mean stages\?$"),
-        ("in-flight = 3", r"'in-flight' is no setting; did you mean in_flight\?$"),
-        ("trace = true", "'trace' is no setting"),
+        ("stagse = 3", r"ppsd.toml: unknown setting 'stagse'; did you mean stages\?$"),
+        ("in-flight = 3", r"unknown setting 'in-flight'; did you mean in_flight\?$"),
+        ("trace = true", "unknown setting 'trace'"),
         ("stages = ", "ppsd.toml is not a TOML file: "),
         ("stages = 'two'", r"^stages must be an integer in \[1, 64\], got 'two'\n"),
         ("stages = 2.0", r"^stages must be an integer in \[1, 64\], got 2.0\n"),
@@ -324,7 +324,12 @@ def test_a_key_that_is_given_twice_is_refused(asked) -> None:
 def test_a_variable_that_is_none_is_refused(words, wrong, right, monkeypatch) -> None:
     monkeypatch.setenv(f"PPSD_{wrong}", "3")
     error = run(*words.split()).exception
-    assert str(error) == f"PPSD_{wrong} is no variable of ppsd; did you mean PPSD_{right}?"
+    assert str(error) == f"unknown variable PPSD_{wrong}; did you mean PPSD_{right}?"
+
+
+def test_what_all_variables_begin_with_makes_no_name_near(monkeypatch) -> None:
+    monkeypatch.setenv("PPSD_FOO", "3")
+    assert str(run("heads", "list").exception) == "unknown variable PPSD_FOO"
 
 
 def test_variables_that_kubernetes_sets_beside_a_service_of_this_name_are_no_settings(
@@ -345,7 +350,7 @@ def test_variables_that_kubernetes_sets_beside_a_service_of_this_name_are_no_set
     assert "port = 8000" in lines
     assert "max_queue = 7  # PPSD_MAX_QUEUE" in lines
     monkeypatch.setenv("PPSD_SERVICE", "1")
-    with pytest.raises(PpsdError, match="PPSD_SERVICE is no variable"):
+    with pytest.raises(PpsdError, match="unknown variable PPSD_SERVICE"):
         check_environment()
 
 

@@ -120,7 +120,7 @@ def test_drafts_of_somebody_else(opened) -> None:
             llm.draft_with(None)
     with opened(head="none", mode="autoregressive") as llm:
         assert not llm.drafts
-        with pytest.raises(ConfigError, match="without anything to draft with"):
+        with pytest.raises(ConfigError, match="without a head or lookup"):
             llm.use("ppsd")
         llm.draft_with(drafter)
         llm.use("ppsd")

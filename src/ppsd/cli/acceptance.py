@@ -69,7 +69,9 @@ class SubjectOptions:
     decode: Annotated[
         int, _measured("Number of prompts to decode with the engine too, to compare.", min=0)
     ] = 0
-    stages: Annotated[int, _measured("Stages of that, and of the expected speedup.", min=2)] = 2
+    stages: Annotated[
+        int, _measured("Stages that --decode runs, and that the expected speedup is for.", min=2)
+    ] = 2
 
     def paths(self) -> list[Path]:
         """Return the head directories; raises ConfigError when there is none."""

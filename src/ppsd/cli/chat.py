@@ -78,7 +78,7 @@ def chat(
             except PpsdError as error:
                 _note(" ".join([f"{error}.", *getattr(error, "__notes__", ())]), "yellow")
         if not typed and not talk.answers:
-            raise PpsdError("nothing was answered; standard input held no message that could be")
+            raise PpsdError("standard input held no message that could be answered")
 
 
 class Conversation:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppsd.cli.streams import visible
-from ppsd.errors import cause_of
+from ppsd.errors import cause_of, counted
 
 if TYPE_CHECKING:
     from ppsd.config import EngineConfig
@@ -86,7 +86,7 @@ def conclude(llm: LLM, completion: Completion, *, stats: bool) -> None:
     console, request = log_console(), completion.stats
     speed = request.tokens_per_second
     paced = pace_label(llm.config, request.overruns, request.decode_blocks)
-    parts = [f"{request.new_tokens} token{'s' if request.new_tokens > 1 else ''}{paced}"]
+    parts = [f"{counted(request.new_tokens, 'token')}{paced}"]
     if speed is not None:
         parts += [f"{speed:.1f} tokens/s", _compared(llm, request)]
     if why := cut(llm, completion):
@@ -114,8 +114,8 @@ def cut(llm: LLM, completion: Completion) -> str:
         return ""
     request, limit = completion.stats, llm.layout.max_context
     if request.prompt_tokens + request.new_tokens >= limit:
-        return f"cut: the context of {limit} tokens is full"
-    return "cut: --max-tokens allows more"
+        return f"cut off: the context of {limit} tokens is full"
+    return "cut off at --max-tokens"
 
 
 def show_stats(llm: LLM, completion: Completion) -> None:

@@ -89,7 +89,7 @@ def distill(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes PyTorch's choice.")] = 0,
-    validate_every: Annotated[int, typer.Option(help="Steps to a validation.", min=1)] = 100,
+    validate_every: Annotated[int, typer.Option(help="Steps between validations.", min=1)] = 100,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
 ) -> None:  # fmt: skip
     """Train exit heads by self-distillation; the same command continues a stopped run."""

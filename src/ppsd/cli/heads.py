@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from ppsd.cli.display import list_console, size
 from ppsd.cli.settings import check_environment
 from ppsd.cli.streams import visible
+from ppsd.errors import counted
 
 if TYPE_CHECKING:
     from ppsd.model.head_library import FoundHead
@@ -95,7 +96,7 @@ def _table(heads: list[FoundHead]) -> Table:
         assert c is not None
         alpha = "–" if rate is None else f"{rate.alpha:.3f} {rate.origin}"
         scored = "all" if c.draft_vocab is None else str(c.draft_vocab)
-        kind = f"{c.layers} layer{'s' if c.layers > 1 else ''}" if c.layers else c.kind
+        kind = counted(c.layers, "layer") if c.layers else c.kind
         cells = (head.name, str(c.exit_layer), kind, scored, alpha, size(head.size))
         table.add_row(*map(visible, cells))
     return table

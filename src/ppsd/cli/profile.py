@@ -17,6 +17,7 @@ from ppsd.cli.display import log_console
 from ppsd.cli.progress import TimeColumn
 from ppsd.cli.settings import Only
 from ppsd.config import EngineConfig
+from ppsd.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from ppsd.engine.peer import Subject
@@ -64,6 +65,8 @@ def subject_of(config: EngineConfig) -> Subject:
     files = resolve_model(config.model)
     spec, source = describe(files), open_source(files.path)
     check_shapes(source, spec)
+    if config.stages > spec.num_layers:
+        raise ConfigError("stages", config.stages, f"an integer in [1, {spec.num_layers}]")
     subject = choose.subject_of(config, files.path, spec, source, fingerprint(spec, source))
     return subject if config.transport == "auto" else replace(subject, transport=config.transport)
 
@@ -103,10 +106,10 @@ def _show(profile: Profile) -> None:
 def _parts(profile: Profile) -> list[tuple[str, Timing]]:
     rows: list[tuple[str, Any]] = []
     for layer in profile.layer:
-        rows.append((f"layer, {layer.rows} rows, context {layer.context}", layer.time))
-    rows += [(f"LM head, {part.rows} rows", part.time) for part in profile.lm_head]
+        rows.append((f"layer, {counted(layer.rows, 'row')}, context {layer.context}", layer.time))
+    rows += [(f"LM head, {counted(part.rows, 'row')}", part.time) for part in profile.lm_head]
     for head in profile.heads:
-        kind = f"{head.layers} layers" if head.layers else "norm"
+        kind = counted(head.layers, "layer") if head.layers else "norm"
         rows.append((f"exit head ({kind}), {head.draft_vocab} tokens", head.time))
     return [
         *rows,

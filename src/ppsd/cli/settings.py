@@ -63,6 +63,13 @@ class Without:
 
 
 @dataclass(frozen=True)
+class Otherwise:
+    """Give settings of a record other defaults than its own."""
+
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Origin:
     """Remember where a setting was given, and as what."""
 
@@ -105,12 +112,15 @@ class Group:
         annotated = get_args(hint)
         self._made = annotated[0] if annotated else hint
         self._record = SamplingParams if self._made is Sampling else self._made
-        choice = next((each for each in annotated[1:] if isinstance(each, Only | Without)), None)
         fields = settings_of(self._record)
-        if isinstance(choice, Only):
-            fields = {name: fields[name] for name in choice.names}
-        elif choice is not None:
-            fields = {name: f for name, f in fields.items() if name not in choice.names}
+        self._defaults: Mapping[str, Any] = {}
+        for choice in annotated[1:]:
+            if isinstance(choice, Only):
+                fields = {name: fields[name] for name in choice.names}
+            elif isinstance(choice, Without):
+                fields = {name: f for name, f in fields.items() if name not in choice.names}
+            elif isinstance(choice, Otherwise):
+                self._defaults = choice.values
         self._fields = fields
 
     @staticmethod
@@ -128,7 +138,11 @@ class Group:
     def parameters(self) -> list[inspect.Parameter]:
         """Return the flags as parameters that typer reads."""
         hints = get_type_hints(self._record)
-        return [_parameter(f, hints[f.name], self._panel(f)) for f in self._fields.values()]
+        defaults = self._defaults
+        return [
+            _parameter(f, hints[name], self._panel(f), defaults.get(name, f.default))
+            for name, f in self._fields.items()
+        ]
 
     def _panel(self, field: Field[Any]) -> str:
         if field.metadata["expert"]:
@@ -148,15 +162,16 @@ class Group:
         if self._made is Sampling:
             return Sampling(origins)
         with named(origins):
-            made = self._made(**{name: origin.value for name, origin in origins.items()})
+            given = {name: origin.value for name, origin in origins.items()}
+            made = self._made(**{**self._defaults, **given})
             if {"stages", "split"} <= origins.keys():
                 made.check_stages(origins["stages"].value)
             return made
 
 
-def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
+def _parameter(field: Field[Any], hint: Any, panel: str, default: Any) -> inspect.Parameter:
     """Return a flag for a field, with its name, help and default."""
-    about, default = field.metadata, field.default
+    about = field.metadata
     kind, flag = hint, _dashed(field)
     names = [about["short"], flag] if about["short"] else [flag]
     if about["repeated"]:
@@ -169,7 +184,7 @@ def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
             default = ",".join(map(str, field.default))
         elif isinstance(field.default, int):
             default = str(field.default)
-    elif hint is bool and default:
+    elif hint is bool and field.default:
         names = [f"{flag}/--no-{flag.removeprefix('--')}"]
     option = typer.Option(
         *names,
@@ -306,10 +321,10 @@ def check_environment() -> None:
     """Refuse a variable that is none, as a misspelt one would be ignored; raises PpsdError."""
     from ppsd.cli.env import VARIABLES
 
-    known = [*map(_variable, ALL), *VARIABLES]
+    known = [name.removeprefix(PREFIX) for name in (*map(_variable, ALL), *VARIABLES)]
     for name in _variables():
-        if name not in known:
-            raise PpsdError(f"{name} is no variable of ppsd{_near(name, known)}")
+        if (own := name.removeprefix(PREFIX)) not in known:
+            raise PpsdError(f"unknown variable {name}{_near(own, known, PREFIX)}")
 
 
 def _variables() -> dict[str, str]:
@@ -323,10 +338,10 @@ def _variables() -> dict[str, str]:
     }
 
 
-def _near(name: str, known: Iterable[str]) -> str:
+def _near(name: str, known: Iterable[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, known)
     near.sort(key=lambda other: sorted(other) != sorted(name))  # letters are swapped most easily
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def file_parameter() -> inspect.Parameter:
@@ -352,5 +367,5 @@ def read_file(path: Path | None) -> dict[str, Any]:
     for name in values:
         if name not in ALL:
             near = _near(name.replace("-", "_"), ALL)
-            raise PpsdError(f"{path}: {name!r} is no setting{near}")
+            raise PpsdError(f"{path}: unknown setting {name!r}{near}")
     return values

@@ -11,18 +11,21 @@ from rich.console import Console
 
 from ppsd.cli.display import notice
 from ppsd.cli.session import advise, open_llm
-from ppsd.cli.settings import Origins, Sampling
+from ppsd.cli.settings import Otherwise, Sampling
 from ppsd.config import EngineConfig
 
 if TYPE_CHECKING:
     from ppsd.engine.llm import LLM
     from ppsd.measure.verify import Comparison, Verification
 
+# A plan of plain decoding would leave nothing to compare, and what is decoded in a gate's pauses
+# would be compared with itself.
+DEFAULTS = Otherwise({"mode": "ppsd", "gate": False})
+
 
 def verify(
-    config: EngineConfig,
+    config: Annotated[EngineConfig, DEFAULTS],
     sampling: Sampling,
-    origins: Origins,
     prompts: Annotated[
         Path, typer.Argument(help="JSONL or text file of prompts.", metavar="PROMPTS")
     ],
@@ -31,11 +34,7 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Decode prompts plainly and in --mode, else ppsd; exit with 1 unless all tokens are equal."""
-    if config.mode == "auto":  # a plan of plain decoding would leave nothing to compare
-        config = config.replaced(mode="ppsd")
-    if "gate" not in origins:  # what is decoded in its pauses would be compared with itself
-        config = config.replaced(gate=False)
+    """Decode prompts plainly and in --mode; exit with 1 unless all tokens are equal."""
     from ppsd.measure.workload import load_tasks
     from ppsd.provenance import provenance
 

@@ -18,7 +18,7 @@ from ppsd.config import AUTO, EngineConfig, available_cores, core_shares
 from ppsd.engine.memory import default_context, shape_bytes, stage_bytes
 from ppsd.engine.peer import Subject
 from ppsd.engine.profiles import profile_for
-from ppsd.errors import ConfigError
+from ppsd.errors import ConfigError, counted
 from ppsd.model.head_files import HeadConfig, check_head, read_head_config
 from ppsd.model.head_library import FoundHead, find_heads, known_rate, suitable
 from ppsd.model.identity import Identity
@@ -122,7 +122,7 @@ def choose(
     if config.stages == 1:
         best = plain
     if best is None:
-        found = sorted({exit_.layer for exit_ in exits})
+        found = ", ".join(map(str, sorted({exit_.layer for exit_ in exits})))
         raise ConfigError("exit_layer", config.exit_layer, f"one of {found}, where heads are")
     chosen = _apply(config, mode, best, drafting or best)
     if config.rows == AUTO:
@@ -131,7 +131,7 @@ def choose(
     bounds = check_split(chosen.split or (), spec.num_layers)
     reason = ""
     if config.plan != "off":
-        reason = _reason(chosen, bounds, best, drafting, profile.source, trees)
+        reason = _reason(chosen, best, drafting, profile.source, trees)
     return Choice(chosen, bounds, reason)
 
 
@@ -356,26 +356,27 @@ def _apply(config: EngineConfig, mode: str, best: Plan, cut: Plan) -> EngineConf
 
 def _reason(
     config: EngineConfig,
-    bounds: tuple[int, ...],
     best: Plan,
     drafting: Plan | None,
     origin: str,
     trees: WavePlan | None,
 ) -> str:
     """Return the choice in one line, with what its prediction assumes."""
-    stages = f"{config.stages} stage{'s' if config.stages > 1 else ''}"
+    stages = counted(config.stages, "stage")
     together = assumed_together(_at_once(config), config.stages)
-    given = f"({origin})" if config.stages == 1 else f"({together}; {origin})"
+    given = origin if config.stages == 1 else f"{together}; {origin}"
     if best.exit is not None:
         window = f"m={best.schedule.block}, w={best.schedule.in_flight}"
         if trees is not None:
             window = f"rows {trees.rows}, heads {trees.heads}"
-        what = f"exit {bounds[1]}, {config.mode}, {window}: {prediction(best, trees)}"
-        return f"plan: {stages}, {what} {given}"
+        elif config.many_rows:
+            window = f"rows {config.rows}; as a chain ({window})"
+        what = f"exit {config.exit_layer}, {config.mode}, {window}: {prediction(best, trees)}"
+        return f"plan: {stages}, {what}; {given}"
     if drafting is None or drafting.exit is None or config.mode != "autoregressive":
-        return f"plan: {stages}, plain decoding {given}"
-    promise = prediction(drafting, trees)
-    return f"plan: {stages}, plain decoding: exit {bounds[1]} is {promise} {given}"
+        return f"plan: {stages}, plain decoding; {given}"
+    promise = f"exit {config.exit_layer} is {prediction(drafting, trees)}"
+    return f"plan: {stages}, plain decoding as asked; {promise}; {given}"
 
 
 def prediction(plan: Plan, trees: WavePlan | None = None) -> str:
@@ -388,8 +389,8 @@ def prediction(plan: Plan, trees: WavePlan | None = None) -> str:
             f"{plan.speedup_at(0.5):.2f}× with half of them: that depends on the text"
         )
     warning = "" if speedup >= LEAST_GAIN else "; speculation will not pay"
-    at = f"α {plan.exit.alpha:.2f} ({plan.exit.origin})"
-    return f"predicted {speedup:.2f}× plain at {at}{warning}"
+    alpha = f"{plan.exit.alpha:.2f} ({plan.exit.origin})"
+    return f"predicted {speedup:.2f}× plain at α {alpha}{warning}"
 
 
 def assumed_together(at_once: int | None, stages: int) -> str:

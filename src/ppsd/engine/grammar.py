@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from ppsd.errors import ConfigError, shortened
+from ppsd.errors import ConfigError, Described, shortened
 from ppsd.speculation.masks import Mask, mask_bytes
 
 FIELD = "response_format"
@@ -33,7 +33,7 @@ class Grammars:
             raise ConfigError(FIELD, "a schema", allowed)
         if backend is None or not eos_ids:
             what = "tokenizers that the package tokenizers reads, and an end token"
-            raise ConfigError(FIELD, "a schema", f"used with a model that has {what}")
+            raise ConfigError(FIELD, Described("a schema"), f"used with a model that has {what}")
         from llguidance import LLTokenizer
 
         self._vocab_size = vocab_size
@@ -51,7 +51,7 @@ class Grammars:
         except ValueError as error:
             raise ConfigError(FIELD, "a schema", "a JSON schema of finite numbers") from error
         if len(text) > MAX_SCHEMA:
-            told = f"{len(text)} characters of schema"
+            told = Described(f"{len(text)} characters of schema")
             raise ConfigError(FIELD, told, f"of at most {MAX_SCHEMA} characters")
         matcher = LLMatcher(
             self._tokenizer,

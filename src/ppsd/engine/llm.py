@@ -226,7 +226,7 @@ class LLM:
 
     def _check_head(self, config: EngineConfig) -> None:
         if config.schedule.drafts and not self.drafts:
-            raise ConfigError("mode", config.mode, "autoregressive without anything to draft with")
+            raise ConfigError("mode", config.mode, "autoregressive without a head or lookup")
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # an empty list and a text are one prompt
@@ -340,7 +340,7 @@ class LLM:
         params = self.defaults.params(params)
         sinks = [None] * len(ids) if sinks is None else sinks
         if len(sinks) != len(ids):
-            raise ConfigError("sinks", f"{len(sinks)} sinks", f"as many as prompts, {len(ids)}")
+            raise ConfigError("sinks", len(sinks), f"as many as prompts, {len(ids)}")
         pairs = zip(ids, sinks, strict=True)
         requests = [self._request(one, params, reuse=False, logits=sink) for one, sink in pairs]
         return self._thread.results([self._ticket(request, silent=True) for request in requests])

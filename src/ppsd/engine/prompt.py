@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ppsd import checks
-from ppsd.errors import ConfigError
+from ppsd.errors import ConfigError, Described
 from ppsd.model.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -70,7 +70,7 @@ def _fitting(ids: list[int], max_context: int) -> list[int]:
     """Return ids that leave room for an answer."""
     if not 0 < len(ids) < max_context:
         allowed = f"of 1 to {max_context - 1} tokens (the context holds {max_context})"
-        raise ConfigError("prompt", f"{len(ids)} tokens", allowed)
+        raise ConfigError("prompt", Described(f"{len(ids)} tokens"), allowed)
     return ids
 
 

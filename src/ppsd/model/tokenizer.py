@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ppsd import checks
-from ppsd.errors import ConfigError, ModelError, shortened
+from ppsd.errors import ConfigError, Described, ModelError, shortened
 from ppsd.model.chat_template import choose_template, render
 from ppsd.model.escape import Escape
 from ppsd.model.sidecar import cached
@@ -156,7 +156,7 @@ class Tokenizer:
     def _within_rows(self, ids: list[int]) -> list[int]:
         if self._rows is not None and ids and max(ids) >= self._rows:
             token = max(ids)
-            told = f"token {self.spelling(token)!r} with id {token}"
+            told = Described(f"token {self.spelling(token)!r} with id {token}")
             raise ConfigError("prompt", told, f"of the {self._rows} tokens that the model knows")
         return ids
 

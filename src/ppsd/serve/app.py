@@ -113,7 +113,7 @@ class Routes:
     async def ready(self, request: Request) -> Response:
         """Say whether a request would find room now."""
         if self._service.full:
-            raise RefusedError(503, "as many choices wait as may")
+            raise RefusedError(503, "the queue is full")
         return await self.health(request)
 
     async def metrics(self, request: Request) -> Response:

@@ -56,7 +56,7 @@ def refusal_of_body(error: ValidationError, known: Iterable[str]) -> RefusedErro
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(where[-1]), known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return RefusedError(400, f"{shortened(param)} is no field that is known here{hint}", param)
+        return RefusedError(400, f"unknown field {shortened(param)}{hint}", param)
     if not where:  # a rule about several fields, or a body that is no object
         name = message.split()[0]
         known_name = name if name in set(known) else None

@@ -72,12 +72,16 @@ class DistillConfig:
     )
     epochs: int = setting("Passes over the data.", 1, panel=TRAINING)
     minutes: float = setting(
-        "To write and train in, however far that comes; 0 is no limit.", 0.0, panel=TRAINING
+        "Minutes to write and train in, wherever the run stands then; 0 is no limit.",
+        0.0,
+        panel=TRAINING,
     )
     batch_tokens: int = setting(
         "Padded tokens of a step; 0 for 512 on CPUs and 2048 on GPUs.", 0, panel=TRAINING
     )
-    seed: int = setting("Of data order, held-out choice and noise.", 0, panel=TRAINING)
+    seed: int = setting(
+        "Seed of the data's order, of what is held out, and of noise.", 0, panel=TRAINING
+    )
     dtype: str = setting(
         "auto, bfloat16, float32 or float64.", "auto", panel=TRAINING, metavar="DTYPE"
     )
