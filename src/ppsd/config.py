@@ -317,14 +317,14 @@ class EngineConfig(Decoding, Placement):
 
 
 def available_cores() -> list[int]:
-    """CPUs this process may use."""
+    """Return the CPUs this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def core_shares(stages: int, threads: int) -> tuple[tuple[int, ...], ...]:
-    """CPUs of each stage, ``threads`` of them; all empty when there are not enough.
+    """Return the CPUs of each stage, ``threads`` of them; all empty when there are not enough.
 
     To be asked before anything is pinned: a pinned process has its own share left and no other.
     """

@@ -363,7 +363,7 @@ def _worth(heads: Mapping[str, Any]) -> Table:
 
 
 def _view(heads: Mapping[str, Any], by: str) -> Table:
-    """α of every head in every category, or in every bucket of positions."""
+    """Tabulate α of every head in every category, or in every bucket of positions."""
     table = Table(by, "judged", *(f"{label} α" for label in heads), box=None, pad_edge=False)
     rows: dict[str, list[dict[str, Any]]] = {}
     for found in heads.values():

@@ -26,7 +26,10 @@ ACCEPTED, CORRECTED = "green", "red"
 
 
 def log_console() -> Console:
-    """Notices and progress go to standard error; standard output is for the answer."""
+    """Return a console for notices and progress, on standard error.
+
+    Standard output is for the answer.
+    """
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     console.soft_wrap = not console.is_terminal  # a terminal would break words
     return console
@@ -109,7 +112,7 @@ def _compared(llm: LLM, request: RequestStats) -> str:
 
 
 def cut(llm: LLM, completion: Completion) -> str:
-    """Why an answer is not complete, or nothing."""
+    """Say why an answer is not complete; nothing if it is."""
     if completion.finish_reason != "length":
         return ""
     request, limit = completion.stats, llm.layout.max_context

@@ -78,7 +78,7 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends the verb with 130 and no words.
+    """Let Ctrl-C end the verb with 130 and no words.
 
     Extensions that call back into Python may turn KeyboardInterrupt into an error of their own
     (safetensors: ValueError), so that the signal is noted apart from the exception.

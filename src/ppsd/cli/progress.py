@@ -81,7 +81,7 @@ def speed(count: int, seconds: float | None) -> str:
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads of this process; 0 leaves PyTorch's choice."""
+    """Set the number of CPU threads of this process; 0 leaves PyTorch's choice."""
     import torch
 
     checks.integer("threads", threads, 0)

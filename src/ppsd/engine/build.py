@@ -90,7 +90,7 @@ class RunningPipeline:
             raise
 
     def memory(self) -> list[int]:
-        """Bytes in use by each process now; by one on another host, after loading."""
+        """Return the bytes in use by each process now; by one on another host, after loading."""
         pids = self._supervisor.pids()
         others = [
             memory_used(pids[rank]) if rank in pids else loaded
@@ -100,7 +100,7 @@ class RunningPipeline:
         return [memory_used(), *others]
 
     def pids(self) -> list[int]:
-        """Process ids of the workers on this host."""
+        """Return the process ids of the workers on this host."""
         return list(self._supervisor.pids().values())
 
     def check(self) -> None:

@@ -57,7 +57,7 @@ class Choice:
 
 
 def on_torchrun(config: EngineConfig) -> bool:
-    """True if torchrun started a process for each stage, maybe on other hosts."""
+    """Tell if torchrun started a process for each stage, maybe on other hosts."""
     size = os.environ.get("WORLD_SIZE", "1")
     meant = config.transport == "distributed" or (config.transport == "auto" and size != "1")
     return meant and "RANK" in os.environ
@@ -80,7 +80,7 @@ def dtype_name(config: EngineConfig) -> str:
 
 
 def threads_of(config: EngineConfig) -> int:
-    """CPU threads a stage: what was asked for, or an even share of the cores."""
+    """Return the CPU threads of each stage: what was asked for, or an even share of the cores."""
     return config.threads_per_stage or max(1, len(available_cores()) // config.stages)
 
 
@@ -90,7 +90,7 @@ def head_layers(sizes: Sizes, head: HeadConfig) -> float:
 
 
 def head_sizes(sizes: Sizes, head: HeadConfig | None) -> int:
-    """Numbers read for one draft, 0 without a head."""
+    """Count the numbers read for one draft, 0 without a head."""
     return 0 if head is None else sizes.exit_head(head_layers(sizes, head), head.draft_vocab)
 
 
@@ -241,7 +241,7 @@ def subject_of(
 def trained_exits(
     heads: Sequence[FoundHead], profile: Profile, *, lookup: bool = True
 ) -> tuple[Exit, ...]:
-    """Heads as the planner sees them; those of unknown α only when there are no others."""
+    """Return heads as the planner sees them; those of unknown α only when there are no others."""
     known = [head for head in heads if head.rate is not None]
     return tuple(
         _exit(head.config, profile, str(head.path), lookup)

@@ -65,17 +65,17 @@ class Engine:
 
     @property
     def has_room(self) -> bool:
-        """True if a request could begin at once."""
+        """Tell if a request could begin at once."""
         return bool(self._free)
 
     @property
     def busy(self) -> bool:
-        """True if a sequence is under way, so that ``step`` has something to do."""
+        """Tell if a sequence is under way, so that ``step`` has something to do."""
         return bool(self._running)
 
     @property
     def cache_used(self) -> float:
-        """The share of all positions that hold sequences at work; asked on any thread."""
+        """Return the share of all positions that hold sequences at work; asked on any thread."""
         held = sum(sequence.length for sequence in list(self._slots.values()))
         return held / (len(self._held) * self._max_context)
 

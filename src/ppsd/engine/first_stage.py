@@ -47,7 +47,7 @@ class FirstStage:
 
     @property
     def wants_feedback(self) -> bool:
-        """True if drafts are better with the last layer's rows."""
+        """Tell if drafts are better with the last layer's rows."""
         return self.drafting and self.drafter is not None and self.drafter.feedback
 
     def start(self, sequence: Sequence, feed: Feed) -> Pass:

@@ -59,7 +59,7 @@ class Layout:
 
     @property
     def stages(self) -> int:
-        """Number of stages."""
+        """Return the number of stages."""
         return len(self.bounds) - 1
 
     def plan(self, rank: int, device: str) -> StagePlan:

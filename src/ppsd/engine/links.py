@@ -56,7 +56,7 @@ class Links(Protocol):
 
     @property
     def busy_ns(self) -> list[int]:
-        """Nanoseconds that each stage has worked in all, as of its newest answer to ``ask``."""
+        """Return each stage's nanoseconds of work in all, as of its newest answer to ``ask``."""
 
     def epoch(self, slot: int) -> int:
         """Return the slot's newest epoch. It only ever grows: answers of old work stay old."""
@@ -316,7 +316,7 @@ class StageLinks:
         return message
 
     def _await_ending(self) -> None:
-        """After a connection broke: raise the better error if a worker process turns out to end."""
+        """Raise the better error for a broken connection if a worker process turns out to end."""
         deadline = time.monotonic() + ENDING_S
         while time.monotonic() < deadline:
             raise_if_lost(self._endpoint, self._check)

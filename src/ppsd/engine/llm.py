@@ -136,7 +136,7 @@ class LLM:
 
     @property
     def memory(self) -> list[int]:
-        """Bytes that each stage's process uses now; ``memory_needed`` says how many they may."""
+        """Count the bytes each stage's process uses now; ``memory_needed`` says how many it may."""
         return self._running.memory()
 
     def totals(self) -> Totals:

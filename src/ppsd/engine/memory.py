@@ -21,7 +21,7 @@ from ppsd.plan.sizes import WORKER_BYTES, Sizes
 
 
 def default_context(spec: ModelSpec) -> int:
-    """Positions that a cache holds where nothing else is asked for."""
+    """Return how many positions a cache holds where nothing else is asked for."""
     return min(spec.max_context, DEFAULT_CONTEXT)
 
 
@@ -34,7 +34,7 @@ def stage_bytes(
     apart: bool,
     inner: Sequence[int] = (),
 ) -> list[int]:
-    """Bytes each process needs for its stage: weights, a full key/value cache, runtime.
+    """Return the bytes each process needs for its stage: weights, a full key/value cache, runtime.
 
     ``head`` counts the numbers of stage 0's exit head, ``inner`` those of later ones. Stages that
     are not ``apart`` share one process, and come as one number.
@@ -61,7 +61,7 @@ def stage_bytes(
 
 
 def shape_bytes(profile: Profile, context: int, plan: Plan) -> list[int]:
-    """Bytes each worker needs for a model of which the shape is known, all weights being whole."""
+    """Return the bytes each worker needs for a model of known shape, all weights being whole."""
     weights = plan.exit.weights if plan.exit else 0
     return [
         profile.sizes.stage_bytes(plan.bounds, rank, profile.itemsize, context, weights)

@@ -217,7 +217,7 @@ def _placed(subject: Subject) -> Iterator[None]:
 def _link(
     peer: Peer, forward: Case, overhead: float, progress: Callable[[int], None]
 ) -> tuple[Timing, float]:
-    """Latency in seconds beside a stage's ``overhead``, and bandwidth in bytes a second.
+    """Measure latency in seconds beside a stage's ``overhead``, and bandwidth in bytes a second.
 
     Both sides compute between messages, as stages do. All processes of a host share the clock, so
     each direction is timed by itself: from before a message is laid out until the receiver begins
@@ -239,7 +239,7 @@ def _link(
 
 
 def _busy(peer: Peer, forward: Case, progress: Callable[[int], None]) -> tuple[Timing, Timing]:
-    """Contention, and overhead: what both stages need while both work.
+    """Measure contention, and overhead: what both stages need while both work.
 
     How many times as long the layers take here, and seconds from the end of one block in the
     worker to the start of the next, which waits already.

@@ -91,7 +91,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Rows that every stage holds in their places, of committed tokens but the last."""
+        """Count the rows every stage holds in their places, of committed tokens but the last."""
         if isinstance(self.policy, WavePolicy):
             return self.policy.held
         emitted = self.policy.emitted

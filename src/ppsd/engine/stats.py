@@ -54,15 +54,16 @@ class RequestStats:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Decoding speed: tokens after the first over the time after the first, or None."""
+        """Return decoding speed: tokens after the first over the time after the first, or None."""
         decoded = self.new_tokens - 1
         return decoded / self.decode_seconds if decoded > 0 and self.decode_seconds > 0 else None
 
     @property
     def speedup_bounds(self) -> tuple[float, float] | None:
-        """Least and most times as fast as plain decoding on the same workers, by what the gate saw.
+        """Return the least and most speedup over plain decoding on the same workers.
 
-        Equal where the gate measured plain decoding; None where it saw nothing, or is off.
+        By what the gate saw: equal where it measured plain decoding; None where it saw nothing, or
+        is off.
         """
         bounds = None if self.gate is None else self.gate.plain_bounds
         speed = self.tokens_per_second
@@ -70,13 +71,13 @@ class RequestStats:
 
     @property
     def decode_blocks(self) -> int:
-        """Blocks with verdicts that all stages finished, stale ones included."""
+        """Count the blocks with verdicts that all stages finished, stale ones included."""
         done = ("forward", "verify")
         return sum(stage.blocks.get(kind, 0) for stage in self.stages for kind in done)
 
     @property
     def overruns(self) -> int:
-        """Blocks whose real work took longer than the pace; their times are not the pace's."""
+        """Count the blocks whose real work outlasted the pace; their times are not the pace's."""
         return sum(stage.blocks.get(OVERRUN, 0) for stage in self.stages)
 
     def to_json(self) -> dict[str, Any]:

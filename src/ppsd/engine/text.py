@@ -66,7 +66,7 @@ class Transcript:
 
 
 def _undecided(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that may still grow into a stop string."""
+    """Return the length of the longest end of ``text`` that may still grow into a stop string."""
     longest = max((len(end) - 1 for end in stop), default=0)
     for length in range(min(longest, len(text)), 0, -1):
         if any(end.startswith(text[-length:]) for end in stop):

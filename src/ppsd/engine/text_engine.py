@@ -40,7 +40,7 @@ class TextEngine:
 
     @property
     def has_room(self) -> bool:
-        """True if a ticket could begin at once."""
+        """Tell if a ticket could begin at once."""
         return not self._tickets or self.engine.has_room
 
     def now(self) -> float:

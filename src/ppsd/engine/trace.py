@@ -96,7 +96,7 @@ class TraceLog:
             yield _slice(rank, max(start, origin), end, origin, "speculation paused", {})
 
     def _flows(self, origin: int) -> Iterator[Event]:
-        """Arrows from rows that entered stage 0 along the passes that carried them.
+        """Yield arrows from rows that entered stage 0 along the passes that carried them.
 
         Of a block the first row has one. Rows of waves all have, and dead branches are named.
         """

@@ -20,7 +20,7 @@ def paper_alpha(speedup: ArrayLike, layers: ArrayLike, exit_layer: ArrayLike) ->
 
 
 def many_stages_limit(alpha: ArrayLike) -> Array:
-    """1 / (1 − α): what ρ* tends to as E/N goes to 0, however many stages; inf at α = 1."""
+    """Return 1 / (1 − α), which ρ* tends to as E/N goes to 0, however many stages; inf at α = 1."""
     with np.errstate(divide="ignore"):
         return array(1 / (1 - np.asarray(alpha, dtype=np.float64)))
 
@@ -34,7 +34,7 @@ def draft_then_verify_speedup(
     row_cost: ArrayLike = 0.0,
     extra: ArrayLike = 0.0,
 ) -> Array:
-    """Speedup of early-exit draft-then-verify decoding over plain decoding, in layer times.
+    """Return the speedup of early-exit draft-then-verify over plain decoding, in layer times.
 
     A round runs layers [0, E) once a row, the exit head (``head`` layers) for each of the m − 1
     drafts, and the rest once for the whole block, each further row of which costs ``row_cost`` of

@@ -60,24 +60,24 @@ class Efficiency:
 
     @property
     def of_paper(self) -> float:
-        """Measured speedup over ρ*."""
+        """Return the measured speedup divided by ρ*."""
         return self.speedup / self.paper
 
     @property
     def of_model(self) -> float:
-        """Measured speedup over the bound from measured times."""
+        """Return the measured speedup divided by the bound from measured times."""
         return self.speedup / self.model
 
 
 def variants(alphas: Sequence[float], in_flight: int | None = None) -> list[Variant]:
-    """Plain decoding, PPSD at each α, and with the gate at those where it may have to pause."""
+    """Return plain decoding, PPSD at each α, and with the gate where that may have to pause."""
     fast = [Variant("ppsd", in_flight=in_flight, alpha=alpha) for alpha in alphas]
     gated = [replace(variant, gate=True) for variant in fast if (variant.alpha or 0) <= GATED]
     return [Variant("autoregressive"), *fast, *gated]
 
 
 def gated_speedups(results: Results, names: Sequence[str]) -> dict[str, Spread]:
-    """Speedup over plain decoding of these variants, whose α means nothing while they pause."""
+    """Return these variants' speedups over plain decoding; α means nothing while they pause."""
     found = {
         name: [plain.token_time / fast.token_time for fast, plain in pairs(results, name, PLAIN)]
         for name in names
@@ -86,7 +86,7 @@ def gated_speedups(results: Results, names: Sequence[str]) -> dict[str, Spread]:
 
 
 def alone(plain: Measurement) -> list[float]:
-    """Mean seconds of each stage for a token in plain decoding, where no two work at once."""
+    """Return each stage's mean seconds for a token in plain decoding, where no two work at once."""
     stages = plain.details["stages"]
     if any("1" not in stage for stage in stages):
         raise PpsdError("too few tokens to tell the time of a stage; ask for more")
@@ -94,7 +94,7 @@ def alone(plain: Measurement) -> list[float]:
 
 
 def ideal_speedup(alpha: float, stages: int) -> float:
-    """ρ* = P / (α + (1 − α)P): Eq. 7 of arXiv 2509.19368 for P equal stages (E = N/P)."""
+    """Return ρ* = P / (α + (1 − α)P): Eq. 7 of arXiv 2509.19368 for P equal stages (E = N/P)."""
     return stages / (alpha + (1 - alpha) * stages)
 
 
@@ -143,7 +143,7 @@ class Row:
 
 
 def summarize(results: Results, names: Sequence[str]) -> list[Row]:
-    """One row for each of these variants that was measured together with plain decoding."""
+    """Return one row for each of these variants that was measured together with plain decoding."""
     return [row for name in names if (row := _row(results, name)) is not None]
 
 
@@ -164,7 +164,7 @@ def _row(results: Results, name: str) -> Row | None:
 
 
 def plain_summary(results: Results) -> dict[str, Any]:
-    """Token time and stage times of plain decoding: medians over the repeats, seconds."""
+    """Return token time and stage times of plain decoding: medians over the repeats, seconds."""
     plain = [m for m in results.measurements.values() if m.variant == PLAIN]
     stages = zip(*(alone(m) for m in plain), strict=True)
     return {

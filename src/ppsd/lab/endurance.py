@@ -37,7 +37,7 @@ class Drift:
 
 
 def drifts(results: Results, explained: Mapping[str, float]) -> list[Drift]:
-    """One row a variant."""
+    """Return one row a variant."""
     return [_drift(results, name, ratio) for name, ratio in explained.items()]
 
 
@@ -69,7 +69,7 @@ def explained(
 
 
 def schedules(llm: LLM) -> dict[str, Schedule]:
-    """Schedule of each variant on this pipeline."""
+    """Return the schedule of each variant on this pipeline."""
     return {PLAIN: Schedule(1, 1), VARIANTS[1].name: Schedule(1, llm.layout.stages)}
 
 

@@ -46,7 +46,7 @@ class MemoryProbe:
         return min(together[core] / alone[core] for core in alone)
 
     def _rates(self, cores: Sequence[int]) -> dict[int, float]:
-        """Bytes per second that each of ``cores`` reads while all of them do."""
+        """Measure the bytes per second that each of ``cores`` reads while all of them do."""
         rates: dict[int, float] = {}
         start = threading.Barrier(len(cores), timeout=STARTING_S)
 
@@ -77,7 +77,7 @@ def probe_of(cores: Sequence[Sequence[int]]) -> MemoryProbe | None:
 def noted(
     measure: Callable[[Cell], Measurement], cores: Sequence[Sequence[int]]
 ) -> Callable[[Cell], Measurement]:
-    """``measure`` between two looks at the memory of ``cores``, those of every stage."""
+    """Put ``measure`` between two looks at the memory of ``cores``, those of every stage."""
     probe = probe_of(cores)
 
     def measured(cell: Cell) -> Measurement:
@@ -89,9 +89,10 @@ def noted(
 
 
 def memory_of(measurement: Measurement) -> str | None:
-    """``own`` if all stages' cores at once read as fast as each alone, before and after a request.
+    """Say if all stages' cores at once read as fast as each alone, before and after a request.
 
-    ``shared`` if they did not both times, ``mixed`` if once; None where it is not known.
+    ``own`` if they did, ``shared`` if they did not both times, ``mixed`` if once; None where it is
+    not known.
     """
     shares: list[float | None] = measurement.details.get("memory", [])
     own = [share >= OWN for share in shares if share is not None]

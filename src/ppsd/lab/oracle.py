@@ -71,9 +71,9 @@ def placeholder() -> OracleDrafter:
 
 
 def end_times(arrivals: Sequence[int]) -> tuple[float, float] | None:
-    """Seconds per token of the first and the last WINDOW tokens; None for fewer than two windows.
+    """Return the seconds per token of the first and the last WINDOW tokens.
 
-    ``arrivals`` in nanoseconds.
+    ``arrivals`` in nanoseconds; None for fewer than two windows.
     """
     if len(arrivals) <= 2 * WINDOW:
         return None

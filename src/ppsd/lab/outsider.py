@@ -41,7 +41,7 @@ class Clock:
         self.tokens.append(list(tokens))
 
     def answer(self) -> dict[str, Any]:
-        """Token ids, and the time of those after the first batch of them (one, if plain)."""
+        """Return token ids, and the time of those after the first batch of them (one, if plain)."""
         return {
             "ids": [token for part in self.tokens for token in part],
             "first_seconds": self.times[0] - self.start,
@@ -71,7 +71,7 @@ class _Streamer:
 
 
 def transformers(path: Path, dtype: str, options: dict[str, Any]) -> Answer:
-    """``generate`` of the transformers library with ``options``."""
+    """Answer by ``generate`` of the transformers library with ``options``."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -98,7 +98,7 @@ def transformers(path: Path, dtype: str, options: dict[str, Any]) -> Answer:
 
 
 def one_process(path: Path, dtype: str, threads: int) -> Answer:
-    """Our own plain decoding, unsplit: every layer's products share all threads."""
+    """Answer by our own plain decoding, unsplit: every layer's products share all threads."""
     from ppsd.engine.llm import LLM
     from ppsd.types import SamplingParams
 
@@ -118,7 +118,7 @@ def one_process(path: Path, dtype: str, threads: int) -> Answer:
 
 
 def rival(path: Path, dtype: str, threads: int, name: str) -> Answer:
-    """A rival over all layers in this process, on our own kernels and cache."""
+    """Answer by a rival over all layers in this process, on our own kernels and cache."""
     from ppsd.engine.llm import LLM
     from ppsd.lab.rivals.rivals import Rivals
     from ppsd.types import SamplingParams
@@ -138,7 +138,7 @@ def rival(path: Path, dtype: str, threads: int, name: str) -> Answer:
 
 
 def linears(path: Path, dtype: str) -> Answer:
-    """Nothing but the products of one row with all weights: what plain decoding costs at least.
+    """Compute just the products of one row with all weights: what plain decoding costs at least.
 
     There is no text, so ``ids`` of its answers is None.
     """
@@ -172,7 +172,7 @@ def linears(path: Path, dtype: str) -> Answer:
 
 
 def llama_cpp(path: Path, threads: int) -> Answer:
-    """llama.cpp on the same file, in the file's own quantisation."""
+    """Answer by llama.cpp on the same file, in the file's own quantisation."""
     model = importlib.import_module("llama_cpp").Llama(
         str(path), n_ctx=4096, n_threads=threads, verbose=False
     )

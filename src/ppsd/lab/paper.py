@@ -66,7 +66,7 @@ class Report:
         self.say(f"![{title}]({name}.png)")
 
     def simulated_speedup(self, cost: CostModel, schedule: Schedule, alpha: float) -> float:
-        """Speedup over plain decoding of a simulated request."""
+        """Return a simulated request's speedup over plain decoding."""
         run = simulate(cost, schedule, acceptance(alpha, self.tokens, self.seed))
         return round(cost.latency() / run.token_time, 3)
 

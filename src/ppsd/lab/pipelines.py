@@ -14,7 +14,7 @@ DRAFT_VOCABULARY = 8192  # tokens an exit head scores
 
 
 def even_split(layers: int, stages: int, exit_layer: int | None = None) -> tuple[int, ...]:
-    """Layers of each stage: the first ``exit_layer``, the others as even as can be."""
+    """Return the layers of each stage: the first ``exit_layer``, the others as even as can be."""
     if not 1 <= stages <= layers:
         raise ConfigError("stages", stages, f"in [1, {layers}] for {layers} layers")
     if stages == 1:

@@ -32,7 +32,7 @@ KIND_COLOUR = {
 
 
 def plot_sweep(rows: Sequence[Row], axis: str, title: str, path: Path) -> None:
-    """Speedup over plain decoding against ``axis``: simulated, and what theory says."""
+    """Draw speedup over plain decoding against ``axis``: simulated, and what theory says."""
     figure, axes = _figure(AXIS_LABEL[axis], "speedup over plain pipeline decoding", title)
     column = AXIS_COLUMN[axis]
     for mode, colour in MODE_COLOUR.items():
@@ -56,7 +56,7 @@ def plot_lines(
     path: Path,
     marks: Mapping[str, float] | None = None,
 ) -> None:
-    """Named lines of (x, y), with horizontal ``marks``."""
+    """Draw named lines of (x, y), with horizontal ``marks``."""
     figure, axes = _figure(*labels, title)
     for name, (x, y) in lines.items():
         axes.plot(x, y, label=name)
@@ -68,7 +68,7 @@ def plot_lines(
 
 
 def plot_gantt(runs: Mapping[str, Simulated], path: Path) -> None:
-    """One chart a mode on one time axis: a lane a stage, a bar a piece of work."""
+    """Draw one chart a mode on one time axis: a lane a stage, a bar a piece of work."""
     plt = require_matplotlib()
     figure, charts = plt.subplots(
         len(runs), sharex=True, figsize=(11, 2.2 * len(runs)), squeeze=False

@@ -89,7 +89,7 @@ def cost_of(run: Measurement, plain: Measurement, shape: Shape) -> CostModel:
 
 
 def _stage_costs(shape: Shape, times: Sequence[float]) -> tuple[tuple[StageCost, ...], float]:
-    """Stages that take ``times`` for a row, the last with its LM head, and the LM head's part."""
+    """Return stages taking ``times`` a row, the last with its LM head, and the LM head's part."""
     *others, last = times
     lm_head = last * shape.head_layers / (shape.layers[-1] + shape.head_layers)
     costs = tuple(
@@ -100,7 +100,7 @@ def _stage_costs(shape: Shape, times: Sequence[float]) -> tuple[tuple[StageCost,
 
 
 def row_times(run: Measurement, plain: Measurement) -> tuple[list[float], float]:
-    """Seconds of each stage for one row, and what a further row costs as a share of it.
+    """Return each stage's seconds for one row, and what a further row costs as a share of it.
 
     Rows enter stage 0 one by one. Later stages see blocks; how much longer these take than the
     plain run's single rows is put down to their rows, in equal parts.
@@ -169,7 +169,7 @@ def profiled(
 def predicted_token_time(
     run: Measurement, plain: Measurement, schedule: Schedule, price: Price
 ) -> float:
-    """Seconds per token that the simulator expects of a request, the mean over its accounts."""
+    """Simulate a request, and return its seconds per token, the mean over its accounts."""
     hits = bytes(map(int, run.hits))
     accounts = price(run, plain, schedule)
     return statistics.fmean(
@@ -195,7 +195,7 @@ class Row:
 
 
 def summarize(results: Results, schedules: dict[str, Schedule], price: Price) -> list[Row]:
-    """One row for each variant that was measured together with plain decoding."""
+    """Return one row for each variant that was measured together with plain decoding."""
     return [
         _row(name, partners, schedule, price)
         for name, schedule in schedules.items()

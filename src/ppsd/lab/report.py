@@ -325,7 +325,7 @@ def _ms(seconds: float) -> str:
 
 
 def _origin(record: Record) -> str:
-    """Provenance in one line; the result file has all of it."""
+    """Return the provenance in one line; the result file has all of it."""
     found = record["provenance"]
     origins = found if isinstance(found, list) else [found]
     commits = ", ".join(dict.fromkeys(str(o["commit"]) for o in origins))

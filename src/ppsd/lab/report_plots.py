@@ -17,7 +17,7 @@ SHOWN_MS = 400.0  # of a timeline: more is unreadable
 
 
 def efficiency(records: Sequence[Record], path: Path) -> None:
-    """Measured speedup over α beside ρ* and the bound, a panel a record."""
+    """Draw measured speedup against α beside ρ* and the bound, a panel a record."""
     figure, panels = require_matplotlib().subplots(
         1, len(records), figsize=(4.6 * len(records), 4), squeeze=False
     )
@@ -47,7 +47,7 @@ def stages_and_window(record: Record) -> str:
 
 
 def by_task(record: Record, path: Path) -> None:
-    """Bars of each group's speedup: PPSD, and the best draft length of draft-then-verify."""
+    """Draw bars of each group's speedup: PPSD, and the best draft length of draft-then-verify."""
     groups = list(dict.fromkeys(row["group"] for row in record["rows"]))
     figure, axes = require_matplotlib().subplots(figsize=(max(6.4, 0.7 * len(groups)), 4.2))
     best = {group: _best_drafting(record, group) for group in groups}
@@ -96,7 +96,7 @@ def reliability(tenths: Sequence[Sequence[int]], path: Path) -> None:
 
 
 def exit_depth(records: Sequence[Record], path: Path) -> None:
-    """Speedup and α of PPSD on all tasks against the exit layer, by kind of head."""
+    """Draw speedup and α of PPSD on all tasks against the exit layer, by kind of head."""
     figure, (left, right) = require_matplotlib().subplots(1, 2, figsize=(9, 4))
     kinds: dict[str, list[Record]] = {}
     for record in records:
@@ -130,7 +130,7 @@ def head_name(record: Record) -> str:
 
 
 def heads(record: Record, path: Path) -> None:
-    """α against exit layer, against the cost of the head, and against training, by kind of head."""
+    """Draw α against exit layer, against the head's cost, and against training, by kind of head."""
     figure, (left, middle, right) = require_matplotlib().subplots(
         1, 3, figsize=(13, 4), sharey=True
     )

@@ -54,12 +54,12 @@ class Measurement:
 
     @property
     def token_time(self) -> float:
-        """Seconds per token."""
+        """Return the seconds per token."""
         return self.seconds / self.tokens
 
     @property
     def alpha(self) -> float:
-        """Share of judged drafts that were accepted; 0 without any.
+        """Return the share of judged drafts that were accepted; 0 without any.
 
         With blocks of one, just what decides the time: the verdict on each but the last token's
         draft says whether the next token comes a tick or a whole latency later. The last token is
@@ -219,7 +219,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles (inclusive) of at least one value."""
+    """Return the median and quartiles (inclusive) of at least one value."""
     if len(values) == 1:
         return Spread(values[0], values[0], values[0], 1)
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -229,7 +229,7 @@ def spread(values: Sequence[float]) -> Spread:
 def pairs(
     results: Results, variant: str, baseline: str
 ) -> Iterator[tuple[Measurement, Measurement]]:
-    """Each measurement of ``variant`` with the baseline's of the same task and repeat."""
+    """Yield each measurement of ``variant`` with the baseline's of the same task and repeat."""
     for cell, measurement in results.measurements.items():
         partner = cell._replace(variant=baseline)
         if cell.variant == variant and partner in results:
@@ -237,5 +237,5 @@ def pairs(
 
 
 def total(results: Results, detail: str) -> int:
-    """Sum of one of the ``details`` over all measurements."""
+    """Sum one of the ``details`` over all measurements."""
     return sum(measurement.details[detail] for measurement in results.measurements.values())

@@ -67,12 +67,12 @@ class Simulated:
 
     @property
     def token_time(self) -> float:
-        """Mean seconds per token after the first."""
+        """Return the mean seconds per token after the first."""
         return (self.seconds - self.first_token_seconds) / max(1, self.tokens - 1)
 
     @property
     def idle(self) -> list[float]:
-        """Seconds each stage did nothing."""
+        """Return the seconds each stage did nothing."""
         return [self.seconds - busy for busy in self.busy]
 
     def reports(self) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def exits_along(rates: Mapping[int, float]) -> tuple[Exit, ...]:
 
 
 def trials(problem: Problem) -> dict[str, Plan]:
-    """PPSD at every split, the planner's choice first, by name."""
+    """Return PPSD at every split, the planner's choice first, by name."""
     wanted = replace(problem, mode="ppsd", block=1)
     return {_name(plan): plan for plan in alternatives(wanted, every_split=True)}
 
@@ -103,7 +103,7 @@ class Row:
 
 
 def summarize(results: Results, tried: Mapping[str, Plan]) -> list[Row]:
-    """One row a split, the planner's choice first; predictions are for the α that came out."""
+    """Return one row a split, the planner's choice first; predictions take the α that came out."""
     return [
         _row([m for cell, m in results.measurements.items() if cell.variant == name], plan)
         for name, plan in tried.items()
@@ -126,7 +126,7 @@ def _row(runs: Sequence[Measurement], plan: Plan) -> Row:
 
 
 def behind_curve(results: Results, tried: Mapping[str, Plan]) -> Spread | None:
-    """``behind_best`` by a parabola through all runs near the planned split, for two stages.
+    """Return ``behind_best`` by a parabola through all runs near the planned split, for two stages.
 
     One layer more or less changes little, so neighbours tell about each other: where single medians
     scatter by more than splits differ, the curve does not. Quartiles are of RESAMPLES bootstraps.

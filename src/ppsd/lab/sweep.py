@@ -55,7 +55,7 @@ class Scenario:
         return self.build(even_split(self.layers, self.stages, self.exit_layer))
 
     def alpha(self, exit_layer: int) -> float:
-        """α of an exit head after ``exit_layer``, constant beyond the outermost points."""
+        """Return α of an exit head after ``exit_layer``, constant beyond the outermost points."""
         if self.recorded is not None:
             judged = max(1, self.tokens - 1)  # the last token is never drafted
             return float(np.resize(self.recorded, judged).mean())
@@ -135,7 +135,7 @@ def _row(
 
 
 def sweep(scenario: Scenario, axis: str) -> list[Row]:
-    """``compare`` at many values of ``axis``: ``alpha``, ``exit``, ``hop`` or ``stages``."""
+    """Run ``compare`` at many values of ``axis``: ``alpha``, ``exit``, ``hop`` or ``stages``."""
     variants = {"alpha": _alphas, "exit": _exits, "hop": _hops, "stages": _stages}
     if axis not in variants:
         raise ConfigError("sweep", axis, "one of " + ", ".join(AXES))
@@ -150,7 +150,7 @@ def _alphas(scenario: Scenario) -> list[tuple[Scenario, CostModel]]:
 
 
 def _exits(scenario: Scenario) -> list[tuple[Scenario, CostModel]]:
-    """Every exit layer that leaves each further stage a layer, at the same number of stages."""
+    """Try every exit layer that leaves each further stage a layer, at the same number of stages."""
     last = scenario.layers - scenario.stages + 1
     variants = [replace(scenario, exit_layer=exit_layer) for exit_layer in range(1, last + 1)]
     return [(variant, variant.cost()) for variant in variants]
@@ -167,7 +167,7 @@ def _hops(scenario: Scenario) -> list[tuple[Scenario, CostModel]]:
 
 
 def _stages(scenario: Scenario) -> list[tuple[Scenario, CostModel]]:
-    """1, 2, 3, … up to 16 even stages; the exit layer is then the end of the first."""
+    """Try 1, 2, 3, … up to 16 even stages; the exit layer is then the end of the first."""
     counts = range(1, min(16, scenario.layers) + 1)
     variants = [replace(scenario, stages=count, exit_layer=None) for count in counts]
     return [(variant, variant.cost()) for variant in variants]

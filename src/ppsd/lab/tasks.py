@@ -138,7 +138,7 @@ def rival_measurement(cell: Cell, found: Decoded) -> Measurement:
 
 
 def digest(tokens: Sequence[int]) -> str:
-    """Sixteen hexadecimal digits of a sequence of token ids."""
+    """Digest a sequence of token ids into sixteen hexadecimal digits."""
     return hashlib.sha256(",".join(map(str, tokens)).encode()).hexdigest()[:16]
 
 
@@ -179,7 +179,7 @@ class Summary:
 
 
 def summarize(results: Results, groups: Mapping[str, Sequence[str]], stages: int) -> list[Summary]:
-    """Every variant on every group of task names, as far as both it and plain were measured."""
+    """Summarise each variant on each group of task names, as far as it and plain were measured."""
     names = list(dict.fromkeys(cell.variant for cell in results.measurements))
     found = (
         _summary(results, name, group, set(tasks), stages)

@@ -55,7 +55,7 @@ class Path:
 
 
 def block_times(lanes: Lanes, begin: int) -> list[dict[int, BlockTimes]]:
-    """By stage and rows: the finished decode blocks that began at ``begin`` or later."""
+    """Return, by stage and rows, the finished decode blocks that began at ``begin`` or later."""
     return [
         {
             rows: _block_times([p for p in pieces if p.rows == rows])
@@ -87,7 +87,7 @@ class Gaps:
     drafting: list[float] = field(default_factory=list)
 
     def means(self) -> dict[str, Any]:
-        """Mean seconds of each; None where there was no such gap."""
+        """Return the mean seconds of each; None where there was no such gap."""
         return {
             "links": [_mean(link) for link in self.links],
             "sending": _mean(self.sending),
@@ -161,7 +161,7 @@ class Timeline:
             path.messages += gap - stale
 
     def _stale(self, rank: int, since: int, until: int, epoch: int | None) -> int:
-        """Nanoseconds that a stage spent on work older than ``epoch`` between two moments."""
+        """Return the nanoseconds a stage spent on work older than ``epoch`` between two moments."""
         if epoch is None:
             return 0
         old = [p for p in self._lanes[rank] if p.epoch < epoch and p.end > since]
@@ -214,6 +214,6 @@ class Timeline:
 
 
 def _row(piece: Piece) -> tuple[int, int]:
-    """Epoch and position of a piece's last row; a draft's is the row it was made from."""
+    """Return epoch and position of a piece's last row; a draft's is the row it was made from."""
     rows = 0 if piece.kind == "draft" else piece.rows
     return piece.epoch, piece.position + rows - 1

@@ -81,12 +81,12 @@ class Outcome:
 
     @property
     def hits(self) -> tuple[int, ...]:
-        """1 for every accepted draft, 0 for every other."""
+        """Return 1 for every accepted draft, 0 for every other."""
         return tuple(int(rank == 0) for rank in self.ranks)
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """Short names of head directories; raises ConfigError when two would be the same."""
+    """Return short names of head directories; raises ConfigError when two would be the same."""
     resolved = [path.resolve() for path in paths]
     names = [path.name for path in resolved]
     clash = len(set(names)) < len(names)
@@ -98,7 +98,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
 
 
 def exit_layers(paths: Sequence[Path]) -> tuple[int, ...]:
-    """Exit layers of head directories, each once, ascending; raises HeadError."""
+    """Return the exit layers of head directories, each once, ascending; raises HeadError."""
     return tuple(sorted({read_head_config(path).exit_layer for path in paths}))
 
 
@@ -240,7 +240,7 @@ def judge_batch(
     params: SamplingParams,
     in_flight: int,
 ) -> Iterator[tuple[Candidate, Answer, tuple[int, ...]]]:
-    """One forward over ``answers``, then every head over the rows of its exit layer."""
+    """Run one forward over ``answers``, then every head over the rows of its exit layer."""
     length = max(a.start + a.judged for a in answers)
     tokens = torch.zeros(len(answers), length, dtype=torch.int64)
     for i, a in enumerate(answers):
@@ -284,7 +284,7 @@ def _by_lag(
 def _ranks(
     lookup: bool, by_lag: Iterator[list[Said]], answer: Answer, sampler: Sampler
 ) -> tuple[int, ...]:
-    """Rank of each judged token in the scores the draft is the maximum of."""
+    """Rank each judged token in the scores the draft is the maximum of."""
     tokens = torch.tensor(answer.tokens)
     ranks: list[int] = []
     restart = 0  # the row of the newest token that replaced a draft

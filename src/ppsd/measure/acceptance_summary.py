@@ -44,7 +44,7 @@ def summarize(outcomes: Sequence[Outcome]) -> Figures:
 
 
 def rate(prompts: Sequence[Sequence[int]]) -> Figures:
-    """Figures of the ranks of each prompt.
+    """Return the figures of the ranks of each prompt.
 
     ``alpha``: accepted / judged; ``interval``: see ``interval``; ``top[k]``: share of positions
     where the model's token is among the head's first k; ``outside``: share of tokens that are not

@@ -45,22 +45,22 @@ class Verification:
 
     @property
     def exact(self) -> int:
-        """Prompts whose tokens are all equal."""
+        """Count the prompts whose tokens are all equal."""
         return sum(c.divergence is None for c in self.comparisons)
 
     @property
     def bitwise(self) -> int:
-        """Prompts whose logits are all equal bit for bit."""
+        """Count the prompts whose logits are all equal bit for bit."""
         return sum(c.bitwise for c in self.comparisons)
 
     @property
     def judged(self) -> int:
-        """Drafts that were compared with the target's own tokens."""
+        """Count the drafts that were compared with the target's own tokens."""
         return sum(c.judged for c in self.comparisons)
 
     @property
     def accepted(self) -> int:
-        """Judged drafts that were right."""
+        """Count the judged drafts that were right."""
         return sum(c.accepted for c in self.comparisons)
 
     @property
@@ -159,7 +159,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Index of the first element in which two sequences differ, None when they are equal."""
+    """Return the first index at which two sequences differ, None when they are equal."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i

@@ -25,7 +25,7 @@ class Task:
 
 
 def default_tasks() -> list[Task]:
-    """One short prompt, for measurements that do not depend on what is said."""
+    """Return one short prompt, for measurements that do not depend on what is said."""
     return [Task("sky", "text", _user("Explain in simple words why the sky is blue."))]
 
 
@@ -56,7 +56,7 @@ def digest(tasks: Sequence[Task]) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines end with a line feed only: JSON may hold any other separator inside a string."""
+    """Read lines, split at line feeds only: JSON may hold any other separator inside a string."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -45,7 +45,7 @@ class Link:
             raise ConfigError("bandwidth", self.bandwidth, "above 0 bytes per second")
 
     def delay(self, size: float) -> float:
-        """Seconds until ``size`` bytes are on the other side."""
+        """Return the seconds until ``size`` bytes are on the other side."""
         return self.latency + size / self.bandwidth
 
 
@@ -85,26 +85,26 @@ class CostModel:
 
     @property
     def size(self) -> int:
-        """P, the number of stages."""
+        """Return P, the number of stages."""
         return len(self.stages)
 
     @property
     def layers(self) -> int:
-        """N, the number of decoder layers."""
+        """Return N, the number of decoder layers."""
         return sum(stage.layers for stage in self.stages)
 
     @property
     def exit_layer(self) -> int:
-        """E, the layers of stage 0."""
+        """Return E, the number of layers of stage 0."""
         return self.stages[0].layers
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """First layer of every stage, and N."""
+        """Return the first layer of every stage, and N."""
         return tuple(int(b) for b in np.cumsum([0, *(stage.layers for stage in self.stages)]))
 
     def layer_time(self, stage: int, rows: int) -> float:
-        """Seconds of one layer of ``stage`` for ``rows`` rows together."""
+        """Return the seconds of one layer of ``stage`` for ``rows`` rows together."""
         return self.stages[stage].layer * self.growth(rows)
 
     def growth(self, rows: int) -> float:
@@ -112,7 +112,10 @@ class CostModel:
         return 1 + (rows - 1) * self.row_cost
 
     def stage_time(self, stage: int, rows: int = 1) -> float:
-        """Seconds that ``stage`` is busy with a block, drafting apart; LM head where it is."""
+        """Return the seconds that ``stage`` is busy with a block, drafting apart.
+
+        The LM head counts on the stage that has it.
+        """
         entered_singly = stage == 0  # drafts enter stage 0 one by one
         once = 1 if entered_singly else rows
         layers = self.stages[stage].layers * self.layer_time(stage, once)
@@ -131,7 +134,7 @@ class CostModel:
         return stages + (rows - 1) * self.head + hops + verdict
 
     def tick(self, rows: int = 1) -> float:
-        """τ: time from one block to the next when the pipeline is full."""
+        """Return τ, the time from one block to the next when the pipeline is full."""
         times = [self.stage_time(k, rows) for k in range(self.size)]
         times[0] += rows * self.head
         return max(*times, sum(times) / self.at_once)
@@ -152,14 +155,14 @@ class CostModel:
         return math.ceil(begun) * layer - phase
 
     def token_time(self, alpha: ArrayLike, schedule: Schedule) -> Array:
-        """Mean seconds per token at acceptance ``alpha`` (see theory.token_time)."""
+        """Return the mean seconds per token at acceptance ``alpha`` (see theory.token_time)."""
         m, w = schedule.block, schedule.in_flight
         if self.size == 1:  # nothing overlaps; w > 1 makes a draft more than can be used
             return token_time(alpha, m, 1, 0.0, self.latency(m) + (w > 1) * self.head)
         return token_time(alpha, m, w, self.tick(m), self.latency(m), self.reaction(schedule))
 
     def speedup(self, alpha: ArrayLike, schedule: Schedule) -> Array:
-        """Plain token time over that of ``schedule``."""
+        """Return the plain token time divided by that of ``schedule``."""
         return self.latency() / self.token_time(alpha, schedule)
 
 

@@ -125,7 +125,7 @@ class Plan:
 
     @property
     def speedup(self) -> float:
-        """Predicted speed relative to plain decoding."""
+        """Predict speed relative to plain decoding."""
         return self.plain_time / self.token_time
 
     @property
@@ -134,12 +134,12 @@ class Plan:
         return self.speedup >= LEAST_GAIN
 
     def speedup_at(self, alpha: float) -> float:
-        """Predicted speed relative to plain decoding if α were ``alpha``; at 1 it is the bound."""
+        """Predict speed relative to plain decoding if α were ``alpha``; at 1 it is the bound."""
         return self.plain_time / float(self.cost.token_time(alpha, self.schedule))
 
     @property
     def stage_times(self) -> tuple[float, ...]:
-        """Seconds each stage is busy with a block, stage 0's drafts included."""
+        """Return the seconds each stage is busy with a block, stage 0's drafts included."""
         rows = self.schedule.block
         times = [self.cost.stage_time(k, rows) for k in range(self.cost.size)]
         drafts = rows if self.schedule.in_flight > 1 else rows - 1
@@ -245,7 +245,7 @@ def choose(problem: Problem) -> Plan:
 
 
 def _preference(plan: Plan) -> tuple[int, float, tuple[int, ...]]:
-    """Among equals: the smaller block, the more even split, the earlier cut."""
+    """Prefer among equals the smaller block, the more even split, the earlier cut."""
     return plan.schedule.block, max(plan.stage_times), plan.bounds
 
 
@@ -308,7 +308,7 @@ def _single_blocks(problem: Problem) -> Iterable[int]:
 
 
 def _window(problem: Problem, bounds: tuple[int, ...], exit_: Exit, block: int) -> int:
-    """⌈A/τ⌉ blocks fill the round trip where hops are slow; P as in the paper otherwise.
+    """Return ⌈A/τ⌉ blocks to fill the round trip where hops are slow; P as in the paper otherwise.
 
     One block more for less than SPARE of a tick would cost more in work thrown away.
     """
@@ -318,7 +318,7 @@ def _window(problem: Problem, bounds: tuple[int, ...], exit_: Exit, block: int) 
 
 
 def _fixed_first(problem: Problem, exit_: Exit | None) -> tuple[int, ...] | None:
-    """Layers that stage 0 may have; None when the exit contradicts what is decided."""
+    """Return how many layers stage 0 may have; None when the exit contradicts what is decided."""
     layers, workers = problem.profile.sizes.layers, problem.workers
     latest = layers - workers + 1
     decided = problem.split[0] if problem.split else problem.exit_layer
@@ -342,7 +342,7 @@ def _all_splits(problem: Problem, exit_: Exit | None) -> Iterator[tuple[int, ...
 
 
 def _front(problem: Problem, exit_: Exit | None) -> Iterator[tuple[int, ...]]:
-    """Splits of which none is better than another in both the slowest stage and the whole way."""
+    """Yield splits, none better than another in both the slowest stage and the whole way."""
     if problem.split is not None or problem.workers <= 2:
         yield from _all_splits(problem, exit_)
         return
@@ -375,7 +375,7 @@ def _front_behind(problem: Problem, exit_: Exit | None, first: int) -> Iterator[
 def _fill(
     layers: int, each: Sequence[float], fixed: Sequence[float], limit: float
 ) -> list[int] | None:
-    """Layers of each stage so that none takes longer than ``limit``: the fastest get the most."""
+    """Fill stages with layers, so none takes longer than ``limit``: the fastest get the most."""
     slack = limit * (1 + RELATIVE_TIE)
     most = [math.floor((slack - f) / cost) for cost, f in zip(each, fixed, strict=True)]
     if min(most) < 1 or sum(most) < layers:

@@ -125,17 +125,17 @@ class Profile:
 
     @property
     def link(self) -> Link:
-        """One hop."""
+        """Return the link of one hop."""
         return Link(self.latency.median, self.bandwidth)
 
     @property
     def jitter(self) -> float:
-        """σ of a log-normal factor whose quartiles are those of a pass of one row."""
+        """Return σ of a log-normal factor whose quartiles are those of a pass of one row."""
         spreads = [math.log(t.time.high / t.time.low) for t in self.layer if t.rows == 1]
         return float(np.median(spreads)) / 2 / NormalDist().inv_cdf(0.75)
 
     def layer_time(self, context: int, rows: int = 1) -> float:
-        """Seconds of a layer, interpolated; beyond what was measured the last value holds."""
+        """Return a layer's seconds, interpolated; beyond what was measured the last value holds."""
         single = {t.context: t.time.median for t in self.layer if t.rows == 1}
         return _interpolate(single, context) * self.growth(rows)
 
@@ -149,11 +149,14 @@ class Profile:
         return _grown(points, rows) / points[1] if points else 1.0
 
     def lm_head_time(self, rows: int = 1) -> float:
-        """Seconds of final norm, LM head and sampling; beyond what was timed as in ``growth``."""
+        """Return the seconds of final norm, LM head and sampling.
+
+        Beyond what was timed they go on as in ``growth``.
+        """
         return _grown({t.rows: t.time.median for t in self.lm_head}, rows)
 
     def head_time(self, layers: float, draft_vocab: int | None) -> float:
-        """Seconds of one draft by such a head: a norm head's, and so much for every layer.
+        """Return the seconds of a draft by such a head: a norm head's, and so much for every layer.
 
         ``layers`` are those of the model that its weights amount to (Sizes.head_layers).
         """
@@ -282,7 +285,7 @@ def estimate(
     dtype: str = "bfloat16",
     source: str = COUNTS,
 ) -> Profile:
-    """Times as bytes over memory bandwidth: decoding a token reads every weight once.
+    """Estimate times as bytes over memory bandwidth: decoding a token reads every weight once.
 
     A lower bound that batch-1 decoding approaches: caches, kernel launches and activations are
     left out, and further rows of a block are free.

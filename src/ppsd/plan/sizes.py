@@ -54,7 +54,10 @@ class Sizes:
         return (layers * layer + matrices * self.hidden**2) / self.layer
 
     def exit_head(self, layers: float, draft_vocab: int | None) -> int:
-        """Numbers read for a draft over ``draft_vocab`` tokens; ``layers`` from ``head_layers``."""
+        """Count the numbers read for a draft over ``draft_vocab`` tokens.
+
+        ``layers`` come from ``head_layers``.
+        """
         scored = self.vocabulary if draft_vocab is None else draft_vocab
         return round(layers * self.layer) + scored * self.hidden
 
@@ -67,7 +70,7 @@ class Sizes:
         head: int = 0,
         weights: int | None = None,
     ) -> int:
-        """Estimated memory of a stage of the split ``bounds`` [0, …, N]: weights, cache, runtime.
+        """Estimate a stage's memory in the split ``bounds`` [0, …, N]: weights, cache, runtime.
 
         ``context`` positions are cached; ``head`` numbers of an exit head lie on stage 0.
         ``weights`` are their bytes; those of whole ones where left out.

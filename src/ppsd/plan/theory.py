@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 
 
 def paper_speedup(alpha: ArrayLike, layers: ArrayLike, exit_layer: ArrayLike) -> Array:
-    """ρ* = N / (αE + (1 − α)⌈N/E⌉E), the optimal speedup over plain decoding.
+    """Return ρ* = N / (αE + (1 − α)⌈N/E⌉E), the optimal speedup over plain decoding.
 
     Source: arXiv 2509.19368, Eq. 7, for ⌈N/E⌉ stages in lockstep, each as slow as E layers. No
     bound where E does not divide N: stages that do not wait for a common tick can beat it.
@@ -23,7 +23,7 @@ def paper_speedup(alpha: ArrayLike, layers: ArrayLike, exit_layer: ArrayLike) ->
 
 
 def expected_tokens(alpha: ArrayLike, block: ArrayLike) -> Array:
-    """(1 − α^m) / (1 − α): mean tokens that the verdict on a block of m rows commits.
+    """Return (1 − α^m) / (1 − α), the mean tokens that the verdict on a block of m rows commits.
 
     Source: Leviathan et al. 2023, Eq. 1, whose γ is m − 1. For α independent from row to row.
     """
@@ -40,7 +40,7 @@ def token_time(
     latency: ArrayLike,
     reaction: ArrayLike = 0.0,
 ) -> Array:
-    """Mean time per committed token of the schedule (m, w); plain decoding is (1, 1).
+    """Return the mean time per committed token of the schedule (m, w); plain decoding is (1, 1).
 
     ``tick``: time from one block to the next through the slowest stage; ``latency``: from the
     first row of a block entering stage 0 to its verdict at rank 0, drafting for the next block not

@@ -24,7 +24,7 @@ class Copy(NamedTuple):
 
     @property
     def slot(self) -> int:
-        """Index of the length in lookup.LENGTHS."""
+        """Return the index of the length in lookup.LENGTHS."""
         return SLOTS[self.length]
 
 

@@ -87,7 +87,7 @@ class Switches:
 
     @property
     def plain_bounds(self) -> tuple[float, float] | None:
-        """Least and most time of a plain token: equal if it was measured, None if nothing was."""
+        """Return a plain token's least and most time: equal if measured, None if nothing was."""
         if self.plain is not None:
             return self.plain, self.plain
         return None if self.latency is None else (SURE * self.latency, self.latency)

@@ -37,7 +37,7 @@ class Match(NamedTuple):
 
     @property
     def slot(self) -> int:
-        """Index of the length in LENGTHS."""
+        """Return the index of the length in LENGTHS."""
         return bisect_right(LENGTHS, self.length) - 1
 
 
@@ -70,7 +70,7 @@ def find(history: Tensor, longest: int = LONGEST) -> Match | None:
 
 
 def mixed(logits: Tensor, match: Match, odds: Tensor = ODDS) -> Tensor:
-    """``logits`` [V] of a draft, with a share of the probability given to the copied token.
+    """Give the copied token a share of the probability in a draft's ``logits`` [V].
 
     The mixture is (softmax(logits) + c·[copied]) / (1 + c). ``odds`` holds log c by LENGTHS; by
     default c is the CONFIDENCE, so the most likely token is the copy unless the head is surer of

@@ -210,7 +210,7 @@ class Policy:
 
     @property
     def emitted(self) -> int:
-        """Tokens committed so far."""
+        """Count the tokens committed so far."""
         return self._committed - self._prompt
 
     def pause(self) -> None:
@@ -316,7 +316,7 @@ class Policy:
         return commands
 
     def _feed_prompt(self) -> Feed:
-        """Chunks end at multiples of the chunk size, so equal prompts give equal shapes."""
+        """Feed the prompt up to a multiple of the chunk size: equal prompts give equal shapes."""
         position = self._fed
         end = min(self._prompt, (position // self._chunk + 1) * self._chunk)
         last = end == self._prompt

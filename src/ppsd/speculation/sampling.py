@@ -42,7 +42,7 @@ def uniform(seed: int, position: int, stream: Stream) -> float:
 
 
 def gumbel(seed: int, position: int, size: int, stream: Stream = Stream.TARGET) -> Tensor:
-    """Standard Gumbel noise that belongs to (seed, position, stream): float64 [size], finite.
+    """Return standard Gumbel noise belonging to (seed, position, stream): float64 [size], finite.
 
     A shorter request is a prefix of a longer one.
     """
@@ -135,7 +135,7 @@ class Sampler:
         return values.softmax(0)
 
     def process(self, logits: Tensor, history: Tensor) -> Tensor:
-        """Processed logits [vocab_size], -inf where banned; float64 unless nothing was to be done.
+        """Process logits to [vocab_size], -inf where banned; float64 unless nothing was to be done.
 
         In this order: logit_bias, min_tokens' ban, repetition penalty (prompt and output),
         frequency and presence penalties (output only), temperature, top-k, top-p, min-p. The last

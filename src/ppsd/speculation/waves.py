@@ -140,7 +140,7 @@ class WavePolicy:
 
     @property
     def emitted(self) -> int:
-        """Tokens committed so far."""
+        """Count the tokens committed so far."""
         return len(self._tokens) - self._prompt
 
     @property

@@ -153,7 +153,7 @@ class Trainer:
 
     @property
     def _done(self) -> float:
-        """Share of the run that is done, by steps or, where that says more, by time."""
+        """Return the share of the run that is done, by steps or, where that says more, by time."""
         by_steps = self.step / self.steps
         if not self.config.minutes:
             return by_steps

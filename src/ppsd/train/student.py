@@ -120,7 +120,10 @@ class Student:
         return rms_norm(x, tensors.norm, self.spec.rms_norm_eps)
 
     def odds(self, normed: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Log weights [n] of copies for rows of ``forward`` [n, C]; ``slots`` [n] into LENGTHS."""
+        """Return the log weights [n] of copies for rows of ``forward`` [n, C].
+
+        ``slots`` [n] are indices into LENGTHS.
+        """
         weight, bias = self.tensors.copy_weight, self.tensors.copy_bias
         if weight is None:
             return ODDS.to(normed)[slots]

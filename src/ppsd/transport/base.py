@@ -49,7 +49,7 @@ Part = bytes | torch.Tensor  # tensors are contiguous, of any type, on any devic
 
 
 def part_bytes(part: Part) -> int:
-    """Length of a part."""
+    """Return the length of a part."""
     return len(part) if isinstance(part, bytes) else part.nbytes
 
 
@@ -121,7 +121,7 @@ class Endpoint(Protocol):
         """
 
     def publish(self, slot: int, epoch: int) -> None:
-        """Rank 0: make ``epoch`` the slot's newest; it overtakes all frames. Never blocks."""
+        """Make ``epoch`` the slot's newest, on rank 0; it overtakes all frames. Never blocks."""
 
     def epoch(self, slot: int) -> int:
         """Return the slot's newest epoch this rank knows of; cheap enough to ask between layers."""

@@ -162,7 +162,7 @@ class SharedMemoryEndpoint:
         return None
 
     def _wait_for_frame(self, timeout: float) -> bool:
-        """Waits in vain without a frame sent in between are one long wait."""
+        """Wait for a frame; waits in vain without a frame sent in between are one long wait."""
         if timeout <= 0.0:
             return False
         now = time.monotonic()
@@ -171,7 +171,7 @@ class SharedMemoryEndpoint:
         return self._wait(self._any_frame, timeout, now - self._waiting_since)
 
     def _wait(self, done: Callable[[], bool], timeout: float, before: float = 0.0) -> bool:
-        """``before``: seconds of waiting that this wait goes on with."""
+        """Wait until ``done``; ``before``: seconds of waiting that this wait goes on with."""
         start = time.monotonic()
         waited = 0.0
         while waited < timeout:

@@ -29,7 +29,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def frame_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
-    """Size of the largest frame with ``rows`` rows of ``width`` numbers, or of a control frame."""
+    """Return the largest frame's size: ``rows`` rows of ``width`` numbers, or a control frame."""
     body = rows * (TOKEN_BYTES + width * dtype.itemsize)
     return HEADER_BYTES + max(body, CONTROL_BYTES)
 
@@ -82,7 +82,7 @@ def split_rows(
     shape: tuple[int, int],
     dtype: int,
 ) -> tuple[tuple[int, ...], torch.Tensor | None]:
-    """Token ids [tokens] and any numbers of ``shape``, from a body that must hold just these."""
+    """Cut a body into token ids [tokens] and any numbers of ``shape``; it must hold just these."""
     if not 0 <= dtype < len(DTYPES) or tokens < 0 or min(shape) < 0:
         raise ProtocolError(f"frame states dtype {dtype}, {tokens} tokens, rows of shape {shape}")
     cut, wanted = tokens * TOKEN_BYTES, shape[0] * shape[1]

@@ -11,7 +11,7 @@ import torch
 
 
 def memory_used(pid: int | None = None) -> int:
-    """Bytes of memory that a process, or else this one, uses now; 0 for one that is gone.
+    """Return the bytes of memory a process, or else this one, uses now; 0 for one that is gone.
 
     A page that several processes map, such as one of a library or of the model's file, counts in
     equal parts, so that the sum over processes is right. Where the system does not tell that

@@ -340,7 +340,7 @@ class Supervisor:
                 )
 
     def pids(self) -> dict[int, int]:
-        """Process ids by rank."""
+        """Return the process ids by rank."""
         return {rank: child.pid for rank, (child, _) in self._children.items()}
 
     def forget(self) -> None:
