@@ -40,6 +40,13 @@ def test_plan_lists_alternatives_for_named_shapes() -> None:
     assert shown.count("bit for bit") >= 2
 
 
+def test_plan_shows_what_is_chosen_unless_more_is_asked_for() -> None:
+    options = ("plan", "--model", "vicuna-7b", "--hardware", "h100-nvlink", "--alpha", "4:0.9")
+    first, chosen = ppsd(*options, "--top", 1).stdout.splitlines()[1:3]
+    assert "up to rounding" in first
+    assert "bit for bit" in chosen
+
+
 def test_plan_says_when_speculation_does_not_pay() -> None:
     options = ("plan", "--model", "vicuna-7b", "--hardware", "h100-nvlink")
     assert "Speculation will not pay" in ppsd(*options, "--alpha", "16:0.0").stdout

@@ -87,7 +87,9 @@ class DecidedOptions:
 class PlanOutput:
     """What is shown."""
 
-    top: Annotated[int, _output("Number of alternatives to show.", min=1)] = 8
+    top: Annotated[
+        int, _output("Number of alternatives to show, beside the best bitwise equal one.", min=1)
+    ] = 8
     every_split: Annotated[
         bool, _output("List every split, not only the best of each exit.", "--every-split")
     ] = False
@@ -120,7 +122,9 @@ def plan(workers: WorkerOptions, decided: DecidedOptions, output: PlanOutput) ->
         print(json.dumps(about | {"verdict": verdict, "plans": rows, "waves": trees}))
     else:
         text = " ".join(filter(None, (verdict, _waves_text(waves, workers.load))))
-        _show(found[: output.top], problem, subject.memory, text)
+        exact = _exact(found)  # what is chosen unless another is asked for
+        shown = [each for i, each in enumerate(found) if i < output.top or each is exact]
+        _show(shown, problem, subject.memory, text)
 
 
 def _outlook(workers: WorkerOptions, decided: DecidedOptions, stages: int) -> Outlook:
@@ -254,7 +258,7 @@ def _verdict(plans: Sequence[Plan], problem: Problem) -> str:
         return _undrafted(problem)
     if not drafting.pays:
         return f"Speculation will not pay: the best is {drafting.speedup:.2f} times plain decoding."
-    exact = next((plan for plan in plans if plan.exit and plan.bitwise), None)
+    exact = _exact(plans)
     fastest = f"{_words(drafting)}, {drafting.speedup:.2f} times"
     if exact is None:
         return f"Best: {fastest} plain decoding, equal up to rounding."
@@ -262,6 +266,11 @@ def _verdict(plans: Sequence[Plan], problem: Problem) -> str:
     if not exact.pays:
         text = f"Speculation with bitwise equal output will not pay ({exact.speedup:.2f} times)."
     return text if drafting.bitwise else f"{text} Faster, equal up to rounding: {fastest}."
+
+
+def _exact(plans: Sequence[Plan]) -> Plan | None:
+    """Return the best plan with drafts whose output is bitwise that of plain decoding."""
+    return next((plan for plan in plans if plan.exit and plan.bitwise), None)
 
 
 def _undrafted(problem: Problem) -> str:

@@ -1,4 +1,6 @@
-"""The whole protocol: every message that travels between ranks, and how it is laid out.
+"""The protocol: messages that travel between ranks, and how they are laid out.
+
+Those of candidate trees are in wave_messages.py, log-probabilities of a prompt in scores.py.
 
 A frame is a 64-byte little-endian header followed by a body. No pickle: bodies are token ids, rows
 of numbers whose dtype and shape the header states, or JSON. docs/protocol.md walks through it.
