@@ -232,7 +232,7 @@ def test_what_is_no_schema_is_refused(server) -> None:
         (wanting({"enum": ["x" * 70_000]}), "response_format", "at most 65536 characters"),
         (wanting({"const": float("nan")}), None, "not valid JSON"),
         (wanting({"const": 1e999}), "response_format", "finite numbers"),
-        ({"type": "json_object", "x": 1}, "response_format.x", "no field"),
+        ({"type": "json_object", "x": 1}, "response_format.x", "unknown field"),
     ]:
         body = json.dumps({"messages": HI, "response_format": given}).replace("Infinity", "1e999")
         response = server.client.post(CHAT, content=body)

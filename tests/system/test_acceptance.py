@@ -71,7 +71,7 @@ def test_result_files(command, tmp_path: Path) -> None:
     assert {"commit", "command", "cpu"} <= set(printed["provenance"])
 
 
-def test_alpha_is_recorded_in_the_head_when_asked(command, heads: Path) -> None:
+def test_alpha_is_recorded_in_the_head_when_asked(command, heads: Path, tmp_path: Path) -> None:
     run(*command("right"))
     assert "acceptance_alone" not in read_head_config(heads / "right").metrics
     printed = json.loads(run(*command("right", "--json", "--record")).stdout)
@@ -81,6 +81,12 @@ def test_alpha_is_recorded_in_the_head_when_asked(command, heads: Path) -> None:
     rate = known_rate(config, lookup=False)
     assert rate is not None
     assert (rate.alpha, rate.measured) == (1.0, True)
+    drawn = command("right", "--json", "--record", "--temperature", 1)
+    run(*drawn, "--limit", 2, "--out", tmp_path / "drawn")
+    metrics = read_head_config(heads / "right").metrics
+    assert metrics["acceptance_alone"] == config.metrics["acceptance_alone"], "plans are greedy"
+    told = ("temperature", "limit", "prompts", "stages")
+    assert [metrics["acceptance_sampled_alone"][name] for name in told] == [1.0, 2, 2, 2]
 
 
 def test_real_processes_agree(command) -> None:

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from ppsd.cli.app import app
-from ppsd.errors import PpsdError
+from ppsd.errors import ConfigError, PpsdError
 from ppsd.model.head_files import read_prompts
+from ppsd.train.checkpoint import alone_in
 from ppsd.train.records import read_data
 
 Models = Callable[[str], Path]
@@ -157,8 +159,16 @@ def test_training_goes_on_from_a_head(tiny_model: Models, data: Path, tmp_path: 
     assert set(prompts[0]) < set(prompts[1]), "it was trained on both"
     assert len(prompts[1]) == 2 * len(prompts[0])
     unfit = arguments(tiny_model("llama"), data, tmp_path / "third", "--start", str(given))
-    for more in (("--exit-layer", "2"), ("--head-mlp", "8"), ("--head", "norm")):
-        with pytest.raises(PpsdError, match=r"start must be one head an exit \([24, ]+\), with"):
+    refused = {
+        (
+            "--exit-layer",
+            "2",
+        ): r"start must be one head for each exit of 2 \(it is at exit 4\), got",
+        ("--head-mlp", "8"): r"a head with mlp 8, as this run trains \(it has None\), got '",
+        ("--head", "norm"): r"a head with kind 'norm', as this run trains \(it has 'transformer'\)",
+    }
+    for more, why in refused.items():
+        with pytest.raises(PpsdError, match=why):
             run(*unfit, *more)
     with pytest.raises(PpsdError, match="no exit head at nowhere"):
         run(*unfit, "--start", "nowhere")
@@ -205,16 +215,71 @@ def test_a_finished_run_writes_no_more_targets(
     (out / "generated.jsonl").write_text(
         "".join((out / "generated.jsonl").read_text().splitlines(keepends=True)[:70])
     )  # as if the time for writing had been over after 70
-    shutil.rmtree(out / "transformer-2")
     (out / "finished.json").unlink()
+    with pytest.raises(PpsdError, match=r"transformer-2 is there, and not of this run; give anoth"):
+        run(*command, "--max-new", "4")
+    for exit_layer in (2, 4):
+        shutil.rmtree(out / f"transformer-{exit_layer}")
     monkeypatch.setattr("ppsd.train.distill.Trainer.run", interrupted)
     assert CliRunner().invoke(app, [*command, "--max-new", "4"]).exit_code == 130
     assert (out / "generated.jsonl").read_text().count("\n") == 80, "nothing was trained on"
     monkeypatch.undo()
     run(*command, "--max-new", "4")
-    monkeypatch.setattr("ppsd.cli.distill._generate", None)
+    monkeypatch.setattr("ppsd.train.targets.write_targets", None)
     again = invoke(*command, "--max-new", "4")
     assert "this run is finished" in " ".join(again.stderr.split())
+    (out / "transformer-4" / "head.safetensors").write_bytes(b"cut")
+    with pytest.raises(PpsdError, match=r"this run is finished, but cannot read .*transformer-4/"):
+        run(*command, "--max-new", "4")
+
+
+def test_two_runs_do_not_share_a_directory(tiny_model: Models, data: Path, tmp_path: Path) -> None:
+    command = arguments(tiny_model("llama"), data, tmp_path / "out")
+    with alone_in(tmp_path / "out"):
+        for more in ((), ("--generate-only",)):
+            with pytest.raises(PpsdError, match=r"another run is at work in .*out; give another"):
+                run(*command, *more)
+    run(*command, "--minutes", "1e-9")
+    with pytest.raises(ConfigError, match=r"epochs must be at most 125000 over 80 examples"):
+        run(*command, "--epochs", "200000")
+
+
+def test_a_fine_tune_does_not_go_on_with_what_the_model_had(
+    tiny_model: Models, data: Path, tmp_path: Path
+) -> None:
+    """Though heads of one may serve the other: a merged LoRA leaves all norms alone."""
+    tuned = shutil.copytree(tiny_model("llama"), tmp_path / "tuned")
+    tensors = load_file(tuned / "model.safetensors")
+    tensors = {name: t * 1.5 if "v_proj" in name else t for name, t in tensors.items()}
+    save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
+    out, kept = tmp_path / "out", ("--features", str(tmp_path / "rows"))
+    run(*arguments(tiny_model("llama"), data, out))
+    run(*arguments(tiny_model("llama"), data, tmp_path / "other", *kept))
+    with pytest.raises(
+        PpsdError, match=r"out holds another run: weights was '[0-9a-f]{16}' and is"
+    ):
+        run(*arguments(tuned, data, out))
+    with pytest.raises(PpsdError, match=r"rows of layers .* give another --features"):
+        run(*arguments(tuned, data, tmp_path / "new", *kept))
+
+
+def test_a_head_tells_what_it_has_read_or_that_nobody_knows(
+    tiny_model: Models, data: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    run(*arguments(tiny_model("llama"), data, first))
+    start = ("--start", str(first / "transformer-2"), "--exit-layer", "2")
+    read = first / "transformer-2" / "prompts.txt"
+    command = arguments(tiny_model("llama"), data, tmp_path / "next", *start)
+    assert "has no prompts.txt" not in " ".join(invoke(*command).stderr.split())
+    read.unlink()
+    with pytest.raises(PpsdError, match="holds another run: read was"):
+        run(*command)
+    told = invoke(*arguments(tiny_model("llama"), data, tmp_path / "last", *start)).stderr
+    assert "a head of --start has no prompts.txt" in " ".join(told.split())
+    read.write_text("hello\n")
+    with pytest.raises(PpsdError, match=r"prompts.txt: 'hello' is no digest of \d+ digits"):
+        run(*arguments(tiny_model("llama"), data, tmp_path / "third", *start))
 
 
 def interrupted(*_: object) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -239,14 +241,21 @@ def test_a_stopped_measurement_goes_on(
 def test_outcomes_of_other_settings_are_not_taken(
     teacher: Teacher, candidates: list[Candidate], tmp_path: Path
 ) -> None:
-    path = tmp_path / "outcomes.jsonl"
-    answers = ask(teacher, tmp_path / "answers.jsonl", GREEDY)
+    path, asked = tmp_path / "outcomes.jsonl", tmp_path / "answers.jsonl"
+    answers = ask(teacher, asked, GREEDY)
     for params in (GREEDY, SAMPLED):
         measure(teacher, candidates[:1], answers, params, path, batch_tokens=100)
     assert len(path.read_text().splitlines()) == 2 * len(answers)
+    for ranks in ("[0]", '["x"]', "[]"):
+        path.write_text(re.sub(r'"ranks": \[.*?\]', f'"ranks": {ranks}', path.read_text()))
+        with pytest.raises(PpsdError, match=r"outcomes\.jsonl holds no outcome of \d+ drafts"):
+            measure(teacher, candidates[:1], answers, GREEDY, path, batch_tokens=100)
     path.write_text('{"key": 1}\n')
     with pytest.raises(PpsdError, match="does not hold measured outcomes"):
         measure(teacher, candidates[:1], answers, GREEDY, path, batch_tokens=100)
+    teacher = replace(teacher, encoding=replace(teacher.encoding, weights="others"))
+    with pytest.raises(PpsdError, match=r"with weights '[0-9a-f]{16}', not 'others'"):
+        ask(teacher, asked, GREEDY)
 
 
 def test_further_heads_do_not_ask_the_model_again(

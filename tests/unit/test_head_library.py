@@ -16,7 +16,13 @@ from ppsd.engine.choose import choose
 from ppsd.errors import ConfigError
 from ppsd.lab.oracle import OracleDrafter
 from ppsd.model import head_library
-from ppsd.model.head_files import CONFIG_FILE, HeadConfig, record_metrics, save_head
+from ppsd.model.head_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    HeadConfig,
+    record_metrics,
+    save_head,
+)
 from ppsd.model.head_library import Rate, find_heads, known_rate, suitable
 from ppsd.model.identity import Identity
 from ppsd.model.source import describe, resolve_model
@@ -52,13 +58,18 @@ def test_shipped_and_local_heads_are_found_and_damage_is_told(tmp_path: Path) ->
     put(tmp_path / "local" / ".c.new", 3, None)
     put(tmp_path / "local" / "d", 3, None)
     (tmp_path / "local" / "d" / CONFIG_FILE).write_text("{")
+    put(tmp_path / "local" / "e", 3, 0.9)
+    weights = tmp_path / "local" / "e" / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-1])
     found = find_heads()
     assert [(h.path.name, h.shipped, h.rate) for h in found] == [
         ("a", True, Rate(0.5, measured=False)),
         ("d", False, None),
+        ("e", False, None),
         ("b", False, None),
     ]
     assert "is not a head configuration" in found[1].problem
+    assert f"cannot read {weights}" in found[2].problem
 
 
 def test_decoding_says_more_of_a_head_than_training() -> None:
@@ -145,7 +156,7 @@ def test_a_head_that_will_not_pay_is_loaded_for_a_change_of_mode(
     choice = choose(EngineConfig(head="auto"), spec, Identity("mark"))
     config = choice.config
     assert (config.mode, Path(config.head).name, config.split) == ("autoregressive", "poor", (2,))
-    assert "plain decoding: exit 2 is predicted 1.0" in choice.reason
+    assert "plain decoding as asked; exit 2 is predicted 1.0" in choice.reason
     assert "at α 0.01 (held out); speculation will not pay" in choice.reason
     asked = choose(EngineConfig(head="auto", mode="ppsd"), spec, Identity("mark"))
     assert asked.config.mode == "ppsd"

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from ppsd.train.data import (
     was_read,
 )
 from ppsd.train.records import Record, parse_row, read_data
-from tests.support.teachers import random_examples
+from tests.support.teachers import random_examples, tiny_config, tiny_teacher
 
 
 @pytest.fixture
@@ -289,6 +290,58 @@ def test_turns_of_one_conversation_are_held_out_together(encoding: Encoding) -> 
     train, held = hold_out(encode_all(records, encoding).examples, 4, 0)
     assert len(held) == 2
     assert not {e.opening for e in train} & {e.opening for e in held}
+
+
+def asked(encoding: Encoding, *questions: str) -> list[Example]:
+    """Return the examples of a conversation in which the user asks these."""
+    turns = [turn for q in questions for turn in (("user", q), ("assistant", "d"))]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return encode_all(parse_row({"messages": messages}, "here"), encoding).examples
+
+
+def test_what_is_asked_later_on_is_held_out_with_those_who_begin_with_it(
+    encoding: Encoding,
+) -> None:
+    examples = [e for i in range(12) for e in asked(encoding, f"a {i}", f"b {i}")]
+    examples += [e for i in range(12) for e in asked(encoding, f"b {i}")]
+    for seed in range(20):
+        train, held = hold_out(examples, 3, seed)
+        assert len(held) == 3
+        said = [frozenset().union(*(e.said for e in part)) for part in (train, held)]
+        assert not said[0] & said[1]
+
+
+def test_what_many_say_ties_no_conversations(encoding: Encoding) -> None:
+    examples = [e for i in range(12) for e in asked(encoding, f"a {i}", "go on")]
+    train, held = hold_out(examples, 2, 0)
+    assert (len(train), len(held)) == (22, 2)
+
+
+def test_a_prompt_that_cannot_be_rendered_is_named(
+    tmp_path: Path, encoding: Encoding, tiny_model: Callable[[str], Path]
+) -> None:
+    rows = [{"messages": [{"role": r, "content": "a"}]} for r in ("user", "unheard")]
+    records, _ = read_data([write(tmp_path / "x.jsonl", *rows)])
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('who?') }}{% endif %}a"
+    tokenizer = Tokenizer.load(tiny_model("llama"), strict)
+    assert replace(encoding, tokenizer=tokenizer).prompt(records[0])
+    with pytest.raises(PpsdError, match=r"x\.jsonl, line 2: messages must be what .* \(who\?\)"):
+        replace(encoding, tokenizer=tokenizer).prompt(records[1])
+    path = write(tmp_path / "y.jsonl", {"messages": [{"role": 7, "content": "a"}]})
+    with pytest.raises(PpsdError, match=r"line 1: needs an object with prompt.*7 is not a non-em"):
+        read_data([path])
+
+
+def test_token_ids_that_the_model_does_not_know_are_named(
+    tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    encoding = tiny_teacher(tiny_model("llama"), tiny_config()).encoding
+    row = {"messages": [{"role": "user", "content": "a"}], "target": "b", "model": encoding.model}
+    for token in (300, -1):
+        path = write(tmp_path / "x.jsonl", row | {"target_ids": [5, token]})
+        records, _ = read_data([path])
+        with pytest.raises(PpsdError, match=rf"line 1: prompt must be of the 300 .* id {token}"):
+            encode_all(records, encoding)
 
 
 def test_files_are_told_from_hub_datasets_and_may_begin_with_a_mark(tmp_path: Path) -> None:

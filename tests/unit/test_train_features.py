@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,18 @@ def test_runs_that_share_a_directory_take_note_of_each_other(
     fill(first)
     for store in (first, second, open_store(tmp_path, teacher)):
         check(store, teacher)
+
+
+@pytest.mark.parametrize("change", ["lost", '"rows": 1.5', '"rows": -7', '"rows": 0'])
+def test_an_index_that_would_shift_rows_is_refused(
+    teacher: Teacher, tmp_path: Path, change: str
+) -> None:
+    fill(open_store(tmp_path, teacher))
+    header, first, *rest = (tmp_path / "index.jsonl").read_text().splitlines(keepends=True)
+    kept = "" if change == "lost" else re.sub(r'"rows": \d+', change, first)
+    (tmp_path / "index.jsonl").write_text("".join([header, kept, *rest]))
+    with pytest.raises(PpsdError, match=r"for --features: (a line is missing|rows must be an int)"):
+        open_store(tmp_path, teacher)
 
 
 def test_a_file_that_lost_rows_is_named(teacher: Teacher, tmp_path: Path) -> None:

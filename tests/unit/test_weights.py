@@ -18,7 +18,13 @@ from ppsd.model.catalog import find_models
 from ppsd.model.names import EMBEDDING
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.spec import ModelSpec, spec_from_config
-from ppsd.model.weights import SafetensorsSource, check_shapes, fingerprint, open_source
+from ppsd.model.weights import (
+    SafetensorsSource,
+    check_shapes,
+    fingerprint,
+    open_source,
+    weights_mark,
+)
 
 SIZES = {
     "vocab_size": 24,
@@ -231,6 +237,17 @@ def test_a_quantised_lm_head_of_a_tied_model_is_refused_when_it_is_loaded(tmp_pa
 
 def _print(directory: Path, spec: ModelSpec) -> str:
     return fingerprint(spec, SafetensorsSource(directory))
+
+
+def test_the_mark_of_weights_follows_matrices_as_well(tiny):
+    """Of a merged LoRA, too, in whatever matrix it lies."""
+    directory, _, spec = tiny
+    marks = [weights_mark(spec, SafetensorsSource(directory)) for _ in range(2)]
+    assert marks[0] == marks[1]
+    for name in (EMBEDDING, Q_PROJ, "model.layers.0.mlp.down_proj.weight"):
+        _rewrite(directory, lambda tensors, name=name: tensors[name].add_(0.01))
+        marks.append(weights_mark(spec, SafetensorsSource(directory)))
+    assert len(set(marks)) == 4
 
 
 def test_fingerprint_follows_norms_and_sizes_but_not_matrices_or_names(tiny):

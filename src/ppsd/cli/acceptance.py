@@ -128,29 +128,30 @@ def acceptance(
     from ppsd.measure.acceptance import load_candidates
     from ppsd.measure.acceptance_plot import plot_acceptance
     from ppsd.measure.acceptance_summary import expected_speed
-    from ppsd.train.checkpoint import RunDirectory
+    from ppsd.train.checkpoint import alone_in
 
     config = _settings(subject, work, paths)
-    out = RunDirectory(subject.out, {}).path
-    progress.set_threads(work.threads)
-    teacher = progress.load(subject.model, config, work.device)
-    candidates = load_candidates(paths, teacher, subject.lookup)
-    for c in candidates:  # a number of stages that does not suit should not be found out at the end
-        expected_speed(teacher.stage.spec, c.head.config, 0.0, subject.stages)
-    answers = _answers(teacher, tasks, params, work, out)
-    outcomes = _measure(teacher, candidates, answers, subject, work, out)
-    result = _result(subject, teacher, candidates, outcomes)
-    result["left_out"] = len(tasks) - len(answers)
-    if subject.decode:
-        _decode(subject, result, teacher, candidates, answers, outcomes)
-    _write(out, result, outcomes)
-    if record:
-        _record(result, candidates)
+    with alone_in(subject.out):
+        progress.set_threads(work.threads)
+        teacher = progress.load(subject.model, config, work.device)
+        candidates = load_candidates(paths, teacher, subject.lookup)
+        for c in candidates:  # stages that do not suit should not be found out at the end
+            expected_speed(teacher.stage.spec, c.head.config, 0.0, subject.stages)
+        answers = _answers(teacher, tasks, params, work, subject.out)
+        outcomes = _measure(teacher, candidates, answers, subject, work)
+        result = _result(subject, teacher, candidates, outcomes)
+        result["left_out"] = len(tasks) - len(answers)
+        if subject.decode:
+            _decode(subject, result, teacher, candidates, answers, outcomes)
+        _write(subject.out, result, outcomes)
+        if record:
+            _record(result, candidates)
     if as_json:
         print(json.dumps(result))
     else:
         _show(result, by)
-    draw(functools.partial(plot_acceptance, result["heads"], result["first_right"], out / PLOT))
+    plot = subject.out / PLOT
+    draw(functools.partial(plot_acceptance, result["heads"], result["first_right"], plot))
 
 
 def _settings(subject: SubjectOptions, work: WorkOptions, paths: Sequence[Path]) -> DistillConfig:
@@ -187,7 +188,6 @@ def _measure(
     answers: Sequence[Answer],
     subject: SubjectOptions,
     work: WorkOptions,
-    out: Path,
 ) -> dict[str, list[Outcome]]:
     from ppsd.measure.acceptance import measure
 
@@ -204,7 +204,7 @@ def _measure(
             candidates,
             answers,
             subject.params(),
-            out / OUTCOMES,
+            subject.out / OUTCOMES,
             batch_tokens=work.batch_tokens,
             in_flight=subject.stages,
             report=report,
@@ -217,7 +217,7 @@ def _result(
     candidates: Sequence[Candidate],
     outcomes: Mapping[str, Sequence[Outcome]],
 ) -> dict[str, Any]:
-    from ppsd.measure.acceptance_summary import expected_speed, first_right, summarize
+    from ppsd.measure.acceptance_summary import expected_speed, first_right, held_out, summarize
     from ppsd.provenance import provenance
 
     heads, spec = {}, teacher.stage.spec
@@ -230,7 +230,7 @@ def _result(
             "lookup": c.lookup,
             "sha256": c.digest,
             "trained_tokens": config.provenance.get("tokens"),
-            "held_out": config.metrics.get("validation"),
+            "held_out": held_out(config),
         }
         speed = expected_speed(spec, config, found["alpha"], subject.stages)
         heads[c.label] = about | found | {"expected": speed}
@@ -246,6 +246,11 @@ def _result(
         "dtype": _dtype(teacher),
         "device": teacher.stage.plan.device.type,
         "max_tokens": subject.max_tokens,
+        "max_length": teacher.encoding.max_length,
+        "limit": subject.limit,
+        "stages": subject.stages,
+        "raw": subject.raw,
+        "chat_template": subject.chat_template,
         "temperature": subject.temperature,
         "seed": subject.seed,
         "data": [_file(path) for path in subject.data],
@@ -307,12 +312,14 @@ def _write(out: Path, result: dict[str, Any], outcomes: Mapping[str, Sequence[Ou
 def _record(result: dict[str, Any], candidates: Sequence[Candidate]) -> None:
     from ppsd.model.head_files import record_metrics
 
-    about = {name: result[name] for name in ("data", "max_tokens", "temperature", "dtype")}
+    names = ("data", "limit", "max_tokens", "temperature", "stages", "dtype")
+    about = {name: result[name] for name in names}
+    drawn = "_sampled" if result["temperature"] else ""  # plans go by greedy decoding
     for c in candidates:
         found = result["heads"][c.label]
-        name = "acceptance" if c.lookup else "acceptance_alone"
-        figures = {name: found[name] for name in ("alpha", "interval", "judged", "outside")}
-        record_metrics(c.path, name, figures | about)
+        name = f"acceptance{drawn}" if c.lookup else f"acceptance{drawn}_alone"
+        told = ("alpha", "interval", "judged", "prompts", "outside")
+        record_metrics(c.path, name, {each: found[each] for each in told} | about)
 
 
 def _show(result: dict[str, Any], by: str) -> None:

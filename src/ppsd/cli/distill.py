@@ -94,40 +94,38 @@ def distill(
 ) -> None:  # fmt: skip
     """Train exit heads by self-distillation; the same command continues a stopped run."""
     from ppsd.model.source import describe, resolve_model
-    from ppsd.train.checkpoint import RunDirectory
-    from ppsd.train.data import check_draft_vocab
+    from ppsd.train.checkpoint import alone_in
     from ppsd.train.records import read_data
-    from ppsd.train.run import read_starts
 
     writing = generation.config(config.seed)
     records, files = read_data(data)
     counted = read_data(vocab_data)
     config = config.suited(describe(resolve_model(model)).num_layers, device)
     progress.set_threads(threads)
-    teacher = progress.load(model, config, device)
-    if generation.wanted:
-        # What training would refuse is refused now, not after hours of writing.
-        read_starts(teacher, config)
-        check_draft_vocab(config.draft_vocab, teacher.stage.spec.vocab_size)
-        minutes = config.minutes * (1.0 if generation.generate_only else WRITING_SHARE)
-        directory = RunDirectory(out, {})
-        path = directory.path / GENERATED
-        if generation.generate_only or not directory.begun:
-            _generate(teacher, config, records, writing, path, features, minutes)
-        if generation.generate_only:
-            return
-        config = dataclasses.replace(config, minutes=config.minutes - minutes)
-        written, more = read_data([str(path)] if path.exists() else [])
-        records, files = _answered(records, written), [*files, *more]
-    every = (validate_every, checkpoint_every)
-    _train(teacher, config, records, files, out, features, every, counted)
+    with alone_in(out):
+        teacher = progress.load(model, config, device)
+        if generation.wanted:
+            only = generation.generate_only
+            minutes = config.minutes * (1.0 if only else WRITING_SHARE)
+            path = _generate(teacher, config, records, writing, out, features, minutes, only)
+            if only:
+                return
+            config = dataclasses.replace(config, minutes=config.minutes - minutes)
+            written, more = read_data([str(path)] if path.exists() else [])
+            records, files = _answered(records, written), [*files, *more]
+        every = (validate_every, checkpoint_every)
+        _train(teacher, config, records, files, out, features, every, counted)
 
 
 def _answered(records: Sequence[Record], written: Sequence[Record]) -> list[Record]:
-    """Return running texts as they are, and of what was written the answers to these prompts."""
+    """Return running texts as they are, and of what was written the answers to these prompts.
+
+    They come in an order that does not depend on kills while they were written.
+    """
     asked = {record.key for record in records}
     texts = [record for record in records if record.text is not None]
-    return [*texts, *(record for record in written if record.key in asked)]
+    answers = {record.key: record for record in written if record.key in asked}
+    return [*texts, *(answers[key] for key in sorted(answers))]
 
 
 def _generate(
@@ -135,13 +133,26 @@ def _generate(
     training: DistillConfig,
     records: Sequence[Record],
     config: GenerateConfig,
-    path: Path,
+    out: Path,
     features: Path | None,
     minutes: float,
-) -> None:
-    from ppsd.train.run import open_features
+    only: bool,
+) -> Path:
+    """Write what is missing of the answers, and return their file.
+
+    Unless they are all that is wanted, training that has begun goes on with those that there are.
+    """
+    from ppsd.train.checkpoint import RunDirectory
+    from ppsd.train.data import check_draft_vocab
+    from ppsd.train.run import open_features, read_starts
     from ppsd.train.targets import write_targets
 
+    # What training would refuse is refused now, not after hours of writing.
+    read_starts(teacher, training)
+    check_draft_vocab(training.draft_vocab, teacher.stage.spec.vocab_size)
+    path = out / GENERATED
+    if RunDirectory(out, {}).begun and not only:
+        return path
     store = None if features is None else open_features(teacher, training, features)
     deadline = time.monotonic() + 60 * minutes if minutes else math.inf
     with progress.writing() as report:
@@ -162,6 +173,7 @@ def _generate(
         raise PpsdError(
             "no answer was written; give shorter prompts, a larger --max-length, or more --minutes"
         )
+    return path
 
 
 def _train(
@@ -176,7 +188,7 @@ def _train(
 ) -> None:
     from ppsd.train.distill import Cadence
     from ppsd.train.plot import FILE, plot_run
-    from ppsd.train.result import Origin, save_heads
+    from ppsd.train.result import Origin, check_heads, check_room, save_heads
     from ppsd.train.run import prepare_run
 
     console = log_console()
@@ -196,10 +208,12 @@ def _train(
         )
     console.print(_data_line(summary, config), highlight=False)
     if trainer.directory.finished():
+        check_heads(trainer, teacher.stage.spec)
         console.print(
             f"this run is finished, and its heads are in {out}; to train anew give another --out"
         )
         return
+    check_room(trainer)
     if (forecast := trainer.forecast()).tokens:
         console.print(_forecast_line(trainer, forecast), highlight=False)
     agreement = _run(trainer)
@@ -274,6 +288,8 @@ def _data_line(summary: DataSummary, config: DistillConfig) -> str:
     held = f"{summary.held_out} more held out"
     if summary.read_before:
         held += f" ({summary.read_before} of them read by --start before: held-out α flatters it)"
+    if summary.read_unknown:
+        held += " (a head of --start has no prompts.txt: it may have read them before)"
     return (
         f"{summary.examples:,} examples, {summary.tokens:,} tokens, {summary.targets:,} of them "
         f"targets; {summary.cut} cut and {summary.dropped} dropped at max_length "
@@ -304,6 +320,8 @@ def _result_table(
 
 def _throughput_line(metrics: Sequence[dict[str, Any]], features: Path | None) -> str:
     steps = [record for record in metrics if "loss" in record]
+    if not steps:
+        return "no step was made: the heads are as they began"
     tokens = steps[-1]["tokens"]
     whole, forward = (sum(s[name] for s in steps) for name in ("seconds", "forward_seconds"))
     if features is not None:

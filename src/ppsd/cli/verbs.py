@@ -98,7 +98,8 @@ class Command:
         except (MemoryError, RuntimeError) as error:
             if "allocate" not in str(error) and not isinstance(error, MemoryError):
                 raise
-            _say(f"{self.name}: not enough memory ({str(error).splitlines()[0]})")
+            told = f" ({str(error).splitlines()[0]})" if str(error) else ""
+            _say(f"{self.name}: not enough memory{told}")
         return EXIT_FAILURE
 
 

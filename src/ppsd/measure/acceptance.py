@@ -38,6 +38,7 @@ from ppsd.types import SamplingParams
 
 CHUNK_ROWS = 64  # rows whose logits over the whole vocabulary exist at once
 WORST_RANK = 8  # ranks beyond are written as this
+KNOWN_RANKS = range(-1, WORST_RANK + 1)
 OUTSIDE = -1  # rank of a token that the head does not score: not in its vocabulary or the prompt
 
 
@@ -183,8 +184,8 @@ def measure(
     are decoded at once, which matters to heads with feedback. ``report`` hears how many answers
     are done, and of how many.
     """
-    decisive = (params.temperature, params.seed, teacher.stage.plan.dtype, in_flight)
-    store = _Store(path, " ".join(map(str, decisive)))
+    decisive = (teacher.encoding.weights, teacher.stage.plan.dtype, in_flight)
+    store = _Store(path, " ".join(map(str, (params.temperature, params.seed, *decisive))))
     todo = [a for a in answers if any(not store.has(c, a) for c in candidates)]
     lengths = [a.start + a.judged for a in todo]
     done = len(answers) - len(todo)
@@ -213,7 +214,10 @@ class _Store:
             raise PpsdError(f"{path} does not hold measured outcomes: {error!r}") from error
 
     def _key(self, candidate: Candidate, answer: Answer) -> str:
-        what = (candidate.digest, NEWEST, candidate.lookup and (LENGTHS, CONFIDENCE))
+        config = candidate.head.config
+        reads = (config.exit_layer, config.feedback, config.copy_gate)
+        parts = (config.kind, config.layers, config.mlp, *reads)
+        what = (candidate.digest, parts, NEWEST, candidate.lookup and (LENGTHS, CONFIDENCE))
         decisive = (*what, answer.tokens, answer.start, answer.judged, self._settings)
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
 
@@ -229,7 +233,10 @@ class _Store:
         self._ranks[key] = ranks
 
     def outcome(self, candidate: Candidate, answer: Answer) -> Outcome:
-        return Outcome(answer.id, answer.category, self._ranks[self._key(candidate, answer)])
+        ranks = self._ranks[self._key(candidate, answer)]
+        if len(ranks) != answer.judged or not all(rank in KNOWN_RANKS for rank in ranks):
+            raise PpsdError(f"{self._path} holds no outcome of {answer.judged} drafts: {ranks}")
+        return Outcome(answer.id, answer.category, ranks)
 
 
 @torch.inference_mode()

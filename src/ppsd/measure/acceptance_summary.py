@@ -80,6 +80,13 @@ def first_right(outcomes: Mapping[str, Sequence[Outcome]]) -> Figures:
     }
 
 
+def held_out(config: HeadConfig) -> dict[str, Any] | None:
+    """Return what training measured, None for what is no measurement."""
+    found = config.metrics.get("validation")
+    sound = isinstance(found, dict) and isinstance(found.get("alpha"), int | float)
+    return found if sound else None
+
+
 def expected_speed(spec: ModelSpec, head: HeadConfig, alpha: float, stages: int) -> Figures:
     """Return the speedup on ``stages`` equal devices, by parameters read, with free hops.
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from ppsd.errors import ConfigError, ModelError, shortened
+from ppsd.errors import ConfigError, Described, ModelError, counted, shortened
 
 MAX_TEMPLATE = 1 << 18  # characters; the longest known have 30,000
 MAX_TEXT = 1 << 22  # characters of a rendered conversation
@@ -95,7 +95,7 @@ def render(
         told = shortened(str(error)) or type(error).__name__
         if not isinstance(error, ValueError) and not type(error).__module__.startswith("jinja2"):
             told = f"{type(error).__name__}: {told}"
-        count = f"{len(messages)} message" + "s" * (len(messages) != 1)
+        count = Described(counted(len(messages), "message"))
         allowed = f"what the model's chat template can render ({told})"
         raise ConfigError("messages", count, allowed) from error
     return text

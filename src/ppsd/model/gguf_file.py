@@ -69,13 +69,14 @@ class GGUFSource:
 
     def rows(self, name: str, dtype: torch.dtype) -> RowFile:
         stored = self._stored[name]
-        assert not self._permuted_heads(name), "the rows of a table stand in order"
+        heads = self._permuted_heads(name)
         entry, data = self._header.tensors[stored], self._rows(stored)
 
         def decode(rows: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(dequantize(rows, entry.kind)).to(dtype)
 
-        return RowFile(self._parts[entry.part].path, entry.offset, data.shape[1], decode)
+        order = unpermute(torch.arange(len(data)), heads) if heads else None
+        return RowFile(self._parts[entry.part].path, entry.offset, data.shape[1], decode, order)
 
     def name_in_file(self, name: str) -> str:
         return self._stored.get(name) or stored_name(name)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from string import hexdigits
 from typing import Any
 
 import torch
@@ -81,14 +83,21 @@ def save_head(
 
 
 def read_prompts(directory: Path) -> list[str]:
-    """Return the digests of what a head was trained on; none where nothing is told."""
+    """Return the digests of what a head was trained on; none where nothing is told.
+
+    Raises HeadError for a file of anything else.
+    """
     path = directory / PROMPTS_FILE
     check_regular(path)
     try:
         digests = path.read_text().split() if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise HeadError(f"cannot read {path}: {cause_of(error)}") from error
-    return [digest[:PROMPT_DIGITS] for digest in digests]
+    digests = [digest[:PROMPT_DIGITS] for digest in digests]
+    for digest in digests:
+        if len(digest) < PROMPT_DIGITS or set(digest) - set(hexdigits):
+            raise HeadError(f"{path}: {digest!r} is no digest of {PROMPT_DIGITS} digits")
+    return digests
 
 
 def weights_digest(directory: Path) -> str:
@@ -111,6 +120,8 @@ def record_metrics(directory: Path, name: str, figures: dict[str, Any]) -> None:
         draft.write_text(json.dumps(config.to_json(), indent=1) + "\n")
         draft.replace(directory / CONFIG_FILE)
     except OSError as error:
+        with suppress(OSError):  # the first error is the one to report
+            draft.unlink(missing_ok=True)
         raise HeadError(f"cannot write {directory / CONFIG_FILE}: {error.strerror}") from error
 
 
@@ -155,8 +166,11 @@ def _check_config(config: HeadConfig, path: Path) -> None:
         raise HeadError(f"{path}: {error}") from error
     if config.kind not in KINDS or (config.layers > 0) != (config.kind == "transformer"):
         raise HeadError(f"{path} names kind {config.kind!r} with {config.layers!r} layers")
+    if not isinstance(config.trained, bool):
+        raise HeadError(f"{path}: trained must be true or false, got {config.trained!r}")
     for name in ("feedback", "copy_gate"):
-        if getattr(config, name) not in (False, config.kind == "transformer"):
+        value = getattr(config, name)
+        if not isinstance(value, bool) or (value and config.kind != "transformer"):
             raise HeadError(f"{path}: {name} must be true or false, and false for a norm head")
     for name in ("model", "metrics", "provenance"):
         if not isinstance(getattr(config, name), Mapping):

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppsd.errors import HeadError
+from safetensors import SafetensorError, safe_open
+
+from ppsd.errors import HeadError, cause_of
 from ppsd.model.head_files import CONFIG_FILE, WEIGHTS_FILE, HeadConfig, read_head_config
 from ppsd.model.identity import Identity
 from ppsd.model.sidecar import cache_root
@@ -146,11 +148,21 @@ def _describe(path: Path, shipped: bool) -> FoundHead:
         if not shipped:
             _check_owner(path)
         config = read_head_config(path)
-        if not (path / WEIGHTS_FILE).is_file():
-            raise HeadError(f"{path} has no {WEIGHTS_FILE}")
+        _check_weights(path / WEIGHTS_FILE)
     except HeadError as error:
         return FoundHead(path, shipped, None, str(error))
     return FoundHead(path, shipped, config)
+
+
+def _check_weights(path: Path) -> None:
+    """Raise HeadError for a file that is not there or not whole, as its first bytes tell."""
+    if not path.is_file():
+        raise HeadError(f"{path.parent} has no {path.name}")
+    try:
+        with safe_open(path, "np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise HeadError(f"cannot read {path}: {cause_of(error)}") from error
 
 
 def _check_owner(path: Path) -> None:

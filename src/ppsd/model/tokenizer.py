@@ -150,13 +150,16 @@ class Tokenizer:
     def _encode(self, text: str, escape: Escape | None, special: bool) -> list[int]:
         checks.unicode("prompt", text)
         if escape:
-            return self._within_rows(escape.encode(text, special=special))
-        return self._within_rows(self._inner.encode(text, add_special_tokens=special))
+            return self.within_rows(escape.encode(text, special=special))
+        return self.within_rows(self._inner.encode(text, add_special_tokens=special))
 
-    def _within_rows(self, ids: list[int]) -> list[int]:
-        if self._rows is not None and ids and max(ids) >= self._rows:
-            token = max(ids)
-            told = Described(f"token {self.spelling(token)!r} with id {token}")
+    def within_rows(self, ids: list[int]) -> list[int]:
+        """Return token ids that the model knows; raises ConfigError for others."""
+        if self._rows is not None and ids and not 0 <= min(ids) <= max(ids) < self._rows:
+            token = max(ids) if min(ids) >= 0 else min(ids)
+            told = Described(
+                f"token {self.spelling(token)!r} with id {token}" if token > 0 else f"id {token}"
+            )
             raise ConfigError("prompt", told, f"of the {self._rows} tokens that the model knows")
         return ids
 

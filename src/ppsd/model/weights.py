@@ -48,7 +48,7 @@ class TensorSource(Protocol):
         """
 
     def rows(self, name: str, dtype: torch.dtype) -> RowFile:
-        """Return a reader of a table's rows as ``load`` returns them, which outlives the source."""
+        """Return a reader of a matrix' rows as ``load`` returns them, which outlives the source."""
 
     def name_in_file(self, name: str) -> str:
         """Return what the file calls a tensor, whether it is there or not."""
@@ -103,6 +103,19 @@ def fingerprint(spec: ModelSpec, source: TensorSource) -> str:
             digest.update(name.encode())
             digest.update(source.load(name, torch.float32).numpy().astype("<f4").tobytes())
     return digest.hexdigest()
+
+
+def weights_mark(spec: ModelSpec, source: TensorSource) -> str:
+    """Return a digest (hex) of some rows of every matrix: of what a model's cached rows are.
+
+    Stricter than ``fingerprint``: it tells fine-tunes and file formats apart, too.
+    """
+    digest = hashlib.sha256(fingerprint(spec, source).encode())
+    for name, shape in sorted(expected_shapes(spec).items()):
+        if len(shape) == 2:
+            rows = torch.tensor([0, shape[0] // 2, shape[0] - 1])
+            digest.update(source.rows(name, torch.float32)(rows).numpy().astype("<f4").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def codes_digest(spec: ModelSpec, source: TensorSource) -> str:

@@ -75,6 +75,6 @@ def refusal_of(error: ConfigError, names: Callable[[str], str] = str) -> Refused
     text = str(error)
     if text.startswith(f"{field} must"):  # the sentence begins with the name that they know
         text = param + text.removeprefix(field)
-    long = "(the context holds" in text and "got '0 tokens'" not in text
+    long = "(the context holds" in error.allowed and error.value != "0 tokens"
     code = "context_length_exceeded" if long else None
     return RefusedError(400, text, param, code)

@@ -5,11 +5,12 @@ Nothing is ever overwritten in place: a file is whole, or is the one before.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ppsd.model.head_files import HeadConfig, save_head
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
 FINISHED = "finished.json"
+LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,22 @@ class Checkpoint:
     tokens: int
     tensors: Mapping[str, torch.Tensor]
     best: Mapping[str, Any]
+
+
+@contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """Make a run's directory, and be the only run in it; raises PpsdError."""
+    RunDirectory(path, {})
+    try:
+        lock = open(path / LOCK, "w")  # noqa: SIM115 - closed below, with the lock
+    except OSError as error:
+        raise PpsdError(f"cannot write {path / LOCK}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PpsdError(f"another run is at work in {path}; give another --out") from error
+        yield
 
 
 class RunDirectory:
@@ -62,13 +80,14 @@ class RunDirectory:
         try:
             with safe_open(path, framework="pt") as file:
                 state = json.loads(file.metadata()["state"])
+                settings = dict(state["settings"])
                 names = file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise PpsdError(
                 f"{path} is not a checkpoint that can be read: {cause_of(error)}"
             ) from error
-        self._check_same(state["settings"])
+        self._check_same(settings)
         return Checkpoint(state["step"], state["tokens"], tensors, state.get("best", {}))
 
     def finish(self) -> None:
@@ -110,7 +129,11 @@ class RunDirectory:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return all metrics so far, without an unfinished last line."""
-        return read_lines(self.path / METRICS)
+        path, lines = self.path / METRICS, read_lines(self.path / METRICS)
+        for number, record in enumerate(lines, 1):
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise PpsdError(f"{path}, line {number}: not a record of a step; remove the line")
+        return lines
 
     def rewind_metrics(self, step: int) -> None:
         """Forget what will be done again: later steps, and validations from ``step`` on."""

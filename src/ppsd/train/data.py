@@ -21,6 +21,7 @@ from ppsd.train.records import Record
 
 POOL_BATCHES = 32  # in a shuffled pool, which is sorted by length and cut into batches
 PROMPT_WEIGHT = 0.3  # of a prompt's positions: nothing is drafted there, and others wrote the text
+FEW = 8  # conversations: what the user says in more of them is a phrase
 OUTSIDE = -1  # label of a token that is not scored
 
 
@@ -56,7 +57,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Encoder of records; ``model`` is the fingerprint whose ``target_ids`` are valid."""
+    """Encoder of records; ``model`` is the fingerprint whose ``target_ids`` are valid.
+
+    ``weights`` are marked by ``weights_mark``: what is kept of a model is of no other.
+    """
 
     tokenizer: Tokenizer
     max_length: int
@@ -64,6 +68,7 @@ class Encoding:
     eos: int | None
     raw: bool = False
     all_positions: bool = False
+    weights: str = ""
 
     @property
     def stamp(self) -> dict[str, Any]:
@@ -71,6 +76,7 @@ class Encoding:
         template = "" if self.raw else self.tokenizer.about["chat_template"] or ""
         return {
             "model": self.model,
+            "weights": self.weights,
             "raw": self.raw,
             "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16],
             "max_length": self.max_length,
@@ -78,9 +84,10 @@ class Encoding:
 
     def prompt(self, record: Record) -> list[int]:
         """Return prompt ids as inference makes them: by chat template, or of the plain text."""
-        if self.raw:
-            return self.tokenizer.encode("\n".join(m["content"] for m in record.messages))
-        return self.tokenizer.encode_chat(list(record.messages))
+        with checks.inside(record.where, PpsdError):
+            if self.raw:
+                return self.tokenizer.encode("\n".join(m["content"] for m in record.messages))
+            return self.tokenizer.encode_chat(list(record.messages))
 
     def target(self, record: Record) -> list[int]:
         """Return the answer's ids: those the model wrote, or the text's with its end token."""
@@ -90,7 +97,8 @@ class Encoding:
                 "model write one"
             )
         if record.target_ids and record.model == self.model:
-            return list(record.target_ids)
+            with checks.inside(record.where, PpsdError):
+                return self.tokenizer.within_rows(list(record.target_ids))
         return self._plain(record.target) + ([] if self.eos is None else [self.eos])
 
     def windows(self, record: Record) -> list[Example]:
@@ -154,27 +162,51 @@ def hold_out(
     """Split into training and validation; about a tenth at most, at least one, is held out.
 
     Answers to one prompt stay together, and so do all turns of conversations that the user opens
-    alike, so that no held-out text was trained on as a prompt of another of them. What heads have
+    alike, or in which the user says the same later on, so that no held-out text was trained on as a
+    prompt of another of them. What many say, such as "go on", ties nothing. What heads have
     ``read`` before, by its digests, is held out only where nothing else is left: there they look
     better than they are.
     """
-    groups: dict[str | bytes, list[int]] = {}
-    for i, example in enumerate(examples):
-        groups.setdefault(example.opening or example.tokens.numpy().tobytes(), []).append(i)
+    groups = _tied(examples)
     if len(groups) < 2:
         raise PpsdError("training needs at least 2 prompts, one of them held out for validation")
     most = max(1, len(examples) // 10)
     count = min(wanted, most)
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    texts = list(groups.values())
-    order.sort(key=lambda group: any(was_read(examples[i], read) for i in texts[group]))
-    order.sort(key=lambda group: len(texts[group]) > most)  # long conversations come last
+    order.sort(key=lambda group: any(was_read(examples[i], read) for i in groups[group]))
+    order.sort(key=lambda group: len(groups[group]) > most)  # long conversations come last
     held: list[int] = []
     for group in order[:-1]:
-        if len(held) < count and (not held or len(held) + len(texts[group]) <= most):
-            held += texts[group]
+        if len(held) < count and (not held or len(held) + len(groups[group]) <= most):
+            held += groups[group]
     kept = set(range(len(examples))).difference(held)
     return [examples[i] for i in sorted(kept)], [examples[i] for i in held]
+
+
+def _tied(examples: Sequence[Example]) -> list[list[int]]:
+    """Group the indices of examples that belong together, in the order in which they first come."""
+    openings: dict[str | bytes, list[int]] = {}
+    speakers: dict[str, set[str | bytes]] = {}
+    for i, example in enumerate(examples):
+        opening = example.opening or example.tokens.numpy().tobytes()
+        openings.setdefault(opening, []).append(i)
+        for digest in example.said if example.opening else ():  # not the parts of one text
+            speakers.setdefault(digest, set()).add(opening)
+    leads = {opening: opening for opening in openings}  # each to another of its group, or itself
+
+    def lead(opening: str | bytes) -> str | bytes:
+        while leads[opening] != opening:
+            leads[opening] = opening = leads[leads[opening]]
+        return opening
+
+    for tied in speakers.values():
+        first, *others = tied
+        for other in others if len(tied) <= FEW else ():
+            leads[lead(other)] = lead(first)
+    groups: dict[str | bytes, list[int]] = {}
+    for opening, indices in openings.items():
+        groups.setdefault(lead(opening), []).extend(indices)
+    return list(groups.values())
 
 
 def was_read(example: Example, read: Set[str]) -> bool:

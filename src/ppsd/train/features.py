@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ppsd import checks
 from ppsd.errors import PpsdError, cause_of
 from ppsd.model.stage import Stage
 from ppsd.train.batched import Features, teacher_forward
@@ -88,6 +89,9 @@ class FeatureStore:
                     f"{self._layers} as {self._header}; give another --features"
                 )
             for line in lines:
+                first = line.get("first", self._rows)  # rows of earlier versions tell nothing
+                if checks.integer("rows", line["rows"], 1) and first != self._rows:
+                    raise ValueError(f"a line is missing before example {line['example']}")
                 self._note(line["example"], line["rows"])
         except (ValueError, KeyError, TypeError) as error:
             raise PpsdError(f"cannot use {self._path} for --features: {error}") from error
@@ -140,7 +144,8 @@ class FeatureStore:
                 return
             for layer in self.layers:
                 self._write(layer, rows[layer].to("cpu", STORED))
-            append_line(self._path / INDEX, {"example": name, "rows": count})
+            line = {"example": name, "rows": count, "first": self._rows}
+            append_line(self._path / INDEX, line)
             self._note(name, count)
 
     @property

@@ -147,7 +147,7 @@ def parse_row(row: Any, where: str) -> Iterator[Record]:
 def _parse_chat(
     row: Mapping[str, Any], where: str, about: tuple[tuple[str, Any], ...]
 ) -> Iterator[Record]:
-    turns = [{"role": m["role"], "content": _text(m["content"])} for m in row["messages"]]
+    turns = [{"role": _text(m["role"]), "content": _text(m["content"])} for m in row["messages"]]
     if not turns:
         raise TypeError("messages is empty")
     if row.get("target") is not None:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppsd.errors import HeadError, PpsdError
+from ppsd.model.exit_head import read_weights
 from ppsd.model.head_codes import encode
-from ppsd.model.head_files import HeadConfig
+from ppsd.model.head_files import HeadConfig, read_head_config
 from ppsd.model.identity import Identity
+from ppsd.model.spec import ModelSpec
 from ppsd.provenance import provenance
 from ppsd.train.distill import Trainer
 from ppsd.train.evaluate import Agreement
@@ -55,11 +58,35 @@ def save_heads(
             provenance=origins | _before(trainer.starts.get(layer), trainer.tokens),
             metrics={"validation": validation, "lost_mass": origin.lost_mass},
         )
-        name = f"{trainer.config.kind}-{layer}"
+        name = _name(trainer, layer)
         before = trainer.starts[layer].prompts if layer in trainer.starts else ()
         prompts = sorted(trainer.prompts.union(before))
         places[layer] = trainer.directory.write_head(name, config, weights, prompts)
     return places
+
+
+def _name(trainer: Trainer, layer: int) -> str:
+    return f"{trainer.config.kind}-{layer}"
+
+
+def check_heads(trainer: Trainer, spec: ModelSpec) -> None:
+    """Raise PpsdError unless the heads of a finished run can still be read."""
+    for layer in trainer.config.exit_layers:
+        place = trainer.directory.path / _name(trainer, layer)
+        try:
+            read_weights(place, read_head_config(place), spec)
+        except HeadError as error:
+            raise PpsdError(
+                f"this run is finished, but {error}; to train anew give another --out"
+            ) from error
+
+
+def check_room(trainer: Trainer) -> None:
+    """Raise PpsdError where heads would take the place of what is not of this run."""
+    for layer in () if trainer.directory.begun else trainer.config.exit_layers:
+        place = trainer.directory.path / _name(trainer, layer)
+        if place.exists():
+            raise PpsdError(f"{place} is there, and not of this run; give another --out")
 
 
 def _before(start: Beginning | None, tokens: int) -> dict[str, Any]:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ppsd.errors import ConfigError
+from ppsd import checks
+from ppsd.errors import ConfigError, HeadError
 from ppsd.model.exit_head import read_weights
-from ppsd.model.head_files import check_head, read_head_config, read_prompts, weights_digest
+from ppsd.model.head_files import (
+    CONFIG_FILE,
+    check_head,
+    read_head_config,
+    read_prompts,
+    weights_digest,
+)
 from ppsd.model.head_library import head_directory
 from ppsd.model.identity import Identity
 from ppsd.model.layers import NATIVE
 from ppsd.model.source import describe, resolve_model
 from ppsd.model.stage import Stage, StagePlan
 from ppsd.model.tokenizer import Tokenizer
-from ppsd.model.weights import TensorSource, check_shapes, open_source
+from ppsd.model.weights import TensorSource, check_shapes, open_source, weights_mark
 from ppsd.train.checkpoint import RunDirectory
 from ppsd.train.data import (
     Encoding,
@@ -32,6 +40,8 @@ from ppsd.train.features import FeatureSource, FeatureStore, live_features
 from ppsd.train.records import DataFile, Record
 from ppsd.train.settings import DistillConfig
 from ppsd.train.start import Beginning
+
+MOST_EXAMPLES = 10_000_000  # of all epochs: their order is planned beforehand
 
 
 @dataclass(frozen=True)
@@ -57,12 +67,14 @@ class Teacher:
 class DataSummary:
     """The size of the data, in examples and tokens.
 
-    Of those held out ``read_before`` were read by heads that the run goes on from.
+    Of those held out ``read_before`` were read by heads that the run goes on from, as far as they
+    tell; ``read_unknown`` says that one of them tells nothing.
     """
 
     examples: int
     held_out: int
     read_before: int
+    read_unknown: bool
     tokens: int
     targets: int
     cut: int
@@ -96,6 +108,7 @@ def load_teacher(
         eos=ends[0] if ends else None,
         raw=config.raw,
         all_positions=config.all_positions,
+        weights=weights_mark(spec, source),
     )
     return Teacher(Stage(spec, plan, source, progress), source, identity, encoding)
 
@@ -125,7 +138,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def open_features(teacher: Teacher, config: DistillConfig, path: Path) -> FeatureStore:
     """Open the rows kept in ``path`` that heads at the run's exits need."""
-    mark = f"{teacher.fingerprint} in {teacher.compute}"
+    mark = f"{teacher.encoding.weights} in {teacher.compute}"
     return FeatureStore(path, teacher.stage, config.exit_layers, mark)
 
 
@@ -136,23 +149,34 @@ def read_starts(teacher: Teacher, config: DistillConfig) -> dict[int, Beginning]
     HeadError for damaged ones and those of another model.
     """
     starts: dict[int, Beginning] = {}
-    wanted = (config.kind, config.layers, config.mlp, config.feedback, config.copy_gate)
+    parts = ("kind", "layers", "mlp", "feedback", "copy_gate")
     for name in (config.start or "").split(","):
         if not name:
             continue
         path = head_directory(name)
         head = read_head_config(path)
-        parts = (head.kind, head.layers, head.mlp, head.feedback, head.copy_gate)
-        if parts != wanted or head.exit_layer not in set(config.exit_layers) - starts.keys():
+        for part in parts:
+            if (has := getattr(head, part)) != (trains := getattr(config, part)):
+                allowed = f"a head with {part} {trains!r}, as this run trains (it has {has!r})"
+                raise ConfigError("start", name, allowed)
+        if head.exit_layer not in set(config.exit_layers) - starts.keys():
             exits = ", ".join(map(str, config.exit_layers))
-            allowed = f"one head an exit ({exits}), with the parts that this run trains"
+            allowed = f"one head for each exit of {exits} (it is at exit {head.exit_layer})"
             raise ConfigError("start", name, allowed)
         check_head(head, teacher.stage.spec, teacher.identity, head.exit_layer, name)
         weights = read_weights(path, head, teacher.stage.spec)
-        tokens = int(head.provenance.get("tokens", 0))
+        with checks.inside(str(path / CONFIG_FILE), HeadError):
+            tokens = checks.integer("provenance.tokens", head.provenance.get("tokens", 0), 0)
         about = weights_digest(path), read_prompts(path)
         starts[head.exit_layer] = Beginning(weights, tokens, *about)
     return starts
+
+
+def _check_epochs(epochs: int, examples: int) -> None:
+    most = max(1, MOST_EXAMPLES // examples)
+    if epochs > most:
+        allowed = f"at most {most} over {examples} examples (--minutes ends a run, too)"
+        raise ConfigError("epochs", epochs, allowed)
 
 
 def prepare_run(
@@ -174,6 +198,7 @@ def prepare_run(
     """
     config = config.suited(teacher.stage.spec.num_layers, teacher.stage.plan.device.type)
     corpus = encode_all(records, teacher.encoding)
+    _check_epochs(config.epochs, len(corpus.examples))
     starts = read_starts(teacher, config)
     read = {digest for start in starts.values() for digest in start.prompts}
     train, held_out = hold_out(corpus.examples, config.validation, config.seed, read)
@@ -183,14 +208,18 @@ def prepare_run(
         targets = count_tokens((e.targets for e in train), vocab_size)
         more = count_tokens(map(teacher.encoding.all_tokens, vocabulary), vocab_size)
         draft_ids, lost = choose_draft_vocab(targets, config.draft_vocab, more)
-    settings = config.to_json() | {
-        **teacher.encoding.stamp,  # what a template says counts, not the name of its file
-        "data": [f"{file.sha256} for {file.use}" for file in files],
-        "validate_every": cadence.validate,  # which decides among what states the best is chosen
-        "compute": teacher.compute,
-        "features": store is not None,
-        "starts": [start.digest for start in starts.values()],
-    }
+    settings = (
+        config.to_json()
+        | {
+            **teacher.encoding.stamp,  # what a template says counts, not the name of its file
+            "data": [f"{file.sha256} for {file.use}" for file in files],
+            "validate_every": cadence.validate,  # decides among what states the best is chosen
+            "compute": teacher.compute,
+            "features": store is not None,
+            "starts": [start.digest for start in starts.values()],
+            "read": hashlib.sha256(" ".join(sorted(read)).encode()).hexdigest()[:16],  # by these
+        }
+    )
     directory = RunDirectory(out, settings)
     features: FeatureSource = live_features(teacher.stage, config.exit_layers)
     if store is not None:
@@ -202,6 +231,7 @@ def prepare_run(
         examples=len(train),
         held_out=len(held_out),
         read_before=sum(was_read(e, read) for e in held_out),
+        read_unknown=any(not start.prompts for start in starts.values()),
         tokens=sum(len(e.tokens) for e in train),
         targets=sum(len(e.targets) for e in train),
         cut=corpus.cut,

@@ -35,7 +35,7 @@ REFILL_SHARE = 8  # a refill waits until one row in 8 is free: prompts cost less
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Settings of generation; the ``batch`` that a prompt shares never matters."""
+    """Settings of generation; the ``batch`` that a prompt shares matters only by rounding."""
 
     batch: int = 64
     max_new: int = 256

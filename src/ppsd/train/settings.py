@@ -91,7 +91,9 @@ class DistillConfig:
     )
     raw: bool = setting("No chat template.", False, panel=DATA)
     chat_template: str | None = setting(TEMPLATE_HELP, None, panel=DATA, metavar="FILE|TEXT")
-    validation: int = setting("Examples held out, at most a tenth.", 64, panel=DATA)
+    validation: int = setting(
+        "Examples held out, at most a tenth, but all answers to a prompt.", 64, panel=DATA
+    )
     # In Python only: no other value is known to give a better head.
     head_layers: int = 1
     feedback: bool = True

@@ -170,7 +170,7 @@ class _Draft:
 
 
 def _stamp(config: GenerateConfig) -> dict[str, Any]:
-    """Return the settings that decide an answer; the batch does not."""
+    """Return the settings that decide an answer; the batch does not, but for rounding."""
     return {name: value for name, value in asdict(config).items() if name != "batch"}
 
 
