@@ -78,14 +78,20 @@ def test_errors_exit_with_1_and_one_line(ppsd, monkeypatch, arguments, cause) ->
     assert result.err.count("\n") == 1
 
 
-def test_too_little_memory_is_said_in_a_line(ppsd, tiny, monkeypatch) -> None:
+TORCHS = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes\nat")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(TORCHS, " ([enforce fail] DefaultCPUAllocator"), (MemoryError(), "\n")]
+)
+def test_too_little_memory_is_said_in_a_line(ppsd, tiny, monkeypatch, error, told: str) -> None:
     def load(*_: object) -> None:
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes\nat")
+        raise error
 
     monkeypatch.setattr("ppsd.engine.llm.LLM.stream", load)
     result = ppsd("generate", "x", *tiny())
     assert (result.code, result.out) == (1, "")
-    assert "\nppsd: not enough memory ([enforce fail] DefaultCPUAllocator" in result.err
+    assert f"\nppsd: not enough memory{told}" in result.err
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
