@@ -20,7 +20,10 @@ from ppsd.lab.runner import PLAIN
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "results.md", DOCS / "acceptance.md")
+PAGES = (
+    ROOT / "README.md",
+    *(DOCS / name for name in ("results.md", "acceptance.md", "exactness.md")),
+)
 RESULTS = DOCS / "results"
 TASKS = RESULTS / "tasks"
 CLAIMS = (2.01, 3.81)  # the range of speedups in the paper's abstract
@@ -340,6 +343,21 @@ def exits() -> str:
     return table(titles, lines)
 
 
+def contract() -> str:
+    """Return how exact answers are on real weights, a row for each file of `make exactness`."""
+    lines = []
+    for path in sorted((RESULTS / "exactness").glob("*-temperature-*.json")):
+        found, (dtype, stages, *more) = json.loads(path.read_text()), path.stem.split("-")
+        way = "waves" if "waves" in more else "chain"
+        same = [f"{found[name]} of {found['prompts']}" for name in ("exact", "bitwise_logits")]
+        ties = sum(comparison["margin"] == 0 for comparison in found["comparisons"])
+        accepted = f"{found['accepted']} of {found['judged']}"
+        where = [dtype, stages, way, more[-1]]
+        lines.append([*where, *same, str(found["tokens"]), accepted, str(ties)])
+    titles = ["dtype", "stages", "drafts", "temperature", "same tokens", "same bits in all logits"]
+    return table([*titles, "tokens", "drafts accepted", "ties"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "waves": waves,
     "reached": reached,
@@ -350,6 +368,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "aims": aims,
     "work": work,
     "exits": exits,
+    "contract": contract,
     "many": many,
     "rivals": rivals,
     "best": best,
