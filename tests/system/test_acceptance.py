@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer import Typer
 from typer.testing import CliRunner, Result
 
 from ppsd.cli.app import app
-from ppsd.errors import PpsdError
+from ppsd.errors import HeadError, PpsdError
 from ppsd.lab.cli.app import app as lab
-from ppsd.model.head_files import read_head_config
+from ppsd.model.head_files import read_head_config, save_head
 from ppsd.model.head_library import known_rate
 from tests.support.tiny_models import save_perfect_head
 
@@ -87,6 +89,13 @@ def test_alpha_is_recorded_in_the_head_when_asked(command, heads: Path, tmp_path
     assert metrics["acceptance_alone"] == config.metrics["acceptance_alone"], "plans are greedy"
     told = ("temperature", "limit", "prompts", "stages")
     assert [metrics["acceptance_sampled_alone"][name] for name in told] == [1.0, 2, 2, 2]
+
+
+def test_a_head_of_a_deeper_model_is_named_for_what_it_is(command, heads: Path) -> None:
+    deep = replace(read_head_config(heads / "right"), exit_layer=6)
+    save_head(heads / "deep", deep, {"norm.weight": torch.ones(4)})
+    with pytest.raises(HeadError, match=r"deep is a head for exit 6, and not of .*has 6 layers$"):
+        run(*command("deep"))
 
 
 def test_real_processes_agree(command) -> None:

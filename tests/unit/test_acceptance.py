@@ -347,13 +347,13 @@ def test_heads_are_named_and_refused(
     heads: list[Path], tmp_path: Path, tiny_model: Models, teacher: Teacher
 ) -> None:
     assert labels(heads) == ["two", "four", "half", "back"]
-    assert exit_layers(heads) == (2, 4)
+    assert exit_layers(heads, teacher.stage.spec) == (2, 4)
     one, other = tmp_path / "a" / "x", tmp_path / "b" / "x"
     assert labels([one, other]) == ["a-x", "b-x"]
     with pytest.raises(ConfigError, match="head must be directories of different names"):
         labels([one, one])
     with pytest.raises(HeadError, match="no exit head at"):
-        exit_layers([one])
+        exit_layers([one], teacher.stage.spec)
     stranger = save_perfect_head(tmp_path / "stranger", tiny_model("qwen2"), 2)
     with pytest.raises(HeadError, match="belongs to"):
         load_candidates([stranger], teacher)

@@ -160,11 +160,11 @@ def _settings(subject: SubjectOptions, work: WorkOptions, paths: Sequence[Path])
     from ppsd.model.source import describe, resolve_model
 
     labels(paths)
-    length = work.max_length
+    length, spec = work.max_length, describe(resolve_model(subject.model))
     if length is None:
-        length = min(DEFAULT_CONTEXT, describe(resolve_model(subject.model)).max_context)
+        length = min(DEFAULT_CONTEXT, spec.max_context)
     return DistillConfig(
-        exit_layers(paths),
+        exit_layers(paths, spec),
         max_length=length,
         dtype=work.dtype,
         raw=subject.raw,

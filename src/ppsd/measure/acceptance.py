@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from ppsd.errors import ConfigError, PpsdError
+from ppsd.errors import ConfigError, HeadError, PpsdError
 from ppsd.measure.workload import Task
 from ppsd.model.draft_vocabulary import NEWEST, prompt_ids
 from ppsd.model.exit_head import ExitHead, load_head
 from ppsd.model.head_files import read_head_config, weights_digest
+from ppsd.model.spec import ModelSpec
 from ppsd.model.stage import StagePlan
 from ppsd.speculation.lookup import CONFIDENCE, LENGTHS, find, mixed
 from ppsd.speculation.sampling import Sampler, Stream, gumbel
@@ -98,9 +99,17 @@ def labels(paths: Sequence[Path]) -> list[str]:
     return found
 
 
-def exit_layers(paths: Sequence[Path]) -> tuple[int, ...]:
-    """Return the exit layers of head directories, each once, ascending; raises HeadError."""
-    return tuple(sorted({read_head_config(path).exit_layer for path in paths}))
+def exit_layers(paths: Sequence[Path], spec: ModelSpec) -> tuple[int, ...]:
+    """Return the exit layers of head directories, each once, ascending.
+
+    Raises HeadError for a head at a layer that the model has not.
+    """
+    layers = {path: read_head_config(path).exit_layer for path in paths}
+    for path, layer in layers.items():
+        if layer >= spec.num_layers:
+            layered = f"{spec.name}, which has {spec.num_layers} layers"
+            raise HeadError(f"{path} is a head for exit {layer}, and not of {layered}")
+    return tuple(sorted(set(layers.values())))
 
 
 def load_candidates(paths: Sequence[Path], teacher: Teacher, lookup: str = "on") -> list[Candidate]:
