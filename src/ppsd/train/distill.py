@@ -1,8 +1,8 @@
 """Train heads: one frozen forward a batch teaches a head at each exit layer.
 
-The only randomness is the order of the data, a function of the seed, so a run that is killed while
+The only randomness is the order of the data, a function of the seed. So a run that is killed while
 it trains and continued ends with the same weights on the same CPU and thread count, unless its
-length was set in minutes. What it was still writing is computed in other batches, which may round.
+length was set in minutes; what it was still writing may differ by rounding.
 """
 
 from __future__ import annotations

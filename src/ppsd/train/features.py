@@ -89,10 +89,10 @@ class FeatureStore:
                     f"{self._layers} as {self._header}; give another --features"
                 )
             for line in lines:
-                first = line.get("first", self._rows)  # rows of earlier versions tell nothing
-                if checks.integer("rows", line["rows"], 1) and first != self._rows:
+                rows = checks.integer("rows", line["rows"], 1)
+                if line.get("first", self._rows) != self._rows:  # earlier versions tell nothing
                     raise ValueError(f"a line is missing before example {line['example']}")
-                self._note(line["example"], line["rows"])
+                self._note(line["example"], rows)
         except (ValueError, KeyError, TypeError) as error:
             raise PpsdError(f"cannot use {self._path} for --features: {error}") from error
         self._layers = kept
