@@ -120,8 +120,7 @@ def test_an_end_token_of_the_tokenizer_beyond_the_rows_is_dropped(model: Path) -
 
 
 BEYOND = (
-    f"prompt must be of the {VOCAB} tokens that the model knows, "
-    f"got \"token '[PAD]' with id {VOCAB}\""
+    f"prompt must be of the {VOCAB} tokens that the model knows, got token '[PAD]' with id {VOCAB}"
 )
 
 
