@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -233,12 +234,18 @@ def test_a_finished_run_writes_no_more_targets(
         run(*command, "--max-new", "4")
 
 
-def test_two_runs_do_not_share_a_directory(tiny_model: Models, data: Path, tmp_path: Path) -> None:
+def test_what_would_spoil_a_run_is_refused_before_it(
+    tiny_model: Models, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = arguments(tiny_model("llama"), data, tmp_path / "out")
     with alone_in(tmp_path / "out"):
         for more in ((), ("--generate-only",)):
             with pytest.raises(PpsdError, match=r"another run is at work in .*out; give another"):
                 run(*command, *more)
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100_000))
+        with pytest.raises(PpsdError, match=r"out has 0 MiB free, and checkpoints need about \d"):
+            run(*command)
     run(*command, "--minutes", "1e-9")
     with pytest.raises(ConfigError, match=r"epochs must be at most 125000 over 80 examples"):
         run(*command, "--epochs", "200000")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from ppsd.train.distill import Trainer
 from ppsd.train.evaluate import Agreement
 from ppsd.train.records import DataFile
 from ppsd.train.start import Beginning
+
+WORDS = 4  # that a checkpoint holds of a weight: itself, at its best, and two moments
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,15 @@ def check_heads(trainer: Trainer, spec: ModelSpec) -> None:
 
 
 def check_room(trainer: Trainer) -> None:
-    """Raise PpsdError where heads would take the place of what is not of this run."""
+    """Raise PpsdError where heads would take the place of what is not of this run, or no place."""
+    numbers = sum(p.numel() for student in trainer.students for _, p in student.parameters())
+    copies = 1 if trainer.directory.begun else 2  # one is written before the one before goes
+    needed = copies * WORDS * 4 * numbers
+    if (free := shutil.disk_usage(trainer.directory.path).free) < needed:
+        raise PpsdError(
+            f"{trainer.directory.path} has {free / 2**20:,.0f} MiB free, and checkpoints need "
+            f"about {needed / 2**20:,.0f}"
+        )
     for layer in () if trainer.directory.begun else trainer.config.exit_layers:
         place = trainer.directory.path / _name(trainer, layer)
         if place.exists():
