@@ -44,6 +44,13 @@ class Described(str):
     __repr__ = str.__str__
 
 
+def _told(value: object) -> str:
+    """Return a value for people; a list of numbers as it is typed."""
+    if isinstance(value, tuple) and value and all(isinstance(n, int | float) for n in value):
+        return ",".join(map(str, value))
+    return repr(value)
+
+
 class PpsdError(Exception):
     """Base of all errors below; the command line prints its text and exits with 1."""
 
@@ -52,10 +59,7 @@ class ConfigError(PpsdError, ValueError):
     """A setting is out of range. The text names the field, its value and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        numbers = value if isinstance(value, tuple) and value else ()
-        listed = all(isinstance(each, int | float) for each in numbers) and numbers
-        told = ",".join(map(str, numbers)) if listed else repr(value)  # a list as it is typed
-        super().__init__(f"{field} must be {allowed}, got {shortened(told)}")
+        super().__init__(f"{field} must be {allowed}, got {shortened(_told(value))}")
         self.field = field
         self.value = value
         self.allowed = allowed

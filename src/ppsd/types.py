@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any
 
 from ppsd import checks
-from ppsd.errors import ConfigError, Described
+from ppsd.errors import ConfigError, Described, counted
 from ppsd.settings import setting
 
 MAX_LOGIT_BIAS = 1024
@@ -134,9 +134,8 @@ def _bias(bias: object) -> dict[int, float]:
     if not isinstance(bias, Mapping):
         raise ConfigError("logit_bias", bias, "a mapping of token ids to numbers")
     if len(bias) > MAX_LOGIT_BIAS:
-        raise ConfigError(
-            "logit_bias", _counted(bias, "entries"), f"at most {MAX_LOGIT_BIAS} entries"
-        )
+        told = Described(counted(len(bias), "token"))
+        raise ConfigError("logit_bias", told, f"at most {MAX_LOGIT_BIAS} tokens")
     return {
         checks.integer("logit_bias token id", token, 0, 2**31 - 1): checks.number(
             "logit_bias", value, -100.0, 100.0
@@ -148,20 +147,16 @@ def _bias(bias: object) -> dict[int, float]:
 def _stop_ids(stop: object) -> tuple[int, ...]:
     ids = checks.items("stop_token_ids", stop, "several token ids")
     if len(ids) > MAX_STOP_IDS:
-        raise ConfigError("stop_token_ids", _counted(ids, "ids"), f"at most {MAX_STOP_IDS} ids")
+        told = Described(counted(len(ids), "id"))
+        raise ConfigError("stop_token_ids", told, f"at most {MAX_STOP_IDS} ids")
     return tuple(checks.integer("stop_token_ids", token, 0, 2**31 - 1) for token in ids)
-
-
-def _counted(items: Sized, what: str) -> Described:
-    return Described(f"{len(items)} {what}")
 
 
 def _stop(stop: object) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else checks.items("stop", stop, STOP_TEXTS)
     if len(strings) > MAX_STOP_STRINGS:
-        raise ConfigError(
-            "stop", _counted(strings, "strings"), f"at most {MAX_STOP_STRINGS} strings"
-        )
+        told = Described(counted(len(strings), "string"))
+        raise ConfigError("stop", told, f"at most {MAX_STOP_STRINGS} strings")
     for text in strings:
         if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
             raise ConfigError("stop", text, f"non-empty strings of at most {MAX_STOP_LENGTH} chars")

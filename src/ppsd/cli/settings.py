@@ -177,13 +177,13 @@ def _parameter(field: Field[Any], hint: Any, panel: str, default: Any) -> inspec
     if about["repeated"]:
         kind, default = list[str] | None, None
     elif _reader(hint) is not None:
-        kind, default = str | None, None
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        kind, given, default = str | None, default, None
+        if given is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             kind, default = str, inspect.Parameter.empty
-        elif isinstance(field.default, tuple) and field.default:
-            default = ",".join(map(str, field.default))
-        elif isinstance(field.default, int):
-            default = str(field.default)
+        elif isinstance(given, tuple) and given:
+            default = ",".join(map(str, given))
+        elif isinstance(given, int):
+            default = str(given)
     elif hint is bool and field.default:
         names = [f"{flag}/--no-{flag.removeprefix('--')}"]
     option = typer.Option(

@@ -156,13 +156,11 @@ def check_memory(config: EngineConfig, layout: Layout, source: TensorSource) -> 
     """
     plans = [layout.plan(rank, config.device(rank)) for rank in range(layout.stages)]
     sizes = Sizes.of(layout.spec)
-    head = _held(sizes, layout.head, plans[0])
+    first = _held(sizes, layout.head, plans[0])
     apart = config.transport != "inprocess"
-    inner = [
-        0 if found is None else _held(sizes, found.config, plan)
-        for found, plan in zip(layout.inner, plans, strict=False)
-    ]
-    every = stage_bytes(layout.spec, source, plans, head, apart=apart, inner=inner)
+    found = [head.config if head else None for head in layout.inner]
+    inner = [_held(sizes, *pair) for pair in zip(found, plans, strict=False)]
+    every = stage_bytes(layout.spec, source, plans, first, apart=apart, inner=inner)
     here = every[:1] if on_torchrun(config) else every
     what = f"{layout.spec.name} in {layout.dtype}"
     check_free(here, what, layout.max_context, config.concurrent)

@@ -157,9 +157,8 @@ class Tokenizer:
         """Return token ids that the model knows; raises ConfigError for others."""
         if self._rows is not None and ids and not 0 <= min(ids) <= max(ids) < self._rows:
             token = max(ids) if min(ids) >= 0 else min(ids)
-            told = Described(
-                f"token {self.spelling(token)!r} with id {token}" if token > 0 else f"id {token}"
-            )
+            spelt = f"token {self.spelling(token)!r} with " if token >= 0 else ""
+            told = Described(f"{spelt}id {token}")
             raise ConfigError("prompt", told, f"of the {self._rows} tokens that the model knows")
         return ids
 

@@ -41,7 +41,7 @@ class Checkpoint:
 @contextmanager
 def alone_in(path: Path) -> Iterator[None]:
     """Make a run's directory, and be the only run in it; raises PpsdError."""
-    RunDirectory(path, {})
+    _make(path)
     try:
         lock = open(path / LOCK, "w")  # noqa: SIM115 - closed below, with the lock
     except OSError as error:
@@ -60,10 +60,7 @@ class RunDirectory:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self._settings = json.loads(json.dumps(settings))
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PpsdError(f"cannot create {path}: {error.strerror}") from error
+        _make(path)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint; raises PpsdError with the old one untouched."""
@@ -161,6 +158,13 @@ class RunDirectory:
                 "weights, so the same command will finish once there is room"
             ) from error
         return place
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PpsdError(f"cannot create {directory}: {error.strerror}") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
